@@ -1,0 +1,211 @@
+"""The residual stream: read it, steer it, ablate it. The only file that touches decoder blocks.
+
+`x[l]`, the *input* of block `l`, is the residual stream before that block (method page, notation).
+Interventions change the class of a copied block in place, so that parameter names stay as they are
+and adapters keep loading; a wrapper module would rename them. Every view made here shares the
+weights of the model it was made from and leaves that model untouched.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+EPS = 1e-8  # keeps the unit vector of a zero direction (block 0) zero instead of NaN
+
+
+class UnsupportedModelError(ValueError):
+    """The architecture keeps its blocks where this file cannot find them."""
+
+
+def _holds(value: object, block: nn.Module) -> bool:
+    return isinstance(value, list) and any(item is block for item in value)
+
+
+def _path_to_body(model: nn.Module) -> list[str]:
+    """Attribute names from `model` down to the module whose own list holds the decoder blocks.
+
+    `model.layers` is often a property that returns a slice, so the list is found by the identity of
+    its first block, never assigned through the property.
+    """
+    first = model.layers[0]
+    for path, module in sorted(model.named_modules(), key=lambda item: len(item[0])):
+        if any(_holds(value, first) for value in module.values()):
+            return path.split(".") if path else []
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: no module holds the decoder blocks that its `layers` names; "
+        "SafeSteer needs a decoder-only model of mlx-lm's usual layout"
+    )
+
+
+def _follow(model: nn.Module, path: Sequence[str]) -> nn.Module:
+    for name in path:
+        model = model[int(name)] if isinstance(model, list) else model[name]
+    return model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's own list of decoder blocks (writing to it takes effect)."""
+    first = model.layers[0]
+    body = _follow(model, _path_to_body(model))
+    return next(value for value in body.values() if _holds(value, first))
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A new model over the same weight arrays: no bytes are added, neither model sees the other's edits."""
+    return copy.deepcopy(model)
+
+
+def _override(module: nn.Module, prefix: str, call: Callable) -> None:
+    """Give this one module the `__call__` that `call(super_call, *args, **kwargs)` describes."""
+    cls = type(module)
+    module.__class__ = type(
+        prefix + cls.__name__,
+        (cls,),
+        {
+            "__call__": lambda self, *args, **kwargs: call(
+                lambda *a, **k: cls.__call__(self, *a, **k), *args, **kwargs
+            )
+        },
+    )
+
+
+def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0) -> nn.Module:
+    """A view of `model` with `coeff * vector` added to the input of block `layer` at every position.
+
+    Args:
+        layer: block index, 0 <= layer < L.
+        vector: (D,), not normalised: its length is the natural strength.
+        coeff: the steering coefficient α (method page, section 2); 1.0 is published.
+
+    Raises:
+        ValueError: `layer` is not a block of this model, or `vector` has another width.
+    """
+    steered = share(model)
+    own = blocks(steered)
+    if not 0 <= layer < len(own):
+        raise ValueError(f"layer {layer} is not a block of this model, which has {len(own)}")
+    shift = (coeff * vector.astype(mx.float32)).reshape(-1)
+
+    def call(block, x, *args, **kwargs):
+        if shift.size != x.shape[-1]:
+            raise ValueError(f"a steering vector of {shift.size} does not fit a model of width {x.shape[-1]}")
+        return block(x + shift.astype(x.dtype), *args, **kwargs)
+
+    _override(own[layer], "Steered", call)
+    return steered
+
+
+def unit(vector: mx.array) -> mx.array:
+    """r / (|r| + ε), in float32."""
+    vector = vector.astype(mx.float32).reshape(-1)
+    return vector / (mx.linalg.norm(vector) + EPS)
+
+
+def ablate(model: nn.Module, vector: mx.array) -> nn.Module:
+    """A view of `model` with the direction of `vector` (D,) projected out of the residual stream.
+
+    x ← x − (x·r̂) r̂ at every block's input and every attention and MLP output, at all positions
+    (Arditi et al. 2024, section 2.4; method page, section 1).
+    """
+    ablated = share(model)
+    r = unit(vector)
+
+    def project(x: mx.array) -> mx.array:
+        wide = x.astype(mx.float32)
+        return (wide - (wide @ r)[..., None] * r).astype(x.dtype)
+
+    def on_input(block, x, *args, **kwargs):
+        return block(project(x), *args, **kwargs)
+
+    def on_output(sublayer, *args, **kwargs):
+        out = sublayer(*args, **kwargs)
+        return (project(out[0]), *out[1:]) if isinstance(out, tuple) else project(out)
+
+    for block in blocks(ablated):
+        for child in list(block.children().values()):
+            # Attention and MLP (or mixture-of-experts) modules have parts of their own; norms do not.
+            if isinstance(child, nn.Module) and child.children():
+                _override(child, "Ablated", on_output)
+        _override(block, "Ablated", on_input)
+    return ablated
+
+
+def _with_body(model: nn.Module, call: Callable) -> nn.Module:
+    """A view whose body (embedding, blocks, final norm) is overridden; all inner modules are the same objects.
+
+    The copies are shallow and only along the path, so the view follows the model's parameters even
+    while a gradient is being traced through it.
+    """
+    path = _path_to_body(model)
+    if not path:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes its logits in the module that holds its blocks; "
+            "hidden states and head cannot be told apart"
+        )
+    view = parent = copy.copy(model)
+    for name in path[:-1]:
+        parent[name] = copy.copy(parent[name])
+        parent = parent[name]
+    body = copy.copy(parent[path[-1]])
+    _override(body, "Viewed", call)
+    parent[path[-1]] = body
+    return view
+
+
+def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
+    """The final hidden states, after the last norm and before the LM head: tokens (B, T) -> (B, T, D)."""
+    kept = []
+
+    def call(body, *args, **kwargs):
+        kept.append(body(*args, **kwargs))
+        return kept[0][:, :1]  # the head is applied to one position, and lazily: it is never computed
+
+    _with_body(model, call)(tokens)
+    return kept[0]
+
+
+def head(model: nn.Module) -> Callable[[mx.array], mx.array]:
+    """The map from hidden states (..., T, D) to logits (..., T, V): tied or not, soft-capped or scaled."""
+    return _with_body(model, lambda body, hidden, *args, **kwargs: hidden)
+
+
+def pad_right(rows: Sequence[Sequence[int]], width: int | None = None) -> mx.array:
+    """Token ids (B, T) from rows of unequal length, zeros on the right.
+
+    Blocks are causal, so padding on the right leaves every real position as it is.
+    """
+    width = max(map(len, rows)) if width is None else width
+    padded = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return mx.array(padded)
+
+
+def take_positions(x: mx.array, positions: mx.array) -> mx.array:
+    """Rows of x (B, T, D) at positions (B, K): (B, K, D)."""
+    return mx.take_along_axis(x, positions[..., None], axis=1)
+
+
+def block_inputs(model: nn.Module, tokens: mx.array, positions: mx.array) -> mx.array:
+    """x[l] for every block at the given positions: tokens (B, T), positions (B, P) -> (L, B, P, D)."""
+    kept = []
+    view = share(model)
+
+    def call(block, x, *args, **kwargs):
+        kept.append(take_positions(x, positions))
+        return block(x, *args, **kwargs)
+
+    for block in blocks(view):
+        _override(block, "Read", call)
+    view(tokens)
+    return mx.stack(kept)
+
+
+def last_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> mx.array:
+    """Next-token logits at each row's last position, in float32: (B, V)."""
+    last = mx.array([[len(row) - 1] for row in rows])
+    hidden = take_positions(hidden_states(model, pad_right(rows)), last)
+    return head(model)(hidden)[:, 0].astype(mx.float32)

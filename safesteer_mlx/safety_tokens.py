@@ -1,0 +1,143 @@
+"""Stage 3: the safety tokens `S`, the ids that steering favours most (method page, 3).
+
+    Δ[n,t,v] = log πt(v) − log π0(v)        on continuations sampled from the steered teacher
+
+Every kept (sample, position) votes for its `inner_top_k` largest Δ among the selectable ids; `S` is the
+ids with most votes. Positions from the first one at which the base would end its turn are dropped.
+Never selectable are special tokens and tokens whose mean steered probability is below `p_min`.
+
+Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .residual import head, hidden_states, pad_right, take_positions
+
+Ids = Sequence[int]
+SEQUENCE_BATCH = 32  # sequences in one forward pass
+LOGIT_ROWS = 128  # positions whose logits exist at once
+
+
+@dataclass(frozen=True)
+class TokenContrast:
+    """What steering does to each token, each (V,): float64, votes int64, eligible bool.
+
+    Args of note: `mean_delta` is the mean Δ, `base_prob` and `steered_prob` the mean probabilities over
+    the kept positions; `eligible` is False for banned ids, which get no votes.
+    """
+
+    votes: np.ndarray
+    mean_delta: np.ndarray
+    base_prob: np.ndarray
+    steered_prob: np.ndarray
+    eligible: np.ndarray
+    n_positions: int
+
+
+def _scored_hidden(model: nn.Module, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> mx.array:
+    """Hidden states at the last prompt position and at each continuation token: (N, h, D), ragged padded."""
+    horizon = 1 + max(map(len, continuations))
+    kept = []
+    for start in range(0, len(prompts), SEQUENCE_BATCH):
+        pairs = list(zip(prompts, continuations, strict=True))[start : start + SEQUENCE_BATCH]
+        rows = [[*prompt, *continuation] for prompt, continuation in pairs]
+        positions = mx.array(
+            [[min(len(p) - 1 + t, len(r) - 1) for t in range(horizon)] for (p, _), r in zip(pairs, rows, strict=True)]
+        )
+        kept.append(take_positions(hidden_states(model, pad_right(rows)), positions))
+        mx.eval(kept[-1])
+    return mx.concatenate(kept)
+
+
+def contrast_tokens(
+    base: nn.Module,
+    teacher: nn.Module,
+    prompts: Sequence[Ids],
+    continuations: Sequence[Ids],
+    *,
+    eot_ids: Ids,
+    banned_ids: Ids,
+    inner_top_k: int,
+    min_steered_prob: float,
+    teacher_prompts: Sequence[Ids] | None = None,
+) -> TokenContrast:
+    """Compare teacher and base on the teacher's own continuations.
+
+    Args:
+        prompts, continuations: N pairs of id lists; the positions scored are the last one of the prompt
+            and every one of the continuation.
+        eot_ids: ids that end a turn; positions from the base's first such argmax onward are dropped.
+        banned_ids: ids that are never selectable, whatever their Δ.
+        inner_top_k: how many ids each position votes for.
+        min_steered_prob: `p_min`.
+        teacher_prompts: the prompts as the teacher sees them, where a system prompt makes it one.
+
+    Raises:
+        ValueError: no prompts, unequal numbers of prompts and continuations, or no position left.
+    """
+    if not prompts or len(prompts) != len(continuations):
+        raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations do not make pairs")
+    lengths = np.array([1 + len(c) for c in continuations])
+    base_hidden = _scored_hidden(base, prompts, continuations)
+    teacher_hidden = _scored_hidden(teacher, teacher_prompts or prompts, continuations)
+    n, horizon, width = base_hidden.shape
+    base_head, teacher_head = head(base), head(teacher)
+    rows = [mx.reshape(h, (1, n * horizon, width)) for h in (base_hidden, teacher_hidden)]
+
+    def chunks(keep: np.ndarray) -> Iterator[tuple[mx.array, mx.array, np.ndarray]]:
+        """log π0, log πt (C, V) and the flat indices (C,) of the positions they belong to."""
+        for start in range(0, len(keep), LOGIT_ROWS):
+            index = keep[start : start + LOGIT_ROWS]
+            logits = [h(x[:, mx.array(index)])[0].astype(mx.float32) for h, x in zip((base_head, teacher_head), rows, strict=True)]
+            yield (*(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in logits), index)
+
+    real = np.flatnonzero((np.arange(horizon) < lengths[:, None]).reshape(-1))
+    ends = np.zeros(n * horizon, bool)
+    for start in range(0, len(real), LOGIT_ROWS):
+        index = real[start : start + LOGIT_ROWS]
+        ends[index] = np.isin(np.array(base_head(rows[0][:, mx.array(index)])[0].argmax(-1)), list(eot_ids))
+    before_end = ~np.maximum.accumulate(ends.reshape(n, horizon), axis=1)
+    keep = np.intersect1d(real, np.flatnonzero(before_end.reshape(-1)))
+    if not len(keep):
+        raise ValueError(f"the base ends its turn at the first position of all {n} continuations; nothing is left to score")
+
+    base_prob = teacher_prob = delta = 0.0
+    for log_base, log_teacher, _ in chunks(keep):
+        sums = (mx.exp(log_base).sum(0), mx.exp(log_teacher).sum(0), (log_teacher - log_base).sum(0))
+        b, t, d = (np.array(x, np.float64) for x in sums)
+        base_prob, teacher_prob, delta = base_prob + b, teacher_prob + t, delta + d
+    base_prob, teacher_prob, delta = (np.asarray(x) / len(keep) for x in (base_prob, teacher_prob, delta))
+
+    eligible = teacher_prob >= min_steered_prob
+    eligible[np.array([i for i in banned_ids if i < len(eligible)], np.int64)] = False
+    votes = np.zeros(len(eligible), np.int64)
+    k = min(inner_top_k, int(eligible.sum()))
+    if k:
+        selectable = mx.array(eligible)
+        for log_base, log_teacher, _ in chunks(keep):
+            favoured = mx.where(selectable, log_teacher - log_base, -mx.inf)
+            np.add.at(votes, np.array(mx.argpartition(-favoured, k - 1, axis=-1)[:, :k]), 1)
+    return TokenContrast(votes, delta, base_prob, teacher_prob, eligible, len(keep))
+
+
+def select_tokens(contrast: TokenContrast, k: int, method: str = "vote") -> np.ndarray:
+    """The safety tokens: at most `k` ids, best first, (K,) int64.
+
+    `vote` ranks by votes and needs at least one; `mean` by mean Δ. Ties break by the larger mean Δ, then
+    by the smaller id.
+
+    Raises:
+        ValueError: `k` < 1 or an unknown method.
+    """
+    if k < 1:
+        raise ValueError(f"{k} safety tokens were asked for; at least 1 is needed")
+    if method not in ("vote", "mean"):
+        raise ValueError(f"unknown selection method {method!r}; choose vote or mean")
+    ids = np.flatnonzero(contrast.eligible & (contrast.votes > 0) if method == "vote" else contrast.eligible)
+    votes = contrast.votes[ids] if method == "vote" else np.zeros(len(ids))
+    return ids[np.lexsort((ids, -contrast.mean_delta[ids], -votes))][:k]
