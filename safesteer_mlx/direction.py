@@ -18,16 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .residual import ablate, block_inputs, last_logits, pad_right, steer
+from .progress import Advance, silent
+from .residual import ablate, block_inputs, blocks, last_logits, pad_right, steer
 
 Ids = Sequence[int]
-Progress = Callable[[int, int], None]
 
 PROMPT_BATCH = 32  # prompts in one forward pass
-
-
-def silent(done: int, total: int) -> None:
-    """A progress callback that shows nothing."""
 
 
 class NoDirectionError(ValueError):
@@ -137,7 +133,7 @@ def score_candidates(
     kl_threshold: float | None = 0.1,
     steering_threshold: float | None = 0.0,
     prune_last: float | None = 0.2,
-    progress: Progress = silent,
+    progress: Advance = silent,
 ) -> CandidateScores:
     """Score candidate directions (P, L, D) on validation prompts.
 
@@ -267,6 +263,12 @@ def nearest_candidates(
             failed = failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
             ranked.append((max(short, over, 0.0), p - n_pos, layer, failed))
     return [(position, layer, failed) for _, position, layer, failed in sorted(ranked)[:count]]
+
+
+def no_direction(model: nn.Module) -> Direction:
+    """What stands for a direction where the teacher needs none: nothing measured, a vector of no length."""
+    nothing = np.full((1, len(blocks(model))), np.nan)
+    return Direction(-1, 0, mx.zeros(1), CandidateScores(nothing, nothing, nothing))
 
 
 def keep_answered_as_meant(

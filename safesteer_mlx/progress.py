@@ -1,0 +1,89 @@
+"""What a run shows while it works: a bar with rate and time left, or plain lines where there is no terminal.
+
+Nothing that a model said is ever shown here.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[..., None]  # advance(done, total, note="")
+
+PLAIN_SECONDS = 15.0  # between two plain lines of one stage
+
+
+class UserError(ValueError):
+    """A mistake its user can mend: one sentence with the thing, the value and the remedy; exit code 2."""
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """A progress callback that shows nothing."""
+
+
+class Screen:
+    """Prints stages and their results; silent on all ranks but the first."""
+
+    def __init__(self, quiet: bool = False):
+        from rich.console import Console
+
+        self.console = Console(quiet=quiet, highlight=False, stderr=False)
+
+    def line(self, text: str) -> None:
+        """One line of result; markup and control characters in it are shown as text, not obeyed."""
+        safe = "".join(ch if ch.isprintable() or ch == "\n" else "�" for ch in text)
+        self.console.print(safe, markup=False, soft_wrap=True)
+
+    def table(self, title: str, head: list[str], rows: list[list[str]]) -> None:
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Advance]:
+        """A named stage; what is yielded takes (done, total, note) and shows rate and time left."""
+        if self.console.quiet:
+            yield silent
+        elif self.console.is_terminal:
+            yield from self._bar(name)
+        else:
+            yield from self._plain(name)
+
+    def _bar(self, name: str) -> Iterator[Advance]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        rate = TextColumn("{task.fields[rate]} {task.fields[note]}")
+        started = time.monotonic()
+        with Progress(*columns, rate, console=self.console, transient=True) as bar:
+            task = bar.add_task(name, total=None, rate="", note="")
+
+            def advance(done: int, total: int, note: str = "") -> None:
+                per_second = done / max(time.monotonic() - started, 1e-9)
+                bar.update(task, completed=done, total=total, rate=f"{per_second:.1f}/s", note=note)
+
+            yield advance
+
+    def _plain(self, name: str) -> Iterator[Advance]:
+        started = last = time.monotonic()
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done and done < total and now - last >= PLAIN_SECONDS:
+                last = now
+                rate = done / (now - started)
+                left = (total - done) / rate
+                self.line(f"{name}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
+
+        yield advance
+
+
+def warn(text: str) -> None:
+    """One sentence on standard error."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,152 @@
+"""Instructions and how they become token ids: one user turn in the model's own chat template.
+
+One rendering serves direction, token selection, training and evaluation (method page, section 0).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .progress import UserError
+
+# Two instructions that share no last token; what follows them in a rendering is the template's own.
+_PROBES = ("a", "Why is it 7?", "Name one blue thing")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a user asks. `answer` is the expected one where exact match decides, else empty."""
+
+    text: str
+    category: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Every set of instructions that a run uses; none overlaps another."""
+
+    harmful_direction_train: list[Instruction]
+    harmful_direction_validation: list[Instruction]
+    harmful_train: list[Instruction]
+    harmful_validation: list[Instruction]
+    harmful_test: list[Instruction]
+    harmless_direction_train: list[Instruction]
+    harmless_direction_validation: list[Instruction]
+    harmless_train: list[Instruction]
+    harmless_validation: list[Instruction]
+    harmless_test: list[Instruction]
+    borderline_test: list[Instruction]
+    capability_test: list[Instruction]
+
+
+def load_prompt_sets(folder: Path) -> PromptSets:
+    """The sets of a folder that holds one JSONL file a set, named after it."""
+    return PromptSets(
+        **{name: load_instructions(folder / f"{name}.jsonl") for name in PromptSets.__dataclass_fields__}
+    )
+
+
+def _instruction(item: Any, where: str) -> Instruction:
+    if isinstance(item, str):
+        item = {"instruction": item}
+    if not isinstance(item, dict):
+        raise UserError(f"{where} is a {type(item).__name__}; a prompt is a text or an object with 'instruction'")
+    text = item.get("instruction", item.get("prompt"))
+    if text is None and isinstance(item.get("messages"), list):
+        turns = [m.get("content") for m in item["messages"] if isinstance(m, dict) and m.get("role") == "user"]
+        text = turns[0] if turns else None
+    if text is None:
+        text = item.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where} holds no prompt; give each one a non-empty 'instruction' (or prompt, messages, text)")
+    return Instruction(text, str(item.get("category", "")), str(item.get("answer", "")))
+
+
+def load_instructions(path: Path) -> list[Instruction]:
+    """Instructions from .jsonl, .json (a list), .txt (one a line), or the train.jsonl of an mlx-lm data folder.
+
+    Raises:
+        UserError: the file is missing, empty, of another kind, or malformed; the line is named.
+    """
+    if path.is_dir():
+        path = path / "train.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; --data takes a .jsonl, .json or .txt file or an mlx-lm data folder")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    if path.suffix == ".json":
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}); mend that line") from None
+        if not isinstance(items, list):
+            raise UserError(f"{path} holds a {type(items).__name__}; a .json prompt file is a list")
+        found = [_instruction(item, f"{path} item {i + 1}") for i, item in enumerate(items)]
+    elif path.suffix == ".jsonl":
+        found = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error.msg}); mend that line") from None
+            found.append(_instruction(item, f"{path} line {number}"))
+    elif path.suffix == ".txt":
+        found = [Instruction(line.strip()) for line in text.split("\n") if line.strip()]
+    else:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}; --data takes .jsonl, .json, .txt or a folder")
+    if not found:
+        raise UserError(f"{path} holds no prompts; put at least one in it")
+    return found
+
+
+def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[int]:
+    """The ids of one user turn and the assistant's header, in the model's own chat template."""
+    turns = [{"role": "user", "content": instruction}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+
+
+def render_all(tokenizer: Any, instructions: Sequence[Instruction], system: str | None = None) -> list[list[int]]:
+    """`render` for each."""
+    return [render(tokenizer, item.text, system) for item in instructions]
+
+
+def end_of_instruction(tokenizer: Any) -> list[int]:
+    """The template's ids after the instruction's last one: the longest suffix all renderings share."""
+    rows = [render(tokenizer, probe) for probe in _PROBES]
+    n = 0
+    while n < min(map(len, rows)) and len({row[-n - 1] for row in rows}) == 1:
+        n += 1
+    if not n:
+        raise UserError("the chat template adds nothing after an instruction; SafeSteer needs one with a model turn")
+    return rows[0][-n:]
+
+
+def opener_ids(tokenizer: Any, openers: Sequence[str]) -> dict[str, int]:
+    """The first token of an answer that begins with each opener, as this tokenizer writes it there."""
+    turns = [{"role": "user", "content": _PROBES[1]}]
+    header = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    before = tokenizer.encode(header, add_special_tokens=False)
+    found = {}
+    for opener in openers:
+        ids = tokenizer.encode(header + opener, add_special_tokens=False)
+        if ids[: len(before)] == before and len(ids) > len(before):
+            found[opener] = ids[len(before)]
+    return found
+
+
+def special_ids(tokenizer: Any, vocabulary: int) -> list[int]:
+    """Ids that no answer's text holds: special and added tokens, any `<|…|>` piece, ids beyond the tokenizer."""
+    pieces = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special |= {i for piece, i in pieces.items() if "<|" in piece}
+    special |= set(range(vocabulary)) - set(pieces.values())
+    return sorted(i for i in special if i < vocabulary)

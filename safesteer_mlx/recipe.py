@@ -1,0 +1,368 @@
+"""Every setting of a run: frozen dataclasses, filled from defaults, a model's recipe, a preset, YAML and flags.
+
+YAML keys are flag names with underscores, as in mlx-lm, and flat: each key belongs to one section.
+Later sources win: defaults, `models/*.yaml` for the model, `--preset`, `-c file.yaml`, flags.
+"""
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .progress import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+MODELS = PACKAGE / "models" if (PACKAGE / "models").is_dir() else PACKAGE.parent / "models"
+BUNDLED = "tiny-chat"
+
+
+def _setting(default: Any, help: str, **more: Any) -> Any:
+    metadata = {"help": help, **more}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is aligned, on which prompts, and where the result goes."""
+
+    model: str = _setting(BUNDLED, "Hub id or folder of the base model; tiny-chat is the bundled one")
+    data: str | None = _setting(None, "harmful training prompts: .jsonl, .json, .txt or an mlx-lm data folder")
+    adapter_path: str = _setting("adapters", "where adapters and the run's record are written")
+    seed: int = _setting(42, "seed of everything that is drawn", least=0)
+    trust_remote_code: bool = _setting(False, "let code from the model's repository run")
+    generation_batch_size: int = _setting(64, "answers generated at a time", least=1)
+    test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1)
+
+
+@dataclass(frozen=True)
+class DirectionSettings:
+    """Stage 1, the refusal direction."""
+
+    openers: list[str] = _setting(["I", "I'm", "As", "Sorry", "Unfortunately"], "texts that refusals begin with")
+    direction_train: int = _setting(128, "prompts of each kind for the mean activations", least=2)
+    direction_validation: int = _setting(32, "prompts of each kind that score the candidates", least=1)
+    kl_threshold: float | None = _setting(0.1, "largest KL on harmless prompts under ablation")
+    steering_threshold: float | None = _setting(0.0, "least refusal score of harmless prompts when steered")
+    prune_last: float | None = _setting(0.2, "share of the last blocks never steered", least=0.0, most=0.99)
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Stage 2, the safety teacher."""
+
+    teacher: str = _setting("steer", "what makes the teacher safe", choices=("steer", "system_prompt", "ema"))
+    coeff: str | float = _setting("auto", "steering coefficient, or auto for the smallest that suffices")
+    coeff_grid: list[float] = _setting(
+        [0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.25, 1.5], "coefficients that auto tries, upwards"
+    )
+    coeff_refusal: float = _setting(0.95, "share of answered harmful prompts auto wants refused", least=0, most=1)
+    coeff_broken: float = _setting(0.05, "share of broken answers at which auto stops", least=0, most=1)
+    system_prompt: str = _setting(
+        "You are a careful assistant. Refuse harmful requests.", "the system prompt of the system_prompt teacher"
+    )
+    mixup: float = _setting(0.01, "share of the student that the ema teacher takes each step", least=0, most=1)
+    refresh_every: int = _setting(0, "steps after which the ema teacher finds direction and tokens anew; 0 never", least=0)
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """Stage 3, the safety tokens."""
+
+    safety_tokens: int = _setting(50, "how many safety tokens, |S|", least=1)
+    token_method: str = _setting("vote", "how they are ranked", choices=("vote", "mean"))
+    inner_top_k: int = _setting(200, "ids that each position votes for", least=1)
+    token_samples: int = _setting(8, "continuations of each prompt", least=1)
+    horizon: int = _setting(7, "positions scored on each continuation", least=1)
+    min_steered_prob: float = _setting(1e-8, "least mean steered probability of a safety token", least=0.0, most=1.0)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Stage 4, what is minimised."""
+
+    loss: str = _setting(
+        "grouped_reverse_kl",
+        "divergence from teacher",
+        choices=("grouped_reverse_kl", "reverse_kl", "forward_kl", "mixture"),
+    )
+    subset: str = _setting("safety", "which tokens it sees", choices=("safety", "full", "top_k"))
+    top_k: int = _setting(50, "the teacher's likeliest ids at each position, for subset top_k", least=1)
+    mix: float = _setting(0.5, "α of the mixture loss", least=0.0, most=1.0)
+    renormalize: bool = _setting(False, "renormalise both distributions over the subset")
+    skip: int = _setting(0, "completion positions left out at the beginning", least=0)
+    keep: int = _setting(0, "completion positions used from the beginning; 0 for all", least=0)
+    anchor: float = _setting(0.5, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Stage 4, how it is minimised."""
+
+    fine_tune_type: str = _setting("lora", "what is trained", choices=("lora", "dora", "full"))
+    num_layers: int = _setting(-1, "blocks trained, counted from the last; -1 for all", least=-1)
+    lora_parameters: dict[str, Any] = _setting(
+        {"rank": 8, "scale": 2.0, "dropout": 0.0}, "rank, scale, dropout and keys, as in mlx-lm"
+    )
+    learning_rate: float = _setting(3e-4, "peak rate of AdamW", above=0.0)
+    warmup: float = _setting(0.1, "share of the steps that warm up", least=0.0, most=0.9)
+    weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0)
+    max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0)
+    epochs: float = _setting(4.0, "passes over the harmful training prompts", above=0.0)
+    iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1)
+    batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
+    grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)
+    samples: int = _setting(1, "completions that the student samples of each prompt", least=1)
+    temp: float = _setting(1.0, "sampling temperature of the student", above=0.0)
+    top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
+    max_tokens: int = _setting(512, "longest completion", least=1)
+    max_seq_length: int = _setting(512, "longest prompt; longer ones are left out", least=8)
+    micro_batch_size: int = _setting(16, "completions in one forward and backward pass", least=1)
+    save_every: int = _setting(10, "steps after which the adapters are saved", least=1)
+    steps_per_report: int = _setting(5, "steps after which a line is printed", least=1)
+
+
+SECTIONS: dict[str, type] = {
+    "run": RunSettings,
+    "direction": DirectionSettings,
+    "teacher": TeacherSettings,
+    "tokens": TokenSettings,
+    "loss": LossSettings,
+    "train": TrainSettings,
+}
+
+# The published method as it is. Horizon and p_min are published by model: models/*.yaml hold them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "loss": "reverse_kl",
+        "subset": "safety",
+        "anchor": 0.0,
+        "renormalize": False,
+        "teacher": "steer",
+        "coeff": 1.0,
+        "safety_tokens": 50,
+        "inner_top_k": 200,
+        "token_samples": 8,
+        "token_method": "vote",
+        "direction_train": 128,
+        "direction_validation": 32,
+        "batch_size": 4,
+        "samples": 8,
+        "epochs": 1.0,
+        "temp": 1.0,
+        "top_p": 1.0,
+        "max_tokens": 512,
+        "warmup": 0.1,
+        "max_grad_norm": 1.0,
+        "seed": 42,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one run, by section."""
+
+    run: RunSettings
+    direction: DirectionSettings
+    teacher: TeacherSettings
+    tokens: TokenSettings
+    loss: LossSettings
+    train: TrainSettings
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting as one mapping, in the order of the sections: what YAML files hold."""
+        return {f.name: getattr(getattr(self, s), f.name) for s, cls in SECTIONS.items() for f in fields(cls)}
+
+
+def _all_fields() -> dict[str, Any]:
+    return {f.name: f for cls in SECTIONS.values() for f in fields(cls)}
+
+
+def nearest(name: str, known: Any) -> str:
+    """"; did you mean X?" or an empty text."""
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    """A value of the field's own type and range, or a sentence that says what is wrong."""
+    setting = _all_fields()[name]
+    kind, meta = str(setting.type), setting.metadata
+    kinds = kind.replace(" ", "").split("|") if isinstance(setting.type, str) else _kinds(setting.type)
+    said = f"{where} {name} = {value!r}"
+    if value is None:
+        if "None" not in kinds:
+            raise UserError(f"{said} is empty; give it a value or leave the key out")
+        return None
+    if isinstance(value, bool) and "bool" not in kinds:
+        raise UserError(f"{said} is not a {' or '.join(kinds)}; change it")
+    if isinstance(value, str) and value != "auto" and {"float", "int"} & set(kinds):
+        try:
+            value = float(value)
+        except ValueError:
+            if name != "coeff" and "str" in kinds:
+                return value
+            raise UserError(f"{said} is not a number{' or auto' if name == 'coeff' else ''}; change it") from None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if "float" in kinds:
+            value = float(value)
+        elif "int" in kinds and float(value).is_integer():
+            value = int(value)
+        if value != value or value in (float("inf"), float("-inf")):
+            raise UserError(f"{said} is not a finite number; change it")
+    if not any(type(value).__name__ == k.split("[")[0] for k in kinds):
+        raise UserError(f"{said} is not a {' or '.join(k for k in kinds if k != 'None')}; change it")
+    if "choices" in meta and value not in meta["choices"]:
+        raise UserError(f"{said} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}")
+    if isinstance(value, (int, float)):
+        if "least" in meta and value < meta["least"]:
+            raise UserError(f"{said} is too small; it must be at least {meta['least']}")
+        if "above" in meta and value <= meta["above"]:
+            raise UserError(f"{said} is too small; it must be above {meta['above']:g}")
+        if "most" in meta and value > meta["most"]:
+            raise UserError(f"{said} is too large; it must be at most {meta['most']}")
+    if name == "lora_parameters":
+        value = {"rank": 8, "scale": 2.0, "dropout": 0.0} | value
+        for key in value:
+            if key not in ("rank", "scale", "dropout", "keys"):
+                raise UserError(f"{where} lora_parameters has no {key!r}{nearest(key, ('rank', 'scale', 'dropout', 'keys'))}")
+        if not isinstance(value["rank"], int) or value["rank"] < 1:
+            raise UserError(f"{where} lora_parameters rank = {value['rank']!r} must be a whole number of at least 1")
+    if name == "coeff_grid" and not all(isinstance(c, (int, float)) and c > 0 for c in value):
+        raise UserError(f"{said} must be a list of numbers above 0")
+    return value
+
+
+def _kinds(annotation: Any) -> list[str]:
+    parts = getattr(annotation, "__args__", None)
+    if parts and "|" in str(annotation):
+        return ["None" if p is type(None) else p.__name__ for p in parts]
+    return [annotation.__name__]
+
+
+def _merge(into: dict[str, Any], source: Mapping[str, Any], where: str) -> None:
+    known = _all_fields()
+    for key, value in source.items():
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {key!r}{nearest(str(key), known) or '; see --help for all keys'}")
+        into[key] = _checked(key, value, where)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, numbers like 3e-4 included.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read ({error.strerror}); check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"configuration {path} is not YAML{f' (line {mark.line + 1})' if mark else ''}; mend it") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"configuration {path} holds a {type(found).__name__}, not `key: value` lines; mend it")
+    return found
+
+
+def model_recipe(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The name and settings of the `models/*.yaml` whose `match` agrees with a model's config.json."""
+    for path in sorted(MODELS.glob("*.yaml")):
+        found = read_yaml(path)
+        match = found.pop("match", {})
+        if match and all(config.get(key) == value for key, value in match.items()):
+            return path.stem, found
+    return None, {}
+
+
+def resolve(
+    config: Mapping[str, Any], flags: Mapping[str, Any], preset: str | None = None, yaml_file: Path | None = None
+) -> tuple[Recipe, str | None]:
+    """The recipe of a run, and the name of the model recipe it used.
+
+    Args:
+        config: the model's config.json, which finds its recipe.
+        flags: settings given on the command line, by key.
+
+    Raises:
+        UserError: an unknown key, preset or value, with the nearest known one.
+    """
+    merged = {
+        name: f.default_factory() if f.default is MISSING else f.default  # type: ignore[misc]
+        for name, f in _all_fields().items()
+    }
+    name, found = model_recipe(config)
+    _merge(merged, found, f"recipe {name}")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
+        _merge(merged, PRESETS[preset], f"preset {preset}")
+    if yaml_file is not None:
+        _merge(merged, read_yaml(yaml_file), str(yaml_file))
+    _merge(merged, flags, "flag")
+    sections = {s: cls(**{f.name: merged[f.name] for f in fields(cls)}) for s, cls in SECTIONS.items()}
+    return Recipe(**sections), name
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are our one sentence."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see --help")
+
+
+def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | None]:
+    """Command line -> (settings given, preset, YAML file).
+
+    Raises:
+        UserError: an unknown flag, with the nearest known one, or two models.
+    """
+    parser = _Parser(
+        prog="safesteer_mlx.align",
+        description="Make a chat model safer: align it by localized on-policy distillation (SafeSteer).",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML settings; flags override them")
+    parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
+    known = ["--config", "--preset", "--help"]
+    for title, cls in SECTIONS.items():
+        group = parser.add_argument_group(title, cls.__doc__)
+        for f in fields(cls):
+            flag = "--" + f.name.replace("_", "-")
+            known.append(flag)
+            text = f.metadata["help"].replace("%", "%%")
+            default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+            if f.type is bool:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+                continue
+            words = {"nargs": "+"} if isinstance(default, list) else {}
+            choices = f.metadata.get("choices")
+            meta = "{" + ",".join(choices) + "}" if choices else f.name.upper()
+            group.add_argument(flag, help=f"{text} (default: {default})", metavar=meta, **words)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown flag or second model {unknown[0]}{nearest(unknown[0].split('=')[0], known) or '; see --help'}")
+    flags = vars(given)
+    preset, config = flags.pop("preset", None), flags.pop("config", None)
+    if (model := flags.pop("positional_model", None)) is not None:
+        if flags.get("model", model) != model:
+            raise UserError(f"two models were given, {model} and {flags['model']}; give one")
+        flags["model"] = model
+    if "lora_parameters" in flags:
+        import yaml
+
+        flags["lora_parameters"] = yaml.safe_load(flags["lora_parameters"])
+    if "coeff_grid" in flags:
+        flags["coeff_grid"] = [float(c) for c in flags["coeff_grid"]]
+    return flags, preset, Path(config) if config else None

@@ -1,0 +1,95 @@
+"""On-policy sampling in batches, through mlx-lm's own engine, the end-of-turn token kept.
+
+Every sample has a random stream of its own, made from the run's seed and what the sample is, so that
+what is drawn does not depend on which others share its batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .progress import Advance, silent
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The ids drawn, the end-of-turn one included; `finished` is False if the length ran out first."""
+
+    ids: list[int]
+    finished: bool
+
+    def text(self, tokenizer) -> str:
+        """The completion as a reader sees it, without its end-of-turn token."""
+        return tokenizer.decode(self.ids[:-1] if self.finished else self.ids, skip_special_tokens=True)
+
+
+def stream_key(seed: int, *which: int) -> mx.array:
+    """A random key for (seed, what is drawn): folded in one number after another."""
+    key = mx.random.key(seed)
+    for number in which:
+        key = mx.random.split(key, 2)[1] ^ mx.array([number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF], mx.uint32)
+    return key
+
+
+def _sampler(key: mx.array, temp: float, top_p: float, max_tokens: int) -> Callable[[mx.array], mx.array]:
+    from mlx_lm.sample_utils import apply_top_p
+
+    keys = iter(mx.random.split(key, max_tokens + 1))
+
+    def sample(logprobs: mx.array) -> mx.array:
+        if 0.0 < top_p < 1.0:
+            logprobs = apply_top_p(logprobs, top_p)
+        return mx.random.categorical(logprobs * (1 / temp), key=next(keys))
+
+    return sample
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    *,
+    eos_ids: Ids,
+    max_tokens: int,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    keys: Sequence[mx.array] | None = None,
+    batch_size: int = 32,
+    progress: Advance = silent,
+) -> list[Completion]:
+    """One completion a prompt, in the prompts' order: greedy at `temp` 0, else drawn with `keys`.
+
+    Raises:
+        ValueError: sampling without one key a prompt.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    if not prompts:
+        return []
+    if temp > 0 and (keys is None or len(keys) != len(prompts)):
+        raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
+    model.eval()  # LoRA's dropout would act while sampling
+    engine = BatchGenerator(
+        model,
+        stop_tokens=[[token] for token in eos_ids],
+        completion_batch_size=batch_size,
+        prefill_batch_size=batch_size,
+    )
+    samplers = [_sampler(key, temp, top_p, max_tokens) for key in keys] if temp > 0 and keys is not None else None
+    uids = engine.insert([list(p) for p in prompts], [max_tokens] * len(prompts), samplers=samplers)
+    place = {uid: i for i, uid in enumerate(uids)}
+    drawn: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    done = 0
+    while responses := engine.next_generated():
+        for r in responses:
+            drawn[place[r.uid]].append(r.token)
+            if r.finish_reason is not None:
+                finished[place[r.uid]] = r.finish_reason == "stop"
+                done += 1
+        progress(done, len(prompts))
+    engine.close()
+    return [Completion(ids, end) for ids, end in zip(drawn, finished, strict=True)]

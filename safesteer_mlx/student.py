@@ -1,0 +1,66 @@
+"""The student: LoRA (or DoRA, or all weights) on a view of the base, in mlx-lm's own layers and files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .progress import UserError
+from .recipe import TrainSettings
+from .residual import blocks, share
+
+
+def make_student(base: nn.Module, settings: TrainSettings, seed: int) -> nn.Module:
+    """A trainable view of `base`; before the first step it computes exactly what the base does.
+
+    Raises:
+        UserError: full fine-tuning of quantized weights, or more blocks than the model has.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    n_layers = len(blocks(base))
+    if settings.num_layers > n_layers:
+        raise UserError(f"num_layers = {settings.num_layers}, but the model has {n_layers} blocks; give at most that")
+    student = share(base)
+    student.freeze()
+    if settings.fine_tune_type == "full":
+        if any(hasattr(module, "bits") for _, module in student.named_modules()):
+            raise UserError("fine_tune_type = full cannot train quantized weights; use lora, or an unquantized model")
+        for block in blocks(student)[-max(settings.num_layers, 0) :]:
+            block.unfreeze()
+    else:
+        mx.random.seed(seed)  # LoRA's A is drawn from the global stream
+        parameters = settings.lora_parameters
+        linear_to_lora_layers(student, settings.num_layers, parameters, use_dora=settings.fine_tune_type == "dora")
+        if not tree_flatten(student.trainable_parameters()):
+            raise UserError(f"lora_parameters keys = {parameters.get('keys')} match no layer; leave keys out for all")
+    student.eval()
+    mx.eval(student.parameters())
+    return student
+
+
+def adapter_config(settings: TrainSettings, model: str, seed: int) -> dict[str, Any]:
+    """What mlx-lm reads back: fine_tune_type, num_layers and lora_parameters, and what made them."""
+    return {
+        "fine_tune_type": settings.fine_tune_type,
+        "learning_rate": settings.learning_rate,
+        "lora_parameters": settings.lora_parameters,
+        "model": model,
+        "num_layers": settings.num_layers,
+        "seed": seed,
+    }
+
+
+def save_adapters(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
+    """Write `adapters.safetensors` and `adapter_config.json` as mlx-lm does, each replaced in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(sorted(tree_flatten(student.trainable_parameters())))
+    part = folder / ".adapters.part.safetensors"
+    mx.save_safetensors(str(part), weights)
+    part.replace(folder / "adapters.safetensors")
+    text = json.dumps(dict(sorted(config.items())), indent=4)
+    (folder / ".adapter_config.part.json").write_text(text, encoding="utf-8")
+    (folder / ".adapter_config.part.json").replace(folder / "adapter_config.json")

@@ -1,0 +1,218 @@
+"""Stage 4: localized on-policy distillation (method page, 4), a generator of step metrics.
+
+    loss = mean over rollouts of (1/T_n) Σ_t m[n,t] D(πs, target)[n,t] on the safety tokens
+
+Every step the student answers prompts itself. On harmful prompts the target is the safety teacher; on
+the anchor's harmless prompts, a share of each batch, it is the base (ours: it ends over-refusal). The
+caller logs, saves and stops.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from .losses import kept_positions, sequence_mean, token_divergence
+from .recipe import LossSettings, TrainSettings
+from .residual import head, hidden_states, pad_right, take_positions
+from .rollout import generate, stream_key
+from .teacher import Teacher
+
+Ids = Sequence[int]
+
+
+class NotFiniteError(ValueError):
+    """A loss or gradient that is NaN or infinite; the step was not applied."""
+
+
+@dataclass(frozen=True)
+class TrainingPrompt:
+    """A prompt as the student reads it and as its target does; `harmful` says which target."""
+
+    ids: list[int]
+    target_ids: list[int]
+    harmful: bool
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step: losses by kind (NaN if absent), gradient norm before clipping, tokens trained on."""
+
+    step: int
+    steps: int
+    loss: float
+    harmful_loss: float
+    anchor_loss: float
+    student_mass: float  # Σ_S πs at the first answer position of harmful prompts, mean
+    target_mass: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    truncated: float  # share of rollouts that ran out of length
+
+
+def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:
+    """Harmful prompts in a batch; the anchor's harmless ones are the rest."""
+    return max(1, train.batch_size - round(loss.anchor * train.batch_size))
+
+
+def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) -> int:
+    """Optimizer steps of a run: `iters`, or as many as `epochs` passes over the harmful prompts take."""
+    if train.iters is not None:
+        return train.iters
+    return max(1, math.ceil(train.epochs * n_harmful / (harmful_per_batch(train, loss) * train.grad_accumulation_steps)))
+
+
+def schedule(step: int, steps: int, train: TrainSettings) -> float:
+    """The rate of a step counted from 0: linear warm-up that never starts at 0, then a cosine to 0."""
+    warm = math.ceil(train.warmup * steps) if steps > 1 else 0
+    if step < warm:
+        return train.learning_rate * (step + 1) / warm
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _passes(n: int, seed: int, which: int) -> Iterator[int]:
+    """Indices below n without end: one shuffled pass after another."""
+    epoch = 0
+    while True:
+        yield from np.random.default_rng([seed, which, epoch]).permutation(n).tolist()
+        epoch += 1
+
+
+def _logits(model: nn.Module, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> mx.array:
+    """Logits at the positions that predict the completions' tokens: (B, width, V), float32, padded."""
+    rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    positions = mx.array([[min(len(p) - 1 + t, len(r) - 1) for t in range(width)] for p, r in zip(prompts, rows, strict=True)])
+    return head(model)(take_positions(hidden_states(model, pad_right(rows)), positions)).astype(mx.float32)
+
+
+def divergence_options(loss: LossSettings, tokens: mx.array) -> dict[str, Any]:
+    """The arguments of `token_divergence` that the settings ask for."""
+    return {
+        "tokens": tokens if loss.subset == "safety" else None,
+        "top_k": loss.top_k if loss.subset == "top_k" else None,
+        "kind": loss.loss,
+        "mix": loss.mix if loss.loss == "mixture" else None,
+        "renormalize": loss.renormalize,
+    }
+
+
+def train(
+    student: nn.Module,
+    base: nn.Module,
+    teacher: Teacher,
+    tokens: mx.array,
+    harmful: Sequence[TrainingPrompt],
+    harmless: Sequence[TrainingPrompt],
+    settings: TrainSettings,
+    loss: LossSettings,
+    *,
+    eos_ids: Ids,
+    seed: int,
+    generation_batch_size: int = 32,
+    after_step: Callable[[int], tuple[Teacher, mx.array | None] | None] = lambda step: None,
+) -> Iterator[StepMetrics]:
+    """Train `student` in place, a step an iteration.
+
+    Args:
+        tokens: (K,) the safety tokens.
+        harmless: the anchor's prompts; unused when `loss.anchor` is 0.
+        after_step: called after each update; may return the teacher, and new tokens or None, for the steps that follow.
+
+    Raises:
+        NotFiniteError: the loss or its gradient is not finite; the student is as before the step.
+    """
+    steps = number_of_steps(len(harmful), settings, loss)
+    per_batch = harmful_per_batch(settings, loss)
+    anchors = settings.batch_size - per_batch if loss.anchor and harmless else 0
+    order_h, order_b = _passes(len(harmful), seed, 0), _passes(max(1, len(harmless)), seed, 1)
+    optimizer = optim.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+    options = divergence_options(loss, tokens)
+
+    def objective(model, batch, completions, targets, weight):
+        width = targets.shape[1]
+        mask = mx.array([[float(t < len(c)) for t in range(width)] for c in completions])
+        logits = _logits(model, [p.ids for p in batch], completions, width) / settings.temp
+        values = token_divergence(logits, targets, **options)
+        rows = sequence_mean(values, kept_positions(mask, loss.skip, loss.keep))
+        first = mx.stack([mx.softmax(z[:, 0], axis=-1)[:, tokens].sum(-1) for z in (logits, targets)])
+        return rows.sum() * weight, (rows, first)
+
+    loss_and_grad = nn.value_and_grad(student, objective)
+    for step in range(steps):
+        drawn = [
+            prompt
+            for _ in range(settings.grad_accumulation_steps)
+            for prompt in (
+                *(harmful[next(order_h)] for _ in range(per_batch)),
+                *(harmless[next(order_b)] for _ in range(anchors)),
+            )
+        ]
+        batch = [prompt for prompt in drawn for _ in range(settings.samples)]
+        rollouts = generate(
+            student,
+            [p.ids for p in batch],
+            eos_ids=eos_ids,
+            max_tokens=settings.max_tokens,
+            temp=settings.temp,
+            top_p=settings.top_p,
+            keys=[stream_key(seed, 1, step, i) for i in range(len(batch))],
+            batch_size=generation_batch_size,
+        )
+        student.train()
+        # Rows of like length and target share a pass; the order changes no mathematics.
+        order = sorted(range(len(batch)), key=lambda i: (batch[i].harmful, len(batch[i].ids) + len(rollouts[i].ids), i))
+        grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
+        for kind in (True, False):
+            of_kind = [i for i in order if batch[i].harmful is kind]
+            for start in range(0, len(of_kind), settings.micro_batch_size):
+                index = of_kind[start : start + settings.micro_batch_size]
+                part, done = [batch[i] for i in index], [rollouts[i].ids for i in index]
+                width = max(map(len, done))
+                source = teacher.model if kind else base
+                targets = _logits(source, [p.target_ids for p in part], done, width) / settings.temp
+                (_, (rows, first)), grad = loss_and_grad(student, part, done, mx.stop_gradient(targets), 1 / len(batch))
+                grads = grad if grads is None else tree_map(mx.add, grads, grad)
+                mx.eval(rows, first, grads)  # frees this micro-batch's graph before the next is built
+                losses[index], masses[:, index] = np.array(rows), np.array(first)
+        student.eval()
+        grads, norm = optim.clip_grad_norm(grads, settings.max_grad_norm)
+        if not (np.isfinite(losses).all() and math.isfinite(norm.item())):
+            worst = int(np.argmax(~np.isfinite(losses)))
+            raise NotFiniteError(
+                f"loss or gradient is not finite at step {step + 1} (prompt {worst} of its batch); the step was not "
+                f"applied; lower the learning rate (now {settings.learning_rate:g})"
+            )
+        optimizer.learning_rate = schedule(step, steps, settings)
+        optimizer.update(student, grads)
+        mx.eval(student.trainable_parameters(), optimizer.state)
+        is_harmful = np.array([p.harmful for p in batch])
+        yield StepMetrics(
+            step + 1,
+            steps,
+            float(losses.mean()),
+            float(losses[is_harmful].mean()),
+            float(losses[~is_harmful].mean()) if anchors else math.nan,
+            float(masses[0, is_harmful].mean()),
+            float(masses[1, is_harmful].mean()),
+            norm.item(),
+            schedule(step, steps, settings),
+            sum(len(r.ids) for r in rollouts),
+            float(np.mean([not r.finished for r in rollouts])),
+        )
+        if (changed := after_step(step + 1)) is not None:
+            teacher, found = changed
+            tokens = tokens if found is None else found
+            options = divergence_options(loss, tokens)
+
+
+def trained_change(student: nn.Module, before: dict[str, mx.array]) -> float:
+    """The largest change of any trained weight since `before`."""
+    now = dict(tree_flatten(student.trainable_parameters()))
+    return max(mx.abs(now[name] - value).max().item() for name, value in before.items())
