@@ -102,7 +102,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
                 if m.step == 1 and trained_change(student, before) == 0:
                     raise UserError("the first step moved no weight; raise --learning-rate or check lora_parameters")
                 if m.step % recipe.train.steps_per_report == 0 or m.step == m.steps:
-                    screen.line(f"step {m.step} of {m.steps}: {note}, gradient {m.grad_norm:.2f}")
+                    screen.line(f"step {m.step} of {m.steps}: {note}, gradient {m.grad_norm:.2g}")
                 if m.step % recipe.train.save_every == 0:
                     save_adapters(folder, student, config)
         except KeyboardInterrupt:
@@ -116,7 +116,11 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
 
     # Before and after, on prompts that no stage has seen.
     n = run.test_prompts
-    kinds = {"harmful": sets.harmful_test[:n], "harmless": sets.harmless_test[:n], "borderline": sets.borderline_test[:n]}
+    kinds = {
+        "harmful": sets.harmful_test[:n],
+        "harmless": sets.harmless_test[:n],
+        "borderline": sets.borderline_test[:n],
+    }
     test = make_test_set(base.model, tokenizer, kinds, sets.capability_test, base.eos_ids)
     scores = {}
     for name, model in (("base", base.model), ("teacher", teacher.model), ("student", student)):
@@ -137,7 +141,9 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     record.json("manifest.json", _manifest(base, folder))
     record.json("timing.json", {"seconds": round(time.time() - started, 1)})
     _show(scores, screen)
-    screen.line(f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}")
+    screen.line(
+        f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
+    )
     return folder
 
 
@@ -215,7 +221,11 @@ def _find_direction(
     from . import direction as stage
 
     s = recipe.direction
-    limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
+    limits = {
+        "kl_threshold": s.kl_threshold,
+        "steering_threshold": s.steering_threshold,
+        "prune_last": s.prune_last,
+    }
 
     def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
         h, b = stage.keep_answered_as_meant(model, harmful, harmless, refusal_ids)
@@ -229,7 +239,9 @@ def _find_direction(
     if recipe.teacher.teacher == "system_prompt":
         return stage.no_direction(model), kept(rendered.harmful_scoring, rendered.harmless_scoring)[1]
     with screen.stage("finding the refusal direction") as advance:
-        candidates = stage.mean_differences(model, *kept(rendered.harmful_direction, rendered.harmless_direction), n_eoi)
+        candidates = stage.mean_differences(
+            model, *kept(rendered.harmful_direction, rendered.harmless_direction), n_eoi
+        )
         harmful, harmless = kept(rendered.harmful_scoring, rendered.harmless_scoring)
         scores = stage.score_candidates(
             model, candidates, harmful, harmless, refusal_ids, exhaustive=False, **limits, progress=advance
@@ -356,7 +368,10 @@ def _training_prompts(
 
     limit = recipe.train.max_seq_length
     found: tuple[list[Any], list[Any]] = ([], [])
-    for harmful, items, into in ((True, sets.harmful_train, found[0]), (False, sets.harmless_train, found[1])):
+    for harmful, items, into in (
+        (True, sets.harmful_train, found[0]),
+        (False, sets.harmless_train, found[1]),
+    ):
         for item in items:
             ids = render(tokenizer, item.text)
             seen = render(tokenizer, item.text, teacher.system_prompt) if harmful and teacher.system_prompt else ids
@@ -408,7 +423,9 @@ def _moving_teacher(
     return after_step
 
 
-def _direction_record(direction: "Direction", openers: dict[str, int], coeff: float, curve: Sequence[Any]) -> dict[str, Any]:
+def _direction_record(
+    direction: "Direction", openers: dict[str, int], coeff: float, curve: Sequence[Any]
+) -> dict[str, Any]:
     import numpy as np
 
     return {

@@ -98,9 +98,7 @@ def _refusal_score(logits: mx.array, refusal_ids: Ids) -> mx.array:
     normaliser = mx.logsumexp(logits, axis=-1)
     ids = mx.array(list(refusal_ids))
     refusing = mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - normaliser)
-    others = mx.put_along_axis(
-        logits, mx.broadcast_to(ids, (len(logits), ids.size)), mx.array(-mx.inf), axis=-1
-    )
+    others = mx.put_along_axis(logits, mx.broadcast_to(ids, (len(logits), ids.size)), mx.array(-mx.inf), axis=-1)
     other = mx.exp(mx.logsumexp(others, axis=-1) - normaliser)
     return mx.log(refusing + 1e-8) - mx.log(other + 1e-8)
 
@@ -160,9 +158,7 @@ def score_candidates(
         without = ablate(model, vector)
         scores.ablation_kl[p, layer] = _over_prompts(
             harmless,
-            lambda rows, without=without: _kl(
-                mx.stack([base[tuple(row)] for row in rows]), last_logits(without, rows)
-            ),
+            lambda rows, without=without: _kl(mx.stack([base[tuple(row)] for row in rows]), last_logits(without, rows)),
         ).mean()
         if not exhaustive and _fails(scores.ablation_kl[p, layer], kl_threshold, at_least=False):
             continue

@@ -56,7 +56,13 @@ class TestSet:
     drift_answers: list[list[int]]
 
 
-def make_test_set(base: nn.Module, tokenizer: Any, kinds: dict[str, list[Instruction]], capability: list[Instruction], eos_ids: Ids) -> TestSet:
+def make_test_set(
+    base: nn.Module,
+    tokenizer: Any,
+    kinds: dict[str, list[Instruction]],
+    capability: list[Instruction],
+    eos_ids: Ids,
+) -> TestSet:
     """The held-out prompts; the base answers some harmless ones."""
     harmless = render_all(tokenizer, kinds["harmless"][:DRIFT_PROMPTS])
     answers = generate(base, harmless, eos_ids=eos_ids, max_tokens=ANSWER_TOKENS)

@@ -121,10 +121,14 @@ def load(name: str, trust_remote_code: bool = False) -> Loaded:
             path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
         )
     except FileNotFoundError:
-        raise UserError(f"{path} holds no model*.safetensors; fetch the weights or convert them with mlx_lm.convert") from None
+        raise UserError(
+            f"{path} holds no model*.safetensors; fetch the weights or convert them with mlx_lm.convert"
+        ) from None
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model {name} cannot be loaded: {first[:200]}; is it a text model that mlx-lm supports?") from None
+        raise UserError(
+            f"model {name} cannot be loaded: {first[:200]}; is it a text model that mlx-lm supports?"
+        ) from None
     if not tokenizer.has_chat_template:
         raise UserError(f"model {name} has no chat template; SafeSteer aligns chat models, choose its instruct version")
     if not tokenizer.eos_token_ids:

@@ -144,6 +144,12 @@ def distillation_loss(
         A float32 scalar.
     """
     values = token_divergence(
-        student_logits, teacher_logits, tokens=tokens, top_k=top_k, kind=kind, mix=mix, renormalize=renormalize
+        student_logits,
+        teacher_logits,
+        tokens=tokens,
+        top_k=top_k,
+        kind=kind,
+        mix=mix,
+        renormalize=renormalize,
     )
     return sequence_mean(values, kept_positions(mask, skip, keep)).mean()

@@ -44,9 +44,7 @@ class PromptSets:
 
 def load_prompt_sets(folder: Path) -> PromptSets:
     """The sets of a folder that holds one JSONL file a set, named after it."""
-    return PromptSets(
-        **{name: load_instructions(folder / f"{name}.jsonl") for name in PromptSets.__dataclass_fields__}
-    )
+    return PromptSets(**{name: load_instructions(folder / f"{name}.jsonl") for name in PromptSets.__dataclass_fields__})
 
 
 def _instruction(item: Any, where: str) -> Instruction:

@@ -62,10 +62,13 @@ class TeacherSettings:
     coeff_refusal: float = _setting(0.95, "share of answered harmful prompts auto wants refused", least=0, most=1)
     coeff_broken: float = _setting(0.05, "share of broken answers at which auto stops", least=0, most=1)
     system_prompt: str = _setting(
-        "You are a careful assistant. Refuse harmful requests.", "the system prompt of the system_prompt teacher"
+        "You are a careful assistant. Refuse harmful requests.",
+        "the system prompt of the system_prompt teacher",
     )
     mixup: float = _setting(0.01, "share of the student that the ema teacher takes each step", least=0, most=1)
-    refresh_every: int = _setting(0, "steps after which the ema teacher finds direction and tokens anew; 0 never", least=0)
+    refresh_every: int = _setting(
+        0, "steps after which the ema teacher finds direction and tokens anew; 0 never", least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def _all_fields() -> dict[str, Any]:
 
 
 def nearest(name: str, known: Any) -> str:
-    """"; did you mean X?" or an empty text."""
+    """ "; did you mean X?" or an empty text."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -229,10 +232,12 @@ def _checked(name: str, value: Any, where: str) -> Any:
         value = {"rank": 8, "scale": 2.0, "dropout": 0.0} | value
         for key in value:
             if key not in ("rank", "scale", "dropout", "keys"):
-                raise UserError(f"{where} lora_parameters has no {key!r}{nearest(key, ('rank', 'scale', 'dropout', 'keys'))}")
+                raise UserError(
+                    f"{where} lora_parameters has no {key!r}{nearest(key, ('rank', 'scale', 'dropout', 'keys'))}"
+                )
         if not isinstance(value["rank"], int) or value["rank"] < 1:
             raise UserError(f"{where} lora_parameters rank = {value['rank']!r} must be a whole number of at least 1")
-    if name == "coeff_grid" and not all(isinstance(c, (int, float)) and c > 0 for c in value):
+    if name == "coeff_grid" and not (value and all(isinstance(c, (int, float)) and c > 0 for c in list(value))):
         raise UserError(f"{said} must be a list of numbers above 0")
     return value
 
@@ -248,7 +253,9 @@ def _merge(into: dict[str, Any], source: Mapping[str, Any], where: str) -> None:
     known = _all_fields()
     for key, value in source.items():
         if key not in known:
-            raise UserError(f"{where} has an unknown key {key!r}{nearest(str(key), known) or '; see --help for all keys'}")
+            raise UserError(
+                f"{where} has an unknown key {key!r}{nearest(str(key), known) or '; see --help for all keys'}"
+            )
         into[key] = _checked(key, value, where)
 
 
@@ -266,7 +273,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"configuration {path} cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"configuration {path} is not YAML{f' (line {mark.line + 1})' if mark else ''}; mend it") from None
+        raise UserError(
+            f"configuration {path} is not YAML{f' (line {mark.line + 1})' if mark else ''}; mend it"
+        ) from None
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -285,7 +294,10 @@ def model_recipe(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]
 
 
 def resolve(
-    config: Mapping[str, Any], flags: Mapping[str, Any], preset: str | None = None, yaml_file: Path | None = None
+    config: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    preset: str | None = None,
+    yaml_file: Path | None = None,
 ) -> tuple[Recipe, str | None]:
     """The recipe of a run, and the name of the model recipe it used.
 
@@ -352,7 +364,9 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
             group.add_argument(flag, help=f"{text} (default: {default})", metavar=meta, **words)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(f"unknown flag or second model {unknown[0]}{nearest(unknown[0].split('=')[0], known) or '; see --help'}")
+        raise UserError(
+            f"unknown flag or second model {unknown[0]}{nearest(unknown[0].split('=')[0], known) or '; see --help'}"
+        )
     flags = vars(given)
     preset, config = flags.pop("preset", None), flags.pop("config", None)
     if (model := flags.pop("positional_model", None)) is not None:

@@ -64,11 +64,7 @@ def _override(module: nn.Module, prefix: str, call: Callable) -> None:
     module.__class__ = type(
         prefix + cls.__name__,
         (cls,),
-        {
-            "__call__": lambda self, *args, **kwargs: call(
-                lambda *a, **k: cls.__call__(self, *a, **k), *args, **kwargs
-            )
-        },
+        {"__call__": lambda self, *args, **kwargs: call(lambda *a, **k: cls.__call__(self, *a, **k), *args, **kwargs)},
     )
 
 

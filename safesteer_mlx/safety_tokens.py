@@ -9,7 +9,7 @@ Never selectable are special tokens and tokens whose mean steered probability is
 Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -93,7 +93,10 @@ def contrast_tokens(
         """log π0, log πt (C, V) and the flat indices (C,) of the positions they belong to."""
         for start in range(0, len(keep), LOGIT_ROWS):
             index = keep[start : start + LOGIT_ROWS]
-            logits = [h(x[:, mx.array(index)])[0].astype(mx.float32) for h, x in zip((base_head, teacher_head), rows, strict=True)]
+            logits = [
+                h(x[:, mx.array(index)])[0].astype(mx.float32)
+                for h, x in zip((base_head, teacher_head), rows, strict=True)
+            ]
             yield (*(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in logits), index)
 
     real = np.flatnonzero((np.arange(horizon) < lengths[:, None]).reshape(-1))
@@ -104,7 +107,9 @@ def contrast_tokens(
     before_end = ~np.maximum.accumulate(ends.reshape(n, horizon), axis=1)
     keep = np.intersect1d(real, np.flatnonzero(before_end.reshape(-1)))
     if not len(keep):
-        raise ValueError(f"the base ends its turn at the first position of all {n} continuations; nothing is left to score")
+        raise ValueError(
+            f"the base ends its turn at the first position of all {n} continuations; nothing is left to score"
+        )
 
     base_prob = teacher_prob = delta = 0.0
     for log_base, log_teacher, _ in chunks(keep):

@@ -66,7 +66,10 @@ def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) ->
     """Optimizer steps of a run: `iters`, or as many as `epochs` passes over the harmful prompts take."""
     if train.iters is not None:
         return train.iters
-    return max(1, math.ceil(train.epochs * n_harmful / (harmful_per_batch(train, loss) * train.grad_accumulation_steps)))
+    return max(
+        1,
+        math.ceil(train.epochs * n_harmful / (harmful_per_batch(train, loss) * train.grad_accumulation_steps)),
+    )
 
 
 def schedule(step: int, steps: int, train: TrainSettings) -> float:
@@ -88,7 +91,9 @@ def _passes(n: int, seed: int, which: int) -> Iterator[int]:
 def _logits(model: nn.Module, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> mx.array:
     """Logits at the positions that predict the completions' tokens: (B, width, V), float32, padded."""
     rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    positions = mx.array([[min(len(p) - 1 + t, len(r) - 1) for t in range(width)] for p, r in zip(prompts, rows, strict=True)])
+    positions = mx.array(
+        [[min(len(p) - 1 + t, len(r) - 1) for t in range(width)] for p, r in zip(prompts, rows, strict=True)]
+    )
     return head(model)(take_positions(hidden_states(model, pad_right(rows)), positions)).astype(mx.float32)
 
 

@@ -170,10 +170,7 @@ def test_versions_agree():
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"].values()
-    return [
-        Requirement(text)
-        for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]
-    ]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]]
 
 
 def pins() -> dict[str, Requirement]:
@@ -393,9 +390,7 @@ def test_scripts_say_in_a_sentence_what_is_missing(checkout, only_on_path, scrip
 
 def test_scripts_refuse_a_wrong_safesteer_python(checkout, only_on_path):
     env = only_on_path() | {"SAFESTEER_PYTHON": "/no/such/python"}
-    done = subprocess.run(
-        ["/bin/sh", checkout / "scripts" / "align"], env=env, capture_output=True, text=True
-    )
+    done = subprocess.run(["/bin/sh", checkout / "scripts" / "align"], env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert "/no/such/python" in done.stderr and done.stderr.count("\n") == 1
 
@@ -405,9 +400,7 @@ def test_scripts_pass_every_argument_on_and_add_little_time(setup_venv, checkout
     python = checkout / ".venv" / "bin" / "python"
     python.unlink()
     # the check is left to the real Python; what would run is printed instead
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *--check*) exec "{sys.executable}" "$@";; esac\nprintf "<%s>" "$@"\n'
-    )
+    python.write_text(f'#!/bin/sh\ncase "$*" in *--check*) exec "{sys.executable}" "$@";; esac\nprintf "<%s>" "$@"\n')
     python.chmod(0o755)
     arguments = ["a b", "", "*", "--flag='x'"]
     for script, module in (("align", "safesteer_mlx.align"), ("test", "pytest")):
