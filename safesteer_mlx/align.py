@@ -45,7 +45,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from .evaluate import evaluate, make_test_set
+    from .evaluate import evaluate, first_of_each, make_test_set
     from .prompts import end_of_instruction
     from .runfolder import RunFolder, check_output
     from .student import adapter_config, make_student, save_adapters
@@ -57,7 +57,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     sets = _prompt_sets(recipe)
     n_eoi = len(end_of_instruction(tokenizer))
     rendered = _render(recipe, sets, tokenizer, n_eoi)
-    student = make_student(base.model, recipe.train, run.seed)
+    student = make_student(base.model, recipe.train, run.seed, base.quantized)
 
     # 1. The refusal direction: mean activations on harmful minus harmless instructions.
     openers = _find_openers(recipe, base, rendered, screen)
@@ -116,12 +116,8 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
 
     # Before and after, on prompts that no stage has seen.
     n = run.test_prompts
-    kinds = {
-        "harmful": sets.harmful_test[:n],
-        "harmless": sets.harmless_test[:n],
-        "borderline": sets.borderline_test[:n],
-    }
-    test = make_test_set(base.model, tokenizer, kinds, sets.capability_test, base.eos_ids)
+    kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
+    test = make_test_set(base.model, tokenizer, kinds, first_of_each(sets.capability_test, n), base.eos_ids)
     scores = {}
     for name, model in (("base", base.model), ("teacher", teacher.model), ("student", student)):
         with screen.stage(f"scoring the {name}") as advance:

@@ -56,6 +56,17 @@ class TestSet:
     drift_answers: list[list[int]]
 
 
+def first_of_each(items: Sequence[Instruction], n: int) -> list[Instruction]:
+    """The first `n` of each category, in order."""
+    seen: dict[str, int] = {}
+    kept = []
+    for item in items:
+        seen[item.category] = seen.get(item.category, 0) + 1
+        if seen[item.category] <= n:
+            kept.append(item)
+    return kept
+
+
 def make_test_set(
     base: nn.Module,
     tokenizer: Any,

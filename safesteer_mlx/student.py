@@ -13,8 +13,10 @@ from .recipe import TrainSettings
 from .residual import blocks, share
 
 
-def make_student(base: nn.Module, settings: TrainSettings, seed: int) -> nn.Module:
+def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized: bool = False) -> nn.Module:
     """A trainable view of `base`; before the first step it computes exactly what the base does.
+
+    `quantized` says that the weights on disk are, even where the base is computed on dequantized ones.
 
     Raises:
         UserError: full fine-tuning of quantized weights, or more blocks than the model has.
@@ -27,7 +29,7 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int) -> nn.Modu
     student = share(base)
     student.freeze()
     if settings.fine_tune_type == "full":
-        if any(hasattr(module, "bits") for _, module in student.named_modules()):
+        if quantized or any(hasattr(module, "bits") for _, module in student.named_modules()):
             raise UserError("fine_tune_type = full cannot train quantized weights; use lora, or an unquantized model")
         for block in blocks(student)[-max(settings.num_layers, 0) :]:
             block.unfreeze()

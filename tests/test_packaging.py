@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # The least that ends in adapters: adjust here when the flags of `align` change.
-SHORTEST_RUN = ("--epochs", "1", "--max-steps", "2", "--seed", "0")
+SHORTEST_RUN = ("--iters", "1", "--test-prompts", "4", "--coeff", "0.7", "--token-samples", "1")
 
 
 def run(*command: object, **settings) -> subprocess.CompletedProcess:

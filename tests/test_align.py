@@ -1,0 +1,233 @@
+"""The whole method on the bundled model, as a user runs it: what is written, repeated, and refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from safesteer_mlx.align import main
+from safesteer_mlx.recipe import MODELS
+
+TINY = MODELS / "tiny-chat"
+SHORT = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--direction-validation", "32"]
+SHORT += ["--token-samples", "2", "--coeff", "0.7"]
+
+
+def aligned(folder: Path, *flags: str) -> Path:
+    assert main(["--adapter-path", str(folder), *SHORT, *flags]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return aligned(tmp_path_factory.mktemp("run") / "adapters")
+
+
+def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
+    assert {p.name for p in finished.iterdir()} == {"adapters.safetensors", "adapter_config.json", "run"}
+    record = {p.name for p in (finished / "run").iterdir()}
+    assert record >= {"recipe.yaml", "direction.json", "tokens.json", "metrics.jsonl", "before_after.json"}
+    assert (finished / "run").stat().st_mode & 0o777 == 0o700
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (finished / "run").iterdir())
+    lines = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
+    again = aligned(tmp_path / "adapters")
+    for name in ("adapters.safetensors", "run/direction.json", "run/tokens.json", "run/metrics.jsonl"):
+        assert (finished / name).read_bytes() == (again / name).read_bytes(), name
+    assert (finished / "run/before_after.json").read_bytes() == (again / "run/before_after.json").read_bytes()
+
+
+def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finished):
+    from mlx_lm import load
+
+    from safesteer_mlx.evaluate import ANSWER_TOKENS
+    from safesteer_mlx.judge import is_refusal
+    from safesteer_mlx.prompts import load_instructions, render_all
+    from safesteer_mlx.rollout import generate
+
+    model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
+    prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:4])
+    answers = generate(model, prompts, eos_ids=sorted(tokenizer.eos_token_ids), max_tokens=ANSWER_TOKENS)
+    scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["refusals"]["harmful"]
+    assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["count"]
+
+
+def test_the_student_moved_and_the_teacher_refuses_more_than_the_base(finished, tmp_path):
+    scores = json.loads((finished / "run" / "before_after.json").read_text())
+    assert scores["base"]["drift"] == 0
+    assert 0 < scores["student"]["drift"] < scores["teacher"]["drift"]
+    refused = {name: s["refusals"]["harmful"]["sampled"]["count"] for name, s in scores.items()}
+    assert refused["teacher"] > refused["base"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss", "reverse_kl", "--anchor", "0"],
+        ["--loss", "reverse_kl", "--renormalize", "--skip", "1", "--keep", "6"],
+        ["--loss", "forward_kl", "--subset", "top_k", "--top-k", "20"],
+        ["--loss", "mixture", "--mix", "0.3", "--subset", "full"],
+        ["--token-method", "mean", "--horizon", "1"],
+        ["--teacher", "system_prompt"],
+        ["--teacher", "ema", "--mixup", "0.5", "--refresh-every", "1"],
+        ["--fine-tune-type", "dora", "--num-layers", "4"],
+        ["--preset", "paper", "--batch-size", "2", "--samples", "2"],
+        ["--grad-accumulation-steps", "2", "--batch-size", "4"],
+    ],
+    ids=" ".join,
+)
+def test_every_variant_runs_to_the_end(flags, tmp_path):
+    folder = aligned(tmp_path / "adapters", *flags)
+    assert (folder / "adapters.safetensors").stat().st_size > 0
+
+
+def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_the_curve(tmp_path):
+    folder = aligned(tmp_path / "adapters", "--coeff", "auto")
+    found = json.loads((folder / "run" / "direction.json").read_text())
+    curve = {trial["coeff"]: trial for trial in found["coefficient_curve"]}
+    chosen = curve[found["coeff"]]
+    assert chosen["harmful_refused"] >= 0.95 and chosen["broken"] <= 0.05
+    assert all(t["harmful_refused"] < 0.95 for c, t in curve.items() if c < found["coeff"])
+
+
+def test_help_is_quick_to_import():
+    code = "import sys, safesteer_mlx.align as a; sys.exit(any(m in sys.modules for m in ('mlx', 'numpy', 'rich')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+BAD = {
+    "no model folder": (["./nowhere"], "nowhere"),
+    "not a Hub id": (["a b c/d e"], "a b c/d e"),
+    "unknown flag": (["--learning-rat", "1"], "--learning-rate"),
+    "rate zero": (["--learning-rate", "0"], "learning_rate"),
+    "rate negative": (["--learning-rate", "-1"], "learning_rate"),
+    "rate not a number": (["--learning-rate", "fast"], "fast"),
+    "rate NaN": (["--learning-rate", "nan"], "finite"),
+    "epochs zero": (["--epochs", "0"], "epochs"),
+    "iters zero": (["--iters", "0"], "iters"),
+    "iters not whole": (["--iters", "1.5"], "iters"),
+    "batch size zero": (["--batch-size", "0"], "batch_size"),
+    "unknown loss": (["--loss", "reverse_lk"], "reverse_kl"),
+    "unknown teacher": (["--teacher", "steeer"], "steer"),
+    "unknown preset": (["--preset", "papers"], "paper"),
+    "anchor too large": (["--anchor", "1.5"], "anchor"),
+    "coefficient in words": (["--coeff", "strong"], "coeff"),
+    "two models": (["one", "--model", "two"], "two models"),
+    "no configuration": (["-c", "nowhere.yaml"], "nowhere.yaml"),
+    "rank zero": (["--lora-parameters", "{rank: 0}"], "rank"),
+    "unknown LoRA key": (["--lora-parameters", "{alpha: 2}"], "alpha"),
+    "more blocks than there are": (["--num-layers", "9"], "8 blocks"),
+    "full on quantized weights": (["--fine-tune-type", "full"], "full"),
+    "no data file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "more prompts than there are": (["--direction-train", "9999"], "9999"),
+    "no direction passes": (["--steering-threshold", "50"], "--steering-threshold"),
+}
+
+
+def refused(capsys, argv: list[str]) -> str:
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_sentence_and_writes_nothing(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv, expected = BAD[name]
+    assert expected in refused(capsys, argv)
+    assert not list(tmp_path.iterdir())
+
+
+FILES = {
+    "empty.jsonl": ("", "no prompts"),
+    "bad.jsonl": ('{"instruction": "fine"}\n{"instruction": \n', "line 2"),
+    "keyless.jsonl": ('{"question": "what"}\n', "line 1"),
+    "list.json": ('{"instruction": "not a list"}', "list"),
+    "broken.json": ("[\n\n,]", "line 3"),
+    "blank.txt": ("\n \n", "no prompts"),
+    "prompts.csv": ("a,b\n", ".csv"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_data_file_is_named_with_its_line(name, tmp_path, capsys):
+    text, expected = FILES[name]
+    (tmp_path / name).write_text(text)
+    said = refused(capsys, ["--data", str(tmp_path / name), "--adapter-path", str(tmp_path / "out")])
+    assert expected in said and name in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "thesis.txt" in refused(capsys, ["--adapter-path", str(tmp_path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_models_without_what_a_chat_needs_are_refused(tmp_path, capsys):
+    import shutil
+
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(capsys, [str(tmp_path / "empty"), "--adapter-path", str(tmp_path / "out")])
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("data"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    assert "chat template" in refused(capsys, [str(model), "--adapter-path", str(tmp_path / "out")])
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_file": "run_me.py"}))
+    (model / "run_me.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert "run_me.py" in refused(capsys, [str(model), "--adapter-path", str(tmp_path / "out")])
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_yaml_keys_are_flag_names_and_flags_win(tmp_path, capsys):
+    from safesteer_mlx.recipe import parse, resolve
+
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1e-5\nnum_layers: 4\nlora_parameters: {rank: 4}\n")
+    flags, preset, path = parse(["-c", str(file), "--num-layers", "2"])
+    recipe, _ = resolve({}, flags, preset, path)
+    assert recipe.train.learning_rate == 1e-5 and recipe.train.num_layers == 2
+    assert recipe.train.lora_parameters == {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    file.write_text("learnin_rate: 1e-5\n")
+    assert "learning_rate" in refused(capsys, ["-c", str(file), "--adapter-path", str(tmp_path / "out")])
+    recipe, name = resolve(json.loads((TINY / "config.json").read_text()), {}, "paper")
+    assert name == "tiny-chat" and recipe.loss.loss == "reverse_kl" and recipe.loss.anchor == 0
+
+
+def test_data_takes_every_format(tmp_path):
+    from safesteer_mlx.prompts import load_instructions
+
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.json").write_text('[{"instruction": "one", "category": "c"}, "two"]')
+    (tmp_path / "train.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "one"}]}\n{"prompt": "two", "completion": "x"}\n{"text": "three"}\n'
+    )
+    found = [[i.text for i in load_instructions(tmp_path / p)] for p in ("a.txt", "b.json", ".")]
+    assert found == [["one", "two"], ["one", "two"], ["one", "two", "three"]]
+
+
+def test_interrupting_keeps_the_adapters_so_far(tmp_path, monkeypatch, capsys):
+    import safesteer_mlx.train as stage
+
+    whole = stage.train
+
+    def stops(*args, **kwargs):
+        yield next(whole(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "train", stops)
+    folder = tmp_path / "adapters"
+    assert main(["--adapter-path", str(folder), *SHORT]) == 130
+    assert "interrupted after 1 of 2 steps" in capsys.readouterr().out.replace("\n", " ")
+    assert (folder / "adapters.safetensors").stat().st_size > 0
