@@ -135,20 +135,28 @@ def score_candidates(
 ) -> CandidateScores:
     """Score candidate directions (P, L, D) on validation prompts.
 
-    `exhaustive` measures everything. Otherwise candidates in pruned blocks and of length zero are left
-    out, and ablation is measured only where steering passed, its refusal only where its KL passed too.
+    `exhaustive` measures everything. Otherwise candidates in pruned blocks and of length zero are not
+    run, and ablation is measured only where steering passed, its refusal only where its KL passed too.
 
     Returns:
         `ablation_kl`, `ablation_refusal`, `steering_refusal`, each (P, L), NaN where not measured.
     """
     n_pos, n_layers, _ = candidates.shape
     scores = CandidateScores(*(np.full((n_pos, n_layers), np.nan) for _ in range(3)))
+    base = {tuple(row): logits for row, logits in _base_logits(model, harmless)}
     wanted = [(p, layer) for layer in range(n_layers) for p in range(n_pos)]
     if not exhaustive:
-        last = pruned_from(n_layers, prune_last)
-        # A zero vector changes nothing: steering by it can never pass a test that the base fails.
-        wanted = [(p, layer) for p, layer in wanted if layer < last and np.abs(candidates[p, layer]).max() > 0]
-    base = {tuple(row): logits for row, logits in _base_logits(model, harmless)}
+        wanted = [(p, layer) for p, layer in wanted if layer < pruned_from(n_layers, prune_last)]
+        zero = [c for c in wanted if not candidates[c].any()]
+        if zero:  # a zero vector changes nothing, so its scores are the base's own
+            index = tuple(np.array(zero).T)
+            steered = _over_prompts(
+                harmless, lambda rows: _refusal_score(mx.stack([base[tuple(row)] for row in rows]), refusal_ids)
+            )
+            scores.steering_refusal[index] = steered.mean()
+            scores.ablation_kl[index] = 0.0
+            scores.ablation_refusal[index] = refusal_scores(model, harmful, refusal_ids).mean()
+            wanted = [c for c in wanted if c not in zero]
     for done, (p, layer) in enumerate(wanted):
         progress(done, len(wanted))
         vector = mx.array(candidates[p, layer].astype(np.float32))
@@ -197,12 +205,15 @@ def failed_tests(
     failed = []
     if layer >= pruned_from(scores.ablation_kl.shape[1], prune_last):
         failed.append(f"block {layer} is in the last {prune_last:.0%}")
-    if _fails(scores.steering_refusal[p], steering_threshold, at_least=True):
-        failed.append(f"refusal when steered {scores.steering_refusal[p]:+.2f} < {steering_threshold:g}")
-    if _fails(scores.ablation_kl[p], kl_threshold, at_least=False):
-        failed.append(f"KL when ablated {scores.ablation_kl[p]:.3f} > {kl_threshold:g}")
-    if np.isnan(scores.ablation_refusal[p]) and not failed:
-        failed.append("a score is not a number")
+    for name, score, threshold, at_least in (
+        ("refusal when steered", scores.steering_refusal[p], steering_threshold, True),
+        ("KL when ablated", scores.ablation_kl[p], kl_threshold, False),
+        ("refusal when ablated", scores.ablation_refusal[p], None, False),
+    ):
+        if np.isnan(score):
+            failed.append(f"{name} was not measured or is not a number")
+        elif _fails(score, threshold, at_least):
+            failed.append(f"{name} {score:+.3f} {'<' if at_least else '>'} {threshold:g}")
     return failed
 
 
@@ -226,7 +237,6 @@ def choose_direction(
         for p in range(n_pos)
         for layer in range(n_layers)
         if not failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
-        and not np.isnan(scores.ablation_refusal[p, layer])
     ]
     if not allowed:
         raise NoDirectionError(f"none of the {n_pos * n_layers} candidate directions passes all tests", scores)
