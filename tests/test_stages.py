@@ -98,7 +98,7 @@ def test_choice_is_the_brute_force_one(flat, kl_threshold, steering_threshold, p
 def test_nearest_candidates_come_nearest_first():
     scores = CandidateScores(np.array([[0.2, 5.0, 0.0]]), np.zeros((1, 3)), np.array([[1.0, 1.0, -9.0]]))
     near = nearest_candidates(scores, 0.1, 0.0, None)
-    assert [layer for _, layer, _ in near][0] == 0 and "KL" in near[0][2][0]
+    assert near[0][1] == 0 and "KL" in near[0][2][0]
 
 
 def test_contrast_against_plain_numpy(model, monkeypatch):
