@@ -1,11 +1,11 @@
 """Tiny random models, built in place: no tokenizer, no files."""
 
+import safesteer_mlx  # isort: skip  # noqa: F401  before MLX, so that OpenBLAS takes precedence
+
 import importlib
 
 import mlx.core as mx
 import pytest
-
-import safesteer_mlx  # noqa: F401  (first, so that OpenBLAS is there before MLX)
 
 
 def build(name: str, seed: int = 0):
