@@ -74,7 +74,8 @@ def token_divergence(
     if tokens is not None:
         # An index out of range would corrupt memory instead of raising.
         if tokens.size and not 0 <= tokens.min().item() <= tokens.max().item() < size:
-            raise ValueError(f"token id {tokens.max().item()} is outside the vocabulary of {size}")
+            wrong = tokens.min().item() if tokens.min().item() < 0 else tokens.max().item()
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {size}")
         ids = mx.broadcast_to(tokens, (*zs.shape[:-1], tokens.size))
     elif top_k is not None:
         if not 1 <= top_k <= size:
@@ -112,10 +113,17 @@ def kept_positions(mask: mx.array, skip: int = 0, keep: int = 0) -> mx.array:
     return mask.astype(mx.float32) * window
 
 
-def sequence_mean(values: mx.array, mask: mx.array) -> mx.array:
-    """(1/T_n) Σ_t m[n,t] values[n,t], T_n = Σ_t m[n,t]: (N, T) -> (N,); 0 for a row with nothing kept."""
-    # where, not a product: a padded position may hold inf or NaN, which 0 · x would let through.
-    return mx.where(mask > 0, values * mask, 0.0).sum(-1) / mx.maximum(mask.sum(-1), 1.0)
+def sequence_losses(
+    student_logits: mx.array, teacher_logits: mx.array, mask: mx.array, skip: int = 0, keep: int = 0, **options
+) -> mx.array:
+    """Each sequence's mean divergence over its kept positions, (1/T_n) Σ_t m[n,t] D[n,t]: (N, T, V) -> (N,).
+
+    0 for a row with nothing kept. `options` are those of `token_divergence`.
+    """
+    kept = kept_positions(mask, skip, keep)
+    # Before the divergence, not after it: inf or NaN in padding would reach the gradient as 0 · NaN.
+    zs, zt = (mx.where(kept[..., None] > 0, z, 0.0) for z in (student_logits, teacher_logits))
+    return (token_divergence(zs, zt, **options) * kept).sum(-1) / mx.maximum(kept.sum(-1), 1.0)
 
 
 def distillation_loss(
@@ -143,13 +151,5 @@ def distillation_loss(
     Returns:
         A float32 scalar.
     """
-    values = token_divergence(
-        student_logits,
-        teacher_logits,
-        tokens=tokens,
-        top_k=top_k,
-        kind=kind,
-        mix=mix,
-        renormalize=renormalize,
-    )
-    return sequence_mean(values, kept_positions(mask, skip, keep)).mean()
+    options = {"tokens": tokens, "top_k": top_k, "kind": kind, "mix": mix, "renormalize": renormalize}
+    return sequence_losses(student_logits, teacher_logits, mask, skip, keep, **options).mean()

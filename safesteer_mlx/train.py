@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .losses import kept_positions, sequence_mean, token_divergence
+from .losses import sequence_losses
 from .recipe import LossSettings, TrainSettings
 from .residual import head, hidden_states, pad_right, take_positions
 from .rollout import generate, stream_key
@@ -144,8 +144,7 @@ def train(
         width = targets.shape[1]
         mask = mx.array([[float(t < len(c)) for t in range(width)] for c in completions])
         logits = _logits(model, [p.ids for p in batch], completions, width) / settings.temp
-        values = token_divergence(logits, targets, **options)
-        rows = sequence_mean(values, kept_positions(mask, loss.skip, loss.keep))
+        rows = sequence_losses(logits, targets, mask, loss.skip, loss.keep, **options)
         first = mx.stack([mx.softmax(z[:, 0], axis=-1)[:, tokens].sum(-1) for z in (logits, targets)])
         return rows.sum() * weight, (rows, first)
 

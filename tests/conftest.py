@@ -5,7 +5,9 @@ import safesteer_mlx  # isort: skip  # noqa: F401  before MLX, so that OpenBLAS 
 import importlib
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.models.base import create_causal_mask
 
 
 def build(name: str, seed: int = 0):
@@ -40,3 +42,40 @@ def any_model(request):
 @pytest.fixture
 def model():
     return build("qwen2")
+
+
+@pytest.fixture
+def tiny_model():
+    """tiny_model(name, seed=0): as `build`, for tests that want several."""
+    return build
+
+
+def walk(model, row, add=None, without=None):
+    """The whole forward pass spelled out, for one row: block inputs (L, T, D) and logits (T, V), in numpy.
+
+    `add` maps a block to what is added to its input. `without` (D,) is projected out as ablation does it,
+    in the blocks of qwen2 and llama. Block inputs are those that the blocks see, after either.
+    """
+    body, tokens = model.model, mx.array([row])
+    gemma = "gemma" in type(model).__module__
+    assert without is None or not gemma
+    r = None if without is None else without / mx.linalg.norm(without)
+
+    def project(x):
+        return x if r is None else x - mx.sum(x * r, axis=-1, keepdims=True) * r
+
+    x, mask, seen = body.embed_tokens(tokens), create_causal_mask(len(row)), []
+    x = x * 32**0.5 if gemma else x
+    for i, block in enumerate(body.layers):
+        x = project(x + (add or {}).get(i, 0.0))
+        seen.append(x)
+        if gemma:
+            x = block(x, mask)
+        else:
+            x = x + project(block.self_attn(block.input_layernorm(x), mask))
+            x = x + project(block.mlp(block.post_attention_layernorm(x)))
+    x = body.norm(x)
+    logits = model.lm_head(x) if "lm_head" in model else body.embed_tokens.as_linear(x)
+    if gemma:
+        logits = 30.0 * mx.tanh(logits / 30.0)
+    return np.array(mx.stack(seen))[:, 0], np.array(logits)[0]

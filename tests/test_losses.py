@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safesteer_mlx.losses import distillation_loss, token_divergence
+from safesteer_mlx.losses import (
+    KINDS,
+    _restrict,
+    distillation_loss,
+    kept_positions,
+    sequence_losses,
+    token_divergence,
+)
 
 PS, PT = [0.5, 0.3, 0.2], [0.2, 0.5, 0.3]
 ZS, ZT = (mx.log(mx.array([[p]])) for p in (PS, PT))
@@ -47,7 +54,8 @@ def test_mean_is_over_positions_then_over_sequences_and_padding_is_nothing():
     zs, zt = mx.random.normal((2, 3, 5)), mx.random.normal((2, 3, 5))
     each = np.array(token_divergence(zs, zt))
     mask = mx.array([[1, 1, 1], [1, 0, 0]])
-    assert distillation_loss(zs, zt, mask).item() == pytest.approx((each[0].mean() + each[1, 0]) / 2, rel=1e-5)
+    expected = (each[0].mean() + each[1, 0]) / 2
+    assert distillation_loss(zs, zt, mask).item() == pytest.approx(expected, rel=1e-5)
     windowed = distillation_loss(zs, zt, mask, skip=1, keep=2).item()
     assert windowed == pytest.approx(each[0, 1] / 2, rel=1e-5)
     gradient = np.array(mx.grad(lambda z: distillation_loss(z, zt, mask))(zs))
@@ -92,7 +100,8 @@ def test_grouped_lies_between_zero_and_the_full_divergence(seed, k):
 
 def test_the_mass_outside_keeps_its_digits_near_one():
     z = mx.array([[[30.0, 0.0]]])
-    value = distillation_loss(z, z - mx.array([0.0, 5.0]), ONE, tokens=mx.array([0]), kind="grouped_reverse_kl")
+    zt = z - mx.array([0.0, 5.0])
+    value = distillation_loss(z, zt, ONE, tokens=mx.array([0]), kind="grouped_reverse_kl")
     assert value.item() == pytest.approx(math.exp(-30) * (5 - 1 + math.exp(-5)), rel=0.3)
 
 
@@ -112,3 +121,217 @@ def test_the_mass_outside_keeps_its_digits_near_one():
 def test_what_makes_no_sense_raises(options):
     with pytest.raises(ValueError):
         distillation_loss(ZS, ZT, ONE, **options)
+
+
+def drawn(seed, *shape, scale=2.0):
+    return scale * mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def with_mix(kind, mix=0.3):
+    return {"kind": kind, "mix": mix if kind == "mixture" else None}
+
+
+def log_softmax(z):
+    z = np.array(z, np.float64)
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def restated(zs, zt, ids, kind, mix=0.3):
+    """The module's table of formulas in numpy, float64."""
+    ls, lt = log_softmax(zs), log_softmax(zt)
+    s, t = np.exp(ls)[..., ids], np.exp(lt)[..., ids]
+    ls, lt = ls[..., ids], lt[..., ids]
+    if kind == "forward_kl":
+        return (t * (lt - ls)).sum(-1)
+    if kind == "mixture":
+        lm = np.log((1 - mix) * s + mix * t)
+        return (mix * t * (lt - lm) + (1 - mix) * s * (ls - lm)).sum(-1)
+    inside = (s * (ls - lt)).sum(-1)
+    if kind == "reverse_kl" or len(ids) == np.shape(zs)[-1]:
+        return inside
+    rest_s, rest_t = 1 - s.sum(-1), 1 - t.sum(-1)
+    return inside + rest_s * np.log(rest_s / rest_t)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ids", [[2], [0, 3, 5], [6, 1, 4, 2], list(range(7))])
+def test_every_kind_restated_in_numpy(kind, ids):
+    zs, zt = drawn(1, 2, 3, 7), drawn(2, 2, 3, 7)
+    found = token_divergence(zs, zt, tokens=mx.array(ids), **with_mix(kind))
+    np.testing.assert_allclose(np.array(found), restated(zs, zt, ids, kind), atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-50, 50), st.sampled_from(KINDS))
+def test_a_constant_added_to_all_logits_changes_nothing(seed, shift, kind):
+    zs, zt = drawn(seed, 3, 7), drawn(seed + 1, 3, 7)
+    options = {"tokens": mx.array([1, 5]), **with_mix(kind)}
+    moved = token_divergence(zs + shift, zt - shift, **options)
+    np.testing.assert_allclose(np.array(moved), np.array(token_divergence(zs, zt, **options)), atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.permutations(range(7)), st.sampled_from(KINDS))
+def test_tokens_may_come_in_any_order_and_all_of_them_are_the_full_vocabulary(seed, ids, kind):
+    zs, zt = drawn(seed, 2, 7), drawn(seed + 1, 2, 7)
+    full = np.array(token_divergence(zs, zt, **with_mix(kind)))
+    assert (full > -1e-6).all()
+    listed = np.array(token_divergence(zs, zt, tokens=mx.array(ids), **with_mix(kind)))
+    np.testing.assert_allclose(listed, full, atol=1e-5)
+    orders = (mx.array(ids[:3]), mx.array(sorted(ids[:3])))
+    some = [token_divergence(zs, zt, tokens=order, **with_mix(kind)) for order in orders]
+    np.testing.assert_allclose(np.array(some[0]), np.array(some[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_renormalising_over_everything_changes_nothing_and_over_a_subset_it_is_a_divergence(kind):
+    zs, zt = drawn(3, 4, 7), drawn(4, 4, 7)
+    full = np.array(token_divergence(zs, zt, **with_mix(kind)))
+    again = np.array(token_divergence(zs, zt, renormalize=True, **with_mix(kind)))
+    np.testing.assert_allclose(again, full, atol=1e-5)
+    ids = [0, 2, 6]
+    over = {"tokens": mx.array(ids), "renormalize": True, **with_mix(kind)}
+    alone = np.array(token_divergence(zs[:, ids], zt[:, ids], **with_mix(kind)))
+    np.testing.assert_allclose(np.array(token_divergence(zs, zt, **over)), alone, atol=1e-5)
+    gradient = mx.grad(lambda z: token_divergence(z, zt, **over).sum())(zt)
+    assert mx.abs(gradient).max().item() < 1e-6
+
+
+@pytest.mark.parametrize("subset", [None, S])
+def test_the_mixture_vanishes_at_its_ends_and_is_a_reverse_or_forward_kl_close_to_them(subset):
+    zs, zt = drawn(5, 1, 3), drawn(6, 1, 3)
+
+    def value(**options):
+        return token_divergence(zs, zt, tokens=subset, **options).item()
+
+    for mix in (0.0, 1.0):
+        assert value(kind="mixture", mix=mix) == pytest.approx(0, abs=1e-7)
+        options = {"tokens": subset, "kind": "mixture", "mix": mix}
+        gradient = mx.grad(lambda z, options=options: token_divergence(z, zt, **options).sum())
+        assert mx.abs(gradient(zs)).max().item() < 1e-6
+    if subset is None:  # D/α → KL(πt‖πs) for α → 0, and D/(1−α) → KL(πs‖πt) for α → 1
+        assert value(kind="mixture", mix=1e-2) / 1e-2 == pytest.approx(value(kind="forward_kl"), rel=0.1)
+        assert value(kind="mixture", mix=1 - 1e-2) / 1e-2 == pytest.approx(value(kind="reverse_kl"), rel=0.1)
+
+
+def test_the_published_form_pulls_the_mass_on_s_below_the_teachers_and_grouped_does_not():
+    zt = mx.log(mx.array([0.6, 0.4]))
+
+    def at(p, kind):
+        return token_divergence(mx.log(mx.array([p, 1 - p])), zt, tokens=mx.array([0]), kind=kind).item()
+
+    assert at(0.6, "reverse_kl") == pytest.approx(0, abs=1e-6)
+    assert at(0.6 / math.e, "reverse_kl") == pytest.approx(-0.6 / math.e, abs=1e-6)
+    around = [at(p, "grouped_reverse_kl") for p in (0.5, 0.6, 0.7)]
+    assert around[1] == pytest.approx(0, abs=1e-6) and around[0] > 1e-3 < around[2]
+
+
+def test_grouped_gradient_in_closed_form():
+    # dD/dz_j = p_j (log(p_j/q_j) − D) on S, and p_j (log((1−P)/(1−Q)) − D) off it
+    zs, zt, ids = drawn(7, 6), drawn(8, 6), [1, 4]
+    ls, lt = log_softmax(zs), log_softmax(zt)
+    rest = np.log((1 - np.exp(ls)[ids].sum()) / (1 - np.exp(lt)[ids].sum()))
+    ratio = np.where(np.isin(np.arange(6), ids), ls - lt, rest)
+    expected = np.exp(ls) * (ratio - restated(zs, zt, ids, "grouped_reverse_kl"))
+    options = {"tokens": mx.array(ids), "kind": "grouped_reverse_kl"}
+    found = mx.grad(lambda z: token_divergence(z, zt, **options))(zs)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
+def test_the_log_mass_outside_is_right_where_one_minus_p_is_nothing():
+    z = mx.array([40.0, 41.0, 0.0, -3.0])
+    _, rest = _restrict(z, mx.array([0, 1]))
+    expected = math.log(1 + math.exp(-3)) - (41 + math.log(1 + math.exp(-1)))
+    assert rest.item() == pytest.approx(expected, rel=1e-6)
+    assert 1 - mx.softmax(z)[:2].sum().item() == pytest.approx(0, abs=1e-6)  # subtraction would lose it
+    grouped = {"tokens": mx.array([0, 1]), "kind": "grouped_reverse_kl"}
+    whole = token_divergence(z, z - 1, **grouped)
+    assert whole.item() == pytest.approx(0, abs=1e-6)
+    gradient = mx.grad(lambda x: token_divergence(x, -z, **grouped))(z)
+    assert mx.isfinite(gradient).all().item()
+
+
+def test_top_k_takes_the_teachers_likeliest_at_each_position():
+    zs, zt = drawn(9, 2, 4, 7), drawn(10, 2, 4, 7)
+    for kind in KINDS:
+        found = np.array(token_divergence(zs, zt, top_k=3, **with_mix(kind)))
+        for n, t in np.ndindex(2, 4):
+            ids = np.argsort(-np.array(zt)[n, t])[:3]
+            assert found[n, t] == pytest.approx(restated(zs[n, t], zt[n, t], ids, kind), abs=1e-5)
+        every = np.array(token_divergence(zs, zt, top_k=7, **with_mix(kind)))
+        np.testing.assert_allclose(every, np.array(token_divergence(zs, zt, **with_mix(kind))), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_logits_are_computed_in_float32(kind):
+    zs, zt = drawn(11, 2, 7).astype(mx.bfloat16), drawn(12, 2, 7).astype(mx.bfloat16)
+    options = {"tokens": mx.array([0, 3]), **with_mix(kind)}
+    found = token_divergence(zs, zt, **options)
+    assert found.dtype == mx.float32
+    wide = token_divergence(zs.astype(mx.float32), zt.astype(mx.float32), **options)
+    np.testing.assert_array_equal(np.array(found), np.array(wide))
+
+
+def test_skip_and_keep():
+    mask = mx.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    for (skip, keep), expected in {
+        (0, 0): [[1, 1, 1, 1], [1, 1, 0, 0]],
+        (1, 0): [[0, 1, 1, 1], [0, 1, 0, 0]],
+        (0, 2): [[1, 1, 0, 0], [1, 1, 0, 0]],
+        (1, 3): [[0, 1, 1, 0], [0, 1, 0, 0]],
+        (2, 2): [[0, 0, 0, 0], [0, 0, 0, 0]],
+        (0, 9): [[1, 1, 1, 1], [1, 1, 0, 0]],
+    }.items():
+        assert np.array(kept_positions(mask, skip, keep)).tolist() == expected
+
+
+def test_sequence_losses_are_means_and_a_row_with_nothing_kept_is_zero():
+    zs, zt = drawn(21, 2, 3, 6), drawn(22, 2, 3, 6)
+    each = np.array(token_divergence(zs, zt))
+    found = sequence_losses(zs, zt, mx.array([[1, 1, 0], [0, 0, 0]]))
+    np.testing.assert_allclose(np.array(found), [each[0, :2].mean(), 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_the_padding_does_not_reach_the_loss(kind, bad):
+    zs, zt, mask = drawn(13, 2, 3, 6), drawn(14, 2, 3, 6), mx.array([[1, 1, 1], [1, 0, 0]])
+    options = {"tokens": mx.array([0, 2]), **with_mix(kind)}
+    clean = distillation_loss(zs, zt, mask, **options).item()
+    zs[1, 1:], zt[1, 2:] = bad, bad
+    assert distillation_loss(zs, zt, mask, **options).item() == pytest.approx(clean, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_has_no_gradient_whatever_stands_there(kind, bad):
+    zs, zt, mask = drawn(13, 2, 3, 6), drawn(14, 2, 3, 6), mx.array([[1, 1, 1], [1, 0, 0]])
+    zs[1, 1:] = bad
+    options = {"tokens": mx.array([0, 2]), **with_mix(kind)}
+    gradient = np.array(mx.grad(lambda z: distillation_loss(z, zt, mask, **options))(zs))
+    assert np.isfinite(gradient[0]).all() and np.abs(gradient[0]).max() > 0
+    np.testing.assert_array_equal(gradient[1, 1:], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"kind": "reverse"}, ["'reverse'", "grouped_reverse_kl"]),
+        ({"mix": 0.5}, ["0.5", "reverse_kl"]),
+        ({"kind": "mixture"}, ["None", "mixture"]),
+        ({"kind": "mixture", "mix": -0.5}, ["-0.5", "0 and 1"]),
+        ({"tokens": S, "top_k": 2}, ["2 tokens", "top_k = 2"]),
+        ({"tokens": mx.array([0, 3])}, ["3", "vocabulary of 3"]),
+        ({"top_k": 0}, ["top_k = 0", "vocabulary of 3"]),
+        ({"top_k": 4}, ["top_k = 4", "vocabulary of 3"]),
+        pytest.param(
+            {"tokens": mx.array([-1, 2])},
+            ["-1", "vocabulary of 3"],
+        ),
+    ],
+)
+def test_errors_name_both_values(options, named):
+    with pytest.raises(ValueError) as caught:
+        token_divergence(ZS, ZT, **options)
+    assert all(name in str(caught.value) for name in named), str(caught.value)

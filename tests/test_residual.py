@@ -4,10 +4,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import build
+from conftest import build, walk
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.residual import ablate, block_inputs, blocks, head, hidden_states, last_logits, pad_right, steer
+from safesteer_mlx.residual import (
+    ablate,
+    block_inputs,
+    blocks,
+    head,
+    hidden_states,
+    last_logits,
+    pad_right,
+    steer,
+    take_positions,
+    unit,
+)
 
 ROW = [3, 7, 1, 9]
 
@@ -21,7 +32,7 @@ def test_steering_adds_the_vector_at_one_block_and_every_position(any_model):
     vector = mx.random.normal((32,))
     plain, steered = inputs(any_model), inputs(steer(any_model, 1, vector, 0.5))
     np.testing.assert_array_equal(plain[0], steered[0])
-    np.testing.assert_allclose(steered[1] - plain[1], np.zeros_like(plain[1]), atol=1e-6)  # read before it is added
+    np.testing.assert_allclose(steered[1], plain[1], atol=1e-6)  # read before it is added
     own, x = blocks(any_model), mx.array(plain[1]) + 0.5 * vector
     moved = own[1](x, "causal") if "gemma" not in type(any_model).__module__ else own[1](x, _mask(4))
     np.testing.assert_allclose(np.array(moved), steered[2], atol=1e-4)
@@ -38,7 +49,8 @@ def test_views_leave_the_base_alone_and_keep_its_names(any_model):
     before = np.array(any_model(tokens))
     for view in (steer(any_model, 0, vector), ablate(any_model, vector)):
         assert np.abs(np.array(view(tokens)) - before).max() > 1e-4
-        assert [k for k, _ in tree_flatten(view.parameters())] == [k for k, _ in tree_flatten(any_model.parameters())]
+        names = [[k for k, _ in tree_flatten(m.parameters())] for m in (view, any_model)]
+        assert names[0] == names[1]
     np.testing.assert_array_equal(np.array(any_model(tokens)), before)
     np.testing.assert_array_equal(np.array(steer(any_model, 2, vector, 0.0)(tokens)), before)
 
@@ -101,3 +113,140 @@ def test_wrong_block_and_wrong_width_raise(model):
         steer(model, 3, mx.ones(32))
     with pytest.raises(ValueError, match="16"):
         steer(model, 0, mx.ones(16))(mx.array([ROW]))
+
+
+def drawn(seed, scale=1.0):
+    return scale * mx.random.normal((32,), key=mx.random.key(seed))
+
+
+def logits(model, row=ROW):
+    return np.array(model(mx.array([row])))[0]
+
+
+def read_by_blocks(view, row=ROW):
+    """What the blocks of a view hand to their first norm: (L, T, D), whatever the view does before that."""
+    seen = []
+    for block in blocks(view):
+        norm = block.input_layernorm
+        kind = type(norm)
+        norm.__class__ = type(
+            "Seen",
+            (kind,),
+            {"__call__": lambda self, x, kind=kind: (seen.append(x), kind.__call__(self, x))[1]},
+        )
+    view(mx.array([row]))
+    return np.array(mx.stack(seen))[:, 0]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_steering_is_the_forward_pass_with_the_vector_added(tiny_model, name, layer):
+    model, vector = tiny_model(name), drawn(layer)
+    np.testing.assert_allclose(logits(model), walk(model, ROW)[1], atol=1e-4)
+    for coeff in (1.0, -0.7):
+        view = steer(model, layer, vector, coeff)
+        seen, out = walk(model, ROW, {layer: coeff * vector})
+        np.testing.assert_allclose(logits(view), out, atol=1e-4)
+        np.testing.assert_allclose(read_by_blocks(view), seen, atol=1e-4)
+        at_block = read_by_blocks(view)[layer] - walk(model, ROW)[0][layer]
+        np.testing.assert_allclose(at_block, np.tile(coeff * np.array(vector), (len(ROW), 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+def test_nested_views_add_both_vectors(tiny_model, name):
+    model, u, v = tiny_model(name), drawn(1), drawn(2)
+    for first, second in ((1, 1), (0, 2), (2, 0)):
+        add = {first: u, second: 2.0 * v} if first != second else {first: u + 2.0 * v}
+        once = steer(model, first, u)
+        np.testing.assert_allclose(logits(steer(once, second, v, 2.0)), walk(model, ROW, add)[1], atol=1e-4)
+        np.testing.assert_allclose(logits(once), walk(model, ROW, {first: u})[1], atol=1e-4)
+    there_and_back = steer(steer(model, 1, u), 1, u, -1.0)
+    np.testing.assert_allclose(logits(there_and_back), logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_ablation_is_the_forward_pass_with_every_part_projected(tiny_model, name):
+    model, r = tiny_model(name), drawn(3, 5.0)  # its length does not matter
+    seen, out = walk(model, ROW, without=r)
+    np.testing.assert_allclose(logits(ablate(model, r)), out, atol=1e-4)
+    np.testing.assert_allclose(read_by_blocks(ablate(model, r)), seen, atol=1e-4)
+    assert np.abs(logits(model) - out).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+def test_no_block_sees_the_ablated_direction(tiny_model, name):
+    model, r = tiny_model(name), drawn(4)
+    along = np.abs(read_by_blocks(ablate(model, r)) @ np.array(unit(r)))
+    assert along.max() < 1e-4
+    np.testing.assert_allclose(logits(ablate(ablate(model, r), r)), logits(ablate(model, r)), atol=1e-4)
+
+
+def test_ablating_takes_back_a_steering_along_the_same_direction(model):
+    r = drawn(5)
+    both = ablate(steer(model, 1, r, 3.0), r)  # projects first, then the inner view adds
+    ablated = logits(ablate(model, r))
+    np.testing.assert_allclose(logits(steer(ablate(model, r), 1, r, 3.0)), ablated, atol=1e-4)
+    assert np.abs(logits(both) - ablated).max() > 1e-3
+
+
+def test_the_unit_vector():
+    assert unit(mx.array([3.0, 4.0])).tolist() == pytest.approx([0.6, 0.8])
+    assert unit(mx.zeros(4)).tolist() == [0.0] * 4
+    assert unit(mx.array([3.0, 4.0], mx.bfloat16)).dtype == mx.float32
+
+
+def test_half_precision_streams_stay_in_half_precision(model):
+    model.set_dtype(mx.bfloat16)
+    for view in (steer(model, 1, drawn(6)), ablate(model, drawn(6))):
+        assert view(mx.array([ROW])).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+def test_four_bit_models_are_steered_and_share_their_weights(tiny_model, name):
+    model = tiny_model(name)
+    nn.quantize(model, 32, 4)
+    mx.eval(model.parameters())
+    vector, before = drawn(7), logits(model)
+    np.testing.assert_allclose(logits(steer(model, 1, vector)), walk(model, ROW, {1: vector})[1], atol=1e-4)
+    np.testing.assert_array_equal(logits(steer(model, 1, vector, 0.0)), before)
+    np.testing.assert_array_equal(logits(model), before)
+    mx.eval(vector)
+    weights, used = sum(v.nbytes for _, v in tree_flatten(model.parameters())), mx.get_active_memory()
+    views = [steer(model, layer, vector) for layer in range(3)] + [ablate(model, vector)]
+    mx.eval([view.parameters() for view in views])
+    assert mx.get_active_memory() - used < 0.01 * weights
+
+
+def test_a_view_does_not_follow_later_edits_of_the_base(model):
+    view = steer(model, 1, drawn(8))
+    before = logits(view)
+    model.update({"model": {"norm": {"weight": 2.0 * model.model.norm.weight}}})
+    np.testing.assert_array_equal(logits(view), before)
+
+
+def test_block_inputs_are_those_of_the_forward_pass(any_model):
+    rows, positions = [ROW, [2, 5], [8, 6, 4]], mx.array([[3, 0], [1, 0], [2, 1]])
+    found = np.array(block_inputs(any_model, pad_right(rows), positions))
+    assert found.shape == (3, 3, 2, 32)
+    for b, row in enumerate(rows):
+        expected = walk(any_model, row)[0][:, np.array(positions)[b]]
+        np.testing.assert_allclose(found[:, b], expected, atol=1e-4)
+
+
+def test_padding_is_zeros_on_the_right_and_positions_are_taken_by_row():
+    assert pad_right([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
+    assert pad_right([[1]], 3).tolist() == [[1, 0, 0]]
+    x = mx.arange(12).reshape(2, 3, 2)
+    assert take_positions(x, mx.array([[2], [0]])).tolist() == [[[4, 5]], [[6, 7]]]
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 17])
+def test_a_wrong_block_is_named_with_the_number_of_blocks(model, layer):
+    with pytest.raises(ValueError, match=rf"{layer}\b.* 3$"):
+        steer(model, layer, mx.ones(32))
+
+
+@pytest.mark.parametrize("width", [1, 16, 64])
+def test_a_wrong_width_is_named_with_the_models(model, width):
+    with pytest.raises(ValueError, match=rf"\b{width}\b.* 32$"):
+        steer(model, 0, mx.ones(width))(mx.array([ROW]))

@@ -1,0 +1,312 @@
+"""Stage 1 against a forward pass spelled out in numpy, and its search and choice against brute force."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import build, walk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safesteer_mlx.direction import (
+    CandidateScores,
+    NoDirectionError,
+    _refusal_score,
+    choose_direction,
+    failed_tests,
+    keep_answered_as_meant,
+    mean_differences,
+    nearest_candidates,
+    no_direction,
+    pruned_from,
+    refusal_scores,
+    score_candidates,
+)
+
+NAN = float("nan")
+RNG = np.random.default_rng(7)
+HARMFUL = [[*RNG.integers(5, 25, n).tolist(), 1, 2] for n in (3, 6, 4, 3)]
+HARMLESS = [[*RNG.integers(25, 50, n).tolist(), 1, 2] for n in (5, 3, 4, 6, 2)]
+REFUSAL = [7, 9, 30]
+
+
+def softmax(z):
+    z = np.asarray(z, np.float64)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def score(p, ids):
+    mass = p[..., ids].sum(-1)
+    return np.log(mass + 1e-8) - np.log(1 - mass + 1e-8)
+
+
+# Candidate directions
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+def test_mean_differences_by_hand(tiny_model, name):
+    model = tiny_model(name)
+    means = [
+        np.mean([walk(model, row)[0][:, -3:].astype(np.float64) for row in rows], axis=0)
+        for rows in (HARMFUL, HARMLESS)
+    ]
+    found = mean_differences(model, HARMFUL, HARMLESS, 3)
+    assert found.shape == (3, 3, 32) and found.dtype == np.float64
+    np.testing.assert_allclose(found, np.moveaxis(means[0] - means[1], 0, 1), atol=1e-5)
+
+
+def test_mean_differences_of_more_prompts_than_a_batch_in_any_order(model):
+    rows = [[*RNG.integers(3, 50, n % 5 + 1).tolist(), 2] for n in range(40)]
+    mean = np.mean([walk(model, row)[0][:, -2:] for row in rows], axis=0)
+    expected = mean - walk(model, HARMLESS[0])[0][:, -2:]
+    for order in (rows, rows[::-1]):
+        found = mean_differences(model, order, HARMLESS[:1], 2)
+        np.testing.assert_allclose(found, np.moveaxis(expected, 0, 1), atol=1e-5)
+
+
+def test_mean_differences_of_a_set_with_itself_vanish_and_change_sign_when_swapped(model):
+    assert np.abs(mean_differences(model, HARMFUL, HARMFUL, 2)).max() == 0
+    there, back = (mean_differences(model, *sets, 2) for sets in ((HARMFUL, HARMLESS), (HARMLESS, HARMFUL)))
+    np.testing.assert_array_equal(there, -back)
+
+
+def test_too_few_or_too_short_prompts_raise_with_both_numbers(model):
+    with pytest.raises(ValueError, match=r"0 prompts of at least 2"):
+        mean_differences(model, HARMFUL, [], 2)
+    with pytest.raises(ValueError, match=r"2 prompts of at least 4"):
+        mean_differences(model, [[1, 2, 3, 4], [1, 2, 3]], HARMLESS, 4)
+
+
+# The refusal score
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+def test_refusal_scores_by_hand(tiny_model, name):
+    model = tiny_model(name)
+    expected = [score(softmax(walk(model, row)[1][-1]), REFUSAL) for row in HARMLESS]
+    np.testing.assert_allclose(refusal_scores(model, HARMLESS, REFUSAL), expected, atol=1e-4)
+    np.testing.assert_allclose(refusal_scores(model, HARMLESS[::-1], REFUSAL), expected[::-1], atol=1e-4)
+
+
+def test_refusal_score_of_known_probabilities():
+    logits = mx.log(mx.array([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]))
+    found = _refusal_score(logits, [1, 3])
+    assert found.tolist() == pytest.approx([math.log(0.6 / 0.4), 0.0], abs=1e-5)
+    assert _refusal_score(logits, [0])[0].item() == pytest.approx(math.log(0.1 / 0.9), abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-40, 40), st.floats(-4, 4))
+def test_shifting_all_logits_changes_nothing_and_shifting_the_refusals_shifts_the_score(seed, all_by, by):
+    z = mx.random.normal((3, 8), key=mx.random.key(seed))
+    before = np.array(_refusal_score(z, [2, 5]))
+    np.testing.assert_allclose(np.array(_refusal_score(z + all_by, [2, 5])), before, atol=1e-4)
+    inside = mx.array(np.isin(np.arange(8), [2, 5]).astype(np.float32))
+    np.testing.assert_allclose(np.array(_refusal_score(z + by * inside, [2, 5])), before + by, atol=1e-3)
+    others = np.array(_refusal_score(z, [0, 1, 3, 4, 6, 7]))  # the complement: the score of not refusing
+    np.testing.assert_allclose(others, -before, atol=1e-4)
+
+
+def test_two_tokens_make_the_score_a_difference_of_logits_and_certainty_is_bounded_by_epsilon():
+    found = _refusal_score(mx.array([[1.5, -0.5], [200.0, 0.0], [0.0, 200.0], [14.0, 0.0]]), [0]).tolist()
+    bound = math.log(1 + 1e-8) - math.log(1e-8)
+    assert found[:3] == pytest.approx([2.0, bound, -bound], abs=1e-4)
+    q = 1 / (1 + math.exp(14.0))  # 8e-7: 1 − p in float32 would have one digit left
+    assert found[3] == pytest.approx(math.log(1 - q) - math.log(q + 1e-8), abs=1e-4)
+
+
+def test_refusal_score_gradient_in_closed_form():
+    # dscore/dz_j = p_j / P on R, −p_j / (1 − P) off it
+    z, inside = mx.random.normal((1, 8), key=mx.random.key(3)), np.isin(np.arange(8), [2, 5])
+    p = softmax(np.array(z))[0]
+    expected = np.where(inside, p / p[inside].sum(), -p / p[~inside].sum())
+    gradient = mx.grad(lambda x: _refusal_score(x, [2, 5]).sum())(z)
+    np.testing.assert_allclose(np.array(gradient)[0], expected, atol=1e-4)
+
+
+def test_prompts_are_kept_where_they_are_answered_as_meant(model):
+    harmful, harmless = (refusal_scores(model, rows, REFUSAL) for rows in (HARMFUL, HARMLESS))
+    kept = keep_answered_as_meant(model, HARMFUL, HARMLESS, REFUSAL)
+    assert kept[0].tolist() == np.flatnonzero(harmful > 0).tolist()
+    assert kept[1].tolist() == np.flatnonzero(harmless < 0).tolist() and len(kept[1])
+
+
+# Scoring and searching
+
+
+def test_scores_of_every_candidate_by_hand(model):
+    candidates = mean_differences(model, HARMFUL, HARMLESS, 3) * 3
+    found = score_candidates(model, candidates, HARMFUL, HARMLESS, REFUSAL, exhaustive=True)
+
+    def last(rows, **change):
+        return np.array([softmax(walk(model, row, **change)[1][-1]) for row in rows])
+
+    base = last(HARMLESS)
+    for p, layer in ((0, 0), (0, 1), (2, 1), (1, 2)):
+        r = mx.array(candidates[p, layer].astype(np.float32))
+        if not candidates[p, layer].any():
+            continue
+        steered = score(last(HARMLESS, add={layer: r}), REFUSAL).mean()
+        assert found.steering_refusal[p, layer] == pytest.approx(steered, abs=1e-3)
+        ablated = score(last(HARMFUL, without=r), REFUSAL).mean()
+        assert found.ablation_refusal[p, layer] == pytest.approx(ablated, abs=1e-3)
+        q = last(HARMLESS, without=r)
+        kl = (base * (np.log(base + 1e-6) - np.log(q + 1e-6))).sum(-1).mean()
+        assert found.ablation_kl[p, layer] == pytest.approx(kl, abs=1e-4) and kl > 0
+
+
+def test_a_zero_direction_scores_as_the_base_does(model):
+    zero = np.zeros((1, 3, 32))
+    options = {"kl_threshold": None, "steering_threshold": None, "prune_last": None}
+    for exhaustive in (True, False):
+        found = score_candidates(model, zero, HARMFUL, HARMLESS, REFUSAL, exhaustive, **options)
+        np.testing.assert_allclose(found.ablation_kl, 0, atol=1e-6)
+        for scores, rows in ((found.steering_refusal, HARMLESS), (found.ablation_refusal, HARMFUL)):
+            np.testing.assert_allclose(scores, refusal_scores(model, rows, REFUSAL).mean(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+@pytest.mark.parametrize("seed", [10, 11, 12])
+def test_the_short_search_chooses_what_the_exhaustive_one_does(name, seed):
+    model = build(name, seed)
+    candidates = mean_differences(model, HARMFUL, HARMLESS, 3) * 2
+    sets = (candidates, HARMFUL, HARMLESS, REFUSAL)
+    whole = score_candidates(model, *sets, exhaustive=True)
+    assert not any(np.isnan(s).any() for s in vars(whole).values())
+    limits = {
+        "kl_threshold": float(np.quantile(whole.ablation_kl, 0.8)),
+        "steering_threshold": float(np.quantile(whole.steering_refusal, 0.2)),
+        "prune_last": 0.2,
+    }
+    ticks = []
+    short = score_candidates(model, *sets, **limits, progress=lambda done, total: ticks.append((done, total)))
+    assert choose_direction(short, **limits) == choose_direction(whole, **limits)
+    assert [done for done, _ in ticks] == list(range(ticks[-1][1] + 1))
+    skipped = 0
+    for key, measured in vars(short).items():
+        known = ~np.isnan(measured)
+        np.testing.assert_allclose(measured[known], getattr(whole, key)[known], atol=1e-4)
+        assert not known[:, pruned_from(3, 0.2) :].any()
+        skipped += (~known).sum()
+    assert skipped
+    strict = {**limits, "steering_threshold": float(whole.steering_refusal.max()) + 1}
+    early = score_candidates(model, *sets, **strict)
+    assert np.isnan(early.ablation_kl[candidates.any(-1)]).all()  # never run once steering has failed
+    with pytest.raises(NoDirectionError):
+        choose_direction(early, **strict)
+
+
+def test_a_direction_that_is_not_a_number_is_measured_as_such_and_never_chosen(model):
+    candidates = mean_differences(model, HARMFUL, HARMLESS, 2)
+    candidates[0, 1] = NAN
+    limits = {"kl_threshold": None, "steering_threshold": None, "prune_last": None}
+    for exhaustive in (True, False):
+        found = score_candidates(model, candidates, HARMFUL, HARMLESS, REFUSAL, exhaustive, **limits)
+        assert np.isnan(found.steering_refusal[0, 1]) and choose_direction(found, **limits) != (-2, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "prune_last", "first"),
+    [(10, 0.2, 8), (3, 0.2, 2), (28, 0.2, 22), (10, 0.9, 1), (10, 0.0, 10), (10, None, 10), (4, 1.0, 0)],
+)
+def test_the_first_pruned_block(n_layers, prune_last, first):
+    assert pruned_from(n_layers, prune_last) == first
+
+
+# Choosing
+
+grid = st.integers(-2000, 2000).map(lambda x: x / 1000)
+number = st.one_of(st.just(NAN), st.sampled_from([-1.0, 0.0, 0.1, 0.5]), grid)
+threshold = st.one_of(st.none(), st.sampled_from([-1.0, 0.0, 0.1, 0.5]))
+numbers = st.lists(number, min_size=30, max_size=30)
+table = numbers.map(lambda x: CandidateScores(*np.array(x).reshape(3, 2, 5)))
+part = st.sampled_from([None, 0.0, 0.2, 0.5])
+
+
+def by_brute_force(scores, kl_threshold, steering_threshold, prune_last):
+    best = None
+    for p in range(2):
+        for layer in range(5):
+            kl = float(scores.ablation_kl[p, layer])
+            ablated = float(scores.ablation_refusal[p, layer])
+            steered = float(scores.steering_refusal[p, layer])
+            if math.isnan(kl + ablated + steered):
+                continue
+            if prune_last is not None and layer >= {0.0: 5, 0.2: 4, 0.5: 2}[prune_last]:
+                continue
+            if kl_threshold is not None and kl > kl_threshold:
+                continue
+            if steering_threshold is not None and steered < steering_threshold:
+                continue
+            if best is None or ablated < best[0]:  # the first of equals: lower position, then lower block
+                best = (ablated, p - 2, layer)
+    return best and best[1:]
+
+
+@settings(max_examples=200, deadline=None)
+@given(table, threshold, threshold, part)
+def test_the_choice_is_the_brute_force_one(scores, kl_threshold, steering_threshold, prune_last):
+    limits = (kl_threshold, steering_threshold, prune_last)
+    expected = by_brute_force(scores, *limits)
+    if expected:
+        assert choose_direction(scores, *limits) == expected
+        return
+    with pytest.raises(NoDirectionError, match="none of the 10") as caught:
+        choose_direction(scores, *limits)
+    assert isinstance(caught.value, ValueError) and caught.value.scores is scores
+
+
+@settings(max_examples=100, deadline=None)
+@given(table, threshold, threshold, part)
+@pytest.mark.filterwarnings("ignore:Degrees of freedom")
+def test_nearest_candidates_are_in_order(scores, kl_threshold, steering_threshold, prune_last):
+    limits = (kl_threshold, steering_threshold, prune_last)
+    near = nearest_candidates(scores, *limits, count=10)
+    spread = float(np.nanstd(scores.steering_refusal)) or 1.0
+
+    def distance(p, layer):
+        steered, kl = scores.steering_refusal[p, layer], scores.ablation_kl[p, layer]
+        short = 0.0 if steering_threshold is None else (steering_threshold - steered) / spread
+        over = 0.0 if kl_threshold is None else (kl - kl_threshold) / max(abs(kl_threshold), 1e-9)
+        return max(short, over, 0.0)
+
+    distances = [distance(p, layer) for p, layer, _ in near]
+    assert distances == sorted(distances) and not np.isnan(distances).any()
+    assert all(-2 <= p < 0 for p, _, _ in near) and len({(p, layer) for p, layer, _ in near}) == len(near)
+    measured = ~np.isnan(scores.steering_refusal + scores.ablation_kl)[:, : pruned_from(5, prune_last)]
+    assert len(near) == measured.sum()
+    for p, layer, failed in near:
+        assert failed == failed_tests(scores, p + 2, layer, *limits)
+        assert bool(failed) == (distance(p, layer) > 0 or np.isnan(scores.ablation_refusal[p, layer]))
+    assert nearest_candidates(scores, *limits) == near[:3]
+
+
+def test_nearest_candidates_by_hand():
+    # spread of steering (3, −1): 2. Shortfalls: (0.4 − 0.1)/0.1 = 3; 1/2 = 0.5
+    scores = CandidateScores(np.array([[0.4, 0.1]]), np.array([[0.0, 0.0]]), np.array([[3.0, -1.0]]))
+    assert nearest_candidates(scores, 0.1, 0.0, None) == [
+        (-1, 1, ["refusal when steered -1.000 < 0"]),
+        (-1, 0, ["KL when ablated +0.400 > 0.1"]),
+    ]
+    assert nearest_candidates(scores, 0.1, 0.0, None, count=1)[0][:2] == (-1, 1)
+
+
+def test_every_failed_test_is_named():
+    scores = CandidateScores(*(np.array([[x]]) for x in (0.2, NAN, -0.5)))
+    failed = failed_tests(scores, 0, 0, 0.1, 0.0, 1.0)
+    assert failed == [
+        "block 0 is in the last 100%",
+        "refusal when steered -0.500 < 0",
+        "KL when ablated +0.200 > 0.1",
+        "refusal when ablated was not measured or is not a number",
+    ]
+    assert len(failed_tests(scores, 0, 0, None, None, None)) == 1
+
+
+def test_no_direction_can_never_be_chosen(model):
+    nothing = no_direction(model)
+    assert not nothing.vector.any().item()
+    with pytest.raises(NoDirectionError):
+        choose_direction(nothing.scores, None, None, None)
