@@ -1,0 +1,95 @@
+"""The prompt sets: their shape, their sizes, no overlap; and the tiny model's corpus keeps clear of them."""
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, TINY = ROOT / "safesteer_mlx" / "data", ROOT / "models" / "tiny-chat" / "data"
+LEAST = {"direction_train": 160, "direction_validation": 48, "train": 100, "validation": 50, "test": 100}
+STEMS = {f"{kind}_{split}" for kind in ("harmful", "harmless") for split in LEAST}
+STEMS |= {"borderline_test", "capability_test"}
+TINY_TESTS = 300
+
+folders = pytest.mark.parametrize("folder", [PACKAGE, TINY], ids=["package", "tiny"])
+
+
+def read(folder: Path) -> dict[str, list[dict[str, str]]]:
+    paths = sorted(folder.glob("*.jsonl"))
+    return {path.stem: [json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in paths}
+
+
+def normalised(text: str) -> str:
+    """Lower case, punctuation to spaces."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+@pytest.fixture(scope="module")
+def maker():
+    spec = importlib.util.spec_from_file_location("make_tiny_chat", ROOT / "scripts" / "make_tiny_chat.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@folders
+def test_every_line_has_its_keys_and_no_empty_text(folder: Path):
+    sets = read(folder)
+    assert set(sets) == STEMS
+    for stem, rows in sets.items():
+        keys = {"instruction", "category"} | ({"answer"} if stem == "capability_test" else set())
+        for row in rows:
+            assert set(row) == keys, (stem, row)
+            assert all(isinstance(text, str) and text.strip() for text in row.values()), (stem, row)
+
+
+@folders
+def test_sets_are_large_enough(folder: Path):
+    for stem, rows in read(folder).items():
+        split = stem.split("_", 1)[1]
+        least = TINY_TESTS if folder == TINY and split == "test" else LEAST[split]
+        assert len(rows) >= least, stem
+
+
+@folders
+def test_harmful_and_harmless_sets_span_ten_categories(folder: Path):
+    for stem, rows in read(folder).items():
+        if stem != "capability_test":
+            assert len({row["category"] for row in rows}) >= 10, stem
+
+
+def test_package_sets_are_balanced_over_categories():
+    for stem, rows in read(PACKAGE).items():
+        counts = Counter(row["category"] for row in rows).values()
+        assert max(counts) - min(counts) <= 1, stem
+
+
+@folders
+def test_no_instruction_occurs_twice(folder: Path):
+    seen: dict[str, str] = {}
+    for stem, rows in read(folder).items():
+        for row in rows:
+            key = normalised(row["instruction"])
+            assert key not in seen, f"{stem} and {seen[key]}: {row['instruction']}"
+            seen[key] = stem
+
+
+def test_the_committed_tiny_sets_are_what_the_script_builds(maker):
+    assert maker.build_splits(0) == read(TINY)
+
+
+def test_the_tiny_corpus_holds_no_split_instruction_and_no_held_out_pair(maker):
+    splits = maker.build_splits(0)
+    held = {normalised(row["instruction"]) for rows in splits.values() for row in rows}
+    corpus = [normalised(example.instruction) for example in maker.build_corpus(0, 5000)]
+    assert len(corpus) == 5000
+    assert held.isdisjoint(corpus)
+
+    requests = "|".join(f" {text} " for text in sorted(set(corpus)))
+    for categories in maker.split_pairs(0)[1].values():
+        for name, pairs in categories.items():
+            assert pairs and not [pair for pair in pairs if f" {normalised(pair)} " in requests], name
