@@ -49,11 +49,13 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     from .prompts import end_of_instruction
     from .runfolder import RunFolder, check_output
     from .student import adapter_config, make_student, save_adapters
-    from .train import number_of_steps, train, trained_change
+    from .train import NotFiniteError, number_of_steps, train, trained_change
 
     run, tokenizer, started = recipe.run, base.tokenizer, time.time()
     folder = Path(run.adapter_path)
     check_output(folder)
+    if (folder / "run").is_dir():
+        screen.line(f"{folder} holds an earlier run, which this one replaces")
     sets = _prompt_sets(recipe)
     n_eoi = len(end_of_instruction(tokenizer))
     rendered = _render(recipe, sets, tokenizer, n_eoi)
@@ -107,6 +109,10 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
                     save_adapters(folder, student, config)
         except KeyboardInterrupt:
             interrupted = True
+        except NotFiniteError:
+            if metrics:  # the last step that was applied
+                save_adapters(folder, student, config)
+            raise
     save_adapters(folder, student, config)
     record.text("metrics.jsonl", "".join(_json_line(m) for m in metrics))
     if interrupted:

@@ -3,7 +3,6 @@
 Nothing that a model said is ever shown here.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,8 +81,3 @@ class Screen:
                 self.line(f"{name}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
 
         yield advance
-
-
-def warn(text: str) -> None:
-    """One sentence on standard error."""
-    print(text, file=sys.stderr)

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .progress import UserError
 from .residual import head, hidden_states, pad_right, take_positions
 
 Ids = Sequence[int]
@@ -107,8 +108,9 @@ def contrast_tokens(
     before_end = ~np.maximum.accumulate(ends.reshape(n, horizon), axis=1)
     keep = np.intersect1d(real, np.flatnonzero(before_end.reshape(-1)))
     if not len(keep):
-        raise ValueError(
-            f"the base ends its turn at the first position of all {n} continuations; nothing is left to score"
+        raise UserError(
+            f"the base ends its turn at once on all {n} steered continuations, so no position is left to score; "
+            "lower --coeff or change --horizon"
         )
 
     base_prob = teacher_prob = delta = 0.0

@@ -4,7 +4,7 @@ Variants: a safety *system prompt* instead of a vector, and a teacher that follo
 exponential moving average. `find_coefficient` chooses α: the smallest that suffices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,6 @@ def find_coefficient(
     eos_ids: Ids,
     batch_size: int = 32,
     progress: Advance = silent,
-    make: Callable[..., Teacher] = steered_teacher,
 ) -> tuple[float, list[CoefficientTrial]]:
     """The smallest coefficient whose teacher refuses enough of what the base answers, and the curve.
 
@@ -93,7 +92,7 @@ def find_coefficient(
     grid = sorted(settings.coeff_grid)
     for tried, coeff in enumerate(grid):
         progress(tried, len(grid), f"coefficient {coeff:g}")
-        model = make(base, layer, vector, coeff).model
+        model = steered_teacher(base, layer, vector, coeff).model
         bad, good = answers(model, answered or harmful), answers(model, harmless)
         both = [*bad, *good]
         curve.append(

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from .losses import sequence_losses
+from .progress import UserError
 from .recipe import LossSettings, TrainSettings
 from .residual import head, hidden_states, pad_right, take_positions
 from .rollout import generate, stream_key
@@ -27,7 +28,7 @@ from .teacher import Teacher
 Ids = Sequence[int]
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(UserError):
     """A loss or gradient that is NaN or infinite; the step was not applied."""
 
 

@@ -35,6 +35,14 @@ def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
     assert [line["step"] for line in lines] == [1, 2]
 
 
+def test_a_second_run_says_that_it_replaces_the_first(finished, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "adapters")
+    aligned(tmp_path / "adapters", "--iters", "1")
+    assert "earlier run, which this one replaces" in " ".join(capsys.readouterr().out.split())
+
+
 def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
     again = aligned(tmp_path / "adapters")
     for name in ("adapters.safetensors", "run/direction.json", "run/tokens.json", "run/metrics.jsonl"):
@@ -215,6 +223,24 @@ def test_data_takes_every_format(tmp_path):
     )
     found = [[i.text for i in load_instructions(tmp_path / p)] for p in ("a.txt", "b.json", ".")]
     assert found == [["one", "two"], ["one", "two"], ["one", "two", "three"]]
+
+
+def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_good_step(tmp_path, monkeypatch, capsys):
+    import mlx.core as mx
+
+    import safesteer_mlx.train as stage
+
+    whole, calls = stage.sequence_losses, []
+
+    def breaks(*args, **options):
+        calls.append(1)
+        return whole(*args, **options) * (mx.nan if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(stage, "sequence_losses", breaks)
+    folder = tmp_path / "adapters"
+    assert "not finite at step" in refused(capsys, ["--adapter-path", str(folder), *SHORT, "--iters", "6"])
+    weights = mx.load(str(folder / "adapters.safetensors"))
+    assert all(mx.isfinite(w).all().item() for w in weights.values())
 
 
 def test_interrupting_keeps_the_adapters_so_far(tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def test_positions_from_the_bases_end_of_turn_onward_are_dropped(toy):
     np.testing.assert_allclose(found.mean_delta, np.log([1 / 4, 4 / 3, 3 / 2, 2]), atol=1e-6)
     np.testing.assert_allclose(found.steered_prob, STEERED[0], atol=1e-6)
     assert toy(eot_ids=[1, 2]).n_positions == 2  # the teacher's argmaxes, which do not count
-    with pytest.raises(ValueError, match="all 1 continuations"):
+    with pytest.raises(ValueError, match="all 1 steered continuations"):
         toy(eot_ids=[0])  # ends at the first position, so the second is dropped with it
 
 
