@@ -2,38 +2,19 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .progress import Screen, UserError
-from .recipe import BUNDLED, MODELS, PACKAGE, Recipe, parse, resolve
+from .recipe import BUNDLED, MODELS, Recipe, parse, resolve
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-    import mlx.nn as nn
-
     from .direction import Direction
     from .evaluate import Scores
     from .load import Loaded
-    from .prompts import PromptSets
-    from .teacher import Teacher
-
-Rows = list[list[int]]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Every set of prompts as ids, sampled with the run's seed where the stage takes fewer than there are."""
-
-    harmful_direction: Rows
-    harmless_direction: Rows
-    harmful_scoring: Rows
-    harmless_scoring: Rows
-    harmful_validation: Rows
-    harmless_validation: Rows
+    from .stages import ChosenTeacher, SafetyTokens
 
 
 def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
@@ -45,8 +26,8 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
+    from . import stages
     from .evaluate import evaluate, first_of_each, make_test_set
-    from .prompts import end_of_instruction
     from .runfolder import RunFolder, check_output
     from .student import adapter_config, make_student, save_adapters
     from .train import NotFiniteError, number_of_steps, train, trained_change
@@ -56,28 +37,28 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     check_output(folder)
     if (folder / "run").is_dir():
         screen.line(f"{folder} holds an earlier run, which this one replaces")
-    sets = _prompt_sets(recipe)
-    n_eoi = len(end_of_instruction(tokenizer))
-    rendered = _render(recipe, sets, tokenizer, n_eoi)
+    sets = stages.prompt_sets(recipe)
+    rendered = stages.render_prompts(recipe, sets, tokenizer)
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
 
     # 1. The refusal direction: mean activations on harmful minus harmless instructions.
-    openers = _find_openers(recipe, base, rendered, screen)
-    direction, kept = _find_direction(recipe, base.model, rendered, n_eoi, list(openers.values()), screen)
+    openers = stages.find_openers(recipe, base, rendered, screen)
+    direction, harmless = stages.find_direction(recipe, base, rendered, openers, screen)
 
     # 2. The safety teacher: the base, steered along the direction.
-    teacher, coeff, curve = _make_teacher(recipe, base, direction, rendered, screen)
+    chosen = stages.make_teacher(recipe, base, rendered, direction, screen)
+    teacher = chosen.teacher
 
     # 3. The safety tokens: what the teacher favours over the base.
-    tokens, contrast = _find_tokens(recipe, base, teacher, kept, rendered, screen)
+    tokens = stages.find_tokens(recipe, base, rendered, teacher, harmless, screen)
 
     record = RunFolder(folder)
     record.yaml("recipe.yaml", recipe.flat())
-    record.json("direction.json", _direction_record(direction, openers, coeff, curve))
-    record.json("tokens.json", _token_record(tokens, contrast, tokenizer))
+    record.json("direction.json", _direction_record(direction, openers, chosen))
+    record.json("tokens.json", _token_record(tokens, tokenizer))
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
-    prompts = _training_prompts(recipe, sets, tokenizer, teacher, screen)
+    prompts = stages.training_prompts(recipe, sets, tokenizer, teacher, screen)
     config = adapter_config(recipe.train, run.model, run.seed)
     before = dict(tree_flatten(student.trainable_parameters()))
     metrics: list[dict[str, Any]] = []
@@ -86,14 +67,14 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
         student,
         base.model,
         teacher,
-        mx.array(tokens),
+        mx.array(tokens.ids),
         *prompts,
         recipe.train,
         recipe.loss,
         eos_ids=base.eos_ids,
         seed=run.seed,
         generation_batch_size=run.generation_batch_size,
-        after_step=_moving_teacher(recipe, base, student, direction, coeff, rendered, kept, screen),
+        after_step=stages.moving_teacher(recipe, base, rendered, student, direction, chosen.coeff, harmless, screen),
     )
     with screen.stage("training") as advance:
         try:
@@ -132,7 +113,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
                 base.model,
                 tokenizer,
                 test,
-                tokens,
+                tokens.ids,
                 eos_ids=base.eos_ids,
                 seed=run.seed,
                 batch_size=run.generation_batch_size,
@@ -149,299 +130,22 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     return folder
 
 
-def _prompt_sets(recipe: Recipe) -> "PromptSets":
-    """The bundled model's own prompts for it, else the package's; `--data` replaces the training prompts."""
-    from dataclasses import replace
-
-    from .prompts import load_instructions, load_prompt_sets
-
-    bundled = Path(recipe.run.model).resolve() == (MODELS / BUNDLED).resolve()
-    sets = load_prompt_sets(MODELS / BUNDLED / "data" if bundled else PACKAGE / "data")
-    if recipe.run.data is not None:
-        sets = replace(sets, harmful_train=load_instructions(Path(recipe.run.data).expanduser()))
-    return sets
-
-
-def _render(recipe: Recipe, sets: "PromptSets", tokenizer: Any, n_eoi: int) -> Rendered:
-    import numpy as np
-
-    from .prompts import render_all
-
-    def sample(name: str, count: int, which: int) -> Rows:
-        items = getattr(sets, name)
-        if len(items) < count:
-            raise UserError(f"{name} holds {len(items)} prompts, {count} are needed; lower the setting or add prompts")
-        chosen = np.random.default_rng([recipe.run.seed, which]).permutation(len(items))[:count]
-        return render_all(tokenizer, [items[i] for i in sorted(chosen)])
-
-    settings = recipe.direction
-    return Rendered(
-        sample("harmful_direction_train", settings.direction_train, 0),
-        sample("harmless_direction_train", settings.direction_train, 1),
-        sample("harmful_direction_validation", settings.direction_validation, 2),
-        sample("harmless_direction_validation", settings.direction_validation, 3),
-        render_all(tokenizer, sets.harmful_validation),
-        render_all(tokenizer, sets.harmless_validation),
-    )
-
-
-def _find_openers(recipe: Recipe, base: "Loaded", rendered: Rendered, screen: Screen) -> dict[str, int]:
-    """First tokens of refusals: the recipe's texts, and those the model itself begins its refusals with."""
-    from collections import Counter
-
-    from .judge import is_refusal
-    from .prompts import opener_ids
-    from .rollout import generate
-
-    tokenizer = base.tokenizer
-    found = opener_ids(tokenizer, recipe.direction.openers)
-    with screen.stage("reading how the model refuses") as advance:
-        harmful, harmless = (
-            generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=32, progress=advance)
-            for rows in (rendered.harmful_direction, rendered.harmless_direction)
-        )
-    refused = Counter(a.ids[0] for a in harmful if is_refusal(a.text(tokenizer)))
-    ordinary = Counter(a.ids[0] for a in harmless)
-    for token, count in refused.most_common():
-        # Kept if it opens one refusal in twenty and hardly ever an answer to a harmless prompt.
-        if count >= max(2, refused.total() / 20) and ordinary[token] / len(harmless) <= count / refused.total() / 10:
-            found.setdefault(tokenizer.decode([token]), token)
-    if not found:
-        raise UserError("no refusal opener is a token of this model; give --openers texts that its refusals begin with")
-    share = f"{refused.total()} of {len(harmful)} harmful prompts are refused"
-    screen.line(f"openers: {', '.join(repr(text) for text in found)}; {share}")
-    return found
-
-
-def _find_direction(
-    recipe: Recipe, model: "nn.Module", rendered: Rendered, n_eoi: int, refusal_ids: list[int], screen: Screen
-) -> tuple["Direction", Rows]:
-    """The chosen direction, and the harmless validation prompts that passed the filter."""
-    import mlx.core as mx
-    import numpy as np
-
-    from . import direction as stage
-
-    s = recipe.direction
-    limits = {
-        "kl_threshold": s.kl_threshold,
-        "steering_threshold": s.steering_threshold,
-        "prune_last": s.prune_last,
-    }
-
-    def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
-        h, b = stage.keep_answered_as_meant(model, harmful, harmless, refusal_ids)
-        if not len(h) or not len(b):
-            raise UserError(
-                f"the base refuses {len(h)} of {len(harmful)} harmful and answers {len(b)} of {len(harmless)} harmless "
-                "prompts; SafeSteer needs a base that sometimes refuses (try --teacher system_prompt or --openers)"
-            )
-        return [harmful[i] for i in h], [harmless[i] for i in b]
-
-    if recipe.teacher.teacher == "system_prompt":
-        return stage.no_direction(model), kept(rendered.harmful_scoring, rendered.harmless_scoring)[1]
-    with screen.stage("finding the refusal direction") as advance:
-        candidates = stage.mean_differences(
-            model, *kept(rendered.harmful_direction, rendered.harmless_direction), n_eoi
-        )
-        harmful, harmless = kept(rendered.harmful_scoring, rendered.harmless_scoring)
-        scores = stage.score_candidates(
-            model, candidates, harmful, harmless, refusal_ids, exhaustive=False, **limits, progress=advance
-        )
-        try:
-            position, layer = stage.choose_direction(scores, **limits)
-        except stage.NoDirectionError:
-            scores = stage.score_candidates(model, candidates, harmful, harmless, refusal_ids, True, progress=advance)
-            near = "; ".join(
-                f"block {layer} position {position}: {', '.join(failed)}"
-                for position, layer, failed in stage.nearest_candidates(scores, **limits)
-            )
-            raise UserError(
-                f"no refusal direction passes the tests (nearest: {near}); loosen --steering-threshold or "
-                "--kl-threshold, give other --openers, or use --teacher system_prompt"
-            ) from None
-    vector = mx.array(candidates[position, layer].astype(np.float32))
-    found = stage.Direction(position, layer, vector, scores)
-    p = (position, layer)
-    screen.line(
-        f"direction: block {layer} of {candidates.shape[1]}, position {position}, KL {scores.ablation_kl[p]:.3f}, "
-        f"refusal under ablation {scores.ablation_refusal[p]:+.1f}, steering {scores.steering_refusal[p]:+.1f}"
-    )
-    return found, harmless
-
-
-def _make_teacher(
-    recipe: Recipe, base: "Loaded", direction: "Direction", rendered: Rendered, screen: Screen
-) -> tuple["Teacher", float, list[Any]]:
-    from .teacher import Teacher, find_coefficient, steered_teacher
-
-    settings = recipe.teacher
-    if settings.teacher == "system_prompt":
-        screen.line("teacher: the base under a safety system prompt")
-        return Teacher(base.model, settings.system_prompt), 0.0, []
-    if settings.coeff != "auto":
-        coeff, curve = float(settings.coeff), []
-        screen.line(f"teacher: coefficient {coeff:g}")
-    else:
-        with screen.stage("finding the steering coefficient") as advance:
-            coeff, curve = find_coefficient(
-                base.model,
-                direction.layer,
-                direction.vector,
-                rendered.harmful_validation,
-                rendered.harmless_validation,
-                settings,
-                tokenizer=base.tokenizer,
-                eos_ids=base.eos_ids,
-                batch_size=recipe.run.generation_batch_size,
-                progress=advance,
-            )
-        at = next(t for t in curve if t.coeff == coeff)
-        screen.line(
-            f"teacher: coefficient {coeff:g} refuses {at.harmful_refused:.0%} of the harmful prompts that the base "
-            f"answers and {at.harmless_refused:.0%} of harmless ones, {at.broken:.0%} broken"
-        )
-        if at.harmful_refused < settings.coeff_refusal:
-            screen.line(f"  less than the {settings.coeff_refusal:.0%} asked for: no coefficient reaches it unbroken")
-    return steered_teacher(base.model, direction.layer, direction.vector, coeff), coeff, curve
-
-
-def _find_tokens(
-    recipe: Recipe, base: "Loaded", teacher: "Teacher", harmless: Rows, rendered: Rendered, screen: Screen
-) -> tuple[Any, Any]:
-    """The safety tokens, from the teacher's own continuations; of harmful prompts if a system prompt makes it."""
-    from .prompts import special_ids
-    from .rollout import generate, stream_key
-    from .safety_tokens import contrast_tokens, select_tokens
-
-    s, tokenizer, m = recipe.tokens, base.tokenizer, recipe.tokens.token_samples
-    source = rendered.harmful_scoring if teacher.system_prompt else harmless
-    prompts = [row for row in source for _ in range(m)]
-    teacher_prompts = _under(teacher, tokenizer, recipe, prompts, base) if teacher.system_prompt else prompts
-    continuations: Rows = [[] for _ in prompts]
-    with screen.stage("finding the safety tokens") as advance:
-        if s.horizon > 1:
-            drawn = generate(
-                teacher.model,
-                teacher_prompts,
-                eos_ids=base.eos_ids,
-                max_tokens=s.horizon - 1,
-                temp=1.0,
-                keys=[stream_key(recipe.run.seed, 0, i) for i in range(len(prompts))],
-                batch_size=recipe.run.generation_batch_size,
-                progress=advance,
-            )
-            continuations = [c.ids for c in drawn]
-        contrast = contrast_tokens(
-            base.model,
-            teacher.model,
-            prompts,
-            continuations,
-            eot_ids=base.eos_ids,
-            banned_ids=special_ids(tokenizer, base.vocabulary),
-            inner_top_k=s.inner_top_k,
-            min_steered_prob=s.min_steered_prob,
-            teacher_prompts=teacher_prompts,
-        )
-    tokens = select_tokens(contrast, s.safety_tokens, s.token_method)
-    if not len(tokens):
-        raise UserError(f"no token reaches min_steered_prob = {s.min_steered_prob:g}; lower --min-steered-prob")
-    shown = " ".join(repr(tokenizer.decode([int(t)])) for t in tokens[:10])
-    screen.line(f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, first {shown}")
-    return tokens, contrast
-
-
-def _under(teacher: "Teacher", tokenizer: Any, recipe: Recipe, prompts: Rows, base: "Loaded") -> Rows:
-    """The same instructions as `prompts`, rendered with the teacher's system prompt."""
-    from .prompts import render_all
-
-    sets = _prompt_sets(recipe)
-    plain = {tuple(row): i for i, row in enumerate(render_all(tokenizer, sets.harmful_direction_validation))}
-    under = render_all(tokenizer, sets.harmful_direction_validation, teacher.system_prompt)
-    return [under[plain[tuple(row)]] for row in prompts]
-
-
-def _training_prompts(
-    recipe: Recipe, sets: "PromptSets", tokenizer: Any, teacher: "Teacher", screen: Screen
-) -> tuple[list[Any], list[Any]]:
-    """Harmful and anchor prompts as student and target read them; those over the length are left out, and said."""
-    from .prompts import render
-    from .train import TrainingPrompt
-
-    limit = recipe.train.max_seq_length
-    found: tuple[list[Any], list[Any]] = ([], [])
-    for harmful, items, into in (
-        (True, sets.harmful_train, found[0]),
-        (False, sets.harmless_train, found[1]),
-    ):
-        for item in items:
-            ids = render(tokenizer, item.text)
-            seen = render(tokenizer, item.text, teacher.system_prompt) if harmful and teacher.system_prompt else ids
-            if len(ids) <= limit:
-                into.append(TrainingPrompt(ids, seen, harmful))
-        if len(into) < len(items):
-            screen.line(f"{len(items) - len(into)} prompts are longer than {limit} tokens and are left out")
-    if not found[0]:
-        raise UserError(f"every training prompt is longer than max_seq_length = {limit}; raise --max-seq-length")
-    return found
-
-
-def _moving_teacher(
-    recipe: Recipe,
-    base: "Loaded",
-    student: "nn.Module",
-    direction: "Direction",
-    coeff: float,
-    rendered: Rendered,
-    kept: Rows,
-    screen: Screen,
-) -> Any:
-    """What `train` calls after each step: nothing, or the moving-average teacher's next state (variant a)."""
-    if recipe.teacher.teacher != "ema":
-        return lambda step: None
-    import mlx.core as mx
-    import numpy as np
-
-    from .direction import mean_differences
-    from .teacher import follow, moving_average, steered_teacher
-
-    moving = moving_average(student)
-    vector, tokens = direction.vector, None
-
-    def after_step(step: int) -> tuple["Teacher", "mx.array | None"]:
-        nonlocal vector, tokens
-        follow(moving, student, recipe.teacher.mixup)
-        teacher = steered_teacher(moving, direction.layer, vector, coeff)
-        every = recipe.teacher.refresh_every
-        if every and step % every == 0:
-            found = mean_differences(
-                moving, rendered.harmful_direction, rendered.harmless_direction, -direction.position
-            )
-            vector = mx.array(found[0, direction.layer].astype(np.float32))
-            teacher = steered_teacher(moving, direction.layer, vector, coeff)
-            tokens = mx.array(_find_tokens(recipe, base, teacher, kept, rendered, screen)[0])
-        return teacher, tokens
-
-    return after_step
-
-
-def _direction_record(
-    direction: "Direction", openers: dict[str, int], coeff: float, curve: Sequence[Any]
-) -> dict[str, Any]:
+def _direction_record(direction: "Direction", openers: dict[str, int], chosen: "ChosenTeacher") -> dict[str, Any]:
     import numpy as np
 
     return {
         "position": direction.position,
         "layer": direction.layer,
-        "coeff": coeff,
+        "coeff": chosen.coeff,
         "openers": openers,
-        "coefficient_curve": [asdict(trial) for trial in curve],
+        "coefficient_curve": [asdict(trial) for trial in chosen.curve],
         "vector": np.array(direction.vector, np.float64),
         "scores": asdict(direction.scores),
     }
 
 
-def _token_record(tokens: Any, contrast: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def _token_record(tokens: "SafetyTokens", tokenizer: Any) -> list[dict[str, Any]]:
+    contrast = tokens.contrast
     return [
         {
             "token": tokenizer.decode([int(t)]),
@@ -451,7 +155,7 @@ def _token_record(tokens: Any, contrast: Any, tokenizer: Any) -> list[dict[str, 
             "base_prob": float(contrast.base_prob[t]),
             "teacher_prob": float(contrast.steered_prob[t]),
         }
-        for t in tokens
+        for t in tokens.ids
     ]
 
 

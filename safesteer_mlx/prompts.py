@@ -105,11 +105,24 @@ def load_instructions(path: Path) -> list[Instruction]:
 
 
 def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[int]:
-    """The ids of one user turn and the assistant's header, in the model's own chat template."""
+    """The ids of one user turn and the assistant's header, in the model's own chat template.
+
+    Raises:
+        UserError: a system turn for a template that refuses one.
+    """
+    from jinja2 import TemplateError
+
     turns = [{"role": "user", "content": instruction}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+    try:
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+    except TemplateError as error:
+        what = "a system turn" if system is not None else "a single user turn"
+        raise UserError(
+            f"the chat template refuses {what} ({error}); choose a model whose template takes it"
+            + (", or another --teacher" if system is not None else "")
+        ) from None
 
 
 def render_all(tokenizer: Any, instructions: Sequence[Instruction], system: str | None = None) -> list[list[int]]:

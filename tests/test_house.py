@@ -13,7 +13,8 @@ LEVELS = {
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
     **dict.fromkeys(("direction", "student", "teacher", "safety_tokens"), 3),
     **dict.fromkeys(("train", "evaluate"), 4),
-    "align": 5,
+    "stages": 5,
+    "align": 6,
 }
 
 
