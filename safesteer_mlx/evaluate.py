@@ -6,12 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .judge import is_broken, is_correct, is_refusal
+from .losses import chunk_rows
 from .progress import Advance, silent
 from .prompts import Instruction, render_all
-from .residual import head, hidden_states, pad_right, take_positions
+from .residual import answer_states, head
 from .rollout import generate, stream_key
 
 Ids = Sequence[int]
@@ -80,33 +80,58 @@ def make_test_set(
     return TestSet(kinds, capability, harmless, [c.ids for c in answers])
 
 
-def _log_probs(model: nn.Module, prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
-    """Log-probabilities at all the answers' positions, flat: (Σ len, V)."""
-    rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
-    hidden = hidden_states(model, pad_right(rows))
-    width = max(map(len, answers))
-    at = mx.array([[min(len(p) - 1 + t, len(r) - 1) for t in range(width)] for p, r in zip(prompts, rows, strict=True)])
-    real = np.flatnonzero([t < len(a) for a in answers for t in range(width)])
-    flat = take_positions(hidden, at).reshape(1, -1, hidden.shape[-1])[:, mx.array(real)]
-    logits = head(model)(flat)[0].astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
 def drift(base: nn.Module, model: nn.Module, test: TestSet, tokens: Sequence[int]) -> tuple[float, float]:
     """Mean per-token KL(base ‖ model) on the base's harmless answers: over all tokens, and without `tokens`."""
     total = outside = 0.0
     count = 0
     ids = mx.array([int(t) for t in tokens])
+    heads = head(base), head(model)
     for start in range(0, len(test.drift_prompts), DRIFT_BATCH):
         part = slice(start, start + DRIFT_BATCH)
-        lb, lm = (_log_probs(m, test.drift_prompts[part], test.drift_answers[part]) for m in (base, model))
-        total += (mx.exp(lb) * (lb - lm)).sum().item()
-        lb[:, ids] = -mx.inf
-        lm[:, ids] = -mx.inf
-        lb, lm = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (lb, lm))
-        outside += mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
-        count += len(lb)
+        states = [answer_states(m, test.drift_prompts[part], test.drift_answers[part]) for m in (base, model)]
+        chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
+        for at in range(0, len(states[0]), chunk):
+            zb, zm = (h(x[None, at : at + chunk])[0].astype(mx.float32) for h, x in zip(heads, states, strict=True))
+            total += _kl(zb, zm)
+            zb[:, ids] = -mx.inf
+            zm[:, ids] = -mx.inf
+            outside += _kl(zb, zm)
+        count += len(states[0])
     return total / count, outside / count
+
+
+def _kl(zb: mx.array, zm: mx.array) -> float:
+    """Σ over positions of KL(softmax zb ‖ softmax zm), ids at −inf in both left out: (C, V)."""
+    lb, lm = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (zb, zm))
+    return mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
+
+
+def count_refusals(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    sampled: bool,
+    *,
+    eos_ids: Ids,
+    seed: int,
+    stream: int = 0,
+    batch_size: int = 64,
+    progress: Advance = silent,
+) -> tuple[Count, Count]:
+    """How many of the answers refuse and how many are broken; `stream` numbers the random streams of a set."""
+    answers = generate(
+        model,
+        prompts,
+        eos_ids=eos_ids,
+        max_tokens=ANSWER_TOKENS,
+        temp=1.0 if sampled else 0.0,
+        keys=[stream_key(seed, 2, stream, i) for i in range(len(prompts))],
+        batch_size=batch_size,
+        progress=progress,
+    )
+    texts = [a.text(tokenizer) for a in answers]
+    bad = sum(is_broken(t, a.finished) for t, a in zip(texts, answers, strict=True))
+    return Count(sum(map(is_refusal, texts)), len(texts)), Count(bad, len(texts))
 
 
 def evaluate(
@@ -130,21 +155,17 @@ def evaluate(
         prompts = render_all(tokenizer, items, system_prompt)
         refusals[kind], broken[kind] = {}, {}
         for how in ("greedy", "sampled"):
-            keys = [stream_key(seed, 2, which, i) for i in range(len(prompts))]
-            answers = generate(
+            refusals[kind][how], broken[kind][how] = count_refusals(
                 model,
+                tokenizer,
                 prompts,
+                how == "sampled",
                 eos_ids=eos_ids,
-                max_tokens=ANSWER_TOKENS,
-                temp=1.0 if how == "sampled" else 0.0,
-                keys=keys,
+                seed=seed,
+                stream=which,
                 batch_size=batch_size,
                 progress=lambda n, _, done=done: progress(done + n, total),
             )
-            texts = [a.text(tokenizer) for a in answers]
-            refusals[kind][how] = Count(sum(map(is_refusal, texts)), len(texts))
-            bad = sum(is_broken(t, a.finished) for t, a in zip(texts, answers, strict=True))
-            broken[kind][how] = Count(bad, len(texts))
             done += len(prompts)
     answers = generate(
         model,

@@ -9,10 +9,21 @@ with log-softmax over the full vocabulary (method page, section 4). `grouped_rev
 the default: everything outside `S` becomes one outcome, which makes the sum a proper divergence. The
 published summand alone is smallest at πs = πt/e, so it also lowers the mass on `S`.
 
-Everything is computed in float32, whatever the logits' type.
+Everything is computed in float32, whatever the logits' type. `distillation_loss` takes logits and is the
+reference; training uses `localized_loss`, the same on hidden states, which never holds logits of more
+than a chunk of positions (its own gradient is computed with its value, chunk after chunk).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import mlx.core as mx
+import numpy as np
+
+Head = Callable[[mx.array], mx.array]
+
+# Logits that exist at once: 27 positions of a vocabulary of 151,936 need 150 MB with their gradient.
+CHUNK_LOGITS = 2**22
 
 KINDS = ("grouped_reverse_kl", "reverse_kl", "forward_kl", "mixture")
 
@@ -22,19 +33,91 @@ def _excluded(logits: mx.array, ids: mx.array) -> mx.array:
     return mx.put_along_axis(logits, ids, mx.array(-mx.inf, logits.dtype), axis=-1)
 
 
-def _restrict(logits: mx.array, ids: mx.array | None) -> tuple[mx.array, mx.array | None]:
-    """Log-probabilities on the chosen ids (..., K), and the log-mass of all others (...), None if none.
+@mx.custom_function
+def _split(logits: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
+    """Logits (..., V) -> those at the ids (..., K), and the logsumexp of all others (...).
+
+    All that a divergence on a subset needs to know. The gradient is written out because it is one array of
+    the logits' size, where autograd would hold several.
+    """
+    return mx.take_along_axis(logits, ids, axis=-1), mx.logsumexp(_excluded(logits, ids), axis=-1)
+
+
+@_split.vjp
+def _split_vjp(primals, cotangents, outputs):
+    (logits, ids), (inside, rest) = primals, cotangents
+    slope = rest[..., None] * mx.exp(logits - outputs[1][..., None])
+    return mx.put_along_axis(slope, ids, inside, axis=-1), mx.zeros_like(ids)
+
+
+@dataclass(frozen=True)
+class _Restricted:
+    """Log-probabilities on the subset (..., K), the log-mass of all other ids (...) or None if there are none,
+    and the logits' logsumexp (...)."""
+
+    inside: mx.array
+    rest: mx.array | None
+    normaliser: mx.array
+
+
+def _restrict(logits: mx.array, ids: mx.array | None) -> _Restricted:
+    """A distribution as far as the divergence sees it: logits (..., V), ids (..., K) or None for all.
 
     The mass outside is the logsumexp of the logits outside: 1 − P would lose all its digits near P = 1.
     """
-    normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
-    if ids is None:
-        return logits - normaliser, None
-    inside = mx.take_along_axis(logits, ids, axis=-1) - normaliser
-    if ids.shape[-1] == logits.shape[-1]:
-        return inside, None
-    rest = mx.logsumexp(_excluded(logits, ids), axis=-1) - normaliser[..., 0]
-    return inside, rest
+    if ids is None or ids.shape[-1] == logits.shape[-1]:
+        normaliser = mx.logsumexp(logits, axis=-1)
+        inside = logits if ids is None else mx.take_along_axis(logits, ids, axis=-1)
+        return _Restricted(inside - normaliser[..., None], None, normaliser)
+    inside, outside = _split(logits, ids)  # pyright: ignore[reportGeneralTypeIssues]
+    normaliser = mx.logaddexp(mx.logsumexp(inside, axis=-1), outside)
+    return _Restricted(inside - normaliser[..., None], outside - normaliser, normaliser)
+
+
+def _subset(teacher_logits: mx.array, tokens: mx.array | None, top_k: int | None) -> mx.array | None:
+    """The ids of each position (..., K), or None for the full vocabulary."""
+    if tokens is not None:
+        return mx.broadcast_to(tokens, (*teacher_logits.shape[:-1], tokens.size))
+    if top_k is not None:
+        return mx.argpartition(-teacher_logits, top_k - 1, axis=-1)[..., :top_k]
+    return None
+
+
+def _divergence(s: _Restricted, t: _Restricted, kind: str, mix: float | None, renormalize: bool) -> mx.array:
+    """The divergence at each position, (...)."""
+    ls, lt = s.inside, t.inside
+    if renormalize:
+        ls, lt = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (ls, lt))
+    if kind == "forward_kl":
+        return (mx.exp(lt) * (lt - ls)).sum(-1)
+    if mix is not None:
+        lm = _log_mixture(ls, lt, mix)
+        return (mix * mx.exp(lt) * (lt - lm) + (1 - mix) * mx.exp(ls) * (ls - lm)).sum(-1)
+    total = (mx.exp(ls) * (ls - lt)).sum(-1)
+    if kind == "grouped_reverse_kl" and not renormalize and s.rest is not None and t.rest is not None:
+        total = total + mx.exp(s.rest) * (s.rest - t.rest)
+    return total
+
+
+def _check_options(size: int, tokens: mx.array | None, top_k: int | None, kind: str, mix: float | None) -> None:
+    """Raise the ValueErrors of `token_divergence`, for a vocabulary of `size`."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown loss {kind!r}; choose one of {', '.join(KINDS)}")
+    if (mix is not None) != (kind == "mixture"):
+        raise ValueError(f"mix = {mix} with the loss {kind}: 'mixture' needs it and the others have none")
+    if mix is not None and not 0.0 <= mix <= 1.0:
+        raise ValueError(f"mix must lie between 0 and 1, not {mix}")
+    if tokens is not None and top_k is not None:
+        raise ValueError(f"{tokens.size} tokens and top_k = {top_k}: a subset is one or the other")
+    if tokens is not None:
+        ids = [int(token) for token in np.array(tokens)]
+        # An index out of range would corrupt memory instead of raising.
+        if wrong := [token for token in ids if not 0 <= token < size]:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {size}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{len(ids)} token ids hold {len(ids) - len(set(ids))} twice; give each once")
+    if top_k is not None and not 1 <= top_k <= size:
+        raise ValueError(f"top_k = {top_k} does not fit a vocabulary of {size}")
 
 
 def token_divergence(
@@ -58,43 +141,12 @@ def token_divergence(
 
     Raises:
         ValueError: an unknown kind, an α outside [0, 1] or for another kind, both `tokens` and `top_k`,
-            an id outside the vocabulary, or a `top_k` larger than it.
+            an id outside the vocabulary or given twice, or a `top_k` larger than it.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown loss {kind!r}; choose one of {', '.join(KINDS)}")
-    if (mix is not None) != (kind == "mixture"):
-        raise ValueError(f"mix = {mix} with the loss {kind}: 'mixture' needs it and the others have none")
-    if mix is not None and not 0.0 <= mix <= 1.0:
-        raise ValueError(f"mix must lie between 0 and 1, not {mix}")
-    if tokens is not None and top_k is not None:
-        raise ValueError(f"{tokens.size} tokens and top_k = {top_k}: a subset is one or the other")
+    _check_options(student_logits.shape[-1], tokens, top_k, kind, mix)
     zs, zt = student_logits.astype(mx.float32), mx.stop_gradient(teacher_logits.astype(mx.float32))
-    size = zs.shape[-1]
-    ids = None
-    if tokens is not None:
-        # An index out of range would corrupt memory instead of raising.
-        if tokens.size and not 0 <= tokens.min().item() <= tokens.max().item() < size:
-            wrong = tokens.min().item() if tokens.min().item() < 0 else tokens.max().item()
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {size}")
-        ids = mx.broadcast_to(tokens, (*zs.shape[:-1], tokens.size))
-    elif top_k is not None:
-        if not 1 <= top_k <= size:
-            raise ValueError(f"top_k = {top_k} does not fit a vocabulary of {size}")
-        ids = mx.argpartition(-zt, top_k - 1, axis=-1)[..., :top_k]
-
-    (ls, rest_s), (lt, rest_t) = _restrict(zs, ids), _restrict(zt, ids)
-    if renormalize:
-        ls, lt = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (ls, lt))
-        rest_s = rest_t = None
-    if kind == "forward_kl":
-        return (mx.exp(lt) * (lt - ls)).sum(-1)
-    if mix is not None:
-        lm = _log_mixture(ls, lt, mix)
-        return (mix * mx.exp(lt) * (lt - lm) + (1 - mix) * mx.exp(ls) * (ls - lm)).sum(-1)
-    total = (mx.exp(ls) * (ls - lt)).sum(-1)
-    if kind == "grouped_reverse_kl" and rest_s is not None:
-        total = total + mx.exp(rest_s) * (rest_s - rest_t)
-    return total
+    ids = _subset(zt, tokens, top_k)
+    return _divergence(_restrict(zs, ids), _restrict(zt, ids), kind, mix, renormalize)
 
 
 def _log_mixture(ls: mx.array, lt: mx.array, mix: float) -> mx.array:
@@ -153,3 +205,93 @@ def distillation_loss(
     """
     options = {"tokens": tokens, "top_k": top_k, "kind": kind, "mix": mix, "renormalize": renormalize}
     return sequence_losses(student_logits, teacher_logits, mask, skip, keep, **options).mean()
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Positions whose logits may exist at once."""
+    return max(1, CHUNK_LOGITS // vocabulary)
+
+
+def localized_loss(
+    student_hidden: mx.array,
+    teacher_hidden: mx.array,
+    student_head: Head,
+    teacher_head: Head,
+    weights: mx.array,
+    *,
+    watched: mx.array,
+    temp: float = 1.0,
+    chunk: int | None = None,
+    tokens: mx.array | None = None,
+    top_k: int | None = None,
+    kind: str = "reverse_kl",
+    mix: float | None = None,
+    renormalize: bool = False,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Σ_r weights[r] · D[r] over R positions, from hidden states; no (R, V) array ever exists.
+
+    The gradient with respect to `student_hidden` is computed with the value, chunk by chunk, the chunks
+    chained so that they run one after another; it reaches nothing else (the head is frozen).
+
+    Args:
+        student_hidden, teacher_hidden: (R, D), after the last norm.
+        student_head, teacher_head: (1, C, D) -> (1, C, V), soft-caps and scaling included.
+        weights: (R,) float32, 1/T_n over the number of sequences.
+        watched: (K,) ids whose probability is reported.
+        temp: the sampling temperature, which divides all logits.
+        chunk: positions whose logits exist at once; None for as many as `chunk_rows` allows.
+        Others: as in `token_divergence`.
+
+    Returns:
+        The loss, a float32 scalar; each position's divergence (R,); and the probability of `watched`
+        under student and teacher, (2, R). Gradients reach the first only.
+    """
+
+    size = teacher_head(teacher_hidden[None, :1]).shape[-1]  # lazily: no logits are computed
+    _check_options(size, tokens, top_k, kind, mix)
+    chunk = chunk or chunk_rows(size)
+
+    def logits(head: Head, hidden: mx.array) -> mx.array:
+        z = head(hidden[None])[0].astype(mx.float32)
+        return z if temp == 1.0 else z / temp
+
+    def mass(z: mx.array, restricted: _Restricted) -> mx.array:
+        return mx.exp(mx.logsumexp(z[:, watched], axis=-1) - restricted.normaliser)
+
+    def one_chunk(hs: mx.array, ht: mx.array, w: mx.array) -> tuple[mx.array, ...]:
+        """Value, divergences (C,), masses (C,) twice, and the gradient (C, D)."""
+        zt = logits(teacher_head, ht)
+        ids = _subset(zt, tokens, top_k)
+        teacher = _restrict(zt, ids)
+        teacher_mass = mass(zt, teacher)
+
+        def weighted(h: mx.array) -> tuple[mx.array, ...]:
+            zs = logits(student_head, h)
+            student = _restrict(zs, ids)
+            each = _divergence(student, teacher, kind, mix, renormalize)
+            return (each * w).sum(), each, mass(zs, student)
+
+        # The teacher's logits are done with before the student's exist.
+        (value, each, student_mass), slope = mx.value_and_grad(weighted)(mx.depends(hs, teacher_mass))
+        return value, each, student_mass, teacher_mass, slope
+
+    @mx.custom_function
+    def loss(hs: mx.array, ht: mx.array, w: mx.array) -> tuple[mx.array, ...]:
+        done: list[tuple[mx.array, ...]] = []
+        for start in range(0, hs.shape[0], chunk):
+            part = slice(start, start + chunk)
+            # Waits for the chunk before it: only one chunk's logits are alive.
+            inputs = [hs[part], ht[part]]
+            h, target = mx.depends(inputs, list(done[-1])) if done else inputs
+            done.append(one_chunk(h, target, w[part]))
+        value, each, *masses, slope = zip(*done, strict=True)
+        return sum(value), mx.concatenate(each), mx.stack([mx.concatenate(m) for m in masses]), mx.concatenate(slope)
+
+    @loss.vjp
+    def _(primals, cotangents, outputs):
+        hs, ht, w = primals
+        return (cotangents[0] * outputs[3]).astype(hs.dtype), mx.zeros_like(ht), mx.zeros_like(w)
+
+    outputs = loss(student_hidden, mx.stop_gradient(teacher_hidden), weights)
+    value, each, masses, _ = outputs  # pyright: ignore[reportGeneralTypeIssues]
+    return value, mx.stop_gradient(each), mx.stop_gradient(masses)

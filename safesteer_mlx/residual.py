@@ -185,6 +185,24 @@ def take_positions(x: mx.array, positions: mx.array) -> mx.array:
     return mx.take_along_axis(x, positions[..., None], axis=1)
 
 
+def answer_states(
+    model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, and_after: bool = False
+) -> mx.array:
+    """The final hidden states that predict the answers' tokens, answer after answer, without padding: (R, D).
+
+    R is the number of answer tokens, and one more an answer with `and_after`: the state behind its last token.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    hidden = hidden_states(model, pad_right(rows))
+    width = hidden.shape[1]
+    flat = [
+        i * width + at
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+        for at in range(len(prompt) - 1, len(row) - (0 if and_after else 1))
+    ]
+    return hidden.reshape(-1, hidden.shape[-1])[mx.array(flat, mx.int32)]
+
+
 def block_inputs(model: nn.Module, tokens: mx.array, positions: mx.array) -> mx.array:
     """x[l] for every block at the given positions: tokens (B, T), positions (B, P) -> (L, B, P, D)."""
     kept = []

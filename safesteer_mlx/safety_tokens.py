@@ -16,12 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .losses import chunk_rows
 from .progress import UserError
-from .residual import head, hidden_states, pad_right, take_positions
+from .residual import answer_states, head
 
 Ids = Sequence[int]
 SEQUENCE_BATCH = 32  # sequences in one forward pass
-LOGIT_ROWS = 128  # positions whose logits exist at once
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,12 @@ class TokenContrast:
     n_positions: int
 
 
-def _scored_hidden(model: nn.Module, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> mx.array:
-    """Hidden states at the last prompt position and at each continuation token: (N, h, D), ragged padded."""
-    horizon = 1 + max(map(len, continuations))
+def _scored_states(model: nn.Module, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> mx.array:
+    """Hidden states at the last prompt position and at each continuation token, row after row: (R, D)."""
     kept = []
     for start in range(0, len(prompts), SEQUENCE_BATCH):
-        pairs = list(zip(prompts, continuations, strict=True))[start : start + SEQUENCE_BATCH]
-        rows = [[*prompt, *continuation] for prompt, continuation in pairs]
-        positions = mx.array(
-            [[min(len(p) - 1 + t, len(r) - 1) for t in range(horizon)] for (p, _), r in zip(pairs, rows, strict=True)]
-        )
-        kept.append(take_positions(hidden_states(model, pad_right(rows)), positions))
+        part = slice(start, start + SEQUENCE_BATCH)
+        kept.append(answer_states(model, prompts[part], continuations[part], and_after=True))
         mx.eval(kept[-1])
     return mx.concatenate(kept)
 
@@ -83,38 +78,34 @@ def contrast_tokens(
     """
     if not prompts or len(prompts) != len(continuations):
         raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations do not make pairs")
-    lengths = np.array([1 + len(c) for c in continuations])
-    base_hidden = _scored_hidden(base, prompts, continuations)
-    teacher_hidden = _scored_hidden(teacher, teacher_prompts or prompts, continuations)
-    n, horizon, width = base_hidden.shape
-    base_head, teacher_head = head(base), head(teacher)
-    rows = [mx.reshape(h, (1, n * horizon, width)) for h in (base_hidden, teacher_hidden)]
+    lengths = [1 + len(c) for c in continuations]
+    states = [_scored_states(base, prompts, continuations)]
+    states.append(_scored_states(teacher, teacher_prompts or prompts, continuations))
+    heads = head(base), head(teacher)
+    chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
 
-    def chunks(keep: np.ndarray) -> Iterator[tuple[mx.array, mx.array, np.ndarray]]:
-        """log π0, log πt (C, V) and the flat indices (C,) of the positions they belong to."""
-        for start in range(0, len(keep), LOGIT_ROWS):
-            index = keep[start : start + LOGIT_ROWS]
-            logits = [
-                h(x[:, mx.array(index)])[0].astype(mx.float32)
-                for h, x in zip((base_head, teacher_head), rows, strict=True)
-            ]
-            yield (*(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in logits), index)
+    def logits(which: int, index: np.ndarray) -> mx.array:
+        """(C, V), float32."""
+        return heads[which](states[which][None, mx.array(index)])[0].astype(mx.float32)
 
-    real = np.flatnonzero((np.arange(horizon) < lengths[:, None]).reshape(-1))
-    ends = np.zeros(n * horizon, bool)
-    for start in range(0, len(real), LOGIT_ROWS):
-        index = real[start : start + LOGIT_ROWS]
-        ends[index] = np.isin(np.array(base_head(rows[0][:, mx.array(index)])[0].argmax(-1)), list(eot_ids))
-    before_end = ~np.maximum.accumulate(ends.reshape(n, horizon), axis=1)
-    keep = np.intersect1d(real, np.flatnonzero(before_end.reshape(-1)))
+    def chunks(keep: np.ndarray) -> Iterator[tuple[mx.array, mx.array]]:
+        """log π0 and log πt at the positions `keep`, (C, V) each."""
+        for start in range(0, len(keep), chunk):
+            both = (logits(which, keep[start : start + chunk]) for which in (0, 1))
+            yield tuple(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in both)
+
+    every = np.arange(sum(lengths))
+    favourite = [np.array(logits(0, every[i : i + chunk]).argmax(-1)) for i in range(0, len(every), chunk)]
+    ends = np.split(np.isin(np.concatenate(favourite), list(eot_ids)), np.cumsum(lengths)[:-1])
+    keep = every[np.concatenate([~np.maximum.accumulate(row) for row in ends])]
     if not len(keep):
         raise UserError(
-            f"the base ends its turn at once on all {n} steered continuations, so no position is left to score; "
-            "lower --coeff or change --horizon"
+            f"the base ends its turn at once on all {len(prompts)} steered continuations, so no position is left to "
+            "score; lower --coeff or change --horizon"
         )
 
     base_prob = teacher_prob = delta = 0.0
-    for log_base, log_teacher, _ in chunks(keep):
+    for log_base, log_teacher in chunks(keep):
         sums = (mx.exp(log_base).sum(0), mx.exp(log_teacher).sum(0), (log_teacher - log_base).sum(0))
         b, t, d = (np.array(x, np.float64) for x in sums)
         base_prob, teacher_prob, delta = base_prob + b, teacher_prob + t, delta + d
@@ -126,7 +117,7 @@ def contrast_tokens(
     k = min(inner_top_k, int(eligible.sum()))
     if k:
         selectable = mx.array(eligible)
-        for log_base, log_teacher, _ in chunks(keep):
+        for log_base, log_teacher in chunks(keep):
             favoured = mx.where(selectable, log_teacher - log_base, -mx.inf)
             np.add.at(votes, np.array(mx.argpartition(-favoured, k - 1, axis=-1)[:, :k]), 1)
     return TokenContrast(votes, delta, base_prob, teacher_prob, eligible, len(keep))

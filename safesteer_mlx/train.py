@@ -18,10 +18,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .losses import sequence_losses
+from .losses import kept_positions, localized_loss
 from .progress import UserError
 from .recipe import LossSettings, TrainSettings
-from .residual import head, hidden_states, pad_right, take_positions
+from .residual import answer_states, head
 from .rollout import generate, stream_key
 from .teacher import Teacher
 
@@ -89,13 +89,12 @@ def _passes(n: int, seed: int, which: int) -> Iterator[int]:
         epoch += 1
 
 
-def _logits(model: nn.Module, prompts: Sequence[Ids], completions: Sequence[Ids], width: int) -> mx.array:
-    """Logits at the positions that predict the completions' tokens: (B, width, V), float32, padded."""
-    rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    positions = mx.array(
-        [[min(len(p) - 1 + t, len(r) - 1) for t in range(width)] for p, r in zip(prompts, rows, strict=True)]
-    )
-    return head(model)(take_positions(hidden_states(model, pad_right(rows)), positions)).astype(mx.float32)
+def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: int) -> np.ndarray:
+    """What each answer position counts in the step's loss, answer after answer: m[n,t] / T_n / rollouts, (R,)."""
+    mask = mx.array([[float(t < length) for t in range(max(lengths))] for length in lengths])
+    kept = np.array(kept_positions(mask, skip, keep))
+    weights = kept / np.maximum(kept.sum(1, keepdims=True), 1.0) / rollouts
+    return weights[np.array(mask) > 0].astype(np.float32)
 
 
 def divergence_options(loss: LossSettings, tokens: mx.array) -> dict[str, Any]:
@@ -141,13 +140,11 @@ def train(
     optimizer = optim.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     options = divergence_options(loss, tokens)
 
-    def objective(model, batch, completions, targets, weight):
-        width = targets.shape[1]
-        mask = mx.array([[float(t < len(c)) for t in range(width)] for c in completions])
-        logits = _logits(model, [p.ids for p in batch], completions, width) / settings.temp
-        rows = sequence_losses(logits, targets, mask, loss.skip, loss.keep, **options)
-        first = mx.stack([mx.softmax(z[:, 0], axis=-1)[:, tokens].sum(-1) for z in (logits, targets)])
-        return rows.sum() * weight, (rows, first)
+    def objective(model, batch, answers, targets, target_head, weights):
+        hidden = answer_states(model, [p.ids for p in batch], answers)
+        return localized_loss(
+            hidden, targets, head(model), target_head, weights, watched=tokens, temp=settings.temp, **options
+        )
 
     loss_and_grad = nn.value_and_grad(student, objective)
     for step in range(steps):
@@ -178,14 +175,19 @@ def train(
             of_kind = [i for i in order if batch[i].harmful is kind]
             for start in range(0, len(of_kind), settings.micro_batch_size):
                 index = of_kind[start : start + settings.micro_batch_size]
-                part, done = [batch[i] for i in index], [rollouts[i].ids for i in index]
-                width = max(map(len, done))
+                part = [batch[i] for i in index]
+                done = [rollouts[i].ids[: loss.keep or None] for i in index]
+                lengths = [len(ids) for ids in done]
                 source = teacher.model if kind else base
-                targets = _logits(source, [p.target_ids for p in part], done, width) / settings.temp
-                (_, (rows, first)), grad = loss_and_grad(student, part, done, mx.stop_gradient(targets), 1 / len(batch))
+                targets = answer_states(source, [p.target_ids for p in part], done)
+                mx.eval(targets)  # so that the target's activations are gone before the student's are made
+                weights = _position_weights(lengths, len(batch), loss.skip, loss.keep)
+                (_, each, mass), grad = loss_and_grad(student, part, done, targets, head(source), mx.array(weights))
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                mx.eval(rows, first, grads)  # frees this micro-batch's graph before the next is built
-                losses[index], masses[:, index] = np.array(rows), np.array(first)
+                mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
+                first = np.cumsum([0, *lengths[:-1]])
+                losses[index] = np.add.reduceat(np.array(each) * weights, first) * len(batch)
+                masses[:, index] = np.array(mass)[:, first]
         student.eval()
         grads, norm = optim.clip_grad_norm(grads, settings.max_grad_norm)
         if not (np.isfinite(losses).all() and math.isfinite(norm.item())):

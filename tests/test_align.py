@@ -230,13 +230,14 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_go
 
     import safesteer_mlx.train as stage
 
-    whole, calls = stage.sequence_losses, []
+    whole, calls = stage.localized_loss, []
 
     def breaks(*args, **options):
         calls.append(1)
-        return whole(*args, **options) * (mx.nan if len(calls) > 4 else 1)
+        value, each, masses = whole(*args, **options)
+        return value, each * (mx.nan if len(calls) > 4 else 1), masses
 
-    monkeypatch.setattr(stage, "sequence_losses", breaks)
+    monkeypatch.setattr(stage, "localized_loss", breaks)
     folder = tmp_path / "adapters"
     assert "not finite at step" in refused(capsys, ["--adapter-path", str(folder), *SHORT, "--iters", "6"])
     weights = mx.load(str(folder / "adapters.safetensors"))

@@ -3,6 +3,7 @@
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +14,11 @@ from safesteer_mlx.losses import (
     _restrict,
     distillation_loss,
     kept_positions,
+    localized_loss,
     sequence_losses,
     token_divergence,
 )
+from safesteer_mlx.residual import head
 
 PS, PT = [0.5, 0.3, 0.2], [0.2, 0.5, 0.3]
 ZS, ZT = (mx.log(mx.array([[p]])) for p in (PS, PT))
@@ -241,7 +244,7 @@ def test_grouped_gradient_in_closed_form():
 
 def test_the_log_mass_outside_is_right_where_one_minus_p_is_nothing():
     z = mx.array([40.0, 41.0, 0.0, -3.0])
-    _, rest = _restrict(z, mx.array([0, 1]))
+    rest = _restrict(z, mx.array([0, 1])).rest
     expected = math.log(1 + math.exp(-3)) - (41 + math.log(1 + math.exp(-1)))
     assert rest.item() == pytest.approx(expected, rel=1e-6)
     assert 1 - mx.softmax(z)[:2].sum().item() == pytest.approx(0, abs=1e-6)  # subtraction would lose it
@@ -335,3 +338,77 @@ def test_errors_name_both_values(options, named):
     with pytest.raises(ValueError) as caught:
         token_divergence(ZS, ZT, **options)
     assert all(name in str(caught.value) for name in named), str(caught.value)
+
+
+# From hidden states, without logits of more than a chunk
+
+
+ids = mx.array([3, 1, 40])
+SUBSETS = {
+    "grouped": {"tokens": ids, "kind": "grouped_reverse_kl"},
+    "published": {"tokens": ids},
+    "full": {},
+    "grouped top k": {"top_k": 5, "kind": "grouped_reverse_kl"},
+    "forward renormalised": {"tokens": ids, "kind": "forward_kl", "renormalize": True},
+    "mixture": {"tokens": ids, "kind": "mixture", "mix": 0.3},
+    "mixture full": {"kind": "mixture", "mix": 0.3},
+    "all tokens": {"tokens": mx.arange(50), "kind": "grouped_reverse_kl"},
+}
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_from_hidden_states_it_is_the_plain_loss_and_its_gradient(tiny_model, name, chunk):
+    # qwen2 has a tied head, llama its own, gemma2 caps its logits; the last is quantized
+    for architecture in ("qwen2", "llama", "gemma2", "quantized"):
+        model = tiny_model("qwen2" if architecture == "quantized" else architecture, 3)
+        if architecture == "quantized":
+            nn.quantize(model, group_size=32, bits=4)
+        project, temp = head(model), 0.7
+        hs, ht = (mx.random.normal((9, 32), key=mx.random.key(i)) for i in (1, 2))
+        weights = mx.array(np.random.default_rng(0).random(9), mx.float32)
+        watched = mx.array([2, 7])
+
+        def plain(h):
+            zs, zt = (project(x[None])[0] / temp for x in (h, ht))  # noqa: B023
+            return (token_divergence(zs, zt, **SUBSETS[name]) * weights).sum()  # noqa: B023
+
+        def ours(h, t):
+            options = {"watched": watched, "temp": temp, "chunk": chunk, **SUBSETS[name]}  # noqa: B023
+            return localized_loss(h, t, project, project, weights, **options)  # noqa: B023
+
+        expected, slope = mx.value_and_grad(plain)(hs)
+        (value, each, masses), (found, to_teacher) = mx.value_and_grad(ours, argnums=(0, 1))(hs, ht)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        np.testing.assert_allclose(np.array(found), np.array(slope), atol=1e-5 * mx.abs(slope).max().item())
+        assert not to_teacher.any().item()
+        np.testing.assert_allclose(float((each * weights).sum()), value.item(), rtol=1e-5)
+        for mass, h in zip(np.array(masses), (hs, ht), strict=True):
+            z = project(h[None])[0] / temp
+            np.testing.assert_allclose(mass, np.array(mx.softmax(z, axis=-1)[:, watched].sum(-1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [SUBSETS["grouped"], {}, {"top_k": 5}])
+def test_no_array_of_all_positions_and_the_vocabulary_exists(options):
+    positions, vocabulary, chunk = 256, 40_000, 4
+    weight = mx.random.normal((vocabulary, 8))
+    hs, ht = mx.random.normal((positions, 8)), mx.random.normal((positions, 8))
+    weights = mx.ones((positions,)) / positions
+    mx.eval(weight, hs, ht, weights)
+
+    def project(x):
+        return x @ weight.T
+
+    def loss(h):
+        return localized_loss(h, ht, project, project, weights, watched=ids, chunk=chunk, **options)[0]
+
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(*mx.value_and_grad(loss)(hs))
+    # A chunk's logits are 0.64 MB, all of them 41 MB: the chunks are computed one after another.
+    assert mx.get_peak_memory() - before < 24 * chunk * vocabulary * 4
+
+
+def test_token_ids_given_twice_are_refused():
+    with pytest.raises(ValueError, match="3 token ids hold 1 twice"):
+        token_divergence(ZS, ZT, tokens=mx.array([0, 1, 0]))

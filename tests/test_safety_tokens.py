@@ -9,7 +9,7 @@ from conftest import walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safesteer_mlx import safety_tokens
+from safesteer_mlx import losses, residual, safety_tokens
 from safesteer_mlx.residual import steer
 from safesteer_mlx.safety_tokens import TokenContrast, contrast_tokens, select_tokens
 
@@ -24,7 +24,7 @@ OPTIONS = {"eot_ids": [], "banned_ids": [], "inner_top_k": 2, "min_steered_prob"
 @pytest.fixture
 def toy(monkeypatch):
     """toy(**options): the contrast of BASE and STEERED; a toy's hidden states are its logits."""
-    monkeypatch.setattr(safety_tokens, "hidden_states", lambda model, tokens: model.logits)
+    monkeypatch.setattr(residual, "hidden_states", lambda model, tokens: model.logits)
     monkeypatch.setattr(safety_tokens, "head", lambda model: lambda hidden: hidden)
 
     def contrast(base=BASE, steered=STEERED, **options):
@@ -135,7 +135,7 @@ def test_contrast_restated_in_numpy_and_the_same_in_any_chunks(tiny_model, name,
     assert 3 <= expected.n_positions < 10 and 10 < expected.eligible.sum() < 48
     agree(contrast_tokens(model, teacher, PROMPTS, TAILS, **options), expected)
     for logit_rows, sequences in ((1, 1), (3, 2), (1000, 3)):
-        monkeypatch.setattr(safety_tokens, "LOGIT_ROWS", logit_rows)
+        monkeypatch.setattr(losses, "CHUNK_LOGITS", 50 * logit_rows)
         monkeypatch.setattr(safety_tokens, "SEQUENCE_BATCH", sequences)
         agree(contrast_tokens(model, teacher, PROMPTS, TAILS, **options), expected)
 

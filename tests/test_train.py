@@ -1,0 +1,104 @@
+"""Stage 4 on a random model: a step is the plain loss's own step, however the batch is cut."""
+
+import itertools
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from safesteer_mlx.losses import distillation_loss
+from safesteer_mlx.recipe import LossSettings, TrainSettings
+from safesteer_mlx.residual import steer
+from safesteer_mlx.rollout import generate, stream_key
+from safesteer_mlx.student import make_student
+from safesteer_mlx.teacher import Teacher
+from safesteer_mlx.train import TrainingPrompt, divergence_options, number_of_steps, schedule, train
+
+HARMFUL = [TrainingPrompt(row, row, True) for row in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10])]
+HARMLESS = [TrainingPrompt(row, row, False) for row in ([11, 12], [13, 14, 15, 16])]
+TOKENS = mx.array([5, 17, 30])
+SETTINGS = TrainSettings(batch_size=4, iters=1, max_tokens=6, micro_batch_size=3, learning_rate=1e-2)
+EOS = [49]
+
+
+def one_step(model, settings=SETTINGS, loss=LossSettings(), seed=7):  # noqa: B008
+    """The student after one step, the teacher, and what the step reported."""
+    student = make_student(model, settings, seed)
+    teacher = Teacher(steer(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5))))
+    steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, eos_ids=EOS, seed=seed)
+    metrics = next(steps)
+    return dict(tree_flatten(student.trainable_parameters())), teacher, metrics
+
+
+def drawn(model, teacher, settings=SETTINGS, seed=7):
+    """What the first step draws: (prompt, its target, the student's own answer) each."""
+    order = [np.random.default_rng([seed, which, 0]).permutation(n).tolist() for which, n in ((0, 3), (1, 2))]
+    batch = [HARMFUL[i] for i in order[0][:2]] + [HARMLESS[i] for i in order[1][:2]]
+    answers = generate(
+        make_student(model, settings, seed),
+        [p.ids for p in batch],
+        eos_ids=EOS,
+        max_tokens=settings.max_tokens,
+        temp=settings.temp,
+        keys=[stream_key(seed, 1, 0, i) for i in range(4)],
+    )
+    return [(p, teacher.model if p.harmful else model, a.ids) for p, a in zip(batch, answers, strict=True)]
+
+
+LOSSES = {
+    "ours": LossSettings(),
+    "published": LossSettings(loss="reverse_kl"),
+    "full": LossSettings(subset="full", loss="reverse_kl"),
+    "top k": LossSettings(subset="top_k", top_k=4),
+    "mixture": LossSettings(loss="mixture", mix=0.3),
+    "window": LossSettings(skip=1, keep=4),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("architecture", "temp"), [("qwen2", 1.0), ("llama", 0.8)])
+def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, temp):
+    model = tiny_model(architecture)
+    settings, loss = replace(SETTINGS, temp=temp), LOSSES[name]
+    _, teacher, metrics = one_step(model, settings, loss)
+    student = make_student(model, settings, 7)
+    rows = drawn(model, teacher, settings)
+
+    def plain(student):
+        total = 0.0
+        for prompt, source, ids in rows:  # one at a time: no padding
+            logits = [m(mx.array([[*prompt.ids, *ids]]))[:, len(prompt.ids) - 1 : -1] / temp for m in (student, source)]
+            options = divergence_options(loss, TOKENS)
+            total += distillation_loss(*logits, mx.ones((1, len(ids))), skip=loss.skip, keep=loss.keep, **options) / 4
+        return total
+
+    value, gradient = nn.value_and_grad(student, plain)(student)
+    norm = sum((g.astype(mx.float32) ** 2).sum().item() for _, g in tree_flatten(gradient)) ** 0.5
+    assert metrics.loss == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert metrics.loss == pytest.approx((metrics.harmful_loss + metrics.anchor_loss) / 2, rel=1e-5)
+    firsts = [mx.softmax(m(mx.array([p.ids]))[0, -1] / temp)[TOKENS].sum().item() for p, m, _ in rows if p.harmful]
+    assert metrics.target_mass == pytest.approx(np.mean(firsts), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_how_the_batch_is_cut_changes_nothing(model, micro_batch_size):
+    whole, _, expected = one_step(model)
+    cut, _, found = one_step(model, replace(SETTINGS, micro_batch_size=micro_batch_size))
+    assert found.tokens == expected.tokens and found.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name, weight in whole.items():
+        np.testing.assert_allclose(np.array(cut[name]), np.array(weight), atol=2e-4)  # Adam divides by the gradient
+
+
+def test_steps_and_rates():
+    settings = TrainSettings(batch_size=32, epochs=4.0, learning_rate=1.0, warmup=0.1)
+    assert number_of_steps(100, settings, LossSettings(anchor=0.5)) == 25
+    assert number_of_steps(100, settings, LossSettings(anchor=0.0)) == 13
+    assert number_of_steps(100, replace(settings, iters=7), LossSettings()) == 7
+    rates = [schedule(step, 20, settings) for step in range(20)]
+    assert rates[0] == 0.5 and rates[1:3] == [1.0, 1.0]
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
+    assert 0 < rates[-1] < 0.01
