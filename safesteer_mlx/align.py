@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +77,12 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
         generation_batch_size=run.generation_batch_size,
         after_step=stages.moving_teacher(recipe, base, rendered, student, direction, chosen.coeff, harmless, screen),
     )
+    seconds = [time.time()]
     with screen.stage("training") as advance:
         try:
             for m in steps:
                 metrics.append(asdict(m))
+                seconds.append(time.time())
                 note = f"loss {m.loss:.4f}, safety mass {m.student_mass:.2f} → {m.target_mass:.2f}"
                 advance(m.step, m.steps, note)
                 if m.step == 1 and trained_change(student, before) == 0:
@@ -122,7 +125,8 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
             )
     record.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
     record.json("manifest.json", _manifest(base, folder))
-    record.json("timing.json", {"seconds": round(time.time() - started, 1)})
+    by_step = [round(b - a, 3) for a, b in pairwise(seconds)]
+    record.json("timing.json", {"seconds": round(time.time() - started, 1), "seconds_by_step": by_step})
     _show(scores, screen)
     screen.line(
         f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"

@@ -123,6 +123,8 @@ class TrainSettings:
     top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
     max_tokens: int = _setting(512, "longest completion", least=1)
     max_seq_length: int = _setting(512, "longest prompt; longer ones are left out", least=8)
+    grad_checkpoint: bool = _setting(False, "compute activations again for the gradient instead of keeping them")
+    resume_adapter_file: str | None = _setting(None, "adapters.safetensors of an earlier run to begin from")
     micro_batch_size: int = _setting(16, "completions in one forward and backward pass", least=1)
     save_every: int = _setting(10, "steps after which the adapters are saved", least=1)
     steps_per_report: int = _setting(5, "steps after which a line is printed", least=1)

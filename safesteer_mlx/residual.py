@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 EPS = 1e-8  # keeps the unit vector of a zero direction (block 0) zero instead of NaN
 
@@ -127,6 +128,30 @@ def ablate(model: nn.Module, vector: mx.array) -> nn.Module:
                 _override(child, "Ablated", on_output)
         _override(block, "Ablated", on_input)
     return ablated
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """While `model` trains, its blocks keep no activations: each is computed again for its gradient. In place.
+
+    For blocks of this model alone: mlx-lm's own switch changes the class, the base's and teacher's blocks too.
+    """
+
+    def of(cls: type) -> type:
+        def call(self, x, *args, **kwargs):
+            if not self.training:
+                return cls.__call__(self, x, *args, **kwargs)
+
+            def inner(trained, x):
+                self.update(trained)  # arguments, so that the gradient reaches them
+                return cls.__call__(self, x, *args, **kwargs)
+
+            return mx.checkpoint(inner)(self.trainable_parameters(), x)
+
+        return type("Checkpointed" + cls.__name__, (cls,), {"__call__": call})
+
+    for block in blocks(model):
+        if tree_flatten(block.trainable_parameters()):
+            block.__class__ = of(type(block))
 
 
 def _with_body(model: nn.Module, call: Callable) -> nn.Module:

@@ -10,16 +10,18 @@ from mlx.utils import tree_flatten
 
 from .progress import UserError
 from .recipe import TrainSettings
-from .residual import blocks, share
+from .residual import blocks, checkpoint_blocks, share
 
 
 def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized: bool = False) -> nn.Module:
-    """A trainable view of `base`; before the first step it computes exactly what the base does.
+    """A trainable view of `base`; before the first step it computes exactly what the base does, unless it
+    begins from the weights of `resume_adapter_file`.
 
     `quantized` says that the weights on disk are, even where the base is computed on dequantized ones.
 
     Raises:
-        UserError: full fine-tuning of quantized weights, or more blocks than the model has.
+        UserError: full fine-tuning of quantized weights, more blocks than the model has, or adapters to begin
+            from that do not fit these settings.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -39,9 +41,28 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
         linear_to_lora_layers(student, settings.num_layers, parameters, use_dora=settings.fine_tune_type == "dora")
         if not tree_flatten(student.trainable_parameters()):
             raise UserError(f"lora_parameters keys = {parameters.get('keys')} match no layer; leave keys out for all")
+    if settings.resume_adapter_file is not None:
+        _load_adapters(student, Path(settings.resume_adapter_file).expanduser())
+    if settings.grad_checkpoint:
+        checkpoint_blocks(student)
     student.eval()
     mx.eval(student.parameters())
     return student
+
+
+def _load_adapters(student: nn.Module, path: Path) -> None:
+    try:
+        found = mx.load(str(path), format="safetensors")
+    except (OSError, RuntimeError):
+        raise UserError(f"resume_adapter_file = {path} is no safetensors file; give an adapters.safetensors") from None
+    own = dict(tree_flatten(student.trainable_parameters()))
+    shapes = {name: tuple(weight.shape) for name, weight in own.items()}
+    if {name: tuple(weight.shape) for name, weight in found.items()} != shapes:  # type: ignore[union-attr]
+        raise UserError(
+            f"resume_adapter_file = {path} holds other weights than these settings train; "
+            "give the fine_tune_type, num_layers and lora_parameters of its adapter_config.json"
+        )
+    student.load_weights(list(found.items()), strict=False)  # type: ignore[union-attr]
 
 
 def adapter_config(settings: TrainSettings, model: str, seed: int) -> dict[str, Any]:

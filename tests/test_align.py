@@ -33,6 +33,8 @@ def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
     assert all(p.stat().st_mode & 0o777 == 0o600 for p in (finished / "run").iterdir())
     lines = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
+    timing = json.loads((finished / "run" / "timing.json").read_text())
+    assert len(timing["seconds_by_step"]) == 2 and 0 < sum(timing["seconds_by_step"]) < timing["seconds"]
 
 
 def test_a_second_run_says_that_it_replaces_the_first(finished, tmp_path, capsys):
@@ -258,3 +260,19 @@ def test_interrupting_keeps_the_adapters_so_far(tmp_path, monkeypatch, capsys):
     assert main(["--adapter-path", str(folder), *SHORT]) == 130
     assert "interrupted after 1 of 2 steps" in capsys.readouterr().out.replace("\n", " ")
     assert (folder / "adapters.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("which", [0, 7])
+def test_mlx_lm_generate_says_what_the_student_said(finished, which):
+    from mlx_lm import load
+
+    from safesteer_mlx.prompts import load_instructions, render
+    from safesteer_mlx.rollout import generate
+
+    model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
+    text = load_instructions(TINY / "data" / "harmful_test.jsonl")[which].text
+    [ours] = generate(model, [render(tokenizer, text)], eos_ids=sorted(tokenizer.eos_token_ids), max_tokens=64)
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(TINY), "--adapter-path", str(finished)]
+    command += ["--prompt", text, "--max-tokens", "64", "--temp", "0", "--verbose", "False"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ours.text(tokenizer).strip()

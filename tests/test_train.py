@@ -10,8 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from safesteer_mlx.losses import distillation_loss
+from safesteer_mlx.progress import UserError
 from safesteer_mlx.recipe import LossSettings, TrainSettings
-from safesteer_mlx.residual import steer
+from safesteer_mlx.residual import blocks, hidden_states, steer
 from safesteer_mlx.rollout import generate, stream_key
 from safesteer_mlx.student import make_student
 from safesteer_mlx.teacher import Teacher
@@ -102,3 +103,53 @@ def test_steps_and_rates():
     assert rates[0] == 0.5 and rates[1:3] == [1.0, 1.0]
     assert all(a > b for a, b in itertools.pairwise(rates[2:]))
     assert 0 < rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_checkpointed_blocks_give_the_same_gradients_and_leave_the_base_as_it_is(model, kind):
+    settings = replace(SETTINGS, fine_tune_type=kind, num_layers=2)
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    found = []
+    for grad_checkpoint in (False, True):
+        student = make_student(model, replace(settings, grad_checkpoint=grad_checkpoint), 3)
+        student.train()
+        loss = nn.value_and_grad(student, lambda m: (m(tokens) ** 2).mean())
+        found.append({name: np.array(g) for name, g in tree_flatten(loss(student)[1])})
+        kinds = [type(block).__name__.startswith("Checkpointed") for block in blocks(student)]
+        assert kinds == [False, grad_checkpoint, grad_checkpoint]
+        assert not any(type(block).__name__.startswith("Checkpointed") for block in blocks(model))
+    assert found[0].keys() == found[1].keys() and any(g.any() for g in found[0].values())
+    for name, gradient in found[0].items():
+        np.testing.assert_allclose(found[1][name], gradient, atol=1e-6 * np.abs(gradient).max(), err_msg=name)
+
+
+def test_a_checkpointed_step_is_the_same_step_and_needs_less_memory(tiny_model):
+    plain, _, expected = one_step(tiny_model("llama"))
+    checkpointed, _, found = one_step(tiny_model("llama"), replace(SETTINGS, grad_checkpoint=True))
+    assert found.loss == expected.loss and found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    for name, weight in plain.items():
+        np.testing.assert_allclose(np.array(checkpointed[name]), np.array(weight), atol=2e-4)
+
+    tokens = mx.zeros((8, 512), mx.int32)
+    peaks = []
+    for grad_checkpoint in (False, True):
+        student = make_student(tiny_model("llama"), replace(SETTINGS, grad_checkpoint=grad_checkpoint), 3)
+        student.train()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(nn.value_and_grad(student, lambda m: hidden_states(m, tokens).sum())(student))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.75 * peaks[0]
+
+
+def test_training_begins_from_given_adapters(model, tmp_path):
+    weights, *_ = one_step(model)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    settings = replace(SETTINGS, resume_adapter_file=str(tmp_path / "adapters.safetensors"))
+    student = make_student(model, settings, seed=99)
+    for name, weight in tree_flatten(student.trainable_parameters()):
+        np.testing.assert_array_equal(np.array(weight), np.array(weights[name]))
+    with pytest.raises(UserError, match="holds other weights"):
+        make_student(model, replace(settings, num_layers=1), 0)
+    with pytest.raises(UserError, match="is no safetensors file"):
+        make_student(model, replace(settings, resume_adapter_file=str(tmp_path / "no.safetensors")), 0)

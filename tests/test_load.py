@@ -1,0 +1,94 @@
+"""Loading: every weight format mlx-lm writes, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
+
+from safesteer_mlx import stages
+from safesteer_mlx.align import main
+from safesteer_mlx.load import load
+from safesteer_mlx.prompts import load_instructions, load_prompt_sets, render_all
+from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.residual import last_logits
+
+TINY = MODELS / "tiny-chat"
+FORMATS = {
+    "float32": {"dtype": mx.float32},
+    "float16": {"dtype": mx.float16},
+    "bfloat16": {"dtype": mx.bfloat16},
+    "8-bit": {"group_size": 64, "bits": 8},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+}
+
+
+def converted(folder: Path, *, dtype=None, **quantization) -> Path:
+    """The bundled model in another format, written as mlx_lm.convert writes it."""
+    import mlx_lm
+
+    model, _, config = mlx_lm.load(str(TINY), return_config=True)  # type: ignore[misc]
+    model = dequantize_model(model)
+    config = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    if dtype is not None:
+        model.set_dtype(dtype)
+    else:
+        model, config = quantize_model(model, config, **quantization)
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TINY / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("formats")
+    return {name: converted(folder / name, **how) for name, how in FORMATS.items()}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_loads_and_computes_nearly_the_same(formats, name):
+    rows = render_all(load(str(TINY)).tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:16])
+    base, other = load(str(TINY)), load(str(formats[name]))
+    assert other.quantized == ("dtype" not in FORMATS[name])
+    expected, found = (np.array(mx.softmax(last_logits(m.model, rows), axis=-1)) for m in (base, other))
+    # Half the summed difference of two distributions; mxfp4 rounds weights that were rounded before.
+    distance = 0.5 * np.abs(expected - found).sum(-1).mean()
+    assert distance < {"mxfp4": 0.25, "bfloat16": 0.02}.get(name, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("bfloat16", ["--fine-tune-type", "full", "--learning-rate", "1e-4"]),
+        ("float32", ["--preset", "paper", "--batch-size", "2", "--samples", "2"]),
+        ("8-bit", []),
+        ("mxfp4", ["--fine-tune-type", "dora"]),
+    ],
+)
+def test_every_format_is_aligned_and_mlx_lm_reads_the_result(formats, name, flags, tmp_path, monkeypatch):
+    # A copy has no prompts of its own, and the package's are beyond this little model.
+    monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
+    short = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--token-samples", "2"]
+    assert main([str(formats[name]), "--adapter-path", str(tmp_path / "adapters"), *short, *flags]) == 0
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    kind = "full" if name in ("bfloat16", "float32") else "dora" if "dora" in flags else "lora"
+    assert config["fine_tune_type"] == kind
+
+    from mlx_lm import load as mlx_lm_load
+
+    student, tokenizer = mlx_lm_load(str(formats[name]), adapter_path=str(tmp_path / "adapters"))  # type: ignore[misc]
+    base = load(str(formats[name])).model
+    rows = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:8])
+    distance = mx.abs(mx.softmax(last_logits(student, rows)) - mx.softmax(last_logits(base, rows))).sum(-1)
+    assert 1e-4 < distance.max().item() < 2
+
+
+def test_full_fine_tuning_of_quantized_weights_is_refused(tmp_path, capsys):
+    assert main(["--fine-tune-type", "full", "--adapter-path", str(tmp_path / "a")]) == 2
+    assert "cannot train quantized weights; use lora" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
