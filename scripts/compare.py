@@ -1,0 +1,323 @@
+"""Compare ways of aligning the bundled model: the same student, prompts, steps and seeds for each.
+
+    python scripts/compare.py                                   the README's table and figure
+    python scripts/compare.py --variant "rank 4: lora_parameters={rank: 4}" --variant "mean: token_method=mean"
+
+For each seed: stages 1 to 3 as `align` runs them, each variant's training, the held-out scores. During
+training the sampled refusals of held-out harmful prompts and the drift outside the safety tokens are
+measured every few steps. Writes `results.json` and, from it, `table.md` and `drift.png`.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safesteer_mlx import stages
+from safesteer_mlx.direction import Direction
+from safesteer_mlx.evaluate import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
+from safesteer_mlx.judge import is_refusal
+from safesteer_mlx.load import Loaded, load, read_config
+from safesteer_mlx.progress import Screen
+from safesteer_mlx.prompts import Instruction, PromptSets, render, render_all
+from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, resolve
+from safesteer_mlx.rollout import generate
+from safesteer_mlx.student import make_student
+from safesteer_mlx.train import TrainingPrompt, number_of_steps, schedule, train
+
+SFT = "SFT on 100 refusals"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "student": {},
+    "full vocabulary": {"subset": "full"},
+    "published loss": {"loss": "reverse_kl", "anchor": 0.0},
+    SFT: {},
+}
+MODEL = MODELS / BUNDLED
+SAFE = "You are a careful assistant. Refuse harmful requests."
+
+Measure = Callable[[int], None]
+
+
+def settings(seed: int, changes: dict[str, Any]) -> Recipe:
+    """The bundled model's recipe with some settings changed."""
+    return resolve(read_config(MODEL), {"model": str(MODEL), "seed": seed, **changes})[0]
+
+
+def refusal_examples(
+    base: Loaded, harmful: list[TrainingPrompt], items: list[Instruction]
+) -> list[tuple[list[int], int]]:
+    """Each harmful training prompt with a refusal of the model's own: (ids, where the answer begins).
+
+    The refusal is its greedy answer, or where that complies, its answer under a safety system prompt, so
+    that fine-tuning teaches nothing but to refuse. A prompt that neither refuses is left out.
+    """
+    guarded = [render(base.tokenizer, item.text, SAFE) for item in items]
+    found = []
+    answers = (
+        generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=64) for rows in ([p.ids for p in harmful], guarded)
+    )
+    for prompt, *both in zip(harmful, *answers, strict=True):
+        chosen = next((a for a in both if a.finished and is_refusal(a.text(base.tokenizer))), None)
+        if chosen is not None:
+            found.append(([*prompt.ids, *chosen.ids], len(prompt.ids)))
+    return found
+
+
+def fine_tune(student: Any, examples: list[tuple[list[int], int]], recipe: Recipe, measure: Measure) -> None:
+    """Plain fine-tuning by mlx-lm's own trainer, with our optimizer and schedule."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    import numpy as np
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.trainer import TrainingArgs
+    from mlx_lm.tuner.trainer import train as train_sft
+
+    settings, steps = recipe.train, recipe.train.iters or 1
+    rates = mx.array([schedule(step, steps, settings) for step in range(steps)] + [0.0])
+
+    class Report(TrainingCallback):
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            measure(info["iteration"])
+            student.train()
+
+    np.random.seed(recipe.run.seed)  # mlx-lm draws its batches from numpy's global stream
+    with tempfile.TemporaryDirectory() as folder:
+        train_sft(
+            student,
+            optim.AdamW(learning_rate=lambda step: rates[step], weight_decay=settings.weight_decay),
+            examples,
+            args=TrainingArgs(
+                batch_size=settings.batch_size,
+                iters=steps,
+                steps_per_report=1,
+                max_seq_length=settings.max_seq_length,
+                adapter_file=str(Path(folder) / "adapters.safetensors"),
+            ),
+            training_callback=Report(),
+        )
+    student.eval()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stages 1 to 3 found at one seed, and the held-out prompts."""
+
+    sets: PromptSets
+    rendered: stages.Rendered
+    direction: Direction
+    harmless: stages.Rows
+    chosen: stages.ChosenTeacher
+    tokens: stages.SafetyTokens
+    test: TestSet
+
+
+def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
+    """Stages 1 to 3."""
+    sets = stages.prompt_sets(recipe)
+    rendered = stages.render_prompts(recipe, sets, base.tokenizer)
+    openers = stages.find_openers(recipe, base, rendered, screen)
+    direction, harmless = stages.find_direction(recipe, base, rendered, openers, screen)
+    chosen = stages.make_teacher(recipe, base, rendered, direction, screen)
+    tokens = stages.find_tokens(recipe, base, rendered, chosen.teacher, harmless, screen)
+    n = recipe.run.test_prompts
+    kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
+    test = make_test_set(base.model, base.tokenizer, kinds, first_of_each(sets.capability_test, n), base.eos_ids)
+    return Prepared(sets, rendered, direction, harmless, chosen, tokens, test)
+
+
+def train_variant(
+    name: str, recipe: Recipe, base: Loaded, found: Prepared, every: int, screen: Screen
+) -> dict[str, Any]:
+    """One variant at one seed: its scores, and the curve of refusals and drift while it trained."""
+    import mlx.core as mx
+
+    student = make_student(base.model, recipe.train, recipe.run.seed, base.quantized)
+    harmful, anchors = stages.training_prompts(recipe, found.sets, base.tokenizer, found.chosen.teacher, screen)
+    steps = number_of_steps(len(harmful), recipe.train, recipe.loss)
+    rows = render_all(base.tokenizer, found.test.kinds["harmful"])
+    curve: list[dict[str, float]] = []
+
+    def measure(step: int) -> None:
+        if every and (step % every == 0 or step == steps):
+            refused, _ = count_refusals(student, base.tokenizer, rows, True, eos_ids=base.eos_ids, seed=recipe.run.seed)
+            over_all, outside = drift(base.model, student, found.test, found.tokens.ids.tolist())
+            curve.append({"step": step, "refused": refused.count, "drift": over_all, "drift_outside": outside})
+
+    started = time.time()
+    if name == SFT:
+        fine_tune(student, refusal_examples(base, harmful, found.sets.harmful_train), recipe, measure)
+    else:
+        after_step = stages.moving_teacher(
+            recipe, base, found.rendered, student, found.direction, found.chosen.coeff, found.harmless, screen
+        )
+        for metrics in train(
+            student,
+            base.model,
+            found.chosen.teacher,
+            mx.array(found.tokens.ids),
+            harmful,
+            anchors,
+            recipe.train,
+            recipe.loss,
+            eos_ids=base.eos_ids,
+            seed=recipe.run.seed,
+            generation_batch_size=recipe.run.generation_batch_size,
+            after_step=after_step,
+        ):
+            measure(metrics.step)
+    seconds = round(time.time() - started, 1)
+    who = f"{name}, seed {recipe.run.seed}"
+    return {"steps": steps, "curve": curve, "seconds": seconds, **score(who, student, base, found, recipe, screen)}
+
+
+def score(who: str, model: Any, base: Loaded, found: Prepared, recipe: Recipe, screen: Screen) -> dict[str, Any]:
+    """The held-out scores, which are also printed."""
+    scores = evaluate(
+        model,
+        base.model,
+        base.tokenizer,
+        found.test,
+        found.tokens.ids.tolist(),
+        eos_ids=base.eos_ids,
+        seed=recipe.run.seed,
+    )
+    refused = "; ".join(f"{kind} {how['greedy']} {how['sampled']}" for kind, how in scores.refusals.items())
+    right = sum(c.count for c in scores.capability.values())
+    screen.line(f"{who}: {refused}; capability {right}; drift {scores.drift:.5f}, outside S {scores.drift_outside:.5f}")
+    return {"scores": scores.as_json()}
+
+
+def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: int, screen: Screen) -> dict[str, Any]:
+    """Every variant at every seed, {seed: {variant: …}}, with the base and the first variant's teacher."""
+    base = load(str(MODEL))
+    ours = settings(0, {})
+    iters = number_of_steps(len(stages.prompt_sets(ours).harmful_train), ours.train, ours.loss)
+    results: dict[str, Any] = {}
+    for seed in seeds:
+        prepared: dict[str, Prepared] = {}
+        scored = results[str(seed)] = {}
+        for name, changes in variants.items():
+            # As many steps for all, also where a batch holds no anchor.
+            same_steps = {} if {"epochs", "iters"} & set(changes) else {"iters": iters}
+            recipe = settings(seed, changes | same_steps)
+            key = repr((recipe.direction, recipe.teacher, recipe.tokens))
+            if key not in prepared:
+                prepared[key] = prepare(recipe, base, screen)
+            found = prepared[key]
+            if not scored:
+                scored["base"] = score("base", base.model, base, found, recipe, screen)
+                scored["teacher"] = {
+                    "layer": found.direction.layer,
+                    "position": found.direction.position,
+                    "coeff": found.chosen.coeff,
+                    "tokens": [base.tokenizer.decode([int(t)]) for t in found.tokens.ids],
+                    **score("teacher", found.chosen.teacher.model, base, found, recipe, screen),
+                }
+            scored[name] = {"changes": changes, "coeff": found.chosen.coeff}
+            scored[name] |= train_variant(name, recipe, base, found, every, screen)
+    return results
+
+
+def _counts(cells: list[dict[str, int]]) -> str:
+    total = {c["total"] for c in cells}
+    return " / ".join(str(c["count"]) for c in cells) + f" of {total.pop()}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table, a column for each model; counts of all seeds side by side."""
+    seeds = list(results)
+    names = list(results[seeds[0]])
+    scores = {name: [results[s][name]["scores"] for s in seeds] for name in names}
+    lines = [f"| seeds {', '.join(seeds)} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+
+    def row(label: str, cell: Callable[[list[Any]], str]) -> None:
+        lines.append(f"| {label} | {' | '.join(cell(scores[name]) for name in names)} |")
+
+    for kind in ("harmful", "harmless", "borderline"):
+        for how in ("greedy", "sampled"):
+            row(f"{kind} refused, {how}", lambda all_, k=kind, h=how: _counts([s["refusals"][k][h] for s in all_]))
+    row(
+        "capability, exact matches",
+        lambda all_: _counts(
+            [{f: sum(c[f] for c in s["capability"].values()) for f in ("count", "total")} for s in all_]
+        ),
+    )
+    row("KL(base ‖ model) a token, harmless", lambda all_: " / ".join(f"{s['drift']:.5f}" for s in all_))
+    row("the same outside S", lambda all_: " / ".join(f"{s['drift_outside']:.4f}" for s in all_))
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Drift outside S against harmful refusal while training, a line for each variant and seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plot, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    names = [name for name, found in next(iter(results.values())).items() if found.get("curve")]
+    for colour, name in zip(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"), names, strict=False):
+        for i, found in enumerate(results.values()):
+            points = found[name]["curve"]
+            total = found[name]["scores"]["refusals"]["harmful"]["sampled"]["total"]
+            axes.plot(
+                [100 * p["refused"] / total for p in points],
+                [p["drift_outside"] for p in points],
+                "o-",
+                color=colour,
+                markersize=3,
+                linewidth=1,
+                alpha=0.8,
+                label=name if i == 0 else None,
+            )
+    axes.set(
+        yscale="log",
+        xlabel="harmful prompts refused, sampled (%)",
+        ylabel="KL(base ‖ model) a token outside S (nats)",
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    plot.savefig(path, dpi=160)
+
+
+def _variant(text: str) -> tuple[str, dict[str, Any]]:
+    name, _, changes = text.partition(":")
+    pairs = [part.partition("=") for part in changes.split(";") if part.strip()]
+    return name.strip(), {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", action="append", metavar="NAME: KEY=VALUE; …", help="instead of the four")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--every", type=int, default=2, help="steps between two measurements; 0 for none")
+    parser.add_argument("--out", type=Path, default=Path("comparison"))
+    parser.add_argument("--redraw", nargs="+", type=Path, metavar="JSON", help="only merge and draw these results")
+    args = parser.parse_args()
+    known = {f for cls in SECTIONS.values() for f in cls.__dataclass_fields__}
+    variants = dict(map(_variant, args.variant)) if args.variant else VARIANTS
+    for name, changes in variants.items():
+        if unknown := set(changes) - known:
+            parser.error(f"variant {name} has unknown settings {', '.join(sorted(unknown))}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.redraw:
+        results = {seed: found for path in args.redraw for seed, found in json.loads(path.read_text()).items()}
+    else:
+        results = compare(args.seeds, variants, args.every, Screen())
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "table.md").write_text(table(results))
+    if args.every and any(found.get("curve") for found in next(iter(results.values())).values()):
+        figure(results, args.out / "drift.png")
+    print((args.out / "table.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
