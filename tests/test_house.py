@@ -11,7 +11,7 @@ LEVELS = {
     **dict.fromkeys(("__init__", "progress", "judge"), 0),
     **dict.fromkeys(("recipe",), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
-    **dict.fromkeys(("direction", "student", "teacher", "safety_tokens"), 3),
+    **dict.fromkeys(("direction", "student", "teacher", "safety_tokens", "checkpoint"), 3),
     **dict.fromkeys(("train", "evaluate"), 4),
     "stages": 5,
     "align": 6,
