@@ -56,7 +56,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
         lambda: stages.find_strength(recipe, base, rendered, found.direction, screen),
         stages.Strength.of,
     )
-    teacher = stages.make_teacher(recipe, base, found.direction, strength.coeff)
+    teacher = stages.make_teacher(recipe, base, rendered, found.direction, strength.coeff)
     record.json("direction.json", _direction_record(found, strength))
 
     # 3. The safety tokens: what the teacher favours over the base.
@@ -78,6 +78,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     log = stages.train_student(
         recipe,
         base,
+        rendered,
         student,
         teacher,
         moving,
@@ -88,6 +89,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
         screen,
     )
     save_adapters(folder, student, config)
+    stages.check_saved(base, rendered, student, folder)
     record.text("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in log.metrics))
 
     # Before and after, on prompts that no stage has seen.

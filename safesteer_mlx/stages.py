@@ -36,6 +36,7 @@ from .prompts import (
     special_ids,
 )
 from .recipe import BUNDLED, MODELS, PACKAGE, Recipe, mathematics
+from .residual import last_logits, share
 from .rollout import Completion, generate, stream_key
 from .safety_tokens import contrast_tokens, select_tokens
 from .teacher import CoefficientTrial, Teacher, find_coefficient, follow, moving_average, steered_teacher
@@ -50,6 +51,9 @@ from .train import (
 )
 
 Rows = list[list[int]]
+
+COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
+ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def find_openers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
     found = opener_ids(tokenizer, recipe.direction.openers)
     with screen.stage("reading how the model refuses") as advance:
         harmful, harmless = (
-            generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=32, progress=advance)
+            generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=ANSWER_TOKENS, progress=advance)
             for rows in (rendered.harmful_direction, rendered.harmless_direction)
         )
     refused = Counter(a.ids[0] for a in harmful if is_refusal(a.text(tokenizer)))
@@ -291,11 +295,19 @@ def find_strength(recipe: Recipe, base: Loaded, rendered: Rendered, direction: D
     return Strength(coeff, curve)
 
 
-def make_teacher(recipe: Recipe, base: Loaded, direction: Direction, coeff: float) -> Teacher:
-    """The steered teacher, or the system-prompt one."""
+def make_teacher(recipe: Recipe, base: Loaded, rendered: Rendered, direction: Direction, coeff: float) -> Teacher:
+    """The steered teacher, or the system-prompt one.
+
+    Raises:
+        UserError: steering changes nothing.
+    """
     if recipe.teacher.teacher == "system_prompt":
         return Teacher(base.model, recipe.teacher.system_prompt)
-    return steered_teacher(base.model, direction.layer, direction.vector, coeff)
+    teacher = steered_teacher(base.model, direction.layer, direction.vector, coeff)
+    row = rendered.harmless_validation[:1]
+    if mx.array_equal(last_logits(base.model, row), last_logits(teacher.model, row)):
+        raise UserError(f"steering with coeff = {coeff:g} changes nothing; give a larger --coeff")
+    return teacher
 
 
 def find_tokens(
@@ -432,6 +444,36 @@ class MovingTeacher:
         return self._teacher(), self._tokens
 
 
+def collapsed(base: Loaded, rendered: Rendered, student: nn.Module) -> str | None:
+    """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
+    rows = rendered.harmless_validation[:COLLAPSE_PROMPTS]
+    answers = [c.text(base.tokenizer) for c in generate(student, rows, eos_ids=base.eos_ids, max_tokens=ANSWER_TOKENS)]
+    refused, empty = sum(map(is_refusal, answers)), sum(not answer.strip() for answer in answers)
+    if refused >= 0.9 * len(rows):
+        return f"the student refuses {refused} of {len(rows)} harmless prompts"
+    if empty >= 0.5 * len(rows):
+        return f"the student gives {empty} empty answers to {len(rows)} harmless prompts"
+    return None
+
+
+def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Path) -> None:
+    """Hold what mlx-lm reads from `folder` against the student in memory.
+
+    Raises:
+        UserError: they differ, or the adapters change nothing.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    rows = rendered.harmful_validation[:4]
+    saved = load_adapters(share(base.model), str(folder))
+    saved.eval()
+    found, trained, before = (last_logits(model, rows) for model in (saved, student, base.model))
+    if not mx.allclose(found, trained, rtol=1e-3, atol=1e-3):
+        raise UserError(f"the adapters in {folder} do not give what was trained; run the same command again with --yes")
+    if mx.array_equal(found, before):
+        raise UserError(f"the adapters in {folder} change nothing; raise --learning-rate or --epochs")
+
+
 @dataclass(frozen=True)
 class TrainingLog:
     """Each step's metrics, and the seconds it took."""
@@ -443,6 +485,7 @@ class TrainingLog:
 def train_student(
     recipe: Recipe,
     base: Loaded,
+    rendered: Rendered,
     student: nn.Module,
     teacher: Teacher,
     moving: MovingTeacher | None,
@@ -471,6 +514,8 @@ def train_student(
     def keep() -> None:
         checkpoint.save(done, last, {"metrics": log.metrics, "seconds": log.seconds})
         save()
+        if (fault := collapsed(base, rendered, student)) is not None:
+            screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")
 
     if (saved := checkpoint.latest()) is not None:
         parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}}

@@ -124,7 +124,7 @@ def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     rendered = stages.render_prompts(recipe, sets, base.tokenizer)
     found = stages.find_direction(recipe, base, rendered, screen)
     coeff = stages.find_strength(recipe, base, rendered, found.direction, screen).coeff
-    teacher = stages.make_teacher(recipe, base, found.direction, coeff)
+    teacher = stages.make_teacher(recipe, base, rendered, found.direction, coeff)
     tokens = stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen)
     n = recipe.run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
