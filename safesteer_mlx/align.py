@@ -33,11 +33,13 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     from .runfolder import RunFolder, check_output
     from .student import adapter_config, make_student, save_adapters
 
-    run, tokenizer, started = recipe.run, base.tokenizer, time.time()
-    folder = Path(run.adapter_path)
+    tokenizer, started = base.tokenizer, time.time()
+    folder = Path(recipe.run.adapter_path)
     check_output(folder)
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, tokenizer)
+    recipe = stages.check_padding(recipe, base, rendered, screen)
+    run = recipe.run
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
     record = RunFolder(folder)
     checkpoint = Checkpoint(record, stages.made_of(recipe, base, sets))

@@ -185,13 +185,48 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
     )
 
 
+def check_padding(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> Recipe:
+    """The recipe, with answers generated one at a time if this architecture cannot do it in batches.
+
+    In some architectures of mlx-lm, prompts of unequal length in a batch fail or change each other's answers.
+
+    Raises:
+        UserError: padding changes the forward pass itself.
+    """
+    prompts = sorted(rendered.harmful_validation, key=len)
+    rows = prompts[:4] + prompts[-4:]
+    together = last_logits(base.model, rows)
+    alone = mx.concatenate([last_logits(base.model, [row]) for row in rows])
+    if not mx.allclose(together, alone, rtol=0.05, atol=0.05 * mx.abs(alone).max().item()):
+        kind = base.config.get("model_type")
+        raise UserError(
+            f"padding changes what model_type {kind} computes, so it cannot be aligned; choose another model"
+        )
+    try:
+        found = [c.ids[0] for c in generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=1)]
+        wrong = sum(token != int(best) for token, best in zip(found, alone.argmax(-1).tolist(), strict=True))
+    except (ValueError, RuntimeError):
+        wrong = len(rows)
+    if wrong <= 1 or recipe.run.generation_batch_size == 1:  # half precision may turn a near tie
+        return recipe
+    screen.line("mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly")
+    return replace(recipe, run=replace(recipe.run, generation_batch_size=1))
+
+
 def find_openers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> dict[str, int]:
     """First tokens of refusals: the recipe's texts, and those the model itself begins its refusals with."""
     tokenizer = base.tokenizer
     found = opener_ids(tokenizer, recipe.direction.openers)
     with screen.stage("reading how the model refuses") as advance:
         harmful, harmless = (
-            generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=ANSWER_TOKENS, progress=advance)
+            generate(
+                base.model,
+                rows,
+                eos_ids=base.eos_ids,
+                max_tokens=ANSWER_TOKENS,
+                batch_size=recipe.run.generation_batch_size,
+                progress=advance,
+            )
             for rows in (rendered.harmful_direction, rendered.harmless_direction)
         )
     refused = Counter(a.ids[0] for a in harmful if is_refusal(a.text(tokenizer)))
@@ -444,7 +479,7 @@ class MovingTeacher:
         return self._teacher(), self._tokens
 
 
-def collapsed(base: Loaded, rendered: Rendered, student: nn.Module) -> str | None:
+def collapsed(recipe: Recipe, base: Loaded, rendered: Rendered, student: nn.Module) -> str | None:
     """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
     rows = rendered.harmless_validation[:COLLAPSE_PROMPTS]
     answers = [c.text(base.tokenizer) for c in generate(student, rows, eos_ids=base.eos_ids, max_tokens=ANSWER_TOKENS)]
@@ -514,7 +549,7 @@ def train_student(
     def keep() -> None:
         checkpoint.save(done, last, {"metrics": log.metrics, "seconds": log.seconds})
         save()
-        if (fault := collapsed(base, rendered, student)) is not None:
+        if (fault := collapsed(recipe, base, rendered, student)) is not None:
             screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")
 
     if (saved := checkpoint.latest()) is not None:
