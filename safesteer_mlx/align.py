@@ -13,7 +13,6 @@ from .recipe import BUNDLED, MODELS, Recipe, parse, resolve
 
 if TYPE_CHECKING:
     from .direction import Direction
-    from .evaluate import Scores
     from .load import Loaded
     from .stages import ChosenTeacher, SafetyTokens
 
@@ -28,8 +27,9 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     from mlx.utils import tree_flatten
 
     from . import stages
-    from .evaluate import evaluate, first_of_each, make_test_set
+    from .measure import evaluate, first_of_each, make_test_set
     from .runfolder import RunFolder, check_output
+    from .scores import show, transcripts
     from .student import adapter_config, make_student, save_adapters
     from .train import NotFiniteError, number_of_steps, train, trained_change
 
@@ -124,10 +124,13 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
                 progress=advance,
             )
     record.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
+    (record.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
+    if run.transcripts:
+        record.text("transcripts.jsonl", "".join(map(_json_line, transcripts(scores))))
     record.json("manifest.json", _manifest(base, folder))
     by_step = [round(b - a, 3) for a, b in pairwise(seconds)]
     record.json("timing.json", {"seconds": round(time.time() - started, 1), "seconds_by_step": by_step})
-    _show(scores, screen)
+    show(scores, screen)
     screen.line(
         f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
     )
@@ -183,19 +186,6 @@ def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
         "model_sha256": base.weights_hash(),
         "adapters_sha256": hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest(),
     }
-
-
-def _show(scores: dict[str, "Scores"], screen: Screen) -> None:
-    """The before/after table."""
-    rows = []
-    for kind in next(iter(scores.values())).refusals:
-        for how in ("greedy", "sampled"):
-            rows.append([f"{kind} refused, {how}", *(str(s.refusals[kind][how]) for s in scores.values())])
-    for task in next(iter(scores.values())).capability:
-        rows.append([f"{task} correct", *(str(s.capability[task]) for s in scores.values())])
-    rows.append(["KL(base ‖ model) a token, harmless", *(f"{s.drift:.5f}" for s in scores.values())])
-    rows.append(["the same outside S", *(f"{s.drift_outside:.5f}" for s in scores.values())])
-    screen.table("Held-out prompts", ["", *scores], rows)
 
 
 def main(argv: list[str] | None = None) -> int:

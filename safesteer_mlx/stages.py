@@ -22,15 +22,15 @@ from .progress import Screen, UserError
 from .prompts import (
     Instruction,
     PromptSets,
+    built_in_sets,
     end_of_instruction,
     load_instructions,
-    load_prompt_sets,
     opener_ids,
     render,
     render_all,
     special_ids,
 )
-from .recipe import BUNDLED, MODELS, PACKAGE, Recipe
+from .recipe import Recipe
 from .rollout import generate, stream_key
 from .safety_tokens import TokenContrast, contrast_tokens, select_tokens
 from .teacher import CoefficientTrial, Teacher, find_coefficient, follow, moving_average, steered_teacher
@@ -72,8 +72,7 @@ class SafetyTokens:
 
 def prompt_sets(recipe: Recipe) -> PromptSets:
     """The bundled model's own prompts for it, else the package's; `--data` replaces the training prompts."""
-    bundled = Path(recipe.run.model).resolve() == (MODELS / BUNDLED).resolve()
-    sets = load_prompt_sets(MODELS / BUNDLED / "data" if bundled else PACKAGE / "data")
+    sets = built_in_sets(recipe.run.model)
     if recipe.run.data is not None:
         sets = replace(sets, harmful_train=load_instructions(Path(recipe.run.data).expanduser()))
     return sets

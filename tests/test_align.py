@@ -55,23 +55,23 @@ def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
 def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finished):
     from mlx_lm import load
 
-    from safesteer_mlx.evaluate import ANSWER_TOKENS
     from safesteer_mlx.judge import is_refusal
+    from safesteer_mlx.measure import ANSWER_TOKENS
     from safesteer_mlx.prompts import load_instructions, render_all
     from safesteer_mlx.rollout import generate
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
     prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:4])
     answers = generate(model, prompts, eos_ids=sorted(tokenizer.eos_token_ids), max_tokens=ANSWER_TOKENS)
-    scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["refusals"]["harmful"]
-    assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["count"]
+    scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["outcomes"]["harmful"]
+    assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["refuse"]
 
 
 def test_the_student_moved_and_the_teacher_refuses_more_than_the_base(finished, tmp_path):
     scores = json.loads((finished / "run" / "before_after.json").read_text())
     assert scores["base"]["drift"] == 0
     assert 0 < scores["student"]["drift"] < scores["teacher"]["drift"]
-    refused = {name: s["refusals"]["harmful"]["sampled"]["count"] for name, s in scores.items()}
+    refused = {name: s["outcomes"]["harmful"]["sampled"]["refuse"] for name, s in scores.items()}
     assert refused["teacher"] > refused["base"]
 
 

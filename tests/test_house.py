@@ -8,11 +8,11 @@ import pytest
 from safesteer_mlx.recipe import PACKAGE
 
 LEVELS = {
-    **dict.fromkeys(("__init__", "progress", "judge"), 0),
-    **dict.fromkeys(("recipe",), 1),
+    **dict.fromkeys(("__init__", "progress", "judge", "intervals"), 0),
+    **dict.fromkeys(("recipe", "scores"), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
     **dict.fromkeys(("direction", "student", "teacher", "safety_tokens"), 3),
-    **dict.fromkeys(("train", "evaluate"), 4),
+    **dict.fromkeys(("train", "measure"), 4),
     "stages": 5,
     "align": 6,
 }
