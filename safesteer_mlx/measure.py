@@ -40,13 +40,13 @@ class TestSet:
     kind_of: dict[str, str]
 
 
-def first_of_each(items: Sequence[Instruction], n: int) -> list[Instruction]:
-    """The first `n` of each category, in order."""
+def first_of_each(items: Sequence[Instruction], n: int | None) -> list[Instruction]:
+    """The first `n` of each category, in order; all for None."""
     seen: dict[str, int] = {}
     kept = []
     for item in items:
         seen[item.category] = seen.get(item.category, 0) + 1
-        if seen[item.category] <= n:
+        if n is None or seen[item.category] <= n:
             kept.append(item)
     return kept
 
@@ -184,10 +184,11 @@ def evaluate(
             answers = read_answers(
                 model, tokenizer, prompts, how == "sampled", stream=which, progress=advance, **options
             )
+            done += len(prompts)
+            progress(done, total, "judging")
             outcomes = judge(test.kind_of[kind], asked, [text for text, _ in answers])
             for request, (text, finished), outcome in zip(asked, answers, outcomes, strict=True):
                 found.append(Answer(kind, how, request, text, outcome, finished))
-            done += len(prompts)
     prompts = render_all(tokenizer, test.capability, system_prompt, thinking)
     answers = read_answers(model, tokenizer, prompts, False, progress=advance, **options)
     correct: dict[str, list[bool]] = {}
@@ -196,7 +197,7 @@ def evaluate(
     return Scores(found, correct, *drift(base, model, test, tokens))
 
 
-def perplexity(model: nn.Module, tokenizer: Any, path: Path, batch_size: int = 8) -> tuple[float, float, int]:
+def perplexity(model: nn.Module, tokenizer: Any, path: Path) -> tuple[float, float, int]:
     """Perplexity of a text file, its standard error and the number of tokens scored, by mlx-lm's own measure.
 
     The text is cut into pieces of 512 tokens (of its own length if shorter), each read without what came before.
@@ -211,11 +212,11 @@ def perplexity(model: nn.Module, tokenizer: Any, path: Path, batch_size: int = 8
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"--perplexity {path} cannot be read ({reason}); give a text file") from None
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than the model is meant
     width = min(PERPLEXITY_TOKENS, len(ids))
     if width < 3:
         raise UserError(f"--perplexity {path} holds {len(ids)} tokens; give a longer text")
     pieces = mx.array(ids[: len(ids) // width * width]).reshape(-1, width)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line a batch
-        value, error = eval_ppl(model, pieces, batch_size)
+        value, error = eval_ppl(model, pieces, batch_size=1)
     return value, error, pieces.shape[0] * (width - 1)

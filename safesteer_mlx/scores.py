@@ -74,9 +74,11 @@ class Scores:
 def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out prompts") -> None:
     """Each model's rates, and below them the first model against the last, prompt by prompt."""
     first, *_, last = scores.values() if len(scores) > 1 else [*scores.values()] * 2
-    cells = [(kind, how, o) for kind in first.kinds for how in HOW for o in ("refuse", "evade", "unparsed")]
-    # An outcome that no model shows needs no row, but refusals are what this is about.
+    cells = [(kind, how, o) for kind in first.kinds for how in HOW for o in OUTCOMES]
+    # Refusals are what this is about, and compliance where harm is asked for; the rest is shown if it occurs.
+    benign = ("harmless", "borderline")
     cells = [c for c in cells if c[2] == "refuse" or any(s.count(*c).count for s in scores.values())]
+    cells = [c for c in cells if not (c[0] in benign and c[2] == "comply")]
     rows = [[f"{kind} {o}, {how}", *(str(s.count(kind, how, o)) for s in scores.values())] for kind, how, o in cells]
     for task in first.correct:
         rows.append([f"{task} correct", *(str(s.right(task)) for s in scores.values())])
