@@ -37,6 +37,25 @@ def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
     assert len(timing["seconds_by_step"]) == 2 and 0 < sum(timing["seconds_by_step"]) < timing["seconds"]
 
 
+def test_answers_are_kept_for_their_owner_alone_and_not_at_all_if_not_wanted(finished, tmp_path, capsys):
+    import shutil
+
+    scores = json.loads((finished / "run" / "before_after.json").read_text())
+    lines = [json.loads(line) for line in (finished / "run" / "transcripts.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 3 * 2 * 4  # models, kinds, ways of decoding, prompts
+    assert set(lines[0]) == {"model", "kind", "how", "prompt", "answer", "outcome", "finished"}
+    for model, found in scores.items():
+        own = [line for line in lines if (line["model"], line["kind"], line["how"]) == (model, "harmful", "sampled")]
+        counts = found["outcomes"]["harmful"]["sampled"]
+        assert {o: sum(line["outcome"] == o for line in own) for o in counts} == counts
+    folder = tmp_path / "adapters"
+    shutil.copytree(finished, folder)
+    aligned(folder, "--iters", "1", "--no-transcripts")
+    assert not (folder / "run" / "transcripts.jsonl").exists()  # nor the replaced run's
+    said = capsys.readouterr().out
+    assert not any(line["answer"] in said for line in lines if len(line["answer"]) > 20)
+
+
 def test_a_second_run_says_that_it_replaces_the_first(finished, tmp_path, capsys):
     import shutil
 

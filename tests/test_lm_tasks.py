@@ -50,9 +50,9 @@ def lm_eval(monkeypatch):
             raise KeyError("unknown")
         chat = model.apply_chat_template([{"role": "user", "content": "Add 21 and 83."}])
         asked["chat"] = chat
-        request = types.SimpleNamespace(args=(chat, "It is 104."))
+        request = types.SimpleNamespace(args=(chat, "1+3=4, 2+8=10. The answer is 104"))
         [(logprob, _)] = model.loglikelihood([request])
-        until = types.SimpleNamespace(args=(chat, {"until": ["\n"], "max_gen_toks": 16}))
+        until = types.SimpleNamespace(args=(chat, {"until": ["\n"], "max_gen_toks": 40}))
         [text] = model.generate_until([until])
         return {"results": {tasks[0]: {"logprob": logprob, "right": float("104" in text)}}}
 
@@ -64,7 +64,7 @@ def lm_eval(monkeypatch):
     sys.modules.pop("mlx_lm.evaluate", None)
 
 
-def test_the_model_handed_over_is_the_one_that_is_scored(lm_eval, capsys):
+def test_the_model_handed_over_is_the_one_that_is_scored(lm_eval):
     base = load(str(MODELS / "tiny-chat"))
     options = {"seed": 3, "batch_size": 2, "limit": 5, "thinking": False}
     found = run_tasks(base.model, base.tokenizer, ["gsm8k"], **options)
