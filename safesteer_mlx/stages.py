@@ -258,7 +258,8 @@ def find_tokens(
             banned_ids=special_ids(tokenizer, base.vocabulary),
             inner_top_k=s.inner_top_k,
             min_steered_prob=s.min_steered_prob,
-            teacher_prompts=teacher_prompts,
+            teacher_prompts=teacher_prompts if guarded else None,
+            shared_blocks=teacher.shared_blocks if recipe.teacher.teacher == "steer" else 0,
         )
     tokens = select_tokens(contrast, s.safety_tokens, s.token_method)
     if not len(tokens):

@@ -65,6 +65,11 @@ def _load_adapters(student: nn.Module, path: Path) -> None:
     student.load_weights(list(found.items()), strict=False)  # type: ignore[union-attr]
 
 
+def first_trained_block(student: nn.Module) -> int:
+    """The lowest block that holds a trained weight: what is below computes what the base does."""
+    return next(i for i, block in enumerate(blocks(student)) if tree_flatten(block.trainable_parameters()))
+
+
 def adapter_config(settings: TrainSettings, model: str, seed: int) -> dict[str, Any]:
     """What mlx-lm reads back: fine_tune_type, num_layers and lora_parameters, and what made them."""
     return {

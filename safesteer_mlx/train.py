@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten, tree_map
 from .losses import kept_positions, localized_loss
 from .progress import UserError
 from .recipe import LossSettings, TrainSettings
-from .residual import answer_states, head
+from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import generate, stream_key
+from .student import first_trained_block
 from .teacher import Teacher
 
 Ids = Sequence[int]
@@ -97,6 +98,21 @@ def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: in
     return weights[np.array(mask) > 0].astype(np.float32)
 
 
+Trunk = tuple[int, mx.array] | None  # a block and its input (B, T, D), the same for student and target
+
+
+def _trunk(base: nn.Module, layer: int, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Trunk:
+    """What goes into block `layer`; None if the student differs from its target from the first block on."""
+    if layer == 0:
+        return None
+    return layer, block_inputs(base, pad_right([[*p, *a] for p, a in zip(prompts, answers, strict=True)]))[layer]
+
+
+def _after(trunk: Trunk, model: nn.Module) -> nn.Module:
+    """`model`, beginning behind the trunk."""
+    return model if trunk is None else resume(model, *trunk)
+
+
 def divergence_options(loss: LossSettings, tokens: mx.array) -> dict[str, Any]:
     """The arguments of `token_divergence` that the settings ask for."""
     return {
@@ -140,8 +156,11 @@ def train(
     optimizer = optim.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     options = divergence_options(loss, tokens)
 
-    def objective(model, batch, answers, targets, target_head, weights):
-        hidden = answer_states(model, [p.ids for p in batch], answers)
+    first_trained = first_trained_block(student)
+    can_resume = resumes(base, pad_right([harmful[0].ids]))
+
+    def objective(model, batch, answers, trunk, targets, target_head, weights):
+        hidden = answer_states(_after(trunk, model), [p.ids for p in batch], answers)
         return localized_loss(
             hidden, targets, head(model), target_head, weights, watched=tokens, temp=settings.temp, **options
         )
@@ -178,11 +197,14 @@ def train(
                 part = [batch[i] for i in index]
                 done = [rollouts[i].ids[: loss.keep or None] for i in index]
                 lengths = [len(ids) for ids in done]
-                source = teacher.model if kind else base
-                targets = answer_states(source, [p.target_ids for p in part], done)
+                source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
+                trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
+                targets = answer_states(_after(trunk, source), [p.target_ids for p in part], done)
                 mx.eval(targets)  # so that the target's activations are gone before the student's are made
                 weights = _position_weights(lengths, len(batch), loss.skip, loss.keep)
-                (_, each, mass), grad = loss_and_grad(student, part, done, targets, head(source), mx.array(weights))
+                (_, each, mass), grad = loss_and_grad(
+                    student, part, done, trunk, targets, head(source), mx.array(weights)
+                )
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
                 first = np.cumsum([0, *lengths[:-1]])

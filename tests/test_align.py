@@ -22,7 +22,7 @@ def aligned(folder: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    return aligned(tmp_path_factory.mktemp("run") / "adapters")
+    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "24")
 
 
 def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
@@ -65,7 +65,7 @@ def test_a_second_run_says_that_it_replaces_the_first(finished, tmp_path, capsys
 
 
 def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
-    again = aligned(tmp_path / "adapters")
+    again = aligned(tmp_path / "adapters", "--test-prompts", "24")
     for name in ("adapters.safetensors", "run/direction.json", "run/tokens.json", "run/metrics.jsonl"):
         assert (finished / name).read_bytes() == (again / name).read_bytes(), name
     assert (finished / "run/before_after.json").read_bytes() == (again / "run/before_after.json").read_bytes()
@@ -80,7 +80,7 @@ def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finis
     from safesteer_mlx.rollout import generate
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
-    prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:4])
+    prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:24])
     answers = generate(model, prompts, eos_ids=sorted(tokenizer.eos_token_ids), max_tokens=ANSWER_TOKENS)
     scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["outcomes"]["harmful"]
     assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["refuse"]
