@@ -42,7 +42,7 @@ def test_answers_are_kept_for_their_owner_alone_and_not_at_all_if_not_wanted(fin
 
     scores = json.loads((finished / "run" / "before_after.json").read_text())
     lines = [json.loads(line) for line in (finished / "run" / "transcripts.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 * 3 * 2 * 4  # models, kinds, ways of decoding, prompts
+    assert len(lines) == 3 * 3 * 2 * 24  # models, kinds, ways of decoding, prompts
     assert set(lines[0]) == {"model", "kind", "how", "prompt", "answer", "outcome", "finished"}
     for model, found in scores.items():
         own = [line for line in lines if (line["model"], line["kind"], line["how"]) == (model, "harmful", "sampled")]
