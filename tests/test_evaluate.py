@@ -75,21 +75,33 @@ def test_base_and_aligned_are_counted_and_compared_prompt_by_prompt(adapters, tm
     assert found["student"]["drift_outside"] is None  # adapters that align did not write name no safety tokens
 
 
-def test_the_same_seed_gives_the_same_scores_and_another_does_not(tmp_path, capsys):
-    (tmp_path / "some.json").write_text(json.dumps([{"Goal": i.text} for i in built_in_sets(TINY).harmful_test[::9]]))
-    suite, found = ["--suite", f"JailbreakBench={tmp_path / 'some.json'}", "--test-prompts", "0"], []
+@pytest.fixture
+def some(tmp_path) -> list[str]:
+    """Flags for a few of the bundled model's harmful prompts, as if they were a suite."""
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps([{"Goal": item.text} for item in built_in_sets(TINY).harmful_test[::9]]))
+    return ["--suite", f"JailbreakBench={file}", "--test-prompts", "0", "--out", str(tmp_path / "out.json")]
+
+
+def outcomes(flags: list[str]) -> dict[str, dict[str, int]]:
+    """What a run with `some` flags wrote."""
+    with open(flags[-1]) as file:
+        return json.load(file)["base"]["outcomes"]["JailbreakBench"]
+
+
+def test_the_same_seed_gives_the_same_scores_and_another_does_not(some, capsys):
+    found = []
     for seed in ("1", "1", "2"):
-        run(capsys, *suite, "--seed", seed, "--out", str(tmp_path / "o.json"))
-        found.append(json.loads((tmp_path / "o.json").read_text())["base"]["outcomes"]["JailbreakBench"])
+        run(capsys, "--seed", seed, *some)
+        found.append(outcomes(some))
     assert found[0] == found[1] != found[2]
     assert found[0]["greedy"] == found[2]["greedy"]  # another order, the same prompts
 
 
-def test_a_judge_that_says_nothing_of_use_is_counted_as_unparsed(tmp_path, capsys):
-    out = run(capsys, "--judge", TINY, "--out", str(tmp_path / "o.json"))
-    found = json.loads((tmp_path / "o.json").read_text())["base"]["outcomes"]
-    assert all(cell[how]["unparsed"] == 6 for cell in found.values() for how in HOW)
-    assert "harmful unparsed" in " ".join(out.split())
+def test_a_judge_that_says_nothing_of_use_is_counted_as_unparsed(some, capsys):
+    out = run(capsys, "--judge", TINY, *some)
+    assert all(cell["unparsed"] == sum(cell.values()) == 41 for cell in outcomes(some).values())
+    assert "JailbreakBench unparsed" in " ".join(out.replace("│", " ").split())
 
 
 def test_perplexity_of_a_text_is_by_hand_exp_of_the_mean_surprise(base, tmp_path, capsys):
