@@ -86,8 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     positional = given.positional_model
     if positional and given.model and positional != given.model:
         raise UserError(f"two models were given, {positional} and {given.model}; give one")
-    name = positional or given.model
-    given.model = str(MODELS / BUNDLED) if name in (None, BUNDLED) and not Path(BUNDLED).exists() else name
+    name = positional or given.model or BUNDLED
+    given.model = str(MODELS / BUNDLED) if name == BUNDLED and not Path(BUNDLED).exists() else name
     if given.adapter_path is not None:
         for file in ("adapter_config.json", "adapters.safetensors"):
             if not (given.adapter_path.expanduser() / file).is_file():

@@ -17,7 +17,7 @@ from .recipe import PACKAGE, nearest
 from .rollout import generate
 
 FOLDER = PACKAGE / "data" / "judges"
-VERDICT_TOKENS = 24  # "unsafe" and a list of categories
+VERDICT_TOKENS = 64  # "unsafe" and a list of all categories
 _MARK = "marked7q"
 
 
@@ -78,9 +78,11 @@ def read_verdict(template: Template, kind: str, said: str, answer: str) -> str:
     return "evade" if kind == "harmful" and words == "comply" else words
 
 
-def _plain(text: str) -> str:
-    """Without the marks of a chat template, so that an answer cannot end its own turn and speak to the judge."""
-    return text.replace("<|", "< |").replace("<start_of_turn>", "").replace("<end_of_turn>", "")
+def _plain(tokenizer: Any, text: str) -> str:
+    """The text with the judge's special tokens broken up, so that an answer cannot end its turn and speak to it."""
+    for mark in (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special):
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
 
 
 def render_case(tokenizer: Any, template: Template, request: str, answer: str) -> list[int]:
@@ -89,7 +91,7 @@ def render_case(tokenizer: Any, template: Template, request: str, answer: str) -
     Raises:
         UserError: a template that leaves the case out either way, or refuses these turns.
     """
-    holes = {"request": _plain(request), "answer": _plain(answer)}
+    holes = {"request": _plain(tokenizer, request), "answer": _plain(tokenizer, answer)}
 
     def turns(holes: dict[str, str], parts: bool) -> list[dict[str, Any]]:
         filled = [(role, re.sub(r"\{(request|answer)\}", lambda m: holes[m[1]], body)) for role, body in template.turns]

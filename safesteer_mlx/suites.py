@@ -63,6 +63,8 @@ def load_suite(suite: Suite, file: Path | None = None) -> list[Instruction]:
     Raises:
         UserError: the file cannot be fetched or read, or has not the suite's columns.
     """
+    if (file or Path(suite.file)).suffix == ".parquet":
+        _check_pyarrow(suite)
     path = _fetch(suite) if file is None else file
     seen: dict[str, Instruction] = {}
     for row in _rows(path, suite):
@@ -121,7 +123,9 @@ def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
         UserError: no such file, or malformed.
     """
     if path.suffix == ".parquet":
-        yield from _parquet(path, suite)
+        from pyarrow import parquet  # type: ignore[import-not-found]
+
+        yield from parquet.read_table(path).to_pylist()
         return
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -144,12 +148,11 @@ def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
     yield from rows
 
 
-def _parquet(path: Path, suite: Suite) -> list[Mapping[str, Any]]:
+def _check_pyarrow(suite: Suite) -> None:
     try:
-        from pyarrow import parquet  # type: ignore[import-not-found]
+        import pyarrow.parquet  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         raise UserError(
             f"suite {suite.name} is a parquet file; `pip install pyarrow`, or give --suite {suite.name}=FILE as .csv, "
             ".json or .jsonl"
         ) from None
-    return parquet.read_table(path).to_pylist()

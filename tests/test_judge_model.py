@@ -2,6 +2,7 @@
 
 import jinja2
 import pytest
+from tokenizers import AddedToken
 
 from safesteer_mlx.judge_model import (
     FOLDER,
@@ -96,6 +97,8 @@ def test_the_templates_by_name_and_from_a_file(tmp_path):
 class Tokenizer:
     """A chat template alone; ids are characters."""
 
+    added_tokens_decoder = {1: AddedToken("<|end|>", special=True), 2: AddedToken("<tool>", special=False)}  # noqa: RUF012
+
     def __init__(self, template: str):
         self.template = jinja2.Template(template)
 
@@ -111,9 +114,9 @@ PARTS += "{% endfor %}"
 
 @pytest.mark.parametrize("template", [TEXTS, PARTS], ids=["texts", "parts"])
 def test_a_template_of_texts_or_of_parts_gets_what_it_takes(template):
-    ids = render_case(Tokenizer(template), read_template("guard"), "a {answer} request", "an <|end|> answer")
+    ids = render_case(Tokenizer(template), read_template("guard"), "a {answer} request", "a <tool> <|end|> answer")
     # A hole's name in a request is text, and an answer cannot end its own turn.
-    assert "".join(map(chr, ids)) == "<|user|>a {answer} request<|assistant|>an < |end|> answer"
+    assert "".join(map(chr, ids)) == "<|user|>a {answer} request<|assistant|>a <tool> < |end|> answer"
 
 
 def test_a_template_that_leaves_the_case_out_is_refused():

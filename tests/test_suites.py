@@ -172,7 +172,8 @@ def test_what_cannot_be_had_is_one_sentence(hub):
     assert "did you mean AdvBench" in said("AdvBnch")
     assert "paid judge" in said("AlpacaEval")
     assert "nowhere.csv" in said("XSTest=nowhere.csv")
-    assert "pyarrow" in said("HarmBench") and "HarmBench=FILE" in said("HarmBench")
+    hub.asked.clear()
+    assert "pyarrow" in (parquet := said("HarmBench")) and "HarmBench=FILE" in parquet and not hub.asked
     hub.gated = True
     assert "hf auth login" in said("SORRY-Bench", HF_HOME="/nonexistent/cache")
     hub.gated = False
