@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ from .progress import Screen, UserError
 from .recipe import BUNDLED, MODELS, Recipe, parse, resolve
 
 if TYPE_CHECKING:
-    from .evaluate import Scores
     from .load import Loaded
     from .stages import FoundDirection, Strength
 
@@ -29,8 +29,9 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
 
     from . import stages
     from .checkpoint import Checkpoint
-    from .evaluate import evaluate, first_of_each, make_test_set
+    from .measure import evaluate, first_of_each, make_test_set
     from .runfolder import RunFolder, check_output
+    from .scores import show, transcripts
     from .student import adapter_config, make_student, save_adapters
 
     tokenizer, started = base.tokenizer, time.time()
@@ -92,7 +93,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     )
     save_adapters(folder, student, config)
     stages.check_saved(base, rendered, student, folder)
-    record.text("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in log.metrics))
+    record.text("metrics.jsonl", _json_lines(log.metrics))
 
     # Before and after, on prompts that no stage has seen.
     n = run.test_prompts
@@ -114,10 +115,13 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
                 progress=advance,
             )
     record.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
+    (record.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
+    if run.transcripts:
+        record.text("transcripts.jsonl", _json_lines(transcripts(scores)))
     record.json("manifest.json", _manifest(base, folder))
     record.json("timing.json", {"seconds": round(time.time() - started, 1), "seconds_by_step": log.seconds})
     checkpoint.clear()
-    _show(scores, screen)
+    show(scores, screen)
     screen.line(
         f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
     )
@@ -139,6 +143,10 @@ def _direction_record(found: "FoundDirection", strength: "Strength") -> dict[str
     }
 
 
+def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
     import hashlib
     import platform
@@ -153,19 +161,6 @@ def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
         "model_sha256": base.weights_hash(),
         "adapters_sha256": hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest(),
     }
-
-
-def _show(scores: dict[str, "Scores"], screen: Screen) -> None:
-    """The before/after table."""
-    rows = []
-    for kind in next(iter(scores.values())).refusals:
-        for how in ("greedy", "sampled"):
-            rows.append([f"{kind} refused, {how}", *(str(s.refusals[kind][how]) for s in scores.values())])
-    for task in next(iter(scores.values())).capability:
-        rows.append([f"{task} correct", *(str(s.capability[task]) for s in scores.values())])
-    rows.append(["KL(base ‖ model) a token, harmless", *(f"{s.drift:.5f}" for s in scores.values())])
-    rows.append(["the same outside S", *(f"{s.drift_outside:.5f}" for s in scores.values())])
-    screen.table("Held-out prompts", ["", *scores], rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,6 +36,7 @@ class RunSettings:
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
+    transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ def resolve(
     return Recipe(**sections), name
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose errors are our one sentence."""
 
     def error(self, message: str) -> Any:
@@ -347,7 +348,7 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     Raises:
         UserError: an unknown flag, with the nearest known one, or two models.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="safesteer_mlx.align",
         description="Make a chat model safer: align it by localized on-policy distillation (SafeSteer).",
         allow_abbrev=False,

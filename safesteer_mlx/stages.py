@@ -27,15 +27,15 @@ from .progress import Screen, UserError
 from .prompts import (
     Instruction,
     PromptSets,
+    built_in_sets,
     end_of_instruction,
     load_instructions,
-    load_prompt_sets,
     opener_ids,
     render,
     render_all,
     special_ids,
 )
-from .recipe import BUNDLED, MODELS, PACKAGE, Recipe, mathematics
+from .recipe import Recipe, mathematics
 from .residual import last_logits, share
 from .rollout import Completion, generate, stream_key
 from .safety_tokens import contrast_tokens, select_tokens
@@ -143,8 +143,7 @@ class SafetyTokens:
 
 def prompt_sets(recipe: Recipe) -> PromptSets:
     """The bundled model's own prompts for it, else the package's; `--data` replaces the training prompts."""
-    bundled = Path(recipe.run.model).resolve() == (MODELS / BUNDLED).resolve()
-    sets = load_prompt_sets(MODELS / BUNDLED / "data" if bundled else PACKAGE / "data")
+    sets = built_in_sets(recipe.run.model)
     if recipe.run.data is not None:
         sets = replace(sets, harmful_train=load_instructions(Path(recipe.run.data).expanduser()))
     return sets

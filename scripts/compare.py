@@ -21,13 +21,14 @@ from typing import Any
 import yaml
 
 from safesteer_mlx import stages
-from safesteer_mlx.evaluate import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
 from safesteer_mlx.judge import is_refusal
 from safesteer_mlx.load import Loaded, load, read_config
+from safesteer_mlx.measure import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
 from safesteer_mlx.progress import Screen
 from safesteer_mlx.prompts import Instruction, PromptSets, render, render_all
 from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, resolve
 from safesteer_mlx.rollout import generate
+from safesteer_mlx.scores import HOW
 from safesteer_mlx.student import make_student
 from safesteer_mlx.teacher import Teacher
 from safesteer_mlx.train import StepMetrics, TrainingPrompt, make_optimizer, number_of_steps, schedule, train
@@ -186,8 +187,10 @@ def score(who: str, model: Any, base: Loaded, prepared: Prepared, recipe: Recipe
         eos_ids=base.eos_ids,
         seed=recipe.run.seed,
     )
-    refused = "; ".join(f"{kind} {how['greedy']} {how['sampled']}" for kind, how in scores.refusals.items())
-    right = sum(c.count for c in scores.capability.values())
+    refused = "; ".join(
+        f"{kind} " + " ".join(str(scores.count(kind, how, "refuse")) for how in HOW) for kind in scores.kinds
+    )
+    right = sum(map(sum, scores.correct.values()))
     screen.line(f"{who}: {refused}; capability {right}; drift {scores.drift:.5f}, outside S {scores.drift_outside:.5f}")
     return {"scores": scores.as_json()}
 
@@ -228,6 +231,12 @@ def _counts(cells: list[dict[str, int]]) -> str:
     return " / ".join(str(c["count"]) for c in cells) + f" of {total.pop()}"
 
 
+def refusals(scores: dict[str, Any], kind: str, how: str) -> dict[str, int]:
+    """The refusals among a model's answers."""
+    outcomes = scores["outcomes"][kind][how]
+    return {"count": outcomes["refuse"], "total": sum(outcomes.values())}
+
+
 def table(results: dict[str, Any]) -> str:
     """A Markdown table, a column for each model; counts of all seeds side by side."""
     seeds = list(results)
@@ -240,7 +249,7 @@ def table(results: dict[str, Any]) -> str:
 
     for kind in ("harmful", "harmless", "borderline"):
         for how in ("greedy", "sampled"):
-            row(f"{kind} refused, {how}", lambda all_, k=kind, h=how: _counts([s["refusals"][k][h] for s in all_]))
+            row(f"{kind} refused, {how}", lambda all_, k=kind, h=how: _counts([refusals(s, k, h) for s in all_]))
     row(
         "capability, exact matches",
         lambda all_: _counts(
@@ -264,7 +273,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     for colour, name in zip(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"), names, strict=False):
         for i, found in enumerate(results.values()):
             points = found[name]["curve"]
-            total = found[name]["scores"]["refusals"]["harmful"]["sampled"]["total"]
+            total = refusals(found[name]["scores"], "harmful", "sampled")["total"]
             axes.plot(
                 [100 * p["refused"] / total for p in points],
                 [p["drift_outside"] for p in points],
