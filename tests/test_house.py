@@ -11,9 +11,8 @@ LEVELS = {
     **dict.fromkeys(("__init__", "progress", "judge", "intervals"), 0),
     **dict.fromkeys(("recipe", "scores"), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
-    **dict.fromkeys(
-        ("direction", "student", "teacher", "safety_tokens", "suites", "adapters", "judge_model", "lm_tasks"), 3
-    ),
+    **dict.fromkeys(("direction", "student", "teacher", "safety_tokens", "checkpoint"), 3),
+    **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks"), 3),
     **dict.fromkeys(("train", "measure"), 4),
     **dict.fromkeys(("stages", "evaluate"), 5),
     "align": 6,

@@ -16,7 +16,16 @@ from safesteer_mlx.residual import blocks, hidden_states
 from safesteer_mlx.rollout import generate, stream_key
 from safesteer_mlx.student import make_student
 from safesteer_mlx.teacher import steered_teacher
-from safesteer_mlx.train import TrainingPrompt, divergence_options, number_of_steps, schedule, train
+from safesteer_mlx.train import (
+    Rollouts,
+    StepMetrics,
+    TrainingPrompt,
+    divergence_options,
+    make_optimizer,
+    number_of_steps,
+    schedule,
+    train,
+)
 
 HARMFUL = [TrainingPrompt(row, row, True) for row in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10])]
 HARMLESS = [TrainingPrompt(row, row, False) for row in ([11, 12], [13, 14, 15, 16])]
@@ -29,8 +38,10 @@ def one_step(model, settings=SETTINGS, loss=LossSettings(), seed=7):  # noqa: B0
     """The student after one step, the teacher, and what the step reported."""
     student = make_student(model, settings, seed)
     teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
-    steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, eos_ids=EOS, seed=seed)
-    metrics = next(steps)
+    options = {"eos_ids": EOS, "seed": seed, "optimizer": make_optimizer(settings)}
+    steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, **options)
+    rollouts, metrics = next(steps), next(steps)
+    assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
     return dict(tree_flatten(student.trainable_parameters())), teacher, metrics
 
 
