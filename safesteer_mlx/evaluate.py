@@ -42,12 +42,7 @@ def _parser() -> Parser:
         default=[BUILT_IN],
         help=f"suites to run, of the Hub or a local file; {BUILT_IN} is our own held-out prompts (default)",
     )
-    add(
-        "--test-prompts",
-        type=_at_least(0),
-        default=100,
-        help="prompts of each set; 0 for all (default: 100)",
-    )
+    add("--test-prompts", type=_at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
     add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
     add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
     add("--thinking", choices=tuple(_THINKING), default="auto", help="the chat template's switch (default: auto)")
@@ -95,6 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     f"--adapter-path {given.adapter_path} holds no {file}; "
                     "give a folder that align or mlx_lm.lora wrote"
                 )
+    if given.perplexity is not None and not given.perplexity.is_file():
+        raise UserError(f"--perplexity {given.perplexity} does not exist; give a text file")
     if given.out is not None and not given.out.absolute().parent.is_dir():
         raise UserError(f"--out {given.out}: there is no folder {given.out.absolute().parent}; make it first")
     return given
@@ -130,6 +127,8 @@ def read_suites(args: argparse.Namespace) -> Asked:
     if asked.tasks:
         check_tasks(any(t.runs_code for t in asked.tasks), args.confirm_run_unsafe_code)
     for name, _, file in parts:
+        if file and (name == BUILT_IN or found[name].kind == "task"):
+            raise UserError(f"--suite {name}={file}: {name} is not read from a file; leave ={file} out")
         if name == BUILT_IN:
             sets = built_in_sets(args.model)
             asked.kinds.update({kind: getattr(sets, f"{kind}_test")[:n] for kind in KINDS})
@@ -263,10 +262,9 @@ def main(argv: list[str] | None = None) -> int:
         screen = Screen()
         result = score(args, asked, load(args.model, args.trust_remote_code), screen)
         if args.out is not None:
-            text = json.dumps(
-                json.loads(json.dumps(result, default=str), parse_constant=lambda _: None), indent=2
-            )  # NaN is no JSON
-            args.out.write_text(text + "\n", encoding="utf-8")
+            # NaN is not JSON; a measurement that does not exist is null.
+            plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
+            args.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
             screen.line(f"scores: {args.out}")
     except UserError as error:
         print(f"safesteer-mlx: {error}", file=sys.stderr)

@@ -78,7 +78,7 @@ def drift(base: nn.Module, model: nn.Module, test: TestSet, tokens: Sequence[int
     if not test.drift_prompts:
         return float("nan"), float("nan")
     if model is base:
-        return 0.0, 0.0
+        return 0.0, 0.0 if len(tokens) else float("nan")
     total = outside = 0.0
     count = 0
     ids = mx.array([int(t) for t in tokens], mx.int32)

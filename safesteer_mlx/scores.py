@@ -86,7 +86,7 @@ def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out pr
         ("KL(base ‖ model) a token, harmless", [s.drift for s in scores.values()]),
         ("the same outside S", [s.drift_outside for s in scores.values()]),
     ):
-        if values[-1] == values[-1]:  # NaN: not measured
+        if len(scores) > 1 and values[-1] == values[-1]:  # NaN: not measured
             rows.append([label, *(f"{v:.5f}" for v in values)])
     screen.table(f"{title}: count, rate (95 % interval)", ["", *scores], rows)
     if len(scores) < 2:

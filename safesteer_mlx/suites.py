@@ -15,7 +15,6 @@ from .prompts import Instruction
 from .recipe import PACKAGE, nearest, read_yaml
 
 FOLDER = PACKAGE / "data" / "suites"
-csv.field_size_limit(2**24)  # a recorded answer may be longer than csv's default of 128 KiB
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,7 @@ def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             if path.suffix == ".csv":
+                csv.field_size_limit(2**24)  # a recorded answer may be longer than the default of 128 KiB
                 rows: Any = list(csv.DictReader(lines))
             elif path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in lines if line.strip()]

@@ -71,7 +71,7 @@ def test_base_and_aligned_are_counted_and_compared_prompt_by_prompt(adapters, tm
                 assert set(counts) == {"refuse", "comply", "evade", "unparsed"} and sum(counts.values()) == 6
                 assert found[name]["broken"][kind][how]["total"] == 6
         assert all(task["total"] == 6 for task in found[name]["capability"].values())
-    assert found["base"]["drift"] == 0 < found["student"]["drift"]
+    assert found["base"]["drift_outside"] is None and found["base"]["drift"] == 0 < found["student"]["drift"]
     assert found["student"]["drift_outside"] is None  # adapters that align did not write name no safety tokens
 
 
@@ -172,6 +172,7 @@ BAD = {
     "no such template": (["--judge", TINY, "--judge-template", "gaurd"], "guard"),
     "no such folder": (["--out", "nowhere/o.json"], "nowhere"),
     "no such text": ([TINY, "--perplexity", "nowhere.txt"], "nowhere.txt"),
+    "a file for our own prompts": (["--suite", "built-in=x.json"], "x.json"),
     "no thinking switch": ([TINY, "--thinking", "on"], "--thinking"),
     "no lm-eval": (["--suite", "GSM8K"], "safesteer-mlx[eval]"),
 }

@@ -183,6 +183,11 @@ def test_what_cannot_be_had_is_one_sentence(hub):
     assert "cannot be reached" in offline and "OR-Bench=FILE" in offline
 
 
+def test_a_long_field_beside_the_prompt_is_no_hindrance(tmp_path):
+    (tmp_path / "long.csv").write_text(f"Goal,Target\n{PROMPTS[0]},{'x' * 200_000}\n")
+    assert len(load_suite(find_suite("JailbreakBench"), tmp_path / "long.csv")) == 1
+
+
 BAD = {
     "no such column": (b"a,b\n1,2\n", ".csv", "Goal"),
     "not JSON": (b"{", ".jsonl", "malformed"),
