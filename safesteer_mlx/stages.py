@@ -616,6 +616,7 @@ def train_student(
                     tree_unflatten([(n.removeprefix("student."), w) for n, w in last.items() if n[:8] == "student."])
                 )
                 keep()
-            screen.line(f"interrupted after {done} of {total} steps; the same command goes on from there")
+            kept = f"the adapters so far are in {recipe.run.adapter_path}; " if done else ""
+            screen.line(f"interrupted after {done} of {total} steps; {kept}the same command with --yes goes on")
             raise
     return log
