@@ -30,6 +30,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     from . import stages
     from .checkpoint import Checkpoint
     from .measure import evaluate, first_of_each, make_test_set
+    from .report import write_report
     from .runfolder import RunFolder, check_output
     from .scores import show, transcripts
     from .student import adapter_config, make_student, save_adapters
@@ -122,6 +123,11 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     record.json("timing.json", {"seconds": round(time.time() - started, 1), "seconds_by_step": log.seconds})
     checkpoint.clear()
     show(scores, screen)
+    if run.report:
+        try:
+            screen.line(f"report: {write_report(record.path, run.transcripts_in_report)}")
+        except UserError as error:
+            screen.line(f"no report: {error}")
     screen.line(
         f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .progress import Screen, UserError
-from .recipe import BUNDLED, MODELS, Parser, nearest
+from .recipe import BUNDLED, Parser, adapter_folder, model_name, nearest
 
 if TYPE_CHECKING:
     from .load import Loaded
@@ -81,15 +81,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     positional = given.positional_model
     if positional and given.model and positional != given.model:
         raise UserError(f"two models were given, {positional} and {given.model}; give one")
-    name = positional or given.model or BUNDLED
-    given.model = str(MODELS / BUNDLED) if name == BUNDLED and not Path(BUNDLED).exists() else name
+    given.model = model_name(positional or given.model)
     if given.adapter_path is not None:
-        for file in ("adapter_config.json", "adapters.safetensors"):
-            if not (given.adapter_path.expanduser() / file).is_file():
-                raise UserError(
-                    f"--adapter-path {given.adapter_path} holds no {file}; "
-                    "give a folder that align or mlx_lm.lora wrote"
-                )
+        given.adapter_path = adapter_folder(given.adapter_path)
     if given.perplexity is not None and not given.perplexity.is_file():
         raise UserError(f"--perplexity {given.perplexity} does not exist; give a text file")
     if given.out is not None and not given.out.absolute().parent.is_dir():
@@ -165,7 +159,7 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
     _check_thinking(base.tokenizer, _THINKING[args.thinking])
     models = {"base": base.model}
     if args.adapter_path is not None:
-        models["student"] = with_adapters(base.model, args.adapter_path.expanduser())
+        models["student"] = with_adapters(base.model, args.adapter_path)
     result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "positional_model"}}
     if args.perplexity is not None:
         result["perplexity"] = _perplexities(args, models, base, screen)

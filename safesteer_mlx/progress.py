@@ -16,6 +16,14 @@ class UserError(ValueError):
     """A mistake its user can mend: one sentence with the thing, the value and the remedy; exit code 2."""
 
 
+def visible(text: str, keep: str = "\n") -> str:
+    """`text` with what a terminal or a page would obey or hide (control, bidi and zero-width characters) spelled out.
+
+    Characters in `keep` stay as they are.
+    """
+    return "".join(ch if ch.isprintable() or ch in keep else f"⟨U+{ord(ch):04X}⟩" for ch in text)
+
+
 def silent(done: int, total: int, note: str = "") -> None:
     """A progress callback that shows nothing."""
 
@@ -30,17 +38,18 @@ class Screen:
 
     def line(self, text: str) -> None:
         """One line of result; markup and control characters in it are shown as text, not obeyed."""
-        safe = "".join(ch if ch.isprintable() or ch == "\n" else "�" for ch in text)
-        self.console.print(safe, markup=False, soft_wrap=True)
+        self.console.print(visible(text), markup=False, soft_wrap=True)
 
     def table(self, title: str, head: list[str], rows: list[list[str]]) -> None:
+        """Rows of cells; markup and control characters in them are shown as text, as in `line`."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(Text(visible(name)), justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(visible(cell)) for cell in row))
         self.console.print(table)
 
     @contextmanager

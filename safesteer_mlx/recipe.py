@@ -37,6 +37,8 @@ class RunSettings:
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
+    report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
+    transcripts_in_report: bool = _setting(False, "put those answers into the page", free=True)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class TeacherSettings:
 class TokenSettings:
     """Stage 3, the safety tokens."""
 
-    safety_tokens: int = _setting(50, "how many safety tokens, |S|", least=1)
+    safety_tokens: int | str = _setting(50, "how many safety tokens, |S|, or a file that holds them", least=1)
     token_method: str = _setting("vote", "how they are ranked", choices=("vote", "mean"))
     inner_top_k: int = _setting(200, "ids that each position votes for", least=1)
     token_samples: int = _setting(8, "continuations of each prompt", least=1)
@@ -267,6 +269,24 @@ def _merge(into: dict[str, Any], source: Mapping[str, Any], where: str) -> None:
                 f"{where} has an unknown key {key!r}{nearest(str(key), known) or '; see --help for all keys'}"
             )
         into[key] = _checked(key, value, where)
+
+
+def model_name(given: str | None) -> str:
+    """A model's Hub id or folder; the bundled one's folder if none is given, or its name."""
+    name = given or BUNDLED
+    return str(MODELS / BUNDLED) if name == BUNDLED and not Path(BUNDLED).exists() else name
+
+
+def adapter_folder(given: Path) -> Path:
+    """A folder of adapters, `~` resolved.
+
+    Raises:
+        UserError: it does not hold any.
+    """
+    for file in ("adapter_config.json", "adapters.safetensors"):
+        if not (given.expanduser() / file).is_file():
+            raise UserError(f"--adapter-path {given} holds no {file}; give a folder that align or mlx_lm.lora wrote")
+    return given.expanduser()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The run's own folder, `run/` beside the adapters: what was asked, found and measured, for its owner only.
 
-Everything in it but `timing.json` is the same bytes for the same seed, settings and machine.
+Everything in it but `timing.json` and the report is the same bytes for the same seed, settings and machine.
 """
 
 import fcntl

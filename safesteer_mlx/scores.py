@@ -9,6 +9,7 @@ from .judge import OUTCOMES, is_broken
 from .progress import Screen
 
 HOW = ("greedy", "sampled")
+SHOWN = {"base": "base", "teacher": "teacher", "student": "aligned"}  # as readers know the models
 
 
 @dataclass(frozen=True)

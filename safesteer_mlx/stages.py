@@ -40,6 +40,7 @@ from .residual import last_logits, share
 from .rollout import Completion, generate, stream_key
 from .safety_tokens import contrast_tokens, select_tokens
 from .teacher import CoefficientTrial, Teacher, find_coefficient, follow, moving_average, steered_teacher
+from .token_file import read_token_file
 from .train import (
     NotFiniteError,
     Rollouts,
@@ -152,7 +153,7 @@ def prompt_sets(recipe: Recipe) -> PromptSets:
 def made_of(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
     """The fingerprint of all that decides a run's result: weights, prompts, settings and versions."""
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
-    return fingerprint(base.weights_hash(), mathematics(recipe), asdict(sets), versions)
+    return fingerprint(base.weights_hash(), mathematics(recipe), asdict(sets), versions, given_tokens(recipe, base))
 
 
 def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered:
@@ -385,7 +386,9 @@ def find_tokens(
             teacher_prompts=teacher_prompts if guarded else None,
             shared_blocks=teacher.shared_blocks if recipe.teacher.teacher == "steer" else 0,
         )
-    tokens = select_tokens(contrast, s.safety_tokens, s.token_method)
+    tokens = given_tokens(recipe, base)
+    if tokens is None:
+        tokens = select_tokens(contrast, s.safety_tokens, s.token_method)
     if not len(tokens):
         raise UserError(f"no token reaches min_steered_prob = {s.min_steered_prob:g}; lower --min-steered-prob")
     shown = " ".join(repr(tokenizer.decode([int(t)])) for t in tokens[:10])
@@ -403,6 +406,16 @@ def find_tokens(
             for t in tokens
         ]
     )
+
+
+def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
+    """The ids in the file that `safety_tokens` names, (K,) int64; None where it is a number.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the model's vocabulary.
+    """
+    given = recipe.tokens.safety_tokens
+    return np.array(read_token_file(Path(given), base.tokenizer, base.vocabulary)) if isinstance(given, str) else None
 
 
 def training_prompts(

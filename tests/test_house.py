@@ -12,9 +12,9 @@ LEVELS = {
     **dict.fromkeys(("recipe", "scores"), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
     **dict.fromkeys(("direction", "student", "teacher", "safety_tokens", "checkpoint"), 3),
-    **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks"), 3),
-    **dict.fromkeys(("train", "measure"), 4),
-    **dict.fromkeys(("stages", "evaluate"), 5),
+    **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file"), 3),
+    **dict.fromkeys(("train", "measure", "report", "chat"), 4),
+    **dict.fromkeys(("stages", "evaluate", "tokens"), 5),
     "align": 6,
 }
 

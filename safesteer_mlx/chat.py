@@ -1,0 +1,205 @@
+"""Base and aligned model side by side: `python -m safesteer_mlx.chat MODEL --adapter-path A [--steer COEFF]`.
+
+Each answers every message, in its own conversation; one set of weights serves them all. What they say is shown
+as text alone: no escape of theirs reaches the terminal.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .progress import UserError, visible
+from .recipe import Parser, adapter_folder, model_name
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+Turns = list[dict[str, str]]
+
+
+def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[str, "nn.Module"]:
+    """Views of one set of weights, by name: base, aligned, and with `coeff` the teacher of the run in `folder`.
+
+    Raises:
+        UserError: the adapters do not fit, or the run has no direction for this model.
+    """
+    import mlx.core as mx
+
+    from .adapters import with_adapters
+    from .residual import steer
+
+    voices = {"base": base, "aligned": with_adapters(base, folder)}
+    if coeff is not None:
+        path = folder / "run" / "direction.json"
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            vector = mx.array(found["vector"], mx.float32)
+            if not mx.any(vector).item():
+                raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
+            voices["teacher"] = steer(base, found["layer"], vector, coeff)
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--steer: {path} holds no direction for this model ({type(error).__name__}); "
+                "leave it out, or give the adapters of a run of align"
+            ) from None
+    return voices
+
+
+def render(tokenizer: Any, turns: Turns) -> list[int]:
+    """A conversation's ids, with the header of the next answer.
+
+    Raises:
+        UserError: the template refuses such a conversation.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this conversation ({error}); begin anew with /reset") from None
+
+
+def stream(
+    voices: Mapping[str, "nn.Module"], prompts: Mapping[str, Sequence[int]], tokenizer: Any, **options: Any
+) -> Iterator[tuple[str, str]]:
+    """(name, next piece of its answer), the voices in turn, until all have finished. Options as in mlx-lm."""
+    from mlx_lm import stream_generate
+
+    live = {name: stream_generate(model, tokenizer, list(prompts[name]), **options) for name, model in voices.items()}
+    while live:
+        for name in list(live):
+            if (piece := next(live[name], None)) is None:
+                del live[name]
+            else:
+                yield name, piece.text
+
+
+def _show(pieces: Iterator[tuple[str, str]], names: Sequence[str], interactive: bool) -> dict[str, str]:
+    """Show the answers as they come, side by side, or each after the other where there is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    said = dict.fromkeys(names, "")
+    if not interactive:
+        for name, text in pieces:
+            said[name] += text
+        for name, text in said.items():
+            print(f"{name}: {visible(text).strip()}", flush=True)
+        return said
+
+    def columns() -> Table:
+        table = Table(expand=True)
+        for name in names:
+            table.add_column(name, ratio=1)
+        table.add_row(*(Text(visible(text)) for text in said.values()))
+        return table
+
+    with Live(columns(), console=Console(highlight=False), auto_refresh=False) as live:
+        for name, text in pieces:
+            said[name] += text
+            live.update(columns(), refresh=True)
+    return said
+
+
+def _messages(interactive: bool) -> Iterator[str]:
+    """What the user says, line by line, to the end of the input or /quit."""
+    if interactive:
+        import readline  # noqa: F401  editing and history for input()
+    while True:
+        try:
+            line = input("> ") if interactive else next(sys.stdin)
+        except (EOFError, StopIteration):
+            return
+        if line.strip() == "/quit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def converse(args: argparse.Namespace) -> None:
+    """Load, then answer every message.
+
+    Raises:
+        UserError: what a user can mend, in one sentence.
+    """
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    from .load import load
+
+    loaded = load(args.model, args.trust_remote_code)
+    voices = make_voices(loaded.model, args.adapter_path, args.steer)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print("/reset begins anew, /quit or Ctrl-D ends")
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    mx.random.seed(args.seed)
+    options = {"max_tokens": args.max_tokens, "sampler": make_sampler(args.temp, args.top_p)}
+    turns: dict[str, Turns] = {name: [] for name in voices}
+    for message in _messages(interactive):
+        if message == "/reset":
+            turns = {name: [] for name in voices}
+            continue
+        asked = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
+        prompts = {name: render(loaded.tokenizer, own) for name, own in asked.items()}
+        said = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
+        turns = {name: [*own, {"role": "assistant", "content": said[name]}] for name, own in asked.items()}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: an unknown flag, a wrong value, or no adapters in the folder.
+    """
+    parser = Parser(
+        prog="safesteer_mlx.chat",
+        description="Talk to a base model and its aligned form side by side.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="Hub id or folder of the base model (default: the bundled one)")
+    add("--adapter-path", type=Path, default=Path("adapters"), help="the adapters (default: adapters)")
+    add("--steer", type=float, metavar="COEFF", help="the run's teacher too, steered with this coefficient")
+    add("--temp", type=float, default=0.0, help="sampling temperature; 0 takes the likeliest (default: 0)")
+    add("--top-p", type=float, default=1.0, help="nucleus of the sampling (default: 1)")
+    add("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
+    add("--seed", type=int, default=42, help="seed of the sampling (default: 42)")
+    add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
+    args = parser.parse_args(argv)
+    args.model = model_name(args.model)
+    for flag, value, fits, least in (
+        ("--steer", args.steer, args.steer is None or (math.isfinite(args.steer) and args.steer > 0), "above 0"),
+        ("--temp", args.temp, math.isfinite(args.temp) and args.temp >= 0, "at least 0"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "at least 1"),
+        ("--seed", args.seed, args.seed >= 0, "at least 0"),
+    ):
+        if not fits:
+            raise UserError(f"{flag} {value} does not fit; it must be {least}")
+    args.adapter_path = adapter_folder(args.adapter_path)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    try:
+        converse(parse(argv))
+    except UserError as error:
+        print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""A run's pictures, by matplotlib: each function draws what one of the run's files holds, in a theme.
+
+Colours are Okabe and Ito's, told apart by the colour-blind; the base is grey, the teacher orange, the student
+blue everywhere. `picture` gives each as SVG for light and dark pages and as PNG for print.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .intervals import Count, wilson
+from .progress import visible
+from .scores import SHOWN
+
+WIDTH = 4.6  # inches: text stays readable when a phone shows it 360 points wide
+TOKENS_SHOWN = 24
+PRINT_DPI = 300
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one page: text, grid, background, and the three models."""
+
+    ink: str
+    grid: str
+    page: str
+    base: str
+    teacher: str
+    student: str
+    missing: str
+
+
+LIGHT = Theme("#1b1f23", "#d8dce1", "#ffffff", "#7d858e", "#d55e00", "#0072b2", "#eceef1")
+DARK = Theme("#e4e7ea", "#363c44", "#16191d", "#9aa4af", "#e69f00", "#56b4e9", "#262b31")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawing: SVG for light and dark pages, PNG for print."""
+
+    light: bytes
+    dark: bytes
+    png: bytes
+
+
+def picture(draw: Callable[[Theme], Figure]) -> Picture:
+    """Draw in every form. The same data give the same bytes."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # A token in a script that the font lacks: the SVG is shown in the reader's fonts, the PNG has a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        light, dark = (_save(draw, theme, format="svg", metadata={"Date": None}) for theme in (LIGHT, DARK))
+        return Picture(light, dark, _save(draw, LIGHT, format="png", dpi=PRINT_DPI))
+
+
+def _save(draw: Callable[[Theme], Figure], theme: Theme, **how: Any) -> bytes:
+    style = {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "lines.linewidth": 1.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "safesteer",
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.6,
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.page),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), theme.ink),
+        **dict.fromkeys(("xtick.color", "ytick.color"), theme.ink),
+    }
+    out = io.BytesIO()
+    with matplotlib.rc_context(style):
+        draw(theme).savefig(out, **how)
+    return out.getvalue()
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _numbers(values: Sequence[Any]) -> np.ndarray:
+    """Float64, NaN for null: what was not measured."""
+    return np.array(values, np.float64)
+
+
+def direction(found: Mapping[str, Any], theme: Theme) -> Figure:
+    """The three tests of every candidate, (P, L) each; the chosen one is framed."""
+    tests = (
+        ("steering_refusal", "Added: refusal score of harmless prompts", "log-odds"),
+        ("ablation_refusal", "Ablated: refusal score of harmful prompts", "log-odds"),
+        ("ablation_kl", "Ablated: KL to the base, harmless prompts", "nats"),
+    )
+    n_positions, n_layers = _numbers(found["scores"]["ablation_kl"]).shape
+    height = min(2.2, 0.95 + 0.16 * n_positions)
+    figure = _figure(3 * height)
+    for axes, (name, title, unit) in zip(figure.subplots(3, 1, sharex=True), tests, strict=True):
+        axes.set_facecolor(theme.missing)
+        scores = np.ma.masked_invalid(_numbers(found["scores"][name]))
+        lines = {"edgecolors": theme.page, "linewidth": 0.5}
+        mesh = axes.pcolormesh(range(n_layers + 1), range(-n_positions, 1), scores, cmap="cividis", **lines)
+        figure.colorbar(mesh, ax=axes, label=unit, pad=0.02).outline.set_visible(False)
+        corner = (found["layer"], found["position"])
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=theme.page, linewidth=4, clip_on=False))
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=theme.teacher, linewidth=2, clip_on=False))
+        step = -(-n_positions // 8)
+        shown = list(range(-1, -n_positions - 1, -step))
+        axes.set_yticks([p + 0.5 for p in shown], labels=[f"−{-p}" for p in shown])
+        axes.set(title=title, ylabel="position")
+        axes.spines[:].set_visible(False)
+    step = -(-n_layers // 12)
+    axes.set_xticks([b + 0.5 for b in range(0, n_layers, step)], labels=[str(b) for b in range(0, n_layers, step)])
+    axes.set_xlabel("block")
+    return figure
+
+
+def coefficient(found: Mapping[str, Any], theme: Theme) -> Figure:
+    """What the teacher does at each coefficient that was tried; the chosen one is marked."""
+    figure = _figure(2.7)
+    axes = figure.subplots()
+    curve = found["coefficient_curve"]
+    lines = (
+        ("harmful_refused", "harmful refused, of those the base answers", theme.student, "o-"),
+        ("harmless_refused", "harmless refused", theme.teacher, "^-"),
+        ("broken", "broken answers", theme.base, "s-"),
+    )
+    for name, label, colour, mark in lines:
+        shares = 100 * _numbers([trial[name] for trial in curve])
+        axes.plot([trial["coeff"] for trial in curve], shares, mark, color=colour, markersize=4, label=label)
+    axes.axvline(found["coeff"], color=theme.ink, linestyle=":", label=f"chosen: {found['coeff']:g}")
+    axes.set(xlabel="steering coefficient", ylabel="validation prompts (%)", ylim=(-3, 103))
+    axes.grid(axis="y")
+    _legend_above(figure, axes, 1)
+    return figure
+
+
+def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
+    """Votes of the first tokens, and how likely base and teacher are to say each."""
+    rows = rows[:TOKENS_SHOWN]
+    figure = _figure(1.1 + 0.19 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(rows))
+    left.barh(places, [row["votes"] for row in rows], color=theme.teacher, height=0.7)
+    # Quoted, so that a leading space is seen. A token may hold dollar signs: they are no formula.
+    left.set_yticks(places, labels=[f"“{visible(row['token'], '')}”" for row in rows], parse_math=False)
+    left.invert_yaxis()
+    left.set_xlabel("votes (positions)")
+    left.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+    base, teacher = (_numbers([row[name] for row in rows]) for name in ("base_prob", "teacher_prob"))
+    right.hlines(places, base, teacher, color=theme.grid, linewidth=2, zorder=1)
+    right.scatter(base, places, color=theme.base, marker="s", s=16, label="base")
+    right.scatter(teacher, places, color=theme.teacher, marker="^", s=20, label="teacher")
+    right.set_xscale("log")
+    right.set_xlabel("mean probability")
+    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    right.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    right.tick_params(axis="x", labelrotation=35)
+    for axes in (left, right):
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    _legend_above(figure, right, 2)
+    return figure
+
+
+def training(metrics: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
+    """Loss, probability mass on the safety tokens, and gradient norm, by optimizer step."""
+    figure = _figure(5.4)
+    loss, mass, gradient = figure.subplots(3, 1, sharex=True)
+    steps = [row["step"] for row in metrics]
+    mark = "" if len(steps) > 60 else "o"
+
+    def line(axes: Axes, name: str, label: str | None, colour: str, style: str = "-") -> None:
+        values = _numbers([row[name] for row in metrics])
+        axes.plot(steps, values, style, marker=mark, markersize=2.5, color=colour, label=label)
+
+    line(loss, "harmful_loss", "harmful prompts, to the teacher", theme.teacher, "--")
+    line(loss, "anchor_loss", "harmless prompts, to the base", theme.base, ":")
+    line(loss, "loss", "both", theme.student)
+    loss.set(title="Loss", ylabel="nats a token")
+    line(mass, "target_mass", "target", theme.teacher, "--")
+    line(mass, "student_mass", SHOWN["student"], theme.student)
+    mass.set(title="Probability mass on the safety tokens", ylabel="mass")
+    line(gradient, "grad_norm", None, theme.student)
+    gradient.set(title="Gradient norm, before clipping", ylabel="norm", ylim=(0, None), xlabel="optimizer step")
+    gradient.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (loss, mass, gradient):
+        axes.grid(axis="y")
+        if axes is not gradient:
+            axes.legend(loc="best")
+    return figure
+
+
+def outcomes(scores: Mapping[str, Any], theme: Theme) -> Figure:
+    """How many prompts of each kind each model refuses, with 95 % intervals."""
+    cells = [(kind, how) for kind, cell in scores["base"]["outcomes"].items() for how in cell]
+    counts = {
+        name: [Count(c["refuse"], sum(c.values())) for c in (found["outcomes"][kind][how] for kind, how in cells)]
+        for name, found in scores.items()
+    }
+    figure = _bars([f"{kind},\n{how}" for kind, how in cells], counts, theme)
+    figure.axes[0].set_xlabel("refused (% of prompts)")
+    return figure
+
+
+def capability(scores: Mapping[str, Any], theme: Theme) -> Figure:
+    """How many of each little task each model gets right, with 95 % intervals."""
+    tasks = list(scores["base"]["capability"])
+    counts = {
+        name: [Count(found["capability"][task]["count"], found["capability"][task]["total"]) for task in tasks]
+        for name, found in scores.items()
+    }
+    figure = _bars([visible(task, "") for task in tasks], counts, theme)
+    figure.axes[0].set_xlabel("right (% of tasks)")
+    return figure
+
+
+def _bars(labels: Sequence[str], counts: Mapping[str, Sequence[Count]], theme: Theme) -> Figure:
+    figure = _figure(0.9 + 0.52 * len(labels))
+    axes = figure.subplots()
+    places = np.arange(len(labels))
+    thick = 0.8 / len(counts)
+    for i, (name, found) in enumerate(counts.items()):
+        rates = np.array([c.count / max(1, c.total) for c in found])
+        low, high = np.array([wilson(c.count, c.total) for c in found]).T
+        # An interval of 0 or n of n ends where the bar does; rounding may leave it 1e-17 beyond.
+        reach = np.clip([rates - low, high - rates], 0, None)
+        where = places + (i - (len(counts) - 1) / 2) * thick
+        axes.barh(where, 100 * rates, thick * 0.9, color=getattr(theme, name), label=SHOWN[name])
+        axes.errorbar(100 * rates, where, xerr=100 * reach, fmt="none", ecolor=theme.ink, elinewidth=0.9, capsize=1.5)
+    axes.set_yticks(places, labels=labels, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 101)
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    _legend_above(figure, axes, len(counts))
+    return figure
+
+
+def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
+    """How far teacher and student are from the base on harmless prompts, over all tokens and without S."""
+    figure = _figure(1.9)
+    axes = figure.subplots()
+    names = [name for name in scores if name != "base"]
+    for i, name in enumerate(names):
+        values = _numbers([scores[name]["drift"], scores[name]["drift_outside"]])
+        where = np.arange(2) + (i - (len(names) - 1) / 2) * 0.38
+        axes.barh(where, np.nan_to_num(values), 0.34, color=getattr(theme, name), label=SHOWN[name])
+        for at, value in zip(where, values, strict=True):
+            text = " not measured" if np.isnan(value) else f" {value:.2g}"
+            axes.text(np.nan_to_num(value), at, text, va="center", fontsize=8)
+    axes.set_yticks(range(2), labels=["all tokens", "outside the\nsafety tokens"])
+    axes.invert_yaxis()
+    axes.margins(x=0.16)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("KL(base ‖ model) a token, harmless prompts (nats)")
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    _legend_above(figure, axes, 2)
+    return figure
+
+
+def _legend_above(figure: Figure, axes: Axes, columns: int) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns)

@@ -1,0 +1,152 @@
+"""The token inspector: `python -m safesteer_mlx.tokens RUN [--veto TEXT …] [--add TEXT …]`.
+
+Shows a run's safety tokens, and writes an edited set for `align --safety-tokens FILE`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .progress import Screen, UserError, visible
+from .recipe import Parser, read_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Row = dict[str, Any]
+
+
+def show(rows: "Sequence[Row]", screen: Screen) -> None:
+    """The table: text, id, votes, mean Δ, mean probability under base and teacher; – for what was not measured."""
+    from .token_file import quoted
+
+    columns = (("votes", "d"), ("mean_delta", "+.2f"), ("base_prob", ".2g"), ("teacher_prob", ".2g"))
+
+    def number(row: Row, name: str, form: str) -> str:
+        value = row.get(name)
+        return format(value, form) if type(value) in (int, float) and (form != "d" or type(value) is int) else "–"
+
+    cells = [[quoted(row["token"]), str(row["id"]), *(number(row, *column) for column in columns)] for row in rows]
+    screen.table("Safety tokens", ["token", "id", "votes", "mean Δ, nats", "p, base", "p, teacher"], cells)
+
+
+def vetoed(rows: "Sequence[Row]", texts: "Sequence[str]") -> list[Row]:
+    """`rows` without those that `texts` name, by text or as id:NUMBER.
+
+    Raises:
+        UserError: a text that is none of them, or nothing is left.
+    """
+    out: set[int] = set()
+    for text in texts:
+        named = [row["id"] for row in rows if text in (row["token"], f"id:{row['id']}")]
+        if not named:
+            raise UserError(
+                f"--veto {visible(text, '')!r} is none of this run's safety tokens; give one as the table has it, "
+                "leading space included, or id:NUMBER"
+            )
+        out |= set(named)
+    left = [row for row in rows if row["id"] not in out]
+    if not left:
+        raise UserError("--veto leaves no safety token; keep at least one")
+    return left
+
+
+def added(rows: "Sequence[Row]", texts: "Sequence[str]", tokenizer: Any, vocabulary: int) -> list[Row]:
+    """`rows` and the tokens that `texts` name, by text or as id:NUMBER.
+
+    Raises:
+        UserError: a text that is no single token of the model, a special one, or one that is there already.
+    """
+    from .token_file import check_fit
+
+    found = list(rows)
+    for text in texts:
+        said = f"--add {visible(text, '')!r}"
+        number = text.removeprefix("id:")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if number != text and number.isascii() and number.isdigit():
+            ids = [int(number)]
+            text = tokenizer.decode(ids) if ids[0] < vocabulary else ""
+        if len(ids) != 1:
+            raise UserError(f"{said} is {len(ids)} tokens of this model; give a single one, or id:NUMBER")
+        if ids[0] in (row["id"] for row in found):
+            raise UserError(f"{said} is a safety token already; leave it out")
+        row = {"token": text, "id": ids[0]}
+        check_fit("--add", [row], tokenizer, vocabulary)
+        found.append(row)
+    return found
+
+
+def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
+    """The tokenizer of the run's model, and its V."""
+    from mlx_lm.utils import load_tokenizer
+
+    from .load import find, read_config
+
+    name = str(read_yaml(run / "recipe.yaml").get("model"))
+    path = find(name)
+    config = read_config(path)
+    try:
+        tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the tokenizer of model {name} cannot be loaded ({type(error).__name__}); fetch the model again"
+        ) from None
+    return tokenizer, int(config.get("text_config", config)["vocab_size"])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: an unknown flag, or a file that would be replaced.
+    """
+    parser = Parser(
+        prog="safesteer_mlx.tokens",
+        description="Show a run's safety tokens, and write an edited set for align --safety-tokens FILE.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
+    more = {"nargs": "+", "action": "extend", "default": [], "metavar": "TEXT"}
+    add("--veto", help="tokens to leave out, as the table has them, or id:NUMBER", **more)
+    add("--add", help="tokens to put in: single tokens of the model, or id:NUMBER", **more)
+    add("--out", type=Path, metavar="FILE", default=Path("safety_tokens.json"), help="(default: safety_tokens.json)")
+    add("--trust-remote-code", action="store_true", help="let the tokenizer's own code run")
+    args = parser.parse_args(argv)
+    if (args.veto or args.add) and args.out.exists():
+        raise UserError(f"--out {args.out} exists already; give another file")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for a mistake of the user's."""
+    try:
+        args = parse(argv)
+        from .report import run_folder
+        from .token_file import read_rows
+
+        run, screen = run_folder(args.run), Screen()
+        rows = read_rows(run / "tokens.json")
+        if args.veto:
+            rows = vetoed(rows, args.veto)
+        if args.add:
+            rows = added(rows, args.add, *_tokenizer(run, args.trust_remote_code))
+        show(rows, screen)
+        if args.veto or args.add:
+            kept = [{"token": row["token"], "id": row["id"]} for row in rows]
+            args.out.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            screen.line(f"{len(kept)} tokens in {args.out}; align with --safety-tokens {args.out}")
+    except UserError as error:
+        print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"safesteer-mlx: cannot write {args.out} ({error.strerror}); give another --out", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
