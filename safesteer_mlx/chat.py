@@ -30,7 +30,7 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
     import mlx.core as mx
 
     from .adapters import with_adapters
-    from .residual import steer
+    from .residual import last_logits, steer
 
     voices = {"base": base, "aligned": with_adapters(base, folder)}
     if coeff is not None:
@@ -41,6 +41,7 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
             if not mx.any(vector).item():
                 raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
             voices["teacher"] = steer(base, found["layer"], vector, coeff)
+            mx.eval(last_logits(voices["teacher"], [[0]]))  # a vector of another width fails only when it is used
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

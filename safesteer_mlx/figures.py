@@ -24,6 +24,7 @@ from .scores import SHOWN
 
 WIDTH = 4.6  # inches: text stays readable when a phone shows it 360 points wide
 TOKENS_SHOWN = 24
+LABEL = 20  # characters of a name; a longer one would leave no room for the bars
 PRINT_DPI = 300
 
 
@@ -97,6 +98,11 @@ def _numbers(values: Sequence[Any]) -> np.ndarray:
     return np.array(values, np.float64)
 
 
+def _label(text: str) -> str:
+    shown = visible(text, "")
+    return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
+
+
 def direction(found: Mapping[str, Any], theme: Theme) -> Figure:
     """The three tests of every candidate, (P, L) each; the chosen one is framed."""
     tests = (
@@ -155,7 +161,7 @@ def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
     places = np.arange(len(rows))
     left.barh(places, [row["votes"] for row in rows], color=theme.teacher, height=0.7)
     # Quoted, so that a leading space is seen. A token may hold dollar signs: they are no formula.
-    left.set_yticks(places, labels=[f"“{visible(row['token'], '')}”" for row in rows], parse_math=False)
+    left.set_yticks(places, labels=[f"“{_label(row['token'])}”" for row in rows], parse_math=False)
     left.invert_yaxis()
     left.set_xlabel("votes (positions)")
     left.xaxis.set_major_locator(MaxNLocator(2, integer=True))
@@ -223,7 +229,7 @@ def capability(scores: Mapping[str, Any], theme: Theme) -> Figure:
         name: [Count(found["capability"][task]["count"], found["capability"][task]["total"]) for task in tasks]
         for name, found in scores.items()
     }
-    figure = _bars([visible(task, "") for task in tasks], counts, theme)
+    figure = _bars([_label(task) for task in tasks], counts, theme)
     figure.axes[0].set_xlabel("right (% of tasks)")
     return figure
 

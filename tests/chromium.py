@@ -84,9 +84,10 @@ class Browser:
         return self._post("/se/log", {"type": kind})
 
     def requests(self) -> list[str]:
-        """Every address asked for since the log was last read."""
+        """Every address asked for since the log was last read, but for Chromium's own start page."""
         messages = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
-        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [r["request"]["url"] for r in sent if not r["documentURL"].startswith("chrome:")]
 
     def screenshot(self, path: Path) -> None:
         """The whole page."""

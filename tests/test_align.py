@@ -12,7 +12,7 @@ from safesteer_mlx.recipe import MODELS
 
 TINY = MODELS / "tiny-chat"
 SHORT = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--direction-validation", "32"]
-SHORT += ["--token-samples", "2", "--coeff", "0.7"]
+SHORT += ["--token-samples", "2", "--coeff", "0.7", "--no-report"]
 
 
 def aligned(folder: Path, *flags: str) -> Path:
@@ -22,7 +22,7 @@ def aligned(folder: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "24")
+    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "24", "--report")
 
 
 def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
@@ -30,7 +30,8 @@ def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
     record = {p.name for p in (finished / "run").iterdir()}
     assert record >= {"recipe.yaml", "direction.json", "tokens.json", "metrics.jsonl", "before_after.json"}
     assert (finished / "run").stat().st_mode & 0o777 == 0o700
-    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (finished / "run").iterdir())
+    assert record >= {"report.html", "figures"} and (finished / "run" / "figures").stat().st_mode & 0o777 == 0o700
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (finished / "run").rglob("*") if p.is_file())
     lines = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     timing = json.loads((finished / "run" / "timing.json").read_text())
@@ -56,12 +57,20 @@ def test_answers_are_kept_for_their_owner_alone_and_not_at_all_if_not_wanted(fin
     assert not any(line["answer"] in said for line in lines if len(line["answer"]) > 20)
 
 
-def test_a_second_run_says_that_it_replaces_the_first(finished, tmp_path, capsys):
+def test_a_second_run_says_that_it_replaces_the_first_and_a_report_it_cannot_draw(
+    finished, tmp_path, capsys, monkeypatch
+):
     import shutil
 
+    from safesteer_mlx import report
+
+    monkeypatch.setattr(report, "find_spec", lambda name: None)  # no matplotlib
     shutil.copytree(finished, tmp_path / "adapters")
-    aligned(tmp_path / "adapters", "--iters", "1")
-    assert "earlier run, which this one replaces" in " ".join(capsys.readouterr().out.split())
+    aligned(tmp_path / "adapters", "--iters", "1", "--report")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "earlier run, which this one replaces" in said
+    assert "no report: the report needs matplotlib; pip install 'safesteer-mlx[report]'" in said
+    assert not (tmp_path / "adapters" / "run" / "report.html").exists()  # nor the replaced run's
 
 
 def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
@@ -152,6 +161,9 @@ BAD = {
     "unknown LoRA key": (["--lora-parameters", "{alpha: 2}"], "alpha"),
     "more blocks than there are": (["--num-layers", "9"], "8 blocks"),
     "full on quantized weights": (["--fine-tune-type", "full"], "full"),
+    "no safety tokens": (["--safety-tokens", "0"], "safety_tokens"),
+    "half a safety token": (["--safety-tokens", "1.5"], "safety_tokens"),
+    "no token file": (["--safety-tokens", "nowhere.json"], "nowhere.json"),
     "no data file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "more prompts than there are": (["--direction-train", "9999"], "9999"),
     "no direction passes": (["--steering-threshold", "50"], "--steering-threshold"),

@@ -19,7 +19,17 @@ from safesteer_mlx.progress import UserError
 from safesteer_mlx.runfolder import RunFolder
 
 SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "48"]
-SHORT += ["--direction-validation", "24", "--token-samples", "1", "--batch-size", "8", "--max-tokens", "24"]
+SHORT += [
+    "--direction-validation",
+    "24",
+    "--token-samples",
+    "1",
+    "--batch-size",
+    "8",
+    "--max-tokens",
+    "24",
+    "--no-report",
+]
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]
 VARIANTS = {

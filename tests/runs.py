@@ -1,0 +1,92 @@
+"""Finished run folders written by hand, for tests of what reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# What a model, a dataset or a path may hold: markup, escapes, bidi marks, formulas, template and attribute ends.
+HOSTILE = "<script>alert(1)</script>\"' onerror=x &amp; \x1b]0;owned\x07\u202e\u2066\u200b\ud800 $x^{ $body ${title}"
+MODEL = {"base": (5, 0, 1), "teacher": (10, 4, 5), "student": (9, 1, 1)}  # refused of 10: harmful, harmless, borderline
+
+
+def cell(refused: int) -> dict[str, int]:
+    return {"refuse": refused, "comply": 10 - refused, "evade": 0, "unparsed": 0}
+
+
+def files(text: str = "plain") -> dict[str, Any]:
+    """What each file of a run holds; `text` stands wherever a name, token, prompt or answer does."""
+    kinds = ("harmful", "harmless", "borderline")
+    hows = ("greedy", "sampled")
+    scores = {
+        name: {
+            "outcomes": {k: {how: cell(n) for how in hows} for k, n in zip(kinds, refused, strict=True)},
+            "broken": {k: {how: {"count": 1, "total": 10} for how in hows} for k in kinds},
+            "capability": {f"sums {text}": {"count": 7, "total": 8}, "facts": {"count": 8, "total": 8}},
+            "drift": 0.0 if name == "base" else 0.01,
+            "drift_outside": None,
+        }
+        for name, refused in MODEL.items()
+    }
+    none = [[None] * 6 for _ in range(3)]
+    found = [row[:] for row in none]
+    found[1][2], found[2][4] = 0.05, 0.01
+    token = {"votes": 9, "mean_delta": 1.5, "base_prob": 0.001, "teacher_prob": 0.02}
+    row = {"steps": 3, "loss": 0.5, "harmful_loss": 0.7, "student_mass": 0.4, "target_mass": 0.9, "grad_norm": 1.0}
+    asked = [(kind, how, name) for kind in kinds for how in hows for name in MODEL]
+    return {
+        "recipe.yaml": {
+            "model": f"org/name {text}",
+            "adapter_path": f"adapters {text}",
+            "teacher": "steer",
+            "fine_tune_type": "lora",
+            "lora_parameters": {"rank": 8},
+            "anchor": 0.5,
+            "system_prompt": text,
+        },
+        "direction.json": {
+            "position": -2,
+            "layer": 2,
+            "coeff": 0.7,
+            "openers": {text: 4},
+            "coefficient_curve": [
+                {"coeff": c, "harmful_refused": c, "harmless_refused": 0.1, "broken": 0.0} for c in (0.4, 0.7)
+            ],
+            "vector": [0.5, 1.0],
+            "scores": {"ablation_kl": found, "ablation_refusal": found, "steering_refusal": none, "block_passes": 9},
+        },
+        "tokens.json": [{"token": f" {text}", "id": 7, **token}, {"token": "$a$", "id": 8, **token}],
+        "metrics.jsonl": [{"step": n, "anchor_loss": None if n == 2 else 0.1, **row} for n in (1, 2, 3)],
+        "before_after.json": scores,
+        "manifest.json": {"mlx": "0.0.1", "model": text, "model_sha256": "ab" * 32, "adapters_sha256": "cd" * 32},
+        "timing.json": {"seconds": 90.0, "seconds_by_step": [1.0, 1.0, 1.0]},
+        "transcripts.jsonl": [
+            {
+                "model": name,
+                "kind": kind,
+                "how": how,
+                "prompt": f"prompt {text}",
+                "answer": f"{name}'s answer {text}\nand more",
+                "outcome": "comply",
+                "finished": name == "base",
+            }
+            for kind, how, name in asked
+        ],
+    }
+
+
+def write_run(folder: Path, found: dict[str, Any]) -> Path:
+    """Write the files, as `align` names and formats them; None leaves one out."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in found.items():
+        if content is None:
+            continue
+        if name.endswith("yaml"):
+            text = yaml.safe_dump(content)
+        elif name.endswith("jsonl"):
+            text = "".join(json.dumps(row) + "\n" for row in content)
+        else:
+            text = json.dumps(content)
+        (folder / name).write_text(text)
+    return folder

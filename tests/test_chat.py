@@ -1,0 +1,186 @@
+"""Base, aligned and teacher in one conversation each, through standard input as a user has it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from safesteer_mlx import chat
+from safesteer_mlx.adapters import with_adapters
+from safesteer_mlx.chat import main, make_voices
+from safesteer_mlx.load import Loaded, load
+from safesteer_mlx.progress import UserError
+from safesteer_mlx.recipe import MODELS, resolve
+from safesteer_mlx.residual import blocks, steer
+from safesteer_mlx.rollout import generate
+from safesteer_mlx.student import adapter_config, make_student, save_adapters
+
+TINY = str(MODELS / "tiny-chat")
+LAYER, COEFF = 3, 0.5
+
+
+@pytest.fixture(scope="module")
+def base() -> Loaded:
+    return load(TINY)
+
+
+@pytest.fixture(scope="module")
+def vector():
+    return 20 * mx.random.normal((128,), key=mx.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def adapters(base, vector, tmp_path_factory):
+    """Adapters that change the model, and the direction of their run."""
+    settings = resolve({}, {})[0].train
+    student = make_student(base.model, settings, 0)
+    mx.random.seed(1)
+    names = [(n, w) for n, w in tree_flatten(student.trainable_parameters()) if n.endswith("lora_b")]
+    student.load_weights([(n, 0.3 * mx.random.normal(w.shape)) for n, w in names], strict=False)
+    folder = tmp_path_factory.mktemp("run") / "adapters"
+    save_adapters(folder, student, adapter_config(settings, TINY, 0))
+    (folder / "run").mkdir()
+    (folder / "run" / "direction.json").write_text(json.dumps({"layer": LAYER, "vector": vector.tolist()}))
+    return folder
+
+
+def asked(adapters, typed: bytes, *flags: str) -> list[str]:
+    command = [sys.executable, "-m", "safesteer_mlx.chat", TINY, "--adapter-path", str(adapters), "--max-tokens", "24"]
+    done = subprocess.run([*command, *flags], input=typed, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().splitlines()
+
+
+def answer(base, model, *turns: str) -> str:
+    """What a model says after these turns, the user's first: by our own engine."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    row = list(base.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    return generate(model, [row], eos_ids=base.eos_ids, max_tokens=24)[0].text(base.tokenizer)
+
+
+def test_each_answers_as_itself_and_keeps_its_own_history(base, vector, adapters):
+    models = {
+        "base": base.model,
+        "aligned": with_adapters(base.model, adapters),
+        "teacher": steer(base.model, LAYER, vector, COEFF),
+    }
+    first = {name: answer(base, model, "Name a colour.") for name, model in models.items()}
+    second = {name: answer(base, model, "Name a colour.", first[name], "Why?") for name, model in models.items()}
+    alone = {name: answer(base, model, "Why?") for name, model in models.items()}
+    assert len(set(first.values())) == 3 and second != alone
+    typed = b"Name a colour.\n\nWhy?\n/reset\nWhy?\n/quit\nNever read.\n"
+    lines = asked(adapters, typed, "--steer", str(COEFF))
+    expected = [f"{name}: {said.strip()}" for turn in (first, second, alone) for name, said in turn.items()]
+    assert lines == "\n".join(expected).splitlines()
+
+
+def test_without_steer_there_are_two_and_bytes_that_are_no_text_are_read(adapters):
+    lines = asked(adapters, b"Name \xff a colour.")
+    assert [line.partition(":")[0] for line in lines if ": " in line][:2] == ["base", "aligned"]
+
+
+def test_sampling_repeats_with_the_seed_and_changes_with_it(adapters):
+    said = [asked(adapters, b"Name a colour.\n", "--temp", "1.5", "--seed", seed) for seed in ("1", "1", "2")]
+    assert said[0] == said[1] != said[2]
+
+
+def test_one_set_of_weights_serves_all(base, adapters):
+    voices = make_voices(base.model, adapters, COEFF)
+    own = dict(tree_flatten(base.model.parameters()))
+    before = mx.get_active_memory()
+    voices = make_voices(base.model, adapters, COEFF)
+    mx.eval([v.parameters() for v in voices.values()])
+    size = sum(w.nbytes for w in own.values())
+    assert mx.get_active_memory() - before < size / 4
+    assert len(blocks(voices["teacher"])) == len(blocks(base.model))
+
+
+HOSTILE = "[red]\x1b]0;owned\x07\u202eabc\x9b31m[/red]"
+SHOWN = "[red]⟨U+001B⟩]0;owned⟨U+0007⟩⟨U+202E⟩abc⟨U+009B⟩31m[/red]"
+
+
+@pytest.mark.parametrize("interactive", [False, True], ids=["piped", "terminal"])
+def test_no_escape_of_a_model_reaches_the_terminal(interactive, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    if interactive:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    pieces = [("base", HOSTILE[:9]), ("aligned", "fine"), ("base", HOSTILE[9:])]
+    said = chat._show(iter(pieces), ["base", "aligned"], interactive)
+    out = capsys.readouterr().out
+    assert SHOWN in out and "fine" in out
+    assert not {"\x07", "\u202e", "\x9b"} & set(out) and "\x1b]" not in out
+    assert said == {"base": HOSTILE, "aligned": "fine"}  # history keeps what was said
+
+
+def test_a_terminal_shows_them_side_by_side(adapters):
+    import pty
+    import select
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "safesteer_mlx.chat", TINY, "--adapter-path", str(adapters), "--max-tokens", "4"]
+    done = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "90"})
+    os.close(theirs)
+    out = b""
+
+    def read_until(mark: bytes, times: int) -> None:
+        nonlocal out
+        while out.count(mark) < times and select.select([ours], [], [], 60)[0]:
+            out += os.read(ours, 65536)
+
+    read_until(b"> ", 1)
+    os.write(ours, b"Name a colour.\n")
+    read_until(b"> ", 2)
+    os.write(ours, b"\x04")  # Ctrl-D
+    assert done.wait(60) == 0
+    os.close(ours)
+    assert any("base" in line and "aligned" in line for line in out.decode().splitlines())
+    assert "/reset" in out.decode()
+
+
+BAD = {
+    "no adapters": (["--adapter-path", "nowhere"], "nowhere"),
+    "steered away": (["--steer", "-1"], "--steer -1.0 does not fit; it must be above 0"),
+    "steered without end": (["--steer", "inf"], "--steer inf"),
+    "no words": (["--max-tokens", "0"], "--max-tokens 0"),
+    "cold": (["--temp", "-1"], "--temp"),
+    "no nucleus": (["--top-p", "0"], "--top-p"),
+    "no number": (["--seed", "x"], "--seed"),
+    "unknown flag": (["--stear", "1"], "--stear"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_sentence(name, adapters, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    flags, expected = BAD[name]
+    flags = flags if "--adapter-path" in flags else ["--adapter-path", str(adapters), *flags]
+    assert main([TINY, *flags]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+DIRECTIONS = {
+    "none": (None, "holds no direction"),
+    "another model's": ({"layer": 3, "vector": [1.0] * 7}, "holds no direction"),
+    "a block too far": ({"layer": 99, "vector": [1.0] * 128}, "holds no direction"),
+    "a system prompt": ({"layer": 0, "vector": [0.0]}, "system prompt"),
+    "no numbers": ({"layer": 0, "vector": "x"}, "holds no direction"),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_steer_needs_the_runs_direction(name, base, adapters, tmp_path):
+    import shutil
+
+    found, expected = DIRECTIONS[name]
+    shutil.copytree(adapters, tmp_path / "a")
+    path = tmp_path / "a" / "run" / "direction.json"
+    path.unlink() if found is None else path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=expected):
+        make_voices(base.model, tmp_path / "a", 1.0)

@@ -1,0 +1,100 @@
+"""The pictures hold the data: the framed candidate, the gaps, the intervals, tokens as they are."""
+
+import warnings
+
+import pytest
+from matplotlib.patches import Rectangle
+from runs import files
+
+from safesteer_mlx import figures
+from safesteer_mlx.figures import DARK, LIGHT, picture
+
+
+@pytest.fixture
+def found():
+    return files()
+
+
+def frames(axes):
+    return [p for p in axes.patches if isinstance(p, Rectangle) and not p.get_fill()]
+
+
+def test_the_chosen_candidate_is_framed_in_all_three_and_gaps_are_left_empty(found):
+    drawn = figures.direction(found["direction.json"], LIGHT)
+    panels = [axes for axes in drawn.axes if axes.get_ylabel() == "position"]
+    assert len(panels) == 3
+    for axes in panels:
+        assert {p.get_xy() for p in frames(axes)} == {(2, -2)}  # block 2, position −2
+    measured = [int((~axes.collections[0].get_array().mask).sum()) for axes in panels]
+    assert measured == [0, 2, 2]
+    scores = panels[2].collections[0].get_array()
+    assert scores[1, 2] == 0.05  # under the frame: row 1 of positions −3, −2, −1
+    assert panels[0].get_ylim() == (-3, 0)
+
+
+def test_a_deep_model_has_every_block_on_the_axis(found):
+    wide = [[0.1] * 80 for _ in range(5)]
+    found["direction.json"]["scores"] = dict.fromkeys(("ablation_kl", "ablation_refusal", "steering_refusal"), wide)
+    drawn = figures.direction(found["direction.json"], LIGHT)
+    assert drawn.axes[0].get_xlim() == (0, 80) and len(drawn.axes[2].get_xticks()) <= 12
+
+
+def test_bars_have_the_rates_and_wilsons_intervals(found):
+    axes = figures.outcomes(found["before_after.json"], LIGHT).axes[0]
+    widths = [bar.get_width() for container in axes.containers for bar in getattr(container, "patches", [])]
+    assert widths == [50, 50, 0, 0, 10, 10, 100, 100, 40, 40, 50, 50, 90, 90, 10, 10, 10, 10]
+    whiskers = axes.collections[2].get_segments()  # of the aligned model
+    assert whiskers[0][:, 0] == pytest.approx([59.585, 98.212], abs=0.01)  # 9 of 10
+
+
+def test_tokens_are_no_formulas_and_stand_quoted(found):
+    rows = [
+        dict(row, token=token) for row, token in zip(found["tokens.json"], (" $\\frac{a}$", "\u202e抱\n"), strict=True)
+    ]
+    drawn = figures.safety_tokens(rows, LIGHT)
+    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == ["“ $\\frac{a}$”", "“⟨U+202E⟩抱⟨U+000A⟩”"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = picture(lambda theme: figures.safety_tokens(rows, theme)).light.decode()
+    assert "$\\frac{a}$" in svg and "抱" in svg  # text, in whatever font the reader has
+
+
+def test_a_long_name_leaves_room_for_the_bars(found):
+    scores = found["before_after.json"]
+    scores = {name: s | {"capability": {"x" * 500: {"count": 1, "total": 2}}} for name, s in scores.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = picture(lambda theme: figures.capability(scores, theme)).light.decode()
+    assert "x" * 19 + "…" in svg
+
+
+def test_many_tokens_are_cut_to_what_can_be_read(found):
+    drawn = figures.safety_tokens(found["tokens.json"][:1] * 60, LIGHT)
+    assert len(drawn.axes[0].get_yticklabels()) == figures.TOKENS_SHOWN
+
+
+def test_dark_and_light_differ_in_colours_alone(found):
+    drawn = picture(lambda theme: figures.training(found["metrics.jsonl"], theme))
+    light, dark = drawn.light.decode(), drawn.dark.decode()
+    assert DARK.page in dark and DARK.page not in light and LIGHT.page in light
+    assert light.count("<path") == dark.count("<path")
+
+
+def test_axes_say_what_they_measure_and_in_which_unit(found):
+    scores, direction = found["before_after.json"], found["direction.json"]
+    said = {
+        "refused (% of prompts)": figures.outcomes(scores, LIGHT),
+        "right (% of tasks)": figures.capability(scores, LIGHT),
+        "KL(base ‖ model) a token, harmless prompts (nats)": figures.drift(scores, LIGHT),
+        "steering coefficient": figures.coefficient(direction, LIGHT),
+        "votes (positions)": figures.safety_tokens(found["tokens.json"], LIGHT),
+        "optimizer step": figures.training(found["metrics.jsonl"], LIGHT),
+        "block": figures.direction(direction, LIGHT),
+    }
+    for label, drawn in said.items():
+        assert label in [axes.get_xlabel() for axes in drawn.axes], label
+
+
+def test_a_drift_that_was_not_measured_is_said(found):
+    axes = figures.drift(found["before_after.json"], LIGHT).axes[0]
+    assert [t.get_text().strip() for t in axes.texts] == ["0.01", "not measured"] * 2

@@ -1,0 +1,262 @@
+"""The run's page: its numbers, that nothing in it acts or is fetched, and that a browser shows all of it."""
+
+import base64
+import copy
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import chromium
+import pytest
+from runs import HOSTILE, files, write_run
+
+from safesteer_mlx import report
+from safesteer_mlx.progress import UserError
+from safesteer_mlx.report import main, write_report
+
+FIGURES = {"refusals", "capability", "drift", "training", "direction", "coefficient", "tokens"}
+ACTS_UNSEEN = "\x1b\x07\u202e\u2066\u200b\ud800"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.source = path.read_text()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A run whose every text is hostile, and its page with the answers in it."""
+    folder = write_run(tmp_path_factory.mktemp("hostile") / "run", files(HOSTILE))
+    return write_report(folder, transcripts=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_report(write_run(tmp_path_factory.mktemp("plain") / "run", files()))
+
+
+def test_the_first_screen_gives_the_numbers_with_their_intervals(plain):
+    text = " ".join(Page(plain).text.split())
+    # Wilson's interval of 9 in 10 and of 15 in 16, from tables.
+    assert "Harmful prompts refused90 %95 % interval 59.6–98.2 %9 of 10base 50 %" in text
+    assert "Little tasks right93.8 %95 % interval 71.7–98.9 %15 of 16" in text
+    assert "the base does what 5 of 10 harmful prompts ask, the aligned model what 1 ask" in text
+    assert "harmless 0 → 1 of 10, borderline 1 → 1 of 10" in text
+    assert "LoRA adapters of rank 8, 3 optimizer steps" in text and "block 2 with coefficient 0.7" in text
+    assert "not measured" in text and "ab" * 32 in text and "0.0.1" in text
+    assert text.index("Harmful prompts refused") < text.index("Before and after")
+
+
+def test_every_figure_is_in_the_page_and_kept_for_print(plain):
+    tags = Page(plain).tags
+    assert {a["id"].removeprefix("figure-") for tag, a in tags if tag == "figure"} == FIGURES
+    images = [a for tag, a in tags if tag == "img"]
+    dark = [a for tag, a in tags if tag == "source"]
+    assert len(images) == len(dark) == len(FIGURES) and all(a["alt"] for a in images)
+    assert all("dark" in a["media"] for a in dark)
+    assert not {a["src"] for a in images} & {a["srcset"] for a in dark}
+    kept = plain.parent / "figures"
+    assert {p.stem for p in kept.iterdir()} == FIGURES
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in kept.iterdir())
+
+
+def test_page_and_figures_are_their_owners_alone(plain):
+    assert plain.stat().st_mode & 0o777 == 0o600
+    assert (plain.parent / "figures").stat().st_mode & 0o777 == 0o700
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (plain.parent / "figures").iterdir())
+
+
+def test_nothing_is_fetched_and_nothing_runs_whatever_the_texts_are(hostile):
+    page = Page(hostile)
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "form", "base", "svg", "video"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
+        for name in ("src", "href", "srcset"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+    policies = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1 and policies[0].startswith("default-src 'none'")
+    assert "url(" not in page.source and "@import" not in page.source
+
+
+def test_texts_are_shown_as_they_are_and_what_acts_unseen_is_spelled_out(hostile):
+    page = Page(hostile)
+    assert not set(ACTS_UNSEEN) & set(page.source)
+    shown = "<script>alert(1)</script>\"' onerror=x &amp; ⟨U+001B⟩]0;owned⟨U+0007⟩⟨U+202E⟩⟨U+2066⟩⟨U+200B⟩⟨U+D800⟩"
+    # model, its name once more, token, opener, task, setting, command, prompt, answers
+    assert page.text.count(shown) > 20
+    assert page.text.count("$x^{ $body ${title}") > 20  # the page's own template leaves them alone
+    for name in ("base", "student"):
+        assert f"{name}'s answer <script>" in page.text
+    assert "teacher's answer" not in page.text
+
+
+def test_figures_hold_texts_as_text(hostile):
+    sources = [a["src"] for tag, a in Page(hostile).tags if tag == "img"]
+    pictures = [base64.b64decode(source.partition(",")[2]).decode() for source in sources]
+    for svg in pictures:
+        root = ET.fromstring(svg)
+        names = {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert not names & {"script", "foreignObject", "a", "animate"}
+        assert not set(ACTS_UNSEEN) & set(svg)
+        for element in root.iter():
+            for name, value in element.attrib.items():
+                assert name.rpartition("}")[2] != "href" or value.startswith(("#", "data:image/png")), value
+    assert sum("&lt;script&gt;" in svg for svg in pictures) == 2  # tokens and tasks
+
+
+def test_answers_are_in_the_page_only_if_asked_for(plain, hostile, tmp_path):
+    assert "answer plain" not in Page(plain).text
+    assert ("a", {"href": "transcripts.jsonl"}) in Page(plain).tags
+    tags = Page(hostile).tags
+    assert "Warning" in Page(hostile).text and not any(tag == "details" and "open" in a for tag, a in tags)
+    assert "cut at the length limit" in Page(hostile).text
+    none = write_report(write_run(tmp_path, files() | {"transcripts.jsonl": None}), transcripts=True)
+    assert "No answers were kept" in Page(none).text
+
+
+def test_the_command_repeats_the_run(plain):
+    import shlex
+
+    from safesteer_mlx.recipe import parse
+
+    [command] = [line for line in Page(plain).text.splitlines() if "--config" in line]
+    words = shlex.split(command[command.index("python -m") :].split("what")[0])
+    flags, _, path = parse(words[3:])
+    assert path == plain.parent / "recipe.yaml" and flags == {"adapter_path": "adapters plain-again"}
+
+
+def test_a_run_without_direction_or_curve_says_why_pictures_are_missing(tmp_path):
+    found = files()
+    found["recipe.yaml"]["teacher"] = "system_prompt"
+    scores = {test: [[None] * 6] for test in ("ablation_kl", "ablation_refusal", "steering_refusal")}
+    found["direction.json"] |= {"scores": scores, "coefficient_curve": [], "coeff": 0.0, "position": -1, "layer": 0}
+    page = Page(write_report(write_run(tmp_path / "a", found)))
+    assert {a["id"].removeprefix("figure-") for tag, a in page.tags if tag == "figure"} == FIGURES - {
+        "direction",
+        "coefficient",
+    }
+    assert "The teacher is a system prompt" in page.text
+    found = files()
+    found["direction.json"]["coefficient_curve"] = []
+    assert "The coefficient, 0.7, was given" in Page(write_report(write_run(tmp_path / "b", found))).text
+
+
+def test_the_same_run_gives_the_same_page(plain, tmp_path):
+    again = write_report(write_run(tmp_path / "run", files()))
+    text = [path.read_text().replace(str(path.parent), "") for path in (plain, again)]
+    assert text[0] == text[1]
+
+
+def damaged(name, change):
+    found = copy.deepcopy(files())
+    found[name] = change(found[name])
+    return found
+
+
+BAD = {
+    "unfinished": (damaged("before_after.json", lambda _: None), "before_after.json"),
+    "no recipe": (damaged("recipe.yaml", lambda _: None), "recipe.yaml"),
+    "another shape": (damaged("direction.json", lambda _: {"layer": 1}), "KeyError"),
+    "text for a number": (damaged("tokens.json", lambda rows: [rows[0] | {"votes": "many"}]), "is not as align"),
+    "step without a loss": (damaged("metrics.jsonl", lambda _: [{"step": 1}]), "KeyError"),
+    "more right than asked": (
+        damaged(
+            "before_after.json", lambda s: s | {"base": s["base"] | {"capability": {"t": {"count": 9, "total": 8}}}}
+        ),
+        "is not as align",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_folder_that_is_no_finished_run_is_one_sentence_and_nothing_is_written(name, tmp_path, capsys):
+    found, expected = BAD[name]
+    write_run(tmp_path, found)
+    before = set(tmp_path.iterdir())
+    assert main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and set(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_file_is_named_with_its_line(tmp_path):
+    write_run(tmp_path, files())
+    (tmp_path / "tokens.json").write_text("[\n{]")
+    with pytest.raises(UserError, match=r"tokens\.json line 2 is not JSON"):
+        write_report(tmp_path)
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert main([str(write_run(tmp_path, files()))]) == 2
+    assert "pip install 'safesteer-mlx[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_takes_the_adapter_folder_too(tmp_path, capsys):
+    write_run(tmp_path / "run", files())
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
+
+
+@pytest.mark.parametrize("command", ["report", "tokens", "chat"])
+def test_help_loads_nothing_heavy(command):
+    code = f"""import sys, safesteer_mlx.{command} as m
+try: m.main(["--help"])
+except SystemExit: pass
+sys.exit(any(name in sys.modules for name in ("mlx", "numpy", "rich", "matplotlib")))"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (chromium.CHROMIUM and chromium.DRIVER):
+        pytest.skip(chromium.MISSING)
+    with chromium.Browser(tmp_path_factory.mktemp("profile")) as window:
+        yield window
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_every_figure_and_asks_for_nothing(browser, hostile, width, dark):
+    browser.log("browser"), browser.log("performance")
+    browser.show(hostile, width, dark)
+    images = browser.run(
+        "return [...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width, "
+        "i.currentSrc == i.parentNode.querySelector('source').srcset])"
+    )
+    assert len(images) == len(FIGURES)
+    for complete, natural, shown, is_dark in images:
+        assert complete and natural > 100 and 250 < shown <= width and is_dark is dark
+    assert browser.run("return document.documentElement.scrollWidth") <= width  # nothing hangs over the side
+    assert browser.run("return document.title").startswith("script>\"'")  # a name's last part, as text
+    assert browser.log("browser") == []
+    asked = [url for url in browser.requests() if not url.startswith("data:")]
+    assert asked == [hostile.as_uri()]
+    lightness = "return getComputedStyle(document.body).backgroundColor"
+    assert browser.run(lightness) == ("rgb(22, 25, 29)" if dark else "rgb(255, 255, 255)")
+
+
+def test_a_script_in_the_page_would_be_refused(browser, plain, tmp_path):
+    """The policy holds even if a text were not escaped."""
+    broken = tmp_path / "broken.html"
+    inject = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    broken.write_text(plain.read_text().replace("</header>", inject + "</header>"))
+    browser.show(broken)
+    assert browser.run("return document.title") == "name plain, aligned"
+    assert any("Content Security Policy" in entry["message"] for entry in browser.log("browser"))
