@@ -91,13 +91,11 @@ def test_sampling_repeats_with_the_seed_and_changes_with_it(adapters):
 
 
 def test_one_set_of_weights_serves_all(base, adapters):
-    voices = make_voices(base.model, adapters, COEFF)
-    own = dict(tree_flatten(base.model.parameters()))
+    size = sum(w.nbytes for _, w in tree_flatten(base.model.parameters()))
     before = mx.get_active_memory()
     voices = make_voices(base.model, adapters, COEFF)
     mx.eval([v.parameters() for v in voices.values()])
-    size = sum(w.nbytes for w in own.values())
-    assert mx.get_active_memory() - before < size / 4
+    assert mx.get_active_memory() - before < size / 2  # the adapters' own
     assert len(blocks(voices["teacher"])) == len(blocks(base.model))
 
 
