@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .progress import Screen, UserError
+from .progress import Screen, UserError, cannot
 from .recipe import BUNDLED, MODELS, Parser, nearest
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ def _scores(
     if args.judge != "keyword":
         judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
     how: dict[str, Any] = {"thinking": _THINKING[args.thinking], "max_tokens": args.max_tokens}
+    how["batch_size"] = args.batch_size
     test = make_test_set(
         base.model, base.tokenizer, asked.kinds, asked.capability, base.eos_ids, kind_of=asked.kind_of, **how
     )
@@ -212,7 +213,6 @@ def _scores(
                 _safety_tokens(args.adapter_path),
                 eos_ids=base.eos_ids,
                 seed=args.seed,
-                batch_size=args.batch_size,
                 judge=judge,
                 progress=advance,
                 **how,
@@ -268,6 +268,9 @@ def main(argv: list[str] | None = None) -> int:
             screen.line(f"scores: {args.out}")
     except UserError as error:
         print(f"safesteer-mlx: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"safesteer-mlx: {cannot(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

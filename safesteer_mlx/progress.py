@@ -16,6 +16,12 @@ class UserError(ValueError):
     """A mistake its user can mend: one sentence with the thing, the value and the remedy; exit code 2."""
 
 
+def cannot(error: OSError) -> str:
+    """What the system refused, as a sentence: a full disk, missing permissions, a folder that went away."""
+    where = f" {error.filename}" if error.filename else ""
+    return f"cannot read or write{where} ({error.strerror or error}); mend that, then run the same command again"
+
+
 def silent(done: int, total: int, note: str = "") -> None:
     """A progress callback that shows nothing."""
 
