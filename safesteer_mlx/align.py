@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .progress import Screen, UserError
-from .recipe import BUNDLED, MODELS, Recipe, parse, resolve
+from .progress import Screen, UserError, exit_code
+from .recipe import Recipe, model_name, parse, resolve
 
 if TYPE_CHECKING:
     from .load import Loaded
@@ -40,6 +40,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     check_output(folder)
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, tokenizer)
+    prompts = stages.training_prompts(recipe, sets, tokenizer, screen)
     recipe = stages.check_padding(recipe, base, rendered, screen)
     run = recipe.run
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
@@ -72,7 +73,6 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     record.json("tokens.json", tokens.rows)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
-    prompts = stages.training_prompts(recipe, sets, tokenizer, teacher, screen)
     moving = None
     if recipe.teacher.teacher == "ema":
         moving = stages.MovingTeacher(
@@ -99,7 +99,14 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     # Before and after, on prompts that no stage has seen.
     n = run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
-    test = make_test_set(base.model, tokenizer, kinds, first_of_each(sets.capability_test, n), base.eos_ids)
+    test = make_test_set(
+        base.model,
+        tokenizer,
+        kinds,
+        first_of_each(sets.capability_test, n),
+        base.eos_ids,
+        batch_size=run.generation_batch_size,
+    )
     scores = {}
     for name, model in (("base", base.model), ("teacher", teacher.model), ("student", student)):
         with screen.stage(f"scoring the {name}") as advance:
@@ -164,15 +171,14 @@ def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
         "model": base.name,
-        "model_sha256": base.weights_hash(),
+        "model_sha256": base.weights_hash,
         "adapters_sha256": hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest(),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C or SIGTERM."""
+    """The command line; returns the exit code."""
     import signal
-    from dataclasses import replace
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -181,51 +187,29 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, stop)
     except ValueError:
         pass  # not the main thread: its owner decides about signals
-    try:
-        flags, preset, yaml_file = parse(argv)
-        resume, yes = flags.pop("resume", None), flags.pop("yes", False)
-        if resume is not None:
-            yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
-        given = flags.get("model")
-        if given is None and yaml_file is not None:
-            from .recipe import read_yaml
+    return exit_code(lambda: _run(argv))
 
-            given = read_yaml(yaml_file).get("model")
-        name = str(MODELS / BUNDLED) if given in (None, BUNDLED) and not Path(BUNDLED).exists() else str(given)
-        resolve({}, flags, preset, yaml_file)  # a mistake in a setting is told before anything is fetched
-        from .runfolder import check_output
 
-        folder = Path(flags.get("adapter_path", "adapters"))
-        check_output(folder)
-        from .load import find, load, read_config
+def _run(argv: list[str] | None) -> None:
+    flags, preset, yaml_file = parse(argv)
+    resume, yes = flags.pop("resume", None), flags.pop("yes", False)
+    if resume is not None:
+        yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
+    # A mistake in a setting is told before anything is fetched.
+    run = resolve({}, flags, preset, yaml_file)[0].run
+    from .runfolder import check_output
 
-        recipe, found = resolve(read_config(find(name)), flags, preset, yaml_file)
-        recipe = replace(recipe, run=replace(recipe.run, model=name))
-        screen = Screen(quiet=_rank() != 0)
-        base = load(name, recipe.run.trust_remote_code)
-        if preset == "paper" and "fine_tune_type" not in flags and not base.quantized:
-            # As published: all weights at the published rate. Quantized weights cannot be trained.
-            full = replace(recipe.train, fine_tune_type="full", learning_rate=flags.get("learning_rate", 1e-5))
-            recipe = replace(recipe, train=full)
-        screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
-        _earlier_run(folder, recipe, resume is not None or yes, screen)
-        align(recipe, base, screen)
-    except UserError as error:
-        print(f"safesteer-mlx: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno is None:
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"safesteer-mlx: cannot write{where} ({error.strerror}); make room or mend the permissions, then run the "
-            "same command again: it goes on from the last state that was kept",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    folder = Path(run.adapter_path)
+    check_output(folder)
+    from .load import find, load, read_config
+
+    name = model_name(run.model)
+    recipe, found = resolve(read_config(find(name)), {**flags, "model": name}, preset, yaml_file)
+    screen = Screen(quiet=_rank() != 0)
+    base = load(name, recipe.run.trust_remote_code)
+    screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
+    _earlier_run(folder, recipe, resume is not None or yes, screen)
+    align(recipe, base, screen)
 
 
 def _settings_of(
@@ -258,6 +242,8 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
         screen.line(f"{folder} holds an earlier run, which this one replaces")
         RunFolder(folder).clear()
         return
+    if not any((folder / "run" / "checkpoint").glob("step-*")):
+        return  # nothing was trained yet; what its stages found is used if it still holds
     earlier, now = read_yaml(stored), mathematics(recipe)
     changed = [
         f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .progress import UserError, visible
+from .progress import UserError, exit_code, visible
 from .recipe import Parser, adapter_folder, model_name
 
 if TYPE_CHECKING:
@@ -191,15 +191,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    try:
-        converse(parse(argv))
-    except UserError as error:
-        print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """The command line; returns the exit code."""
+    return exit_code(lambda: converse(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def score_candidates(
     """
     n_layers = candidates.shape[1]
     vectors = mx.array(candidates.astype(np.float32))
-    base = mx.concatenate([last_logits(model, harmless[i : i + PROMPT_BATCH]) for i in range(0, len(harmless), 32)])
+    starts = range(0, len(harmless), PROMPT_BATCH)
+    base = mx.concatenate([last_logits(model, harmless[i : i + PROMPT_BATCH]) for i in starts])
     probabilities = mx.softmax(base, axis=-1)
     # KL ≥ −log(1 + ε Σ p/(p + ε)), by Jensen's inequality; and a little for rounding.
     floor = -np.array(mx.log1p(1e-6 * (probabilities / (probabilities + 1e-6)).sum(-1)), np.float64) - 1e-5

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .progress import Screen, UserError
+from .progress import Screen, UserError, exit_code
 from .recipe import BUNDLED, Parser, adapter_folder, model_name, nearest
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def _scores(
     if args.judge != "keyword":
         judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
     how: dict[str, Any] = {"thinking": _THINKING[args.thinking], "max_tokens": args.max_tokens}
+    how["batch_size"] = args.batch_size
     test = make_test_set(
         base.model, base.tokenizer, asked.kinds, asked.capability, base.eos_ids, kind_of=asked.kind_of, **how
     )
@@ -206,7 +207,6 @@ def _scores(
                 _safety_tokens(args.adapter_path),
                 eos_ids=base.eos_ids,
                 seed=args.seed,
-                batch_size=args.batch_size,
                 judge=judge,
                 progress=advance,
                 **how,
@@ -243,29 +243,26 @@ def _tasks(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    try:
-        args = parse(argv)
-        asked = read_suites(args)  # a mistake in these is told before a model is fetched
-        if args.judge != "keyword":
-            from .judge_model import default_template, read_template
+    """The command line; returns the exit code."""
+    return exit_code(lambda: _run(argv))
 
-            read_template(args.judge_template or default_template(args.judge))
-        from .load import load
 
-        screen = Screen()
-        result = score(args, asked, load(args.model, args.trust_remote_code), screen)
-        if args.out is not None:
-            # NaN is not JSON; a measurement that does not exist is null.
-            plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
-            args.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-            screen.line(f"scores: {args.out}")
-    except UserError as error:
-        print(f"safesteer-mlx: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def _run(argv: list[str] | None) -> None:
+    args = parse(argv)
+    asked = read_suites(args)  # a mistake in these is told before a model is fetched
+    if args.judge != "keyword":
+        from .judge_model import default_template, read_template
+
+        read_template(args.judge_template or default_template(args.judge))
+    from .load import load
+
+    screen = Screen()
+    result = score(args, asked, load(args.model, args.trust_remote_code), screen)
+    if args.out is not None:
+        # NaN is not JSON; a measurement that does not exist is null.
+        plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
+        args.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        screen.line(f"scores: {args.out}")
 
 
 if __name__ == "__main__":

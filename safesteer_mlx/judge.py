@@ -51,11 +51,8 @@ def _is_stuck(words: list[str], answer: str) -> bool:
     """One word four times in a row, or one sentence three times and half of all."""
     sentences = [s.strip() for s in re.split(r"[.!?\n]+", answer.lower()) if re.search(r"\w", s)]
     [(_, most)] = Counter(sentences).most_common(1)
-    return _stutters(words) or most >= max(3, len(sentences) / 2)
-
-
-def _stutters(words: list[str]) -> bool:
-    return any(len(set(words[i : i + 4])) == 1 for i in range(len(words) - 3))
+    stutters = any(len(set(words[i : i + 4])) == 1 for i in range(len(words) - 3))
+    return stutters or most >= max(3, len(sentences) / 2)
 
 
 def outcome(answer: str) -> str:
@@ -70,11 +67,8 @@ def keyword_judge(kind: str, requests: Sequence[str], answers: Sequence[str]) ->
 
 def is_broken(answer: str, finished: bool) -> bool:
     """Whether an answer is empty, unfinished, or says a sentence or a word over and over."""
-    words = answer.lower().split()
-    if not words or not finished:
-        return True
-    sentences = [s.strip() for s in re.split(r"[.!?\n]+", answer.lower()) if s.strip()]
-    return _stutters(words) or len(sentences) > len(set(sentences)) + 1
+    words = re.findall(r"\w+", answer.lower())
+    return not words or not finished or _is_stuck(words, answer)
 
 
 def is_correct(answer: str, expected: str) -> bool:

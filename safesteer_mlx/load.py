@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Loaded:
         """Ids that end the model's turn."""
         return sorted(self.tokenizer.eos_token_ids)
 
+    @cached_property
     def weights_hash(self) -> str:
         """SHA-256 over the names and bytes of the weight files."""
         digest = hashlib.sha256()

@@ -61,12 +61,13 @@ def make_test_set(
     kind_of: dict[str, str] | None = None,
     thinking: bool | None = None,
     max_tokens: int = ANSWER_TOKENS,
+    batch_size: int = 64,
 ) -> TestSet:
     """The held-out prompts; the base answers some harmless ones. `kind_of` is needed for suites alone."""
     kind_of = {kind: kind for kind in kinds} | (kind_of or {})
     items = [item for name, found in kinds.items() if kind_of[name] == "harmless" for item in found]
     harmless = render_all(tokenizer, items[:DRIFT_PROMPTS], thinking=thinking)
-    answers = generate(base, harmless, eos_ids=eos_ids, max_tokens=max_tokens)
+    answers = generate(base, harmless, eos_ids=eos_ids, max_tokens=max_tokens, batch_size=batch_size)
     return TestSet(kinds, capability, harmless, [c.ids for c in answers], kind_of)
 
 

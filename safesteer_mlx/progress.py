@@ -3,6 +3,7 @@
 Nothing that a model said is ever shown here.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,24 @@ def visible(text: str, keep: str = "\n") -> str:
     Characters in `keep` stay as they are.
     """
     return "".join(ch if ch.isprintable() or ch in keep else f"⟨U+{ord(ch):04X}⟩" for ch in text)
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command: 0; 2 for what its user can mend, told in one sentence; 130 after Ctrl-C or SIGTERM."""
+    try:
+        command()
+    except UserError as error:
+        print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, missing permissions, a folder that went away
+        where = f" {error.filename}" if error.filename else ""
+        said = f"cannot read or write{where} ({error.strerror or error}); mend that, then run the same command again"
+        print(f"safesteer-mlx: {visible(said, '')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("safesteer-mlx: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def silent(done: int, total: int, note: str = "") -> None:

@@ -172,6 +172,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# As published, all weights are trained; the rate is the paper's for Qwen, models/*.yaml has that of others.
+FULL = {"fine_tune_type": "full", "learning_rate": 1e-5}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All settings of one run, by section."""
@@ -343,11 +347,14 @@ def resolve(
         for name, f in _all_fields().items()
     }
     name, found = model_recipe(config)
+    published = found.pop("published", {})
     _merge(merged, found, f"recipe {name}")
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
         _merge(merged, PRESETS[preset], f"preset {preset}")
+        if not {"quantization", "quantization_config"} & set(config):  # quantized weights take LoRA
+            _merge(merged, FULL | published, f"preset {preset}")
     if yaml_file is not None:
         _merge(merged, read_yaml(yaml_file), str(yaml_file))
     _merge(merged, flags, "flag")

@@ -17,7 +17,7 @@ from string import Template
 from typing import Any
 
 from .intervals import Count, wilson
-from .progress import UserError, visible
+from .progress import UserError, exit_code, visible
 from .recipe import PACKAGE, Parser, read_yaml
 from .scores import SHOWN
 
@@ -379,17 +379,16 @@ def _page(run: Run, images: Mapping[str, str], transcripts: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """The command line; returns the exit code."""
+
+    def run() -> None:
+        args = parser.parse_args(argv)
+        print(write_report(run_folder(args.run), args.transcripts_in_report))
+
     parser = Parser(prog="safesteer_mlx.report", description="Make report.html from the files of a finished run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
     parser.add_argument("--transcripts-in-report", action="store_true", help="put the answers into the page")
-    try:
-        args = parser.parse_args(argv)
-        print(write_report(run_folder(args.run), args.transcripts_in_report))
-    except UserError as error:
-        print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(run)
 
 
 def run_folder(given: Path) -> Path:

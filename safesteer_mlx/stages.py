@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from . import __version__
 from . import direction as directions
+from .adapters import with_adapters
 from .checkpoint import Checkpoint, fingerprint
 from .direction import Direction
 from .judge import is_refusal
@@ -36,7 +37,7 @@ from .prompts import (
     special_ids,
 )
 from .recipe import Recipe, mathematics
-from .residual import last_logits, share
+from .residual import last_logits
 from .rollout import Completion, generate, stream_key
 from .safety_tokens import contrast_tokens, select_tokens
 from .teacher import CoefficientTrial, Teacher, find_coefficient, follow, moving_average, steered_teacher
@@ -153,7 +154,7 @@ def prompt_sets(recipe: Recipe) -> PromptSets:
 def made_of(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
     """The fingerprint of all that decides a run's result: weights, prompts, settings and versions."""
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
-    return fingerprint(base.weights_hash(), mathematics(recipe), asdict(sets), versions, given_tokens(recipe, base))
+    return fingerprint(base.weights_hash, mathematics(recipe), asdict(sets), versions, given_tokens(recipe, base))
 
 
 def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered:
@@ -419,7 +420,7 @@ def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
 
 
 def training_prompts(
-    recipe: Recipe, sets: PromptSets, tokenizer: Any, teacher: Teacher, screen: Screen
+    recipe: Recipe, sets: PromptSets, tokenizer: Any, screen: Screen
 ) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
     """Harmful and anchor prompts as student and target read them; those over the length are left out, and said.
 
@@ -427,6 +428,7 @@ def training_prompts(
         UserError: no harmful prompt is short enough.
     """
     limit = recipe.train.max_seq_length
+    guard = recipe.teacher.system_prompt if recipe.teacher.teacher == "system_prompt" else None
     found: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
     for harmful, items, into in (
         (True, sets.harmful_train, found[0]),
@@ -434,7 +436,7 @@ def training_prompts(
     ):
         for item in items:
             ids = render(tokenizer, item.text)
-            seen = render(tokenizer, item.text, teacher.system_prompt) if harmful and teacher.system_prompt else ids
+            seen = render(tokenizer, item.text, guard) if harmful and guard else ids
             if len(ids) <= limit:
                 into.append(TrainingPrompt(ids, seen, harmful))
         if len(into) < len(items):
@@ -509,11 +511,8 @@ def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Pa
     Raises:
         UserError: they differ, or the adapters change nothing.
     """
-    from mlx_lm.tuner.utils import load_adapters
-
     rows = rendered.harmful_validation[:4]
-    saved = load_adapters(share(base.model), str(folder))
-    saved.eval()
+    saved = with_adapters(base.model, folder)
     found, trained, before = (last_logits(model, rows) for model in (saved, student, base.model))
     if not mx.allclose(found, trained, rtol=1e-3, atol=1e-3):
         raise UserError(f"the adapters in {folder} do not give what was trained; run the same command again with --yes")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .progress import Screen, UserError, visible
+from .progress import Screen, UserError, exit_code, visible
 from .recipe import Parser, read_yaml
 
 if TYPE_CHECKING:
@@ -122,30 +122,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a mistake of the user's."""
-    try:
-        args = parse(argv)
-        from .report import run_folder
-        from .token_file import read_rows
+    """The command line; returns the exit code."""
+    return exit_code(lambda: _run(parse(argv)))
 
-        run, screen = run_folder(args.run), Screen()
-        rows = read_rows(run / "tokens.json")
-        if args.veto:
-            rows = vetoed(rows, args.veto)
-        if args.add:
-            rows = added(rows, args.add, *_tokenizer(run, args.trust_remote_code))
-        show(rows, screen)
-        if args.veto or args.add:
-            kept = [{"token": row["token"], "id": row["id"]} for row in rows]
-            args.out.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            screen.line(f"{len(kept)} tokens in {args.out}; align with --safety-tokens {args.out}")
-    except UserError as error:
-        print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"safesteer-mlx: cannot write {args.out} ({error.strerror}); give another --out", file=sys.stderr)
-        return 2
-    return 0
+
+def _run(args: argparse.Namespace) -> None:
+    from .report import run_folder
+    from .token_file import read_rows
+
+    run, screen = run_folder(args.run), Screen()
+    rows = read_rows(run / "tokens.json")
+    if args.veto:
+        rows = vetoed(rows, args.veto)
+    if args.add:
+        rows = added(rows, args.add, *_tokenizer(run, args.trust_remote_code))
+    show(rows, screen)
+    if args.veto or args.add:
+        kept = [{"token": row["token"], "id": row["id"]} for row in rows]
+        args.out.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        screen.line(f"{len(kept)} tokens in {args.out}; align with --safety-tokens {args.out}")
 
 
 if __name__ == "__main__":

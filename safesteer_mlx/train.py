@@ -178,7 +178,7 @@ def train(
         next(islice(order, skipped * each, skipped * each), None)
     options = divergence_options(loss, tokens)
     first_trained = first_trained_block(student)
-    can_resume = resumes(base, pad_right([harmful[0].ids]))
+    can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
 
     def objective(model, batch, answers, trunk, targets, target_head, weights):
         hidden = answer_states(_after(trunk, model), [p.ids for p in batch], answers)

@@ -140,7 +140,7 @@ def train_variant(
     import mlx.core as mx
 
     student = make_student(base.model, recipe.train, recipe.run.seed, base.quantized)
-    harmful, anchors = stages.training_prompts(recipe, prepared.sets, base.tokenizer, prepared.teacher, screen)
+    harmful, anchors = stages.training_prompts(recipe, prepared.sets, base.tokenizer, screen)
     steps = number_of_steps(len(harmful), recipe.train, recipe.loss)
     rows = render_all(base.tokenizer, prepared.test.kinds["harmful"])
     curve: list[dict[str, float]] = []

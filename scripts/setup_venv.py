@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM = (3, 11)
-LEVELS = {"run": "", "dev": "[dev]"}  # level -> extra
+LEVELS = {"run": "[report]", "dev": "[dev]"}  # level -> extra
 NEEDED_BY = {"run": "scripts/align", "dev": "scripts/test"}
 
 
