@@ -29,7 +29,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
 
     from . import stages
     from .checkpoint import Checkpoint
-    from .measure import evaluate, first_of_each, make_test_set
+    from .measure import ANSWER_TOKENS, evaluate, first_of_each, make_test_set
     from .report import write_report
     from .runfolder import RunFolder, check_output
     from .scores import show, transcripts
@@ -99,12 +99,14 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     # Before and after, on prompts that no stage has seen.
     n = run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
+    max_tokens = stages.answer_tokens(recipe, base, ANSWER_TOKENS)
     test = make_test_set(
         base.model,
         tokenizer,
         kinds,
         first_of_each(sets.capability_test, n),
         base.eos_ids,
+        max_tokens=max_tokens,
         batch_size=run.generation_batch_size,
     )
     scores = {}
@@ -118,6 +120,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
                 tokens.ids,
                 eos_ids=base.eos_ids,
                 seed=run.seed,
+                max_tokens=max_tokens,
                 batch_size=run.generation_batch_size,
                 system_prompt=teacher.system_prompt if name == "teacher" else None,
                 progress=advance,
@@ -206,7 +209,7 @@ def _run(argv: list[str] | None) -> None:
     name = model_name(run.model)
     recipe, found = resolve(read_config(find(name)), {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=_rank() != 0)
-    base = load(name, recipe.run.trust_remote_code)
+    base = load(name, recipe.run.trust_remote_code, recipe.run.thinking)
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
     _earlier_run(folder, recipe, resume is not None or yes, screen)
     align(recipe, base, screen)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .progress import Screen, UserError, exit_code
-from .recipe import BUNDLED, Parser, adapter_folder, model_name, nearest
+from .recipe import BUNDLED, THINKING, Parser, adapter_folder, model_name, nearest
 
 if TYPE_CHECKING:
     from .load import Loaded
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 BUILT_IN = "built-in"
 KINDS = ("harmful", "harmless", "borderline")
-_THINKING = {"auto": None, "on": True, "off": False}
 
 
 def _parser() -> Parser:
@@ -45,7 +44,7 @@ def _parser() -> Parser:
     add("--test-prompts", type=_at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
     add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
     add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
-    add("--thinking", choices=tuple(_THINKING), default="auto", help="the chat template's switch (default: auto)")
+    add("--thinking", choices=THINKING, default="auto", help="the chat template's switch (default: auto)")
     add("--seed", type=_at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
     add("--max-tokens", type=_at_least(1), default=96, help="longest answer, thinking included (default: 96)")
     add("--batch-size", type=_at_least(1), default=64, help="answers generated at a time (default: 64)")
@@ -135,13 +134,6 @@ def read_suites(args: argparse.Namespace) -> Asked:
     return asked
 
 
-def _check_thinking(tokenizer: Any, thinking: bool | None) -> None:
-    from .prompts import render
-
-    if thinking is not None and render(tokenizer, "a", None, True) == render(tokenizer, "a", None, False):
-        raise UserError("the chat template has no thinking switch; leave --thinking at auto")
-
-
 def _safety_tokens(folder: Path | None) -> list[int]:
     """The run's own safety tokens, if align wrote these adapters: drift is measured without them too."""
     path = folder / "run" / "tokens.json" if folder else None
@@ -156,7 +148,6 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
     """
     from .adapters import with_adapters
 
-    _check_thinking(base.tokenizer, _THINKING[args.thinking])
     models = {"base": base.model}
     if args.adapter_path is not None:
         models["student"] = with_adapters(base.model, args.adapter_path)
@@ -191,8 +182,7 @@ def _scores(
     judge = keyword_judge
     if args.judge != "keyword":
         judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
-    how: dict[str, Any] = {"thinking": _THINKING[args.thinking], "max_tokens": args.max_tokens}
-    how["batch_size"] = args.batch_size
+    how: dict[str, Any] = {"max_tokens": args.max_tokens, "batch_size": args.batch_size}
     test = make_test_set(
         base.model, base.tokenizer, asked.kinds, asked.capability, base.eos_ids, kind_of=asked.kind_of, **how
     )
@@ -230,7 +220,6 @@ def _tasks(
             seed=args.seed,
             batch_size=args.batch_size,
             limit=args.test_prompts or None,
-            thinking=_THINKING[args.thinking],
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         )
         for name, model in models.items()
@@ -257,7 +246,7 @@ def _run(argv: list[str] | None) -> None:
     from .load import load
 
     screen = Screen()
-    result = score(args, asked, load(args.model, args.trust_remote_code), screen)
+    result = score(args, asked, load(args.model, args.trust_remote_code, args.thinking), screen)
     if args.out is not None:
         # NaN is not JSON; a measurement that does not exist is null.
         plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)

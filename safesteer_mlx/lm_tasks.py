@@ -34,7 +34,6 @@ def run_tasks(
     seed: int,
     batch_size: int,
     limit: int | None = None,
-    thinking: bool | None = None,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """lm-eval's own results by task, {task: {metric: value}}, greedy, in the model's chat template.
@@ -45,12 +44,10 @@ def run_tasks(
     import lm_eval  # type: ignore[import-not-found]
     from mlx_lm.evaluate import MLXLM, chat_template_fn
 
-    switch = {} if thinking is None else {"enable_thinking": thinking}
-
     class Loaded(MLXLM):
         """mlx-lm's evaluator without its loading, which knows no adapters."""
 
-        apply_chat_template = chat_template_fn(**switch)
+        apply_chat_template = chat_template_fn()
 
         def __init__(self):
             super(MLXLM, self).__init__()

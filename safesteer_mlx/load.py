@@ -1,8 +1,9 @@
 """A model and its tokenizer, from a Hub id or a folder, through mlx-lm."""
 
+import copy
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Loaded:
     config: dict[str, Any]
     quantized: bool
     dequantized_for_speed: bool
+    thinks: bool  # before it answers, as its template is switched
 
     @property
     def vocabulary(self) -> int:
@@ -97,15 +99,17 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}/config.json cannot be read ({type(error).__name__}); fetch the model again") from None
 
 
-def load(name: str, trust_remote_code: bool = False) -> Loaded:
+def load(name: str, trust_remote_code: bool = False, thinking: str = "auto") -> Loaded:
     """Load and freeze a model. No code from its repository runs unless `trust_remote_code` says so.
+
+    `thinking` sets the switch of the chat template, wherever the tokenizer renders it; auto leaves it as mlx-lm does.
 
     On the CPU backend, whose quantized kernels are ten times slower, a small quantized model is computed
     on its dequantized weights: the same values. On Metal never.
 
     Raises:
-        UserError: as `find`, or the model is of an unknown architecture, has no weights, no chat template
-            or no end-of-turn token.
+        UserError: as `find`, or the model is of an unknown architecture, has no weights, no chat template,
+            no end-of-turn token, or no switch for thinking.
     """
     from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
@@ -135,6 +139,8 @@ def load(name: str, trust_remote_code: bool = False) -> Loaded:
         raise UserError(f"model {name} has no chat template; SafeSteer aligns chat models, choose its instruct version")
     if not tokenizer.eos_token_ids:
         raise UserError(f"model {name} names no end-of-turn token; set eos_token_id in its config.json")
+    if thinking != "auto":
+        tokenizer = _switched(tokenizer, thinking == "on")
     model.eval()
     model.freeze()
     quantized = any(hasattr(module, "bits") for _, module in model.named_modules())
@@ -144,4 +150,19 @@ def load(name: str, trust_remote_code: bool = False) -> Loaded:
         model = dequantize_model(model)
         model.freeze()
         mx.eval(model.parameters())
-    return Loaded(name, path, model, tokenizer, config, quantized, bool(dequantize))
+    thinks = tokenizer.has_thinking and thinking != "off"
+    return Loaded(name, path, model, tokenizer, config, quantized, bool(dequantize), thinks)
+
+
+def _switched(tokenizer: Any, thinking: bool) -> Any:
+    """A view of a tokenizer whose chat template thinks, or does not."""
+    turns = [{"role": "user", "content": "a"}]
+    on, off = (
+        tokenizer.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=switch)
+        for switch in (True, False)
+    )
+    if on == off:
+        raise UserError("the chat template has no thinking switch; leave --thinking at auto")
+    view = copy.copy(tokenizer)
+    view.apply_chat_template = partial(tokenizer.apply_chat_template, enable_thinking=thinking)
+    return view

@@ -16,7 +16,7 @@ from .losses import chunk_rows
 from .progress import Advance, UserError, silent
 from .prompts import Instruction, render_all
 from .residual import answer_states, head
-from .rollout import Completion, generate, stream_key
+from .rollout import answer_text, generate, stream_key
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]
@@ -59,14 +59,13 @@ def make_test_set(
     eos_ids: Ids,
     *,
     kind_of: dict[str, str] | None = None,
-    thinking: bool | None = None,
     max_tokens: int = ANSWER_TOKENS,
     batch_size: int = 64,
 ) -> TestSet:
     """The held-out prompts; the base answers some harmless ones. `kind_of` is needed for suites alone."""
     kind_of = {kind: kind for kind in kinds} | (kind_of or {})
     items = [item for name, found in kinds.items() if kind_of[name] == "harmless" for item in found]
-    harmless = render_all(tokenizer, items[:DRIFT_PROMPTS], thinking=thinking)
+    harmless = render_all(tokenizer, items[:DRIFT_PROMPTS])
     answers = generate(base, harmless, eos_ids=eos_ids, max_tokens=max_tokens, batch_size=batch_size)
     return TestSet(kinds, capability, harmless, [c.ids for c in answers], kind_of)
 
@@ -103,18 +102,6 @@ def _kl(zb: mx.array, zm: mx.array) -> float:
     """Σ over positions of KL(softmax zb ‖ softmax zm), ids at −inf in both left out: (C, V)."""
     lb, lm = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (zb, zm))
     return mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
-
-
-def answer_text(tokenizer: Any, prompt: Ids, completion: Completion) -> str:
-    """The answer as a reader sees it, without its thinking: empty if the length ran out while it thought."""
-    if not tokenizer.has_thinking:
-        return completion.text(tokenizer)
-    end = tokenizer.rfind_think_end(completion.ids)
-    if end >= 0:
-        rest = completion.ids[end + len(tokenizer.think_end_tokens) :]
-        return Completion(rest, completion.finished).text(tokenizer).strip()
-    opened = tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
-    return "" if opened or tokenizer.find_think_start(completion.ids) >= 0 else completion.text(tokenizer)
 
 
 def read_answers(
@@ -165,7 +152,6 @@ def evaluate(
     batch_size: int = 64,
     system_prompt: str | None = None,
     judge: Judge = keyword_judge,
-    thinking: bool | None = None,
     max_tokens: int = ANSWER_TOKENS,
     progress: Advance = silent,
 ) -> Scores:
@@ -179,7 +165,7 @@ def evaluate(
         progress(done + n, total)
 
     for which, (kind, items) in enumerate(test.kinds.items()):
-        prompts = render_all(tokenizer, items, system_prompt, thinking)
+        prompts = render_all(tokenizer, items, system_prompt)
         asked = [item.text for item in items]
         for how in HOW:
             answers = read_answers(
@@ -190,7 +176,7 @@ def evaluate(
             outcomes = judge(test.kind_of[kind], asked, [text for text, _ in answers])
             for request, (text, finished), outcome in zip(asked, answers, outcomes, strict=True):
                 found.append(Answer(kind, how, request, text, outcome, finished))
-    prompts = render_all(tokenizer, test.capability, system_prompt, thinking)
+    prompts = render_all(tokenizer, test.capability, system_prompt)
     answers = read_answers(model, tokenizer, prompts, False, progress=advance, **options)
     correct: dict[str, list[bool]] = {}
     for item, (text, _) in zip(test.capability, answers, strict=True):

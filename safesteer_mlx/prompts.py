@@ -111,10 +111,8 @@ def load_instructions(path: Path) -> list[Instruction]:
     return found
 
 
-def render(tokenizer: Any, instruction: str, system: str | None = None, thinking: bool | None = None) -> list[int]:
+def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[int]:
     """The ids of one user turn and the assistant's header, in the model's own chat template.
-
-    `thinking` sets the template's switch; None leaves it as mlx-lm has it.
 
     Raises:
         UserError: a system turn for a template that refuses one.
@@ -124,9 +122,8 @@ def render(tokenizer: Any, instruction: str, system: str | None = None, thinking
     turns = [{"role": "user", "content": instruction}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    switch = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, **switch))
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
     except TemplateError as error:
         what = "a system turn" if system is not None else "a single user turn"
         raise UserError(
@@ -135,11 +132,9 @@ def render(tokenizer: Any, instruction: str, system: str | None = None, thinking
         ) from None
 
 
-def render_all(
-    tokenizer: Any, instructions: Sequence[Instruction], system: str | None = None, thinking: bool | None = None
-) -> list[list[int]]:
+def render_all(tokenizer: Any, instructions: Sequence[Instruction], system: str | None = None) -> list[list[int]]:
     """`render` for each."""
-    return [render(tokenizer, item.text, system, thinking) for item in instructions]
+    return [render(tokenizer, item.text, system) for item in instructions]
 
 
 def end_of_instruction(tokenizer: Any) -> list[int]:

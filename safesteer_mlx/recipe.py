@@ -16,6 +16,7 @@ from .progress import UserError
 PACKAGE = Path(__file__).resolve().parent
 MODELS = PACKAGE / "models" if (PACKAGE / "models").is_dir() else PACKAGE.parent / "models"
 BUNDLED = "tiny-chat"
+THINKING = ("auto", "on", "off")
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -34,6 +35,7 @@ class RunSettings:
     adapter_path: str = _setting("adapters", "where adapters and the run's record are written", free=True)
     seed: int = _setting(42, "seed of everything that is drawn", least=0)
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
+    thinking: str = _setting("auto", "the chat template's thinking switch", choices=THINKING)
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
@@ -217,6 +219,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
         if "None" not in kinds:
             raise UserError(f"{said} is empty; give it a value or leave the key out")
         return None
+    if isinstance(value, bool) and {"on", "off"} <= set(meta.get("choices", ())):
+        value = "on" if value else "off"  # as YAML reads these words
     if isinstance(value, bool) and "bool" not in kinds:
         raise UserError(f"{said} is not a {' or '.join(kinds)}; change it")
     if isinstance(value, str) and value != "auto" and {"float", "int"} & set(kinds):

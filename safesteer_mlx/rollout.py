@@ -30,6 +30,18 @@ class Completion:
         return tokenizer.decode(self.ids[:-1] if self.finished else self.ids, skip_special_tokens=True)
 
 
+def answer_text(tokenizer: Any, prompt: Ids, completion: Completion) -> str:
+    """The answer as a reader sees it, without its thinking: empty if the length ran out while it thought."""
+    if not tokenizer.has_thinking:
+        return completion.text(tokenizer)
+    end = tokenizer.rfind_think_end(completion.ids)
+    if end >= 0:
+        rest = completion.ids[end + len(tokenizer.think_end_tokens) :]
+        return Completion(rest, completion.finished).text(tokenizer).strip()
+    opened = tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
+    return "" if opened or tokenizer.find_think_start(completion.ids) >= 0 else completion.text(tokenizer)
+
+
 def stream_key(seed: int, *which: int) -> mx.array:
     """A random key for (seed, what is drawn): folded in one number after another."""
     key = mx.random.key(seed)

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from . import __version__
 from . import direction as directions
+from . import teacher as teachers
 from .adapters import with_adapters
 from .checkpoint import Checkpoint, fingerprint
 from .direction import Direction
@@ -38,7 +39,7 @@ from .prompts import (
 )
 from .recipe import Recipe, mathematics
 from .residual import last_logits
-from .rollout import Completion, generate, stream_key
+from .rollout import Completion, answer_text, generate, stream_key
 from .safety_tokens import contrast_tokens, select_tokens
 from .teacher import CoefficientTrial, Teacher, find_coefficient, follow, moving_average, steered_teacher
 from .token_file import read_token_file
@@ -186,6 +187,11 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
     )
 
 
+def answer_tokens(recipe: Recipe, base: Loaded, enough: int) -> int:
+    """The longest answer to judge, in tokens: `enough`, or what an answer may have where thinking comes first."""
+    return max(enough, recipe.train.max_tokens) if base.thinks else enough
+
+
 def check_padding(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> Recipe:
     """The recipe, with answers generated one at a time if this architecture cannot do it in batches.
 
@@ -224,13 +230,14 @@ def find_openers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
                 base.model,
                 rows,
                 eos_ids=base.eos_ids,
-                max_tokens=ANSWER_TOKENS,
+                max_tokens=answer_tokens(recipe, base, ANSWER_TOKENS),
                 batch_size=recipe.run.generation_batch_size,
                 progress=advance,
             )
             for rows in (rendered.harmful_direction, rendered.harmless_direction)
         )
-    refused = Counter(a.ids[0] for a in harmful if is_refusal(a.text(tokenizer)))
+    asked = zip(rendered.harmful_direction, harmful, strict=True)
+    refused = Counter(a.ids[0] for row, a in asked if is_refusal(answer_text(tokenizer, row, a)))
     ordinary = Counter(a.ids[0] for a in harmless)
     for token, count in refused.most_common():
         # Kept if it opens one refusal in twenty and hardly ever an answer to a harmless prompt.
@@ -262,7 +269,8 @@ def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scr
         if not len(h) or not len(b):
             raise UserError(
                 f"the base refuses {len(h)} of {len(harmful)} harmful and answers {len(b)} of {len(harmless)} harmless "
-                "prompts; SafeSteer needs a base that sometimes refuses (try --teacher system_prompt or --openers)"
+                "prompts; SafeSteer needs a base that sometimes refuses (try --teacher system_prompt or --openers"
+                + (", or --thinking off)" if base.thinks else ")")
             )
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
@@ -318,6 +326,7 @@ def find_strength(recipe: Recipe, base: Loaded, rendered: Rendered, direction: D
             settings,
             tokenizer=base.tokenizer,
             eos_ids=base.eos_ids,
+            max_tokens=answer_tokens(recipe, base, teachers.ANSWER_TOKENS),
             batch_size=recipe.run.generation_batch_size,
             progress=advance,
         )
@@ -496,7 +505,8 @@ class MovingTeacher:
 def collapsed(recipe: Recipe, base: Loaded, rendered: Rendered, student: nn.Module) -> str | None:
     """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
     rows = rendered.harmless_validation[:COLLAPSE_PROMPTS]
-    answers = [c.text(base.tokenizer) for c in generate(student, rows, eos_ids=base.eos_ids, max_tokens=ANSWER_TOKENS)]
+    drawn = generate(student, rows, eos_ids=base.eos_ids, max_tokens=answer_tokens(recipe, base, ANSWER_TOKENS))
+    answers = [answer_text(base.tokenizer, row, c) for row, c in zip(rows, drawn, strict=True)]
     refused, empty = sum(map(is_refusal, answers)), sum(not answer.strip() for answer in answers)
     if refused >= 0.9 * len(rows):
         return f"the student refuses {refused} of {len(rows)} harmless prompts"

@@ -16,7 +16,7 @@ from .judge import is_broken, is_refusal
 from .progress import Advance, silent
 from .recipe import TeacherSettings
 from .residual import share, steer
-from .rollout import generate
+from .rollout import answer_text, generate
 
 Ids = Sequence[int]
 ANSWER_TOKENS = 64  # of a validation answer, enough to tell a refusal
@@ -75,6 +75,7 @@ def find_coefficient(
     *,
     tokenizer: Any,
     eos_ids: Ids,
+    max_tokens: int = ANSWER_TOKENS,
     batch_size: int = 32,
     progress: Advance = silent,
 ) -> tuple[float, list[CoefficientTrial]]:
@@ -86,8 +87,8 @@ def find_coefficient(
     """
 
     def answers(model: nn.Module, prompts: Sequence[Ids]) -> list[tuple[str, bool]]:
-        done = generate(model, prompts, eos_ids=eos_ids, max_tokens=ANSWER_TOKENS, batch_size=batch_size)
-        return [(c.text(tokenizer), c.finished) for c in done]
+        done = generate(model, prompts, eos_ids=eos_ids, max_tokens=max_tokens, batch_size=batch_size)
+        return [(answer_text(tokenizer, p, c), c.finished) for p, c in zip(prompts, done, strict=True)]
 
     answered = [p for p, (text, _) in zip(harmful, answers(base, harmful), strict=True) if not is_refusal(text)]
     # A base whose answers are longer than this is not broken for it: only then count the unfinished.

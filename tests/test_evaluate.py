@@ -1,22 +1,23 @@
 """The scorecard's command: what it counts, compares and refuses; adapters checked; thinking never judged."""
 
 import json
+import shutil
 import subprocess
 import sys
-import types
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from safesteer_mlx import stages
 from safesteer_mlx.adapters import with_adapters
 from safesteer_mlx.evaluate import main
 from safesteer_mlx.load import Loaded, load
-from safesteer_mlx.measure import answer_text, count_refusals, drift, evaluate, make_test_set, perplexity
+from safesteer_mlx.measure import count_refusals, drift, evaluate, make_test_set, perplexity
 from safesteer_mlx.progress import Screen, UserError
-from safesteer_mlx.prompts import Instruction, built_in_sets, render, render_all
-from safesteer_mlx.recipe import MODELS, resolve
-from safesteer_mlx.rollout import Completion
+from safesteer_mlx.prompts import Instruction, built_in_sets, load_prompt_sets, render, render_all
+from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
+from safesteer_mlx.rollout import Completion, answer_text
 from safesteer_mlx.scores import HOW, Answer, Scores, show, transcripts
 from safesteer_mlx.student import adapter_config, make_student, save_adapters
 
@@ -235,13 +236,44 @@ def test_only_what_follows_the_thinking_is_judged(prompt, said, finished, judged
     assert answer_text(Thinker(), list(map(ord, prompt)), completion) == judged
 
 
-def test_the_switch_reaches_the_template():
-    seen = []
-    tokenizer = types.SimpleNamespace(apply_chat_template=lambda turns, **options: seen.append(options) or [1])
-    for thinking in (None, True, False):
-        render(tokenizer, "a", None, thinking)
-    assert [options.get("enable_thinking") for options in seen] == [None, True, False]
-    assert "enable_thinking" not in seen[0]
+@pytest.fixture(scope="module")
+def switchable(tmp_path_factory):
+    """The bundled model with a template that has a switch: off, it says before the answer that nothing was thought."""
+    folder = tmp_path_factory.mktemp("switch") / "model"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("data"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    header = "assistant\\n' }}"
+    assert header in config["chat_template"]
+    config["chat_template"] = config["chat_template"].replace(
+        header, header + "{% if not enable_thinking %}{{ 'no thought\\n' }}{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_declared_mode_is_what_is_trained_and_scored(switchable):
+    rows = {}
+    for thinking in ("on", "off"):
+        recipe, _ = resolve({}, {"thinking": thinking})
+        base = load(str(switchable), thinking=recipe.run.thinking)
+        sets = load_prompt_sets(MODELS / BUNDLED / "data")
+        rendered = stages.render_prompts(recipe, sets, base.tokenizer)
+        harmful, harmless = stages.training_prompts(recipe, sets, base.tokenizer, Screen(quiet=True))
+        scored = make_test_set(
+            base.model, base.tokenizer, {"harmless": sets.harmless_test[:2]}, [], base.eos_ids, max_tokens=1
+        )
+        read = [rendered.harmful_direction, rendered.harmless_validation, scored.drift_prompts]
+        read += [[p.ids for p in harmful], [p.target_ids for p in harmful], [p.ids for p in harmless]]
+        rows[thinking] = [base.tokenizer.decode(row) for part in read for row in part]
+        assert not base.thinks
+    assert all(text.endswith("no thought\n") for text in rows["off"])
+    assert [text.removesuffix("no thought\n") for text in rows["off"]] == rows["on"]
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_yaml_reads_the_mode_as_a_word(tmp_path, word):
+    (tmp_path / "c.yaml").write_text(f"thinking: {word}\n")
+    assert resolve({}, {}, None, tmp_path / "c.yaml")[0].run.thinking == word
 
 
 # --------------------------------------------------------------------------------------------------

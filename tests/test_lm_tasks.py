@@ -66,7 +66,7 @@ def lm_eval(monkeypatch):
 
 def test_the_model_handed_over_is_the_one_that_is_scored(lm_eval):
     base = load(str(MODELS / "tiny-chat"))
-    options = {"seed": 3, "batch_size": 2, "limit": 5, "thinking": False}
+    options = {"seed": 3, "batch_size": 2, "limit": 5}
     found = run_tasks(base.model, base.tokenizer, ["gsm8k"], **options)
     assert found["gsm8k"]["right"] == 1 and found["gsm8k"]["logprob"] > -3
     assert lm_eval["limit"] == 5 and lm_eval["fewshot_random_seed"] == 3 and lm_eval["apply_chat_template"]
