@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .progress import Screen, UserError
+from .checks import read_header
+from .hub import prepare
+from .progress import Screen, UserError, plain
 from .recipe import BUNDLED, MODELS, Recipe, parse, resolve
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     record.json("tokens.json", _token_record(tokens, tokenizer))
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
-    prompts = stages.training_prompts(recipe, sets, tokenizer, teacher, screen)
+    prompts = stages.training_prompts(recipe, sets, base, teacher, screen)
     config = adapter_config(recipe.train, run.model, run.seed)
     before = dict(tree_flatten(student.trainable_parameters()))
     metrics: list[dict[str, Any]] = []
@@ -204,22 +206,24 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         flags, preset, yaml_file = parse(argv)
-        given = flags.get("model")
-        if given is None and yaml_file is not None:
-            from .recipe import read_yaml
-
-            given = read_yaml(yaml_file).get("model")
-        name = str(MODELS / BUNDLED) if given in (None, BUNDLED) and not Path(BUNDLED).exists() else str(given)
-        resolve({}, flags, preset, yaml_file)  # a mistake in a setting is told before anything is fetched
+        asked, _ = resolve({}, flags, preset, yaml_file)  # a mistake in a setting is told before all else
+        run = asked.run
+        name = str(MODELS / BUNDLED) if run.model == BUNDLED and not Path(BUNDLED).exists() else run.model
+        prepare(run.offline)
+        from .prompts import load_data
         from .runfolder import check_output
 
-        check_output(Path(flags.get("adapter_path", "adapters")))
-        from .load import find, load, read_config
+        check_output(Path(run.adapter_path))
+        if run.data is not None:
+            load_data(run.data)  # a mistake in them is told before a model is fetched
+        if asked.train.resume_adapter_file is not None:
+            read_header(Path(asked.train.resume_adapter_file).expanduser())
+        from .load import load
 
-        recipe, found = resolve(read_config(find(name)), flags, preset, yaml_file)
+        base = load(name, run.trust_remote_code, run.revision)
+        recipe, found = resolve(base.config, flags, preset, yaml_file)
         recipe = replace(recipe, run=replace(recipe.run, model=name))
         screen = Screen(quiet=_rank() != 0)
-        base = load(name, recipe.run.trust_remote_code)
         if preset == "paper" and "fine_tune_type" not in flags and not base.quantized:
             # As published: all weights at the published rate. Quantized weights cannot be trained.
             full = replace(recipe.train, fine_tune_type="full", learning_rate=flags.get("learning_rate", 1e-5))
@@ -227,7 +231,13 @@ def main(argv: list[str] | None = None) -> int:
         screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
         align(recipe, base, screen)
     except UserError as error:
-        print(f"safesteer-mlx: {error}", file=sys.stderr)
+        print(f"safesteer-mlx: {plain(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that went away
+        where = error.filename or "a file"
+        print(
+            f"safesteer-mlx: {plain(f'{where}: {error.strerror or error}; mend that and run again')}", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         return 130

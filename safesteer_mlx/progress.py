@@ -20,27 +20,33 @@ def silent(done: int, total: int, note: str = "") -> None:
     """A progress callback that shows nothing."""
 
 
+def plain(text: str) -> str:
+    """`text` as one line that no terminal obeys: control and escape characters, line ends, marks that turn the
+    direction of writing and halves of characters are shown as �."""
+    return "".join(ch if ch.isprintable() else "�" for ch in text)
+
+
 class Screen:
     """Prints stages and their results; silent on all ranks but the first."""
 
     def __init__(self, quiet: bool = False):
         from rich.console import Console
 
-        self.console = Console(quiet=quiet, highlight=False, stderr=False)
+        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, stderr=False)
 
     def line(self, text: str) -> None:
         """One line of result; markup and control characters in it are shown as text, not obeyed."""
-        safe = "".join(ch if ch.isprintable() or ch == "\n" else "�" for ch in text)
-        self.console.print(safe, markup=False, soft_wrap=True)
+        self.console.print(plain(text), soft_wrap=True)
 
     def table(self, title: str, head: list[str], rows: list[list[str]]) -> None:
         from rich.table import Table
+        from rich.text import Text  # a Text is shown as it is, a str as markup
 
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(plain(title)), title_justify="left")
         for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(Text(plain(name)), justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(plain(cell)) for cell in row))
         self.console.print(table)
 
     @contextmanager
@@ -56,15 +62,20 @@ class Screen:
     def _bar(self, name: str) -> Iterator[Advance]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        rate = TextColumn("{task.fields[rate]} {task.fields[note]}")
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        rate = TextColumn("{task.fields[rate]} {task.fields[note]}", markup=False)
         started = time.monotonic()
         with Progress(*columns, rate, console=self.console, transient=True) as bar:
-            task = bar.add_task(name, total=None, rate="", note="")
+            task = bar.add_task(plain(name), total=None, rate="", note="")
 
             def advance(done: int, total: int, note: str = "") -> None:
                 per_second = done / max(time.monotonic() - started, 1e-9)
-                bar.update(task, completed=done, total=total, rate=f"{per_second:.1f}/s", note=note)
+                bar.update(task, completed=done, total=total, rate=f"{per_second:.1f}/s", note=plain(note))
 
             yield advance
 

@@ -23,7 +23,7 @@ from .prompts import (
     Instruction,
     PromptSets,
     end_of_instruction,
-    load_instructions,
+    load_data,
     load_prompt_sets,
     opener_ids,
     render,
@@ -75,7 +75,7 @@ def prompt_sets(recipe: Recipe) -> PromptSets:
     bundled = Path(recipe.run.model).resolve() == (MODELS / BUNDLED).resolve()
     sets = load_prompt_sets(MODELS / BUNDLED / "data" if bundled else PACKAGE / "data")
     if recipe.run.data is not None:
-        sets = replace(sets, harmful_train=load_instructions(Path(recipe.run.data).expanduser()))
+        sets = replace(sets, harmful_train=load_data(recipe.run.data))
     return sets
 
 
@@ -270,26 +270,35 @@ def find_tokens(
 
 
 def training_prompts(
-    recipe: Recipe, sets: PromptSets, tokenizer: Any, teacher: Teacher, screen: Screen
+    recipe: Recipe, sets: PromptSets, base: Loaded, teacher: Teacher, screen: Screen
 ) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
-    """Harmful and anchor prompts as student and target read them; those over the length are left out, and said.
+    """Harmful and anchor prompts as student and target read them; those given twice and those over the length
+    are left out, and said.
 
     Raises:
-        UserError: no harmful prompt is short enough.
+        UserError: no harmful prompt is short enough, or one holds an id without an embedding.
     """
-    limit = recipe.train.max_seq_length
+    limit, tokenizer = recipe.train.max_seq_length, base.tokenizer
     found: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
     for harmful, items, into in (
         (True, sets.harmful_train, found[0]),
         (False, sets.harmless_train, found[1]),
     ):
-        for item in items:
-            ids = render(tokenizer, item.text)
-            seen = render(tokenizer, item.text, teacher.system_prompt) if harmful and teacher.system_prompt else ids
+        texts = list(dict.fromkeys(item.text for item in items))
+        if len(texts) < len(items):
+            screen.line(f"{len(items) - len(texts)} prompts are there twice and are used once")
+        for text in texts:
+            ids = render(tokenizer, text)
+            seen = render(tokenizer, text, teacher.system_prompt) if harmful and teacher.system_prompt else ids
+            if max(ids) >= base.vocabulary:  # MLX would read beyond the embedding
+                raise UserError(
+                    f"a training prompt holds a special token (id {max(ids)}) for which model {base.name} has no "
+                    "embedding; take that prompt out"
+                )
             if len(ids) <= limit:
                 into.append(TrainingPrompt(ids, seen, harmful))
-        if len(into) < len(items):
-            screen.line(f"{len(items) - len(into)} prompts are longer than {limit} tokens and are left out")
+        if len(into) < len(texts):
+            screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
     if not found[0]:
         raise UserError(f"every training prompt is longer than max_seq_length = {limit}; raise --max-seq-length")
     return found

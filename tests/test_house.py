@@ -9,7 +9,7 @@ from safesteer_mlx.recipe import PACKAGE
 
 LEVELS = {
     **dict.fromkeys(("__init__", "progress", "judge"), 0),
-    **dict.fromkeys(("recipe",), 1),
+    **dict.fromkeys(("recipe", "hub", "checks"), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
     **dict.fromkeys(("direction", "student", "teacher", "safety_tokens"), 3),
     **dict.fromkeys(("train", "evaluate"), 4),
