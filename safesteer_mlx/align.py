@@ -1,9 +1,10 @@
 """SafeSteer, end to end: `align` is the paper's method section, stage by stage (arXiv 2606.02530)."""
 
+import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,97 +15,91 @@ from .progress import Screen, UserError, plain
 from .recipe import BUNDLED, MODELS, Recipe, parse, resolve
 
 if TYPE_CHECKING:
-    from .direction import Direction
-    from .evaluate import Scores
     from .load import Loaded
-    from .stages import ChosenTeacher, SafetyTokens
+    from .stages import FoundDirection, Strength
 
 
 def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     """Align `base` and return the folder of adapters, with the run's record in `run/` beside them.
 
+    Goes on where an earlier run in that folder left off, if it had the same weights, prompts and settings.
+
     Raises:
         UserError: what a user can mend, in one sentence.
     """
     import mlx.core as mx
-    from mlx.utils import tree_flatten
 
     from . import stages
-    from .evaluate import evaluate, first_of_each, make_test_set
+    from .checkpoint import Checkpoint
+    from .measure import evaluate, first_of_each, make_test_set
     from .runfolder import RunFolder, check_output
+    from .scores import show, transcripts
     from .student import adapter_config, make_student, save_adapters
-    from .train import NotFiniteError, number_of_steps, train, trained_change
 
-    run, tokenizer, started = recipe.run, base.tokenizer, time.time()
-    folder = Path(run.adapter_path)
+    tokenizer, started = base.tokenizer, time.time()
+    folder = Path(recipe.run.adapter_path)
     check_output(folder)
-    if (folder / "run").is_dir():
-        screen.line(f"{folder} holds an earlier run, which this one replaces")
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, tokenizer)
+    recipe = stages.check_padding(recipe, base, rendered, screen)
+    run = recipe.run
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
+    record = RunFolder(folder)
+    checkpoint = Checkpoint(record, stages.made_of(recipe, base, sets))
 
     # 1. The refusal direction: mean activations on harmful minus harmless instructions.
-    openers = stages.find_openers(recipe, base, rendered, screen)
-    direction, harmless = stages.find_direction(recipe, base, rendered, openers, screen)
+    found = checkpoint.once(
+        "direction",
+        lambda: stages.find_direction(recipe, base, rendered, screen),
+        stages.FoundDirection.of,
+    )
+    record.yaml("recipe.yaml", recipe.flat())
 
     # 2. The safety teacher: the base, steered along the direction.
-    chosen = stages.make_teacher(recipe, base, rendered, direction, screen)
-    teacher = chosen.teacher
+    strength = checkpoint.once(
+        "strength",
+        lambda: stages.find_strength(recipe, base, rendered, found.direction, screen),
+        stages.Strength.of,
+    )
+    teacher = stages.make_teacher(recipe, base, rendered, found.direction, strength.coeff)
+    record.json("direction.json", _direction_record(found, strength))
 
     # 3. The safety tokens: what the teacher favours over the base.
-    tokens = stages.find_tokens(recipe, base, rendered, teacher, harmless, screen)
-
-    record = RunFolder(folder)
-    record.yaml("recipe.yaml", recipe.flat())
-    record.json("direction.json", _direction_record(direction, openers, chosen))
-    record.json("tokens.json", _token_record(tokens, tokenizer))
+    tokens = checkpoint.once(
+        "tokens",
+        lambda: stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen),
+        stages.SafetyTokens.of,
+    )
+    record.json("tokens.json", tokens.rows)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
+<<<<<<< HEAD
     prompts = stages.training_prompts(recipe, sets, base, teacher, screen)
+=======
+    prompts = stages.training_prompts(recipe, sets, tokenizer, teacher, screen)
+    moving = None
+    if recipe.teacher.teacher == "ema":
+        moving = stages.MovingTeacher(
+            recipe, base, rendered, student, found.direction, strength.coeff, found.harmless, screen
+        )
+>>>>>>> main
     config = adapter_config(recipe.train, run.model, run.seed)
-    before = dict(tree_flatten(student.trainable_parameters()))
-    metrics: list[dict[str, Any]] = []
-    interrupted = False
-    steps = train(
+    log = stages.train_student(
+        recipe,
+        base,
+        rendered,
         student,
-        base.model,
         teacher,
+        moving,
         mx.array(tokens.ids),
-        *prompts,
-        recipe.train,
-        recipe.loss,
-        eos_ids=base.eos_ids,
-        seed=run.seed,
-        generation_batch_size=run.generation_batch_size,
-        after_step=stages.moving_teacher(recipe, base, rendered, student, direction, chosen.coeff, harmless, screen),
+        prompts,
+        checkpoint,
+        lambda: save_adapters(folder, student, config),
+        screen,
     )
-    seconds = [time.time()]
-    with screen.stage("training") as advance:
-        try:
-            for m in steps:
-                metrics.append(asdict(m))
-                seconds.append(time.time())
-                note = f"loss {m.loss:.4f}, safety mass {m.student_mass:.2f} → {m.target_mass:.2f}"
-                advance(m.step, m.steps, note)
-                if m.step == 1 and trained_change(student, before) == 0:
-                    raise UserError("the first step moved no weight; raise --learning-rate or check lora_parameters")
-                if m.step % recipe.train.steps_per_report == 0 or m.step == m.steps:
-                    screen.line(f"step {m.step} of {m.steps}: {note}, gradient {m.grad_norm:.2g}")
-                if m.step % recipe.train.save_every == 0:
-                    save_adapters(folder, student, config)
-        except KeyboardInterrupt:
-            interrupted = True
-        except NotFiniteError:
-            if metrics:  # the last step that was applied
-                save_adapters(folder, student, config)
-            raise
     save_adapters(folder, student, config)
-    record.text("metrics.jsonl", "".join(_json_line(m) for m in metrics))
-    if interrupted:
-        done, total = len(metrics), number_of_steps(len(prompts[0]), recipe.train, recipe.loss)
-        screen.line(f"interrupted after {done} of {total} steps; the adapters so far are in {folder}")
-        raise KeyboardInterrupt
+    stages.check_saved(base, rendered, student, folder)
+    record.text("metrics.jsonl", _json_lines(log.metrics))
 
     # Before and after, on prompts that no stage has seen.
     n = run.test_prompts
@@ -126,49 +121,36 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
                 progress=advance,
             )
     record.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
+    (record.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
+    if run.transcripts:
+        record.text("transcripts.jsonl", _json_lines(transcripts(scores)))
     record.json("manifest.json", _manifest(base, folder))
-    by_step = [round(b - a, 3) for a, b in pairwise(seconds)]
-    record.json("timing.json", {"seconds": round(time.time() - started, 1), "seconds_by_step": by_step})
-    _show(scores, screen)
+    record.json("timing.json", {"seconds": round(time.time() - started, 1), "seconds_by_step": log.seconds})
+    checkpoint.clear()
+    show(scores, screen)
     screen.line(
         f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
     )
     return folder
 
 
-def _direction_record(direction: "Direction", openers: dict[str, int], chosen: "ChosenTeacher") -> dict[str, Any]:
+def _direction_record(found: "FoundDirection", strength: "Strength") -> dict[str, Any]:
     import numpy as np
 
+    direction = found.direction
     return {
         "position": direction.position,
         "layer": direction.layer,
-        "coeff": chosen.coeff,
-        "openers": openers,
-        "coefficient_curve": [asdict(trial) for trial in chosen.curve],
+        "coeff": strength.coeff,
+        "openers": found.openers,
+        "coefficient_curve": [asdict(trial) for trial in strength.curve],
         "vector": np.array(direction.vector, np.float64),
         "scores": asdict(direction.scores),
     }
 
 
-def _token_record(tokens: "SafetyTokens", tokenizer: Any) -> list[dict[str, Any]]:
-    contrast = tokens.contrast
-    return [
-        {
-            "token": tokenizer.decode([int(t)]),
-            "id": int(t),
-            "votes": int(contrast.votes[t]),
-            "mean_delta": float(contrast.mean_delta[t]),
-            "base_prob": float(contrast.base_prob[t]),
-            "teacher_prob": float(contrast.steered_prob[t]),
-        }
-        for t in tokens.ids
-    ]
-
-
-def _json_line(metrics: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps({k: None if v != v else v for k, v in metrics.items()}) + "\n"
+def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
@@ -187,25 +169,21 @@ def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
     }
 
 
-def _show(scores: dict[str, "Scores"], screen: Screen) -> None:
-    """The before/after table."""
-    rows = []
-    for kind in next(iter(scores.values())).refusals:
-        for how in ("greedy", "sampled"):
-            rows.append([f"{kind} refused, {how}", *(str(s.refusals[kind][how]) for s in scores.values())])
-    for task in next(iter(scores.values())).capability:
-        rows.append([f"{task} correct", *(str(s.capability[task]) for s in scores.values())])
-    rows.append(["KL(base ‖ model) a token, harmless", *(f"{s.drift:.5f}" for s in scores.values())])
-    rows.append(["the same outside S", *(f"{s.drift_outside:.5f}" for s in scores.values())])
-    screen.table("Held-out prompts", ["", *scores], rows)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    """The command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C or SIGTERM."""
+    import signal
     from dataclasses import replace
 
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        pass  # not the main thread: its owner decides about signals
     try:
         flags, preset, yaml_file = parse(argv)
+<<<<<<< HEAD
         asked, _ = resolve({}, flags, preset, yaml_file)  # a mistake in a setting is told before all else
         run = asked.run
         name = str(MODELS / BUNDLED) if run.model == BUNDLED and not Path(BUNDLED).exists() else run.model
@@ -219,6 +197,23 @@ def main(argv: list[str] | None = None) -> int:
         if asked.train.resume_adapter_file is not None:
             read_header(Path(asked.train.resume_adapter_file).expanduser())
         from .load import load
+=======
+        resume, yes = flags.pop("resume", None), flags.pop("yes", False)
+        if resume is not None:
+            yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
+        given = flags.get("model")
+        if given is None and yaml_file is not None:
+            from .recipe import read_yaml
+
+            given = read_yaml(yaml_file).get("model")
+        name = str(MODELS / BUNDLED) if given in (None, BUNDLED) and not Path(BUNDLED).exists() else str(given)
+        resolve({}, flags, preset, yaml_file)  # a mistake in a setting is told before anything is fetched
+        from .runfolder import check_output
+
+        folder = Path(flags.get("adapter_path", "adapters"))
+        check_output(folder)
+        from .load import find, load, read_config
+>>>>>>> main
 
         base = load(name, run.trust_remote_code, run.revision)
         recipe, found = resolve(base.config, flags, preset, yaml_file)
@@ -229,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             full = replace(recipe.train, fine_tune_type="full", learning_rate=flags.get("learning_rate", 1e-5))
             recipe = replace(recipe, train=full)
         screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
+        _earlier_run(folder, recipe, resume is not None or yes, screen)
         align(recipe, base, screen)
     except UserError as error:
         print(f"safesteer-mlx: {plain(str(error))}", file=sys.stderr)
@@ -239,9 +235,68 @@ def main(argv: list[str] | None = None) -> int:
             f"safesteer-mlx: {plain(f'{where}: {error.strerror or error}; mend that and run again')}", file=sys.stderr
         )
         return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"safesteer-mlx: cannot write{where} ({error.strerror}); make room or mend the permissions, then run the "
+            "same command again: it goes on from the last state that was kept",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _settings_of(
+    folder: Path, flags: dict[str, Any], preset: str | None, yaml_file: Path | None
+) -> tuple[Path, dict[str, Any]]:
+    """The settings file of the run in `folder`, and flags that lead back to it."""
+    stored = folder / "run" / "recipe.yaml"
+    if preset is not None or yaml_file is not None:
+        raise UserError("--resume takes its settings from the run; leave --config and --preset out")
+    if not stored.is_file():
+        raise UserError(f"--resume {folder} holds no run; give the --adapter-path of one that was interrupted")
+    if (folder / "run" / "manifest.json").is_file():
+        raise UserError(f"--resume {folder} is a finished run; there is nothing left to do")
+    return stored, {**flags, "adapter_path": str(folder)}
+
+
+def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> None:
+    """Clear a finished run's record; go on with an unfinished one only if it was this one, and was asked for.
+
+    Raises:
+        UserError: the unfinished run had other settings, or nobody said whether to go on.
+    """
+    from .recipe import mathematics, read_yaml
+    from .runfolder import RunFolder
+
+    stored = folder / "run" / "recipe.yaml"
+    if not stored.is_file():
+        return
+    if (folder / "run" / "manifest.json").is_file():
+        screen.line(f"{folder} holds an earlier run, which this one replaces")
+        RunFolder(folder).clear()
+        return
+    earlier, now = read_yaml(stored), mathematics(recipe)
+    changed = [
+        f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"--adapter-path {folder} holds an unfinished run with other settings: {', '.join(changed)}; "
+            "give them as they were to go on, or another folder"
+        )
+    if not go_on and sys.stdin.isatty():
+        go_on = input(f"{folder} holds this run, unfinished; go on with it? [Y/n] ").strip().lower() in ("", "y", "yes")
+        if not go_on:
+            RunFolder(folder).clear()
+    elif not go_on:
+        raise UserError(
+            f"--adapter-path {folder} holds this run, unfinished; add --yes to go on, or give another folder"
+        )
 
 
 def _rank() -> int:

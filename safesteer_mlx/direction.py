@@ -7,23 +7,37 @@
 ablated, lowers refusal of harmful prompts most, among those that raise refusal of harmless prompts when
 added and that disturb harmless prompts little when ablated.
 
-Where we deviate: a search that is not exhaustive asks the cheapest question first and never scores a
-candidate that an earlier answer has already ruled out. It chooses the same direction.
+Where we deviate: a search that is not exhaustive asks the cheapest question first, prompts a few at a
+time, and drops a candidate as soon as what is left to ask can no longer save it. Steering resumes at the
+block it changes. It chooses the same direction, and says how many block passes it took.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .progress import Advance, silent
-from .residual import ablate, block_inputs, blocks, last_logits, pad_right, steer
+from .residual import (
+    ablate,
+    block_inputs,
+    blocks,
+    last_logits,
+    pad_right,
+    resume,
+    resumes,
+    steer,
+    take_positions,
+)
 
 Ids = Sequence[int]
 
-PROMPT_BATCH = 32  # prompts in one forward pass
+PROMPT_BATCH = 32  # rows in one forward pass
+ASKED_AT_ONCE = 4  # prompts asked before candidates are dropped
+GROUP = 4  # candidates whose refusal under ablation is asked side by side
+SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
 
 
 class NoDirectionError(ValueError):
@@ -41,6 +55,7 @@ class CandidateScores:
     ablation_kl: np.ndarray
     ablation_refusal: np.ndarray
     steering_refusal: np.ndarray
+    block_passes: int = 0  # blocks run, times prompts
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,8 @@ def mean_differences(model: nn.Module, harmful: Sequence[Ids], harmless: Sequenc
         for batch in _batches(prompts):
             rows = [prompts[i] for i in batch]
             positions = mx.array([[len(row) - n_pos + p for p in range(n_pos)] for row in rows])
-            inputs = block_inputs(model, pad_right(rows), positions)  # (L, B, P, D)
-            total = total + np.array(inputs.astype(mx.float32), np.float64).sum(1)
+            inputs = mx.stack([take_positions(x, positions) for x in block_inputs(model, pad_right(rows))])
+            total = total + np.array(inputs.astype(mx.float32), np.float64).sum(1)  # of (L, B, P, D)
         return np.moveaxis(np.asarray(total) / len(prompts), 0, 1)
 
     return mean(harmful) - mean(harmless)
@@ -120,6 +135,11 @@ def pruned_from(n_layers: int, prune_last: float | None) -> int:
     return n_layers if prune_last is None else int(np.floor(round((1 - prune_last) * n_layers, 9)))
 
 
+Candidate = tuple[int, int]  # row of the position, block
+# ask(candidates, indices of prompts) -> a score for each, (C, B), and the block passes it took
+Ask = Callable[[list[Candidate], list[int]], tuple[np.ndarray, int]]
+
+
 def score_candidates(
     model: nn.Module,
     candidates: np.ndarray,
@@ -136,51 +156,183 @@ def score_candidates(
     """Score candidate directions (P, L, D) on validation prompts.
 
     `exhaustive` measures everything. Otherwise candidates in pruned blocks and of length zero are not
-    run, and ablation is measured only where steering passed, its refusal only where its KL passed too.
+    run, ablation is measured only where steering passed, its refusal only where its KL passed too, and a
+    candidate that can no longer be chosen is left where it is.
 
     Returns:
         `ablation_kl`, `ablation_refusal`, `steering_refusal`, each (P, L), NaN where not measured.
     """
-    n_pos, n_layers, _ = candidates.shape
-    scores = CandidateScores(*(np.full((n_pos, n_layers), np.nan) for _ in range(3)))
-    base = {tuple(row): logits for row, logits in _base_logits(model, harmless)}
-    wanted = [(p, layer) for layer in range(n_layers) for p in range(n_pos)]
-    if not exhaustive:
-        wanted = [(p, layer) for p, layer in wanted if layer < pruned_from(n_layers, prune_last)]
-        zero = [c for c in wanted if not candidates[c].any()]
-        if zero:  # a zero vector changes nothing, so its scores are the base's own
-            index = tuple(np.array(zero).T)
-            steered = _over_prompts(
-                harmless, lambda rows: _refusal_score(mx.stack([base[tuple(row)] for row in rows]), refusal_ids)
-            )
-            scores.steering_refusal[index] = steered.mean()
-            scores.ablation_kl[index] = 0.0
-            scores.ablation_refusal[index] = refusal_scores(model, harmful, refusal_ids).mean()
-            wanted = [c for c in wanted if c not in zero]
-    for done, (p, layer) in enumerate(wanted):
-        progress(done, len(wanted))
-        vector = mx.array(candidates[p, layer].astype(np.float32))
-        scores.steering_refusal[p, layer] = refusal_scores(steer(model, layer, vector), harmless, refusal_ids).mean()
-        if not exhaustive and _fails(scores.steering_refusal[p, layer], steering_threshold, at_least=True):
-            continue
-        without = ablate(model, vector)
-        scores.ablation_kl[p, layer] = _over_prompts(
-            harmless,
-            lambda rows, without=without: _kl(mx.stack([base[tuple(row)] for row in rows]), last_logits(without, rows)),
-        ).mean()
-        if not exhaustive and _fails(scores.ablation_kl[p, layer], kl_threshold, at_least=False):
-            continue
-        scores.ablation_refusal[p, layer] = refusal_scores(without, harmful, refusal_ids).mean()
-    progress(len(wanted), len(wanted))
-    return scores
+    n_layers = candidates.shape[1]
+    vectors = mx.array(candidates.astype(np.float32))
+    base = mx.concatenate([last_logits(model, harmless[i : i + PROMPT_BATCH]) for i in range(0, len(harmless), 32)])
+    probabilities = mx.softmax(base, axis=-1)
+    # KL ≥ −log(1 + ε Σ p/(p + ε)), by Jensen's inequality; and a little for rounding.
+    floor = -np.array(mx.log1p(1e-6 * (probabilities / (probabilities + 1e-6)).sum(-1)), np.float64) - 1e-5
+    can_resume = resumes(model, pad_right(harmless[:1]))
+    passes = (len(harmless) + 3) * n_layers
+
+    def in_groups(
+        found: list[Candidate], rows: list[Ids], score: Callable[[mx.array, list[Ids]], mx.array]
+    ) -> np.ndarray:
+        """score(vectors (C·B, D), rows (C·B)) for a few candidates at a time: (C, B)."""
+        size = max(1, PROMPT_BATCH // len(rows))
+        out = []
+        for start in range(0, len(found), size):
+            group = found[start : start + size]
+            each = mx.stack([vectors[c] for c in group for _ in rows])
+            out.append(np.array(score(each, rows * len(group)), np.float64).reshape(len(group), len(rows)))
+        return np.concatenate(out)
+
+    def steering(found: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
+        rows = [harmless[i] for i in which]
+        inputs = block_inputs(model, pad_right(rows)) if can_resume else []
+        scores = np.empty((len(found), len(rows)))
+        cost = len(rows) * max(layer for _, layer in found) if can_resume else 0
+        for layer in sorted({layer for _, layer in found}):
+            at = [i for i, c in enumerate(found) if c[1] == layer]
+
+            def score(each: mx.array, repeated: list[Ids], layer: int = layer) -> mx.array:
+                steered = steer(model, layer, each)
+                if can_resume:
+                    steered = resume(steered, layer, mx.concatenate([inputs[layer]] * (len(each) // len(rows))))
+                return _refusal_score(last_logits(steered, repeated), refusal_ids)
+
+            scores[at] = in_groups([found[i] for i in at], rows, score)
+            cost += len(at) * len(rows) * (n_layers - layer if can_resume else n_layers)
+        return scores, cost
+
+    def kl(found: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
+        def score(each: mx.array, rows: list[Ids]) -> mx.array:
+            of_base = mx.concatenate([base[mx.array(which)]] * (len(rows) // len(which)))
+            return _kl(of_base, last_logits(ablate(model, each), rows))
+
+        return in_groups(found, [harmless[i] for i in which], score), len(found) * len(which) * n_layers
+
+    def refusal(found: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
+        def score(each: mx.array, rows: list[Ids]) -> mx.array:
+            return _refusal_score(last_logits(ablate(model, each), rows), refusal_ids)
+
+        return in_groups(found, [harmful[i] for i in which], score), len(found) * len(which) * n_layers
+
+    moved = candidates.any(-1)  # a vector of no length changes nothing: its scores are the base's own
+    own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
+    if not (moved.all() or exhaustive):
+        own["steering_refusal"] = float(np.array(_refusal_score(base, refusal_ids), np.float64).mean())
+        own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids).mean())
+        passes += len(harmful) * n_layers
+    scores = search(
+        moved | exhaustive,
+        own,
+        Questions(steering, kl, refusal, floor),
+        ([list(b) for b in _batches(harmless, ASKED_AT_ONCE)], [list(b) for b in _batches(harmful, ASKED_AT_ONCE)]),
+        kl_threshold=None if exhaustive else kl_threshold,
+        steering_threshold=None if exhaustive else steering_threshold,
+        prune_last=None if exhaustive else prune_last,
+        exhaustive=exhaustive,
+        progress=progress,
+    )
+    return replace(scores, block_passes=scores.block_passes + passes)
 
 
-def _base_logits(model: nn.Module, prompts: Sequence[Ids]) -> Iterator[tuple[Ids, mx.array]]:
-    for batch in _batches(prompts):
-        rows = [prompts[i] for i in batch]
-        logits = last_logits(model, rows)
-        mx.eval(logits)
-        yield from zip(rows, logits, strict=True)
+@dataclass(frozen=True)
+class Questions:
+    """What a search may ask, the least that each harmless prompt's KL can be (N,)."""
+
+    steering: Ask  # refusal of harmless prompts
+    kl: Ask  # on harmless prompts
+    refusal: Ask  # of harmful prompts under ablation
+    kl_floor: np.ndarray
+
+
+def search(
+    moved: np.ndarray,
+    own: dict[str, float],
+    questions: Questions,
+    batches: tuple[list[list[int]], list[list[int]]],
+    *,
+    kl_threshold: float | None,
+    steering_threshold: float | None,
+    prune_last: float | None,
+    exhaustive: bool = False,
+    progress: Advance = silent,
+) -> CandidateScores:
+    """Ask no more than the choice needs: steering, then KL, then refusal, each a few prompts at a time.
+
+    Args:
+        moved: (P, L), False for vectors of no length, whose scores are `own`.
+        batches: indices of harmless and of harmful prompts, in the order they are asked.
+    """
+    n_pos, n_layers = moved.shape
+    scores = CandidateScores(*(np.full(moved.shape, np.nan) for _ in range(3)))
+    allowed = range(pruned_from(n_layers, prune_last))
+    wanted = [(p, layer) for layer in allowed for p in range(n_pos) if moved[p, layer]]
+    for name, value in own.items():
+        getattr(scores, name)[:, : len(allowed)][~moved[:, : len(allowed)]] = value
+    n_harmless, n_harmful = (sum(map(len, part)) for part in batches)
+    passes = 0
+
+    def ask_all(
+        ask: Ask, of: list[Candidate], parts: list[list[int]], floor: np.ndarray, limit: float, begun: np.ndarray
+    ) -> np.ndarray:
+        """Sums of scores (C,) over `begun` and the prompts of `parts`; NaN for a candidate dropped on the way.
+
+        Dropped is one whose sum will pass `limit` even if every answer left is the least there can be.
+        """
+        nonlocal passes
+        sums, alive = begun.copy(), list(range(len(of)))
+        for i, part in enumerate(parts):
+            left = sum(float(floor[later].sum()) for later in parts[i + 1 :])
+            values, cost = ask([of[c] for c in alive], part)
+            passes += cost
+            sums[alive] += values.sum(1)
+            alive = [c for c in alive if not sums[c] + left > limit]
+            if not alive:
+                break
+        found = np.full(len(of), np.nan)
+        found[alive] = sums[alive]
+        return found
+
+    def put(into: np.ndarray, of: list[Candidate], values: np.ndarray) -> None:
+        for c, value in zip(of, values, strict=True):
+            into[c] = value
+
+    def negative_steering(of: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
+        values, cost = questions.steering(of, which)
+        return -values, cost
+
+    harmless, harmful = batches
+    least = np.full(max(n_harmless, n_harmful), -SCORE_BOUND - 1e-3)
+    limits = (kl_threshold, steering_threshold, prune_last)
+    total, left = 3 * len(wanted), wanted
+    if left:
+        limit = np.inf if steering_threshold is None else -steering_threshold * n_harmless
+        sums = ask_all(negative_steering, left, harmless, least, limit, np.zeros(len(left)))
+        put(scores.steering_refusal, left, -sums / n_harmless)
+        if not exhaustive:
+            left = [c for c in left if not _fails(scores.steering_refusal[c], steering_threshold, at_least=True)]
+    progress(len(wanted), total)
+    if left:
+        limit = np.inf if kl_threshold is None else kl_threshold * n_harmless
+        sums = ask_all(questions.kl, left, harmless, questions.kl_floor, limit, np.zeros(len(left)))
+        put(scores.ablation_kl, left, sums / n_harmless)
+        if not exhaustive:
+            left = [c for c in left if not _fails(scores.ablation_kl[c], kl_threshold, at_least=False)]
+    progress(2 * len(wanted), total)
+    if left:
+        # All answer the first prompts; then the most promising first, so that the others are dropped soon.
+        begun = ask_all(questions.refusal, left, harmful[:1], least, np.inf, np.zeros(len(left)))
+        still = [c for c in zip(*np.nonzero(~moved), strict=True) if not failed_tests(scores, *c, *limits)]
+        best = np.inf if exhaustive or not still else own["ablation_refusal"] * n_harmful
+        order = np.argsort(begun, kind="stable")
+        for start in range(0, len(order), GROUP):
+            which = order[start : start + GROUP]
+            part = [left[i] for i in which]
+            sums = ask_all(questions.refusal, part, harmful[1:], least, np.inf if exhaustive else best, begun[which])
+            put(scores.ablation_refusal, part, sums / n_harmful)
+            best = np.nanmin([best, *sums])
+            progress(2 * len(wanted) + start + len(part), total)
+    progress(total, total)
+    return replace(scores, block_passes=passes)
 
 
 def _fails(score: float, threshold: float | None, at_least: bool) -> bool:

@@ -1,182 +1,278 @@
-"""Before and after: refusal on held-out prompts, capability, drift from the base, each with its counts."""
+"""The scorecard: `python -m safesteer_mlx.evaluate MODEL [--adapter-path A] [--suite NAME …] [--judge J]`.
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+Refusal, over-refusal, evasion, capability and drift from the base of one model, or of a base and its aligned
+form side by side. docs/evaluation.md says how each is measured and what its known errors are.
+"""
 
-import mlx.core as mx
-import mlx.nn as nn
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .judge import is_broken, is_correct, is_refusal
-from .losses import chunk_rows
-from .progress import Advance, silent
-from .prompts import Instruction, render_all
-from .residual import answer_states, head
-from .rollout import generate, stream_key
+from .progress import Screen, UserError
+from .recipe import BUNDLED, MODELS, Parser, nearest
 
-Ids = Sequence[int]
-ANSWER_TOKENS = 96
-DRIFT_PROMPTS = 64
-DRIFT_BATCH = 16
+if TYPE_CHECKING:
+    from .load import Loaded
+    from .prompts import Instruction
+    from .suites import Suite
 
-
-@dataclass(frozen=True)
-class Count:
-    """`count` out of `total`."""
-
-    count: int
-    total: int
-
-    def __str__(self) -> str:
-        return f"{self.count}/{self.total} ({100 * self.count / max(1, self.total):.1f} %)"
+BUILT_IN = "built-in"
+KINDS = ("harmful", "harmless", "borderline")
+_THINKING = {"auto": None, "on": True, "off": False}
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What one model does on held-out prompts; refusals by kind of prompt and way of decoding."""
-
-    refusals: dict[str, dict[str, Count]]  # kind -> greedy, sampled -> refused
-    broken: dict[str, dict[str, Count]]
-    capability: dict[str, Count]  # task -> exact matches, greedy
-    drift: float  # mean KL(base ‖ this) a token on the base's own harmless answers, nats
-    drift_outside: float  # the same, both renormalised without the safety tokens
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """Held-out instructions by kind, and the base's greedy answers to harmless ones, on which drift is measured."""
-
-    kinds: dict[str, list[Instruction]]
-    capability: list[Instruction]
-    drift_prompts: list[list[int]]
-    drift_answers: list[list[int]]
-
-
-def first_of_each(items: Sequence[Instruction], n: int) -> list[Instruction]:
-    """The first `n` of each category, in order."""
-    seen: dict[str, int] = {}
-    kept = []
-    for item in items:
-        seen[item.category] = seen.get(item.category, 0) + 1
-        if seen[item.category] <= n:
-            kept.append(item)
-    return kept
-
-
-def make_test_set(
-    base: nn.Module,
-    tokenizer: Any,
-    kinds: dict[str, list[Instruction]],
-    capability: list[Instruction],
-    eos_ids: Ids,
-) -> TestSet:
-    """The held-out prompts; the base answers some harmless ones."""
-    harmless = render_all(tokenizer, kinds["harmless"][:DRIFT_PROMPTS])
-    answers = generate(base, harmless, eos_ids=eos_ids, max_tokens=ANSWER_TOKENS)
-    return TestSet(kinds, capability, harmless, [c.ids for c in answers])
-
-
-def drift(base: nn.Module, model: nn.Module, test: TestSet, tokens: Sequence[int]) -> tuple[float, float]:
-    """Mean per-token KL(base ‖ model) on the base's harmless answers: over all tokens, and without `tokens`."""
-    total = outside = 0.0
-    count = 0
-    ids = mx.array([int(t) for t in tokens])
-    heads = head(base), head(model)
-    for start in range(0, len(test.drift_prompts), DRIFT_BATCH):
-        part = slice(start, start + DRIFT_BATCH)
-        states = [answer_states(m, test.drift_prompts[part], test.drift_answers[part]) for m in (base, model)]
-        chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
-        for at in range(0, len(states[0]), chunk):
-            zb, zm = (h(x[None, at : at + chunk])[0].astype(mx.float32) for h, x in zip(heads, states, strict=True))
-            total += _kl(zb, zm)
-            zb[:, ids] = -mx.inf
-            zm[:, ids] = -mx.inf
-            outside += _kl(zb, zm)
-        count += len(states[0])
-    return total / count, outside / count
-
-
-def _kl(zb: mx.array, zm: mx.array) -> float:
-    """Σ over positions of KL(softmax zb ‖ softmax zm), ids at −inf in both left out: (C, V)."""
-    lb, lm = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (zb, zm))
-    return mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
-
-
-def count_refusals(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Ids],
-    sampled: bool,
-    *,
-    eos_ids: Ids,
-    seed: int,
-    stream: int = 0,
-    batch_size: int = 64,
-    progress: Advance = silent,
-) -> tuple[Count, Count]:
-    """How many of the answers refuse and how many are broken; `stream` numbers the random streams of a set."""
-    answers = generate(
-        model,
-        prompts,
-        eos_ids=eos_ids,
-        max_tokens=ANSWER_TOKENS,
-        temp=1.0 if sampled else 0.0,
-        keys=[stream_key(seed, 2, stream, i) for i in range(len(prompts))],
-        batch_size=batch_size,
-        progress=progress,
+def _parser() -> Parser:
+    parser = Parser(
+        prog="safesteer_mlx.evaluate",
+        description="Score a chat model: refusal, over-refusal, evasion, capability, drift from the base.",
+        allow_abbrev=False,
     )
-    texts = [a.text(tokenizer) for a in answers]
-    bad = sum(is_broken(t, a.finished) for t, a in zip(texts, answers, strict=True))
-    return Count(sum(map(is_refusal, texts)), len(texts)), Count(bad, len(texts))
+    add = parser.add_argument
+    add("positional_model", nargs="?", metavar="MODEL", help="as --model")
+    add("--model", help=f"Hub id or folder of the model (default: {BUNDLED}, the bundled one)")
+    add("--adapter-path", type=Path, help="adapters to score beside the base")
+    add(
+        "--suite",
+        nargs="+",
+        metavar="NAME[=FILE]",
+        default=[BUILT_IN],
+        help=f"suites to run, of the Hub or a local file; {BUILT_IN} is our own held-out prompts (default)",
+    )
+    add("--test-prompts", type=_at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
+    add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
+    add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
+    add("--thinking", choices=tuple(_THINKING), default="auto", help="the chat template's switch (default: auto)")
+    add("--seed", type=_at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
+    add("--max-tokens", type=_at_least(1), default=96, help="longest answer, thinking included (default: 96)")
+    add("--batch-size", type=_at_least(1), default=64, help="answers generated at a time (default: 64)")
+    add("--perplexity", type=Path, metavar="FILE", help="also the perplexity of this text")
+    add("--out", type=Path, metavar="FILE.json", help="write the scores here, no answers")
+    add("--confirm-run-unsafe-code", action="store_true", help="let HumanEval run the code that the model writes")
+    add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
+    return parser
 
 
-def evaluate(
-    model: nn.Module,
-    base: nn.Module,
-    tokenizer: Any,
-    test: TestSet,
-    tokens: Sequence[int],
-    *,
-    eos_ids: Ids,
-    seed: int,
-    batch_size: int = 64,
-    system_prompt: str | None = None,
-    progress: Advance = silent,
-) -> Scores:
-    """Score one model. Sampling is at temperature 1, capability greedy, drift teacher-forced without system turn."""
-    refusals, broken = {}, {}
-    total = 2 * sum(map(len, test.kinds.values())) + len(test.capability)
-    done = 0
-    for which, (kind, items) in enumerate(test.kinds.items()):
-        prompts = render_all(tokenizer, items, system_prompt)
-        refusals[kind], broken[kind] = {}, {}
-        for how in ("greedy", "sampled"):
-            refusals[kind][how], broken[kind][how] = count_refusals(
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        raise UserError(
+            f"unknown flag or second model {unknown[0]}{nearest(unknown[0].split('=')[0], known) or '; see --help'}"
+        )
+    positional = given.positional_model
+    if positional and given.model and positional != given.model:
+        raise UserError(f"two models were given, {positional} and {given.model}; give one")
+    name = positional or given.model or BUNDLED
+    given.model = str(MODELS / BUNDLED) if name == BUNDLED and not Path(BUNDLED).exists() else name
+    if given.adapter_path is not None:
+        for file in ("adapter_config.json", "adapters.safetensors"):
+            if not (given.adapter_path.expanduser() / file).is_file():
+                raise UserError(
+                    f"--adapter-path {given.adapter_path} holds no {file}; "
+                    "give a folder that align or mlx_lm.lora wrote"
+                )
+    if given.perplexity is not None and not given.perplexity.is_file():
+        raise UserError(f"--perplexity {given.perplexity} does not exist; give a text file")
+    if given.out is not None and not given.out.absolute().parent.is_dir():
+        raise UserError(f"--out {given.out}: there is no folder {given.out.absolute().parent}; make it first")
+    return given
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What --suite asks for: prompts by set, the kind of each suite's set, and lm-eval's tasks."""
+
+    kinds: dict[str, list["Instruction"]]
+    kind_of: dict[str, str]
+    capability: list["Instruction"]
+    tasks: list["Suite"]
+
+
+def read_suites(args: argparse.Namespace) -> Asked:
+    """Find every suite, then read each one's prompts: the first few of ours, a draw of the others'.
+
+    Raises:
+        UserError: an unknown suite, one whose file cannot be had, or a task without lm-eval.
+    """
+    import numpy as np
+
+    from .lm_tasks import check_tasks
+    from .measure import first_of_each
+    from .prompts import built_in_sets
+    from .suites import find_suite, load_suite
+
+    n = args.test_prompts or None
+    parts = [text.partition("=") for text in args.suite]
+    found = {name: find_suite(name) for name, _, _ in parts if name != BUILT_IN}
+    asked = Asked({}, {}, [], [suite for suite in found.values() if suite.kind == "task"])
+    if asked.tasks:
+        check_tasks(any(t.runs_code for t in asked.tasks), args.confirm_run_unsafe_code)
+    for name, _, file in parts:
+        if file and (name == BUILT_IN or found[name].kind == "task"):
+            raise UserError(f"--suite {name}={file}: {name} is not read from a file; leave ={file} out")
+        if name == BUILT_IN:
+            sets = built_in_sets(args.model)
+            asked.kinds.update({kind: getattr(sets, f"{kind}_test")[:n] for kind in KINDS})
+            asked.capability.extend(first_of_each(sets.capability_test, n))
+        elif (suite := found[name]).kind != "task":
+            items = load_suite(suite, Path(file).expanduser() if file else None)
+            # Many suites are sorted by category: their first few would be of one.
+            order = np.random.default_rng(args.seed).permutation(len(items))[:n]
+            asked.kinds[suite.name], asked.kind_of[suite.name] = [items[i] for i in order], suite.kind
+    return asked
+
+
+def _check_thinking(tokenizer: Any, thinking: bool | None) -> None:
+    from .prompts import render
+
+    if thinking is not None and render(tokenizer, "a", None, True) == render(tokenizer, "a", None, False):
+        raise UserError("the chat template has no thinking switch; leave --thinking at auto")
+
+
+def _safety_tokens(folder: Path | None) -> list[int]:
+    """The run's own safety tokens, if align wrote these adapters: drift is measured without them too."""
+    path = folder / "run" / "tokens.json" if folder else None
+    return [int(t["id"]) for t in json.loads(path.read_text("utf-8"))] if path and path.is_file() else []
+
+
+def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen) -> dict[str, Any]:
+    """Score the base, and the aligned model if there are adapters; print the tables, return what --out holds.
+
+    Raises:
+        UserError: what a user can mend, in one sentence.
+    """
+    from .adapters import with_adapters
+
+    _check_thinking(base.tokenizer, _THINKING[args.thinking])
+    models = {"base": base.model}
+    if args.adapter_path is not None:
+        models["student"] = with_adapters(base.model, args.adapter_path.expanduser())
+    result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "positional_model"}}
+    if args.perplexity is not None:
+        result["perplexity"] = _perplexities(args, models, base, screen)
+    if asked.kinds:
+        result |= _scores(args, asked, models, base, screen)
+    if asked.tasks:
+        result["tasks"] = _tasks(args, asked, models, base, screen)
+    return result
+
+
+def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loaded", screen: Screen) -> dict[str, Any]:
+    from .measure import perplexity
+
+    found = {name: perplexity(model, base.tokenizer, args.perplexity) for name, model in models.items()}
+    for name, (value, error, tokens) in found.items():
+        screen.line(f"perplexity of {args.perplexity}, {name}: {value:.3f} ± {error:.3f} over {tokens} tokens")
+    keys = ("perplexity", "standard_error", "tokens")
+    return {name: dict(zip(keys, values, strict=True)) for name, values in found.items()}
+
+
+def _scores(
+    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
+) -> dict[str, Any]:
+    from .judge import keyword_judge
+    from .judge_model import make_judge
+    from .measure import evaluate, make_test_set
+    from .scores import show
+
+    judge = keyword_judge
+    if args.judge != "keyword":
+        judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
+    how: dict[str, Any] = {"thinking": _THINKING[args.thinking], "max_tokens": args.max_tokens}
+    test = make_test_set(
+        base.model, base.tokenizer, asked.kinds, asked.capability, base.eos_ids, kind_of=asked.kind_of, **how
+    )
+    scores = {}
+    for name, model in models.items():
+        with screen.stage(f"scoring the {name}") as advance:
+            scores[name] = evaluate(
                 model,
-                tokenizer,
-                prompts,
-                how == "sampled",
-                eos_ids=eos_ids,
-                seed=seed,
-                stream=which,
-                batch_size=batch_size,
-                progress=lambda n, _, done=done: progress(done + n, total),
+                base.model,
+                base.tokenizer,
+                test,
+                _safety_tokens(args.adapter_path),
+                eos_ids=base.eos_ids,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                judge=judge,
+                progress=advance,
+                **how,
             )
-            done += len(prompts)
-    answers = generate(
-        model,
-        render_all(tokenizer, test.capability, system_prompt),
-        eos_ids=eos_ids,
-        max_tokens=ANSWER_TOKENS,
-        batch_size=batch_size,
-        progress=lambda n, _: progress(done + n, total),
-    )
-    right: dict[str, list[bool]] = {}
-    for item, answer in zip(test.capability, answers, strict=True):
-        right.setdefault(item.category, []).append(is_correct(answer.text(tokenizer), item.answer))
-    capability = {task: Count(sum(found), len(found)) for task, found in right.items()}
-    return Scores(refusals, broken, capability, *drift(base, model, test, tokens))
+        if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in scores[name].answers)):
+            screen.line(f"{cut} answers of the {name} ran out of --max-tokens while thinking, and count as evasions")
+    show(scores, screen, f"Judge: {args.judge}")
+    return {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
+
+
+def _tasks(
+    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
+) -> dict[str, Any]:
+    from .lm_tasks import run_tasks
+
+    found = {
+        name: run_tasks(
+            model,
+            base.tokenizer,
+            [task.task for task in asked.tasks],
+            seed=args.seed,
+            batch_size=args.batch_size,
+            limit=args.test_prompts or None,
+            thinking=_THINKING[args.thinking],
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
+        for name, model in models.items()
+    }
+    for name, tasks in found.items():
+        for task, metrics in tasks.items():
+            numbers = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
+            screen.line(f"{task}, {name}: {numbers}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    try:
+        args = parse(argv)
+        asked = read_suites(args)  # a mistake in these is told before a model is fetched
+        if args.judge != "keyword":
+            from .judge_model import default_template, read_template
+
+            read_template(args.judge_template or default_template(args.judge))
+        from .load import load
+
+        screen = Screen()
+        result = score(args, asked, load(args.model, args.trust_remote_code), screen)
+        if args.out is not None:
+            # NaN is not JSON; a measurement that does not exist is null.
+            plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
+            args.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+            screen.line(f"scores: {args.out}")
+    except UserError as error:
+        print(f"safesteer-mlx: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

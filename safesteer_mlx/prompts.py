@@ -11,6 +11,7 @@ from typing import Any
 
 from .hub import dataset_file
 from .progress import UserError
+from .recipe import BUNDLED, MODELS, PACKAGE
 
 # Two instructions that share no last token; what follows them in a rendering is the template's own.
 _PROBES = ("a", "Why is it 7?", "Name one blue thing")
@@ -41,6 +42,12 @@ class PromptSets:
     harmless_test: list[Instruction]
     borderline_test: list[Instruction]
     capability_test: list[Instruction]
+
+
+def built_in_sets(model: str) -> PromptSets:
+    """The bundled model's own prompts for it, else the package's."""
+    bundled = Path(model).resolve() == (MODELS / BUNDLED).resolve()
+    return load_prompt_sets(MODELS / BUNDLED / "data" if bundled else PACKAGE / "data")
 
 
 def load_prompt_sets(folder: Path) -> PromptSets:
@@ -98,6 +105,7 @@ def load_instructions(path: Path) -> list[Instruction]:
     return found
 
 
+<<<<<<< HEAD
 def _text(path: Path) -> str:
     kinds = (".jsonl", ".json", ".txt")
     if not path.is_file():
@@ -129,7 +137,12 @@ def _json(text: str, where: str) -> Any:
 
 
 def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[int]:
+=======
+def render(tokenizer: Any, instruction: str, system: str | None = None, thinking: bool | None = None) -> list[int]:
+>>>>>>> main
     """The ids of one user turn and the assistant's header, in the model's own chat template.
+
+    `thinking` sets the template's switch; None leaves it as mlx-lm has it.
 
     Raises:
         UserError: a system turn for a template that refuses one.
@@ -139,8 +152,9 @@ def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[
     turns = [{"role": "user", "content": instruction}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
+    switch = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, **switch))
     except TemplateError as error:
         what = "a system turn" if system is not None else "a single user turn"
         raise UserError(
@@ -149,9 +163,11 @@ def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[
         ) from None
 
 
-def render_all(tokenizer: Any, instructions: Sequence[Instruction], system: str | None = None) -> list[list[int]]:
+def render_all(
+    tokenizer: Any, instructions: Sequence[Instruction], system: str | None = None, thinking: bool | None = None
+) -> list[list[int]]:
     """`render` for each."""
-    return [render(tokenizer, item.text, system) for item in instructions]
+    return [render(tokenizer, item.text, system, thinking) for item in instructions]
 
 
 def end_of_instruction(tokenizer: Any) -> list[int]:

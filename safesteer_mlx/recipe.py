@@ -30,6 +30,7 @@ class RunSettings:
     """What is aligned, on which prompts, and where the result goes."""
 
     model: str = _setting(BUNDLED, "Hub id or folder of the base model; tiny-chat is the bundled one")
+<<<<<<< HEAD
     revision: str | None = _setting(None, "branch, tag or commit of the model on the Hub")
     offline: bool = _setting(False, "make no connection: models and data from the disk only, as HF_HUB_OFFLINE=1")
     data: str | None = _setting(
@@ -40,6 +41,15 @@ class RunSettings:
     trust_remote_code: bool = _setting(False, "let code from the model's repository run")
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1)
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1)
+=======
+    data: str | None = _setting(None, "harmful training prompts: .jsonl, .json, .txt or an mlx-lm data folder")
+    adapter_path: str = _setting("adapters", "where adapters and the run's record are written", free=True)
+    seed: int = _setting(42, "seed of everything that is drawn", least=0)
+    trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
+    generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
+    test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
+    transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
+>>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -127,11 +137,13 @@ class TrainSettings:
     top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
     max_tokens: int = _setting(512, "longest completion", least=1)
     max_seq_length: int = _setting(512, "longest prompt; longer ones are left out", least=8)
-    grad_checkpoint: bool = _setting(False, "compute activations again for the gradient instead of keeping them")
+    grad_checkpoint: bool = _setting(
+        False, "compute activations again for the gradient instead of keeping them", free=True
+    )
     resume_adapter_file: str | None = _setting(None, "adapters.safetensors of an earlier run to begin from")
-    micro_batch_size: int = _setting(16, "completions in one forward and backward pass", least=1)
-    save_every: int = _setting(10, "steps after which the adapters are saved", least=1)
-    steps_per_report: int = _setting(5, "steps after which a line is printed", least=1)
+    micro_batch_size: int = _setting(16, "completions in one forward and backward pass", least=1, free=True)
+    save_every: int = _setting(10, "steps after which the adapters are saved", least=1, free=True)
+    steps_per_report: int = _setting(5, "steps after which a line is printed", least=1, free=True)
 
 
 SECTIONS: dict[str, type] = {
@@ -185,6 +197,11 @@ class Recipe:
     def flat(self) -> dict[str, Any]:
         """Every setting as one mapping, in the order of the sections: what YAML files hold."""
         return {f.name: getattr(getattr(self, s), f.name) for s, cls in SECTIONS.items() for f in fields(cls)}
+
+
+def mathematics(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide a run's result; the others may change when a run goes on."""
+    return {name: value for name, value in recipe.flat().items() if not _all_fields()[name].metadata.get("free")}
 
 
 def _all_fields() -> dict[str, Any]:
@@ -386,7 +403,7 @@ def resolve(
     return Recipe(**sections), name
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose errors are our one sentence."""
 
     def error(self, message: str) -> Any:
@@ -399,7 +416,7 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     Raises:
         UserError: an unknown flag, with the nearest known one, or two models.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="safesteer_mlx.align",
         description="Make a chat model safer: align it by localized on-policy distillation (SafeSteer).",
         allow_abbrev=False,
@@ -407,8 +424,10 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     )
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML settings; flags override them")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the unfinished run in this adapter folder")
+    parser.add_argument("--yes", action="store_true", help="go on with an unfinished run without asking")
     parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
-    known = ["--config", "--preset", "--help"]
+    known = ["--config", "--preset", "--resume", "--yes", "--help"]
     for title, cls in SECTIONS.items():
         group = parser.add_argument_group(title, cls.__doc__)
         for f in fields(cls):

@@ -74,7 +74,7 @@ def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0) ->
 
     Args:
         layer: block index, 0 <= layer < L.
-        vector: (D,), not normalised: its length is the natural strength.
+        vector: (D,), not normalised: its length is the natural strength; or (B, D), one a row of the batch.
         coeff: the steering coefficient α (method page, section 2); 1.0 is published.
 
     Raises:
@@ -84,35 +84,42 @@ def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0) ->
     own = blocks(steered)
     if not 0 <= layer < len(own):
         raise ValueError(f"layer {layer} is not a block of this model, which has {len(own)}")
-    shift = (coeff * vector.astype(mx.float32)).reshape(-1)
+    shift = _by_row(coeff * vector.astype(mx.float32))
 
     def call(block, x, *args, **kwargs):
-        if shift.size != x.shape[-1]:
-            raise ValueError(f"a steering vector of {shift.size} does not fit a model of width {x.shape[-1]}")
+        if shift.shape[-1] != x.shape[-1]:
+            raise ValueError(f"a steering vector of {shift.shape[-1]} does not fit a model of width {x.shape[-1]}")
         return block(x + shift.astype(x.dtype), *args, **kwargs)
 
     _override(own[layer], "Steered", call)
     return steered
 
 
+def _by_row(vector: mx.array) -> mx.array:
+    """(D,) as it is, (B, D) as (B, 1, D): either broadcasts over a stream (B, T, D)."""
+    return vector[:, None] if vector.ndim == 2 else vector
+
+
 def unit(vector: mx.array) -> mx.array:
-    """r / (|r| + ε), in float32."""
-    vector = vector.astype(mx.float32).reshape(-1)
-    return vector / (mx.linalg.norm(vector) + EPS)
+    """r / (|r| + ε), in float32: (D,), or each row of (B, D)."""
+    vector = vector.astype(mx.float32)
+    return vector / (mx.linalg.norm(vector, axis=-1, keepdims=True) + EPS)
 
 
 def ablate(model: nn.Module, vector: mx.array) -> nn.Module:
-    """A view of `model` with the direction of `vector` (D,) projected out of the residual stream.
+    """A view of `model` with the direction of `vector` projected out of the residual stream.
+
+    `vector` is (D,), or (B, D) for a direction of its own in each row of the batch.
 
     x ← x − (x·r̂) r̂ at every block's input and every attention and MLP output, at all positions
     (Arditi et al. 2024, section 2.4; method page, section 1).
     """
     ablated = share(model)
-    r = unit(vector)
+    r = _by_row(unit(vector))
 
     def project(x: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
-        return (wide - (wide @ r)[..., None] * r).astype(x.dtype)
+        return (wide - (wide * r).sum(-1, keepdims=True) * r).astype(x.dtype)
 
     def on_input(block, x, *args, **kwargs):
         return block(project(x), *args, **kwargs)
@@ -160,20 +167,52 @@ def _with_body(model: nn.Module, call: Callable) -> nn.Module:
     The copies are shallow and only along the path, so the view follows the model's parameters even
     while a gradient is being traced through it.
     """
-    path = _path_to_body(model)
-    if not path:
+    view, body = _own_body(model)
+    if body is view:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes its logits in the module that holds its blocks; "
             "hidden states and head cannot be told apart"
         )
+    _override(body, "Viewed", call)
+    return view
+
+
+def _own_body(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A view of `model` with a body of its own, and that body; all else are the same objects."""
     view = parent = copy.copy(model)
-    for name in path[:-1]:
+    for name in _path_to_body(model):
+        # Not through a property: the body's own entry is replaced.
         parent[name] = copy.copy(parent[name])
         parent = parent[name]
-    body = copy.copy(parent[path[-1]])
-    _override(body, "Viewed", call)
-    parent[path[-1]] = body
+    return view, parent
+
+
+def resume(model: nn.Module, layer: int, inputs: mx.array) -> nn.Module:
+    """A view of `model` that begins at block `layer` with `inputs` (B, T, D), whatever tokens it is given.
+
+    What comes before is known already, and is not computed. The view follows the model's parameters, as in
+    `hidden_states`. For models of which `resumes` holds.
+    """
+    view, body = _own_body(model)
+    name, own = next((name, value) for name, value in body.items() if _holds(value, model.layers[0]))
+
+    def start(block, x, *args, **kwargs):
+        return block(inputs, *args, **kwargs)
+
+    changed = [copy.copy(block) for block in own[: layer + 1]]
+    for block in changed[:-1]:
+        _override(block, "Skipped", lambda block, x, *args, **kwargs: x)
+    _override(changed[-1], "Resumed", start)
+    body[name] = changed + own[layer + 1 :]
     return view
+
+
+def resumes(model: nn.Module, tokens: mx.array) -> bool:
+    """Whether this architecture can begin at a block: nothing but the residual stream goes from block to block."""
+    layer = len(blocks(model)) // 2
+    expected = hidden_states(model, tokens).astype(mx.float32)
+    found = hidden_states(resume(model, layer, block_inputs(model, tokens)[layer]), tokens).astype(mx.float32)
+    return mx.allclose(found, expected, rtol=1e-3, atol=1e-3 * mx.abs(expected).max().item()).item() is True
 
 
 def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -228,19 +267,19 @@ def answer_states(
     return hidden.reshape(-1, hidden.shape[-1])[mx.array(flat, mx.int32)]
 
 
-def block_inputs(model: nn.Module, tokens: mx.array, positions: mx.array) -> mx.array:
-    """x[l] for every block at the given positions: tokens (B, T), positions (B, P) -> (L, B, P, D)."""
+def block_inputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
+    """x[l] for every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
     kept = []
     view = share(model)
 
     def call(block, x, *args, **kwargs):
-        kept.append(take_positions(x, positions))
+        kept.append(x)
         return block(x, *args, **kwargs)
 
     for block in blocks(view):
         _override(block, "Read", call)
     view(tokens)
-    return mx.stack(kept)
+    return kept
 
 
 def last_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> mx.array:

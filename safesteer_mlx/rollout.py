@@ -4,8 +4,11 @@ Every sample has a random stream of its own, made from the run's seed and what t
 what is drawn does not depend on which others share its batch.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,6 +51,34 @@ def _sampler(key: mx.array, temp: float, top_p: float, max_tokens: int) -> Calla
     return sample
 
 
+def _read_once(model: nn.Module, prompts: Sequence[Ids]) -> tuple[list[list[int]], list[Any]]:
+    """What is left to read of each prompt, and the cache of what was read (None for nothing), (N,) each.
+
+    What all prompts begin with is read once, and a prompt that is asked for several samples is read once too.
+    Only where the caches are plain: rotating and recurrent ones are left to the engine.
+    """
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    nothing = [list(p) for p in prompts], [None] * len(prompts)
+    asked = Counter(tuple(p) for p in prompts)
+    shortest = min(map(len, asked)) - 1  # the last id is the engine's to read
+    common = next((i for i in range(shortest) if len({p[i] for p in asked}) > 1), shortest)
+    start = make_prompt_cache(model)
+    if (common == 0 and max(asked.values()) == 1) or not all(type(layer) is KVCache for layer in start):
+        return nothing
+
+    def read(cache: list[Any], ids: Ids) -> list[Any]:
+        model(mx.array([list(ids)]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+        return cache
+
+    if common:
+        read(start, prompts[0][:common])
+    whole = {p: read(copy.deepcopy(start), p[common:-1]) for p, n in asked.items() if n > 1 and len(p) > common + 1}
+    rest = [list(p[-1:] if tuple(p) in whole else p[common:]) for p in prompts]
+    return rest, [whole.get(tuple(p), start if common else None) for p in prompts]
+
+
 def generate(
     model: nn.Module,
     prompts: Sequence[Ids],
@@ -79,7 +110,8 @@ def generate(
         prefill_batch_size=batch_size,
     )
     samplers = [_sampler(key, temp, top_p, max_tokens) for key in keys] if temp > 0 and keys is not None else None
-    uids = engine.insert([list(p) for p in prompts], [max_tokens] * len(prompts), samplers=samplers)
+    rest, caches = _read_once(model, prompts)
+    uids = engine.insert(rest, [max_tokens] * len(prompts), caches=caches, samplers=samplers)
     place = {uid: i for i, uid in enumerate(uids)}
     drawn: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .losses import chunk_rows
 from .progress import UserError
-from .residual import answer_states, head
+from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 
 Ids = Sequence[int]
 SEQUENCE_BATCH = 32  # sequences in one forward pass
@@ -40,14 +40,28 @@ class TokenContrast:
     n_positions: int
 
 
-def _scored_states(model: nn.Module, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> mx.array:
-    """Hidden states at the last prompt position and at each continuation token, row after row: (R, D)."""
-    kept = []
+def _scored_states(
+    base: nn.Module,
+    teacher: nn.Module,
+    prompts: Sequence[Ids],
+    teacher_prompts: Sequence[Ids],
+    continuations: Sequence[Ids],
+    shared_blocks: int,
+) -> list[mx.array]:
+    """Base's and teacher's hidden states at the last prompt position and at each continuation token, row after
+    row: (R, D) each."""
+    kept: tuple[list[mx.array], list[mx.array]] = ([], [])
     for start in range(0, len(prompts), SEQUENCE_BATCH):
         part = slice(start, start + SEQUENCE_BATCH)
-        kept.append(answer_states(model, prompts[part], continuations[part], and_after=True))
-        mx.eval(kept[-1])
-    return mx.concatenate(kept)
+        models = [base, teacher]
+        if shared_blocks:
+            tokens = pad_right([[*p, *c] for p, c in zip(prompts[part], continuations[part], strict=True)])
+            trunk = block_inputs(base, tokens)[shared_blocks]
+            models = [resume(model, shared_blocks, trunk) for model in models]
+        for states, model, read in zip(kept, models, (prompts, teacher_prompts), strict=True):
+            states.append(answer_states(model, read[part], continuations[part], and_after=True))
+        mx.eval(kept[0][-1], kept[1][-1])
+    return [mx.concatenate(states) for states in kept]
 
 
 def contrast_tokens(
@@ -61,6 +75,7 @@ def contrast_tokens(
     inner_top_k: int,
     min_steered_prob: float,
     teacher_prompts: Sequence[Ids] | None = None,
+    shared_blocks: int = 0,
 ) -> TokenContrast:
     """Compare teacher and base on the teacher's own continuations.
 
@@ -72,6 +87,7 @@ def contrast_tokens(
         inner_top_k: how many ids each position votes for.
         min_steered_prob: `p_min`.
         teacher_prompts: the prompts as the teacher sees them, where a system prompt makes it one.
+        shared_blocks: first blocks in which base and teacher do the same; they are run once.
 
     Raises:
         ValueError: no prompts, unequal numbers of prompts and continuations, or no position left.
@@ -79,8 +95,9 @@ def contrast_tokens(
     if not prompts or len(prompts) != len(continuations):
         raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations do not make pairs")
     lengths = [1 + len(c) for c in continuations]
-    states = [_scored_states(base, prompts, continuations)]
-    states.append(_scored_states(teacher, teacher_prompts or prompts, continuations))
+    if shared_blocks and (teacher_prompts is not None or not resumes(base, pad_right([prompts[0]]))):
+        shared_blocks = 0
+    states = _scored_states(base, teacher, prompts, teacher_prompts or prompts, continuations, shared_blocks)
     heads = head(base), head(teacher)
     chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
 

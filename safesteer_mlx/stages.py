@@ -4,17 +4,22 @@ The mathematics is in `direction`, `teacher`, `safety_tokens` and `train`, on to
 are chosen and rendered, results are reported in a line each, and a user's mistakes become sentences.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
+from . import __version__
 from . import direction as directions
+from .checkpoint import Checkpoint, fingerprint
 from .direction import Direction
 from .judge import is_refusal
 from .load import Loaded
@@ -22,21 +27,38 @@ from .progress import Screen, UserError
 from .prompts import (
     Instruction,
     PromptSets,
+    built_in_sets,
     end_of_instruction,
+<<<<<<< HEAD
     load_data,
     load_prompt_sets,
+=======
+    load_instructions,
+>>>>>>> main
     opener_ids,
     render,
     render_all,
     special_ids,
 )
-from .recipe import BUNDLED, MODELS, PACKAGE, Recipe
-from .rollout import generate, stream_key
-from .safety_tokens import TokenContrast, contrast_tokens, select_tokens
+from .recipe import Recipe, mathematics
+from .residual import last_logits, share
+from .rollout import Completion, generate, stream_key
+from .safety_tokens import contrast_tokens, select_tokens
 from .teacher import CoefficientTrial, Teacher, find_coefficient, follow, moving_average, steered_teacher
-from .train import TrainingPrompt
+from .train import (
+    NotFiniteError,
+    Rollouts,
+    TrainingPrompt,
+    make_optimizer,
+    number_of_steps,
+    train,
+    trained_change,
+)
 
 Rows = list[list[int]]
+
+COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
+ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
 
 
 @dataclass(frozen=True)
@@ -54,29 +76,88 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class ChosenTeacher:
-    """Stage 2's result; `coeff` and `curve` say how a steered one was chosen."""
+class FoundDirection:
+    """Stage 1's result: refusal openers with their first ids, direction, and the harmless validation prompts that
+    passed its filter."""
 
-    teacher: Teacher
+    openers: dict[str, int]
+    direction: Direction
+    harmless: Rows
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data and numpy arrays, for `of`."""
+        d = self.direction
+        return {
+            "openers": self.openers,
+            "position": d.position,
+            "layer": d.layer,
+            "vector": np.array(d.vector, np.float64),
+            **vars(d.scores),
+            "harmless": self.harmless,
+        }
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> "FoundDirection":
+        """What `plain` described, exactly."""
+        names = [f.name for f in fields(directions.CandidateScores)]
+        scores = directions.CandidateScores(
+            *(np.array(plain[name], np.float64) if isinstance(plain[name], list) else plain[name] for name in names)
+        )
+        vector = mx.array(np.array(plain["vector"], np.float32))
+        direction = Direction(plain["position"], plain["layer"], vector, scores)
+        return FoundDirection(plain["openers"], direction, plain["harmless"])
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The steering coefficient, and the curve it was chosen from, if it was."""
+
     coeff: float
     curve: list[CoefficientTrial]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data, for `of`."""
+        return asdict(self)
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> "Strength":
+        """What `plain` described."""
+        return Strength(plain["coeff"], [CoefficientTrial(**trial) for trial in plain["curve"]])
 
 
 @dataclass(frozen=True)
 class SafetyTokens:
-    """Stage 3's result: the ids (K,), best first, and what they were chosen from."""
+    """Stage 3's result, best first: text, id, votes, mean Δ, mean probability under base and teacher of each."""
 
-    ids: np.ndarray
-    contrast: TokenContrast
+    rows: list[dict[str, Any]]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(K,) int64."""
+        return np.array([row["id"] for row in self.rows], np.int64)
+
+    def plain(self) -> list[dict[str, Any]]:
+        """Plain data, for `of`."""
+        return self.rows
+
+    @staticmethod
+    def of(plain: list[dict[str, Any]]) -> "SafetyTokens":
+        """What `plain` described."""
+        return SafetyTokens(plain)
 
 
 def prompt_sets(recipe: Recipe) -> PromptSets:
     """The bundled model's own prompts for it, else the package's; `--data` replaces the training prompts."""
-    bundled = Path(recipe.run.model).resolve() == (MODELS / BUNDLED).resolve()
-    sets = load_prompt_sets(MODELS / BUNDLED / "data" if bundled else PACKAGE / "data")
+    sets = built_in_sets(recipe.run.model)
     if recipe.run.data is not None:
         sets = replace(sets, harmful_train=load_data(recipe.run.data))
     return sets
+
+
+def made_of(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
+    """The fingerprint of all that decides a run's result: weights, prompts, settings and versions."""
+    versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
+    return fingerprint(base.weights_hash(), mathematics(recipe), asdict(sets), versions)
 
 
 def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered:
@@ -108,13 +189,48 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
     )
 
 
+def check_padding(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> Recipe:
+    """The recipe, with answers generated one at a time if this architecture cannot do it in batches.
+
+    In some architectures of mlx-lm, prompts of unequal length in a batch fail or change each other's answers.
+
+    Raises:
+        UserError: padding changes the forward pass itself.
+    """
+    prompts = sorted(rendered.harmful_validation, key=len)
+    rows = prompts[:4] + prompts[-4:]
+    together = last_logits(base.model, rows)
+    alone = mx.concatenate([last_logits(base.model, [row]) for row in rows])
+    if not mx.allclose(together, alone, rtol=0.05, atol=0.05 * mx.abs(alone).max().item()):
+        kind = base.config.get("model_type")
+        raise UserError(
+            f"padding changes what model_type {kind} computes, so it cannot be aligned; choose another model"
+        )
+    try:
+        found = [c.ids[0] for c in generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=1)]
+        wrong = sum(token != int(best) for token, best in zip(found, alone.argmax(-1).tolist(), strict=True))
+    except (ValueError, RuntimeError):
+        wrong = len(rows)
+    if wrong <= 1 or recipe.run.generation_batch_size == 1:  # half precision may turn a near tie
+        return recipe
+    screen.line("mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly")
+    return replace(recipe, run=replace(recipe.run, generation_batch_size=1))
+
+
 def find_openers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> dict[str, int]:
     """First tokens of refusals: the recipe's texts, and those the model itself begins its refusals with."""
     tokenizer = base.tokenizer
     found = opener_ids(tokenizer, recipe.direction.openers)
     with screen.stage("reading how the model refuses") as advance:
         harmful, harmless = (
-            generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=32, progress=advance)
+            generate(
+                base.model,
+                rows,
+                eos_ids=base.eos_ids,
+                max_tokens=ANSWER_TOKENS,
+                batch_size=recipe.run.generation_batch_size,
+                progress=advance,
+            )
             for rows in (rendered.harmful_direction, rendered.harmless_direction)
         )
     refused = Counter(a.ids[0] for a in harmful if is_refusal(a.text(tokenizer)))
@@ -130,14 +246,13 @@ def find_openers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
     return found
 
 
-def find_direction(
-    recipe: Recipe, base: Loaded, rendered: Rendered, openers: dict[str, int], screen: Screen
-) -> tuple[Direction, Rows]:
+def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> FoundDirection:
     """The chosen direction, and the harmless validation prompts that passed the filter.
 
     Raises:
         UserError: the filter leaves nothing, or no candidate passes the tests; the nearest are named.
     """
+    openers = find_openers(recipe, base, rendered, screen)
     s, model, refusal_ids = recipe.direction, base.model, list(openers.values())
     limits = {
         "kl_threshold": s.kl_threshold,
@@ -155,7 +270,8 @@ def find_direction(
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
     if recipe.teacher.teacher == "system_prompt":
-        return directions.no_direction(model), kept(rendered.harmful_scoring, rendered.harmless_scoring)[1]
+        harmless = kept(rendered.harmful_scoring, rendered.harmless_scoring)[1]
+        return FoundDirection(openers, directions.no_direction(model), harmless)
     with screen.stage("finding the refusal direction") as advance:
         candidates = directions.mean_differences(
             model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi
@@ -183,42 +299,54 @@ def find_direction(
         f"direction: block {layer} of {candidates.shape[1]}, position {position}, KL {scores.ablation_kl[p]:.3f}, "
         f"refusal under ablation {scores.ablation_refusal[p]:+.1f}, steering {scores.steering_refusal[p]:+.1f}"
     )
-    return found, scoring[1]
+    return FoundDirection(openers, found, scoring[1])
 
 
-def make_teacher(
-    recipe: Recipe, base: Loaded, rendered: Rendered, direction: Direction, screen: Screen
-) -> ChosenTeacher:
-    """The steered teacher, at the coefficient asked for or found, or the system-prompt one."""
+def find_strength(recipe: Recipe, base: Loaded, rendered: Rendered, direction: Direction, screen: Screen) -> Strength:
+    """The steering coefficient asked for, or found; 0 for a system-prompt teacher."""
     settings = recipe.teacher
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
-        return ChosenTeacher(Teacher(base.model, settings.system_prompt), 0.0, [])
+        return Strength(0.0, [])
     if settings.coeff != "auto":
-        coeff, curve = float(settings.coeff), []
-        screen.line(f"teacher: coefficient {coeff:g}")
-    else:
-        with screen.stage("finding the steering coefficient") as advance:
-            coeff, curve = find_coefficient(
-                base.model,
-                direction.layer,
-                direction.vector,
-                rendered.harmful_validation,
-                rendered.harmless_validation,
-                settings,
-                tokenizer=base.tokenizer,
-                eos_ids=base.eos_ids,
-                batch_size=recipe.run.generation_batch_size,
-                progress=advance,
-            )
-        at = next(t for t in curve if t.coeff == coeff)
-        screen.line(
-            f"teacher: coefficient {coeff:g} refuses {at.harmful_refused:.0%} of the harmful prompts that the base "
-            f"answers and {at.harmless_refused:.0%} of harmless ones, {at.broken:.0%} broken"
+        screen.line(f"teacher: coefficient {float(settings.coeff):g}")
+        return Strength(float(settings.coeff), [])
+    with screen.stage("finding the steering coefficient") as advance:
+        coeff, curve = find_coefficient(
+            base.model,
+            direction.layer,
+            direction.vector,
+            rendered.harmful_validation,
+            rendered.harmless_validation,
+            settings,
+            tokenizer=base.tokenizer,
+            eos_ids=base.eos_ids,
+            batch_size=recipe.run.generation_batch_size,
+            progress=advance,
         )
-        if at.harmful_refused < settings.coeff_refusal:
-            screen.line(f"  less than the {settings.coeff_refusal:.0%} asked for: no coefficient reaches it unbroken")
-    return ChosenTeacher(steered_teacher(base.model, direction.layer, direction.vector, coeff), coeff, curve)
+    at = next(t for t in curve if t.coeff == coeff)
+    screen.line(
+        f"teacher: coefficient {coeff:g} refuses {at.harmful_refused:.0%} of the harmful prompts that the base "
+        f"answers and {at.harmless_refused:.0%} of harmless ones, {at.broken:.0%} broken"
+    )
+    if at.harmful_refused < settings.coeff_refusal:
+        screen.line(f"  less than the {settings.coeff_refusal:.0%} asked for: no coefficient reaches it unbroken")
+    return Strength(coeff, curve)
+
+
+def make_teacher(recipe: Recipe, base: Loaded, rendered: Rendered, direction: Direction, coeff: float) -> Teacher:
+    """The steered teacher, or the system-prompt one.
+
+    Raises:
+        UserError: steering changes nothing.
+    """
+    if recipe.teacher.teacher == "system_prompt":
+        return Teacher(base.model, recipe.teacher.system_prompt)
+    teacher = steered_teacher(base.model, direction.layer, direction.vector, coeff)
+    row = rendered.harmless_validation[:1]
+    if mx.array_equal(last_logits(base.model, row), last_logits(teacher.model, row)):
+        raise UserError(f"steering with coeff = {coeff:g} changes nothing; give a larger --coeff")
+    return teacher
 
 
 def find_tokens(
@@ -259,14 +387,27 @@ def find_tokens(
             banned_ids=special_ids(tokenizer, base.vocabulary),
             inner_top_k=s.inner_top_k,
             min_steered_prob=s.min_steered_prob,
-            teacher_prompts=teacher_prompts,
+            teacher_prompts=teacher_prompts if guarded else None,
+            shared_blocks=teacher.shared_blocks if recipe.teacher.teacher == "steer" else 0,
         )
     tokens = select_tokens(contrast, s.safety_tokens, s.token_method)
     if not len(tokens):
         raise UserError(f"no token reaches min_steered_prob = {s.min_steered_prob:g}; lower --min-steered-prob")
     shown = " ".join(repr(tokenizer.decode([int(t)])) for t in tokens[:10])
     screen.line(f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, first {shown}")
-    return SafetyTokens(tokens, contrast)
+    return SafetyTokens(
+        [
+            {
+                "token": tokenizer.decode([int(t)]),
+                "id": int(t),
+                "votes": int(contrast.votes[t]),
+                "mean_delta": float(contrast.mean_delta[t]),
+                "base_prob": float(contrast.base_prob[t]),
+                "teacher_prob": float(contrast.steered_prob[t]),
+            }
+            for t in tokens
+        ]
+    )
 
 
 def training_prompts(
@@ -304,34 +445,191 @@ def training_prompts(
     return found
 
 
-def moving_teacher(
+class MovingTeacher:
+    """The moving-average teacher (method page, 2, variant a): follows the student after each step, and finds
+    direction and tokens anew if the recipe says so. `state` is all that a run needs to go on."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Loaded,
+        rendered: Rendered,
+        student: nn.Module,
+        direction: Direction,
+        coeff: float,
+        harmless: Rows,
+        screen: Screen,
+    ):
+        self._recipe, self._base, self._rendered, self._student = recipe, base, rendered, student
+        self._direction, self._coeff, self._harmless, self._screen = direction, coeff, harmless, screen
+        self._model, self._vector, self._tokens = moving_average(student), direction.vector, None
+
+    def __call__(self, step: int) -> tuple[Teacher, mx.array | None]:
+        follow(self._model, self._student, self._recipe.teacher.mixup)
+        every = self._recipe.teacher.refresh_every
+        if every and step % every == 0:
+            rows, position = self._rendered, self._direction.position
+            found = directions.mean_differences(self._model, rows.harmful_direction, rows.harmless_direction, -position)
+            self._vector = mx.array(found[0, self._direction.layer].astype(np.float32))
+            found = find_tokens(self._recipe, self._base, rows, self._teacher(), self._harmless, self._screen)
+            self._tokens = mx.array(found.ids)
+        return self._teacher(), self._tokens
+
+    def _teacher(self) -> Teacher:
+        return steered_teacher(self._model, self._direction.layer, self._vector, self._coeff)
+
+    def state(self) -> dict[str, mx.array]:
+        """Trained weights, direction and, once found anew, tokens."""
+        trained = dict(tree_flatten(self._student.trainable_parameters()))
+        own = {f"model.{name}": w for name, w in tree_flatten(self._model.parameters()) if name in trained}
+        return {**own, "vector": self._vector, **({} if self._tokens is None else {"tokens": self._tokens})}
+
+    def restore(self, state: dict[str, mx.array]) -> tuple[Teacher, mx.array | None]:
+        """Take up a state; what `__call__` returned when it was saved."""
+        weights = [(name.removeprefix("model."), w) for name, w in state.items() if name.startswith("model.")]
+        self._model.update(tree_unflatten(weights))
+        self._vector, self._tokens = state["vector"], state.get("tokens")
+        return self._teacher(), self._tokens
+
+
+def collapsed(recipe: Recipe, base: Loaded, rendered: Rendered, student: nn.Module) -> str | None:
+    """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
+    rows = rendered.harmless_validation[:COLLAPSE_PROMPTS]
+    answers = [c.text(base.tokenizer) for c in generate(student, rows, eos_ids=base.eos_ids, max_tokens=ANSWER_TOKENS)]
+    refused, empty = sum(map(is_refusal, answers)), sum(not answer.strip() for answer in answers)
+    if refused >= 0.9 * len(rows):
+        return f"the student refuses {refused} of {len(rows)} harmless prompts"
+    if empty >= 0.5 * len(rows):
+        return f"the student gives {empty} empty answers to {len(rows)} harmless prompts"
+    return None
+
+
+def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Path) -> None:
+    """Hold what mlx-lm reads from `folder` against the student in memory.
+
+    Raises:
+        UserError: they differ, or the adapters change nothing.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    rows = rendered.harmful_validation[:4]
+    saved = load_adapters(share(base.model), str(folder))
+    saved.eval()
+    found, trained, before = (last_logits(model, rows) for model in (saved, student, base.model))
+    if not mx.allclose(found, trained, rtol=1e-3, atol=1e-3):
+        raise UserError(f"the adapters in {folder} do not give what was trained; run the same command again with --yes")
+    if mx.array_equal(found, before):
+        raise UserError(f"the adapters in {folder} change nothing; raise --learning-rate or --epochs")
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """Each step's metrics, and the seconds it took."""
+
+    metrics: list[dict[str, Any]]
+    seconds: list[float]
+
+
+def train_student(
     recipe: Recipe,
     base: Loaded,
     rendered: Rendered,
     student: nn.Module,
-    direction: Direction,
-    coeff: float,
-    harmless: Rows,
+    teacher: Teacher,
+    moving: MovingTeacher | None,
+    tokens: mx.array,
+    prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]],
+    checkpoint: Checkpoint,
+    save: Callable[[], None],
     screen: Screen,
-) -> Callable[[int], tuple[Teacher, mx.array | None] | None]:
-    """What `train` calls after each step: nothing, or the moving-average teacher's next state (variant a)."""
-    if recipe.teacher.teacher != "ema":
-        return lambda step: None
-    moving = moving_average(student)
-    vector, tokens = direction.vector, None
+) -> TrainingLog:
+    """Train `student` to the end, from where `checkpoint` was; `save` writes the adapters.
 
-    def after_step(step: int) -> tuple[Teacher, mx.array | None]:
-        nonlocal vector, tokens
-        follow(moving, student, recipe.teacher.mixup)
-        teacher = steered_teacher(moving, direction.layer, vector, coeff)
-        every = recipe.teacher.refresh_every
-        if every and step % every == 0:
-            found = directions.mean_differences(
-                moving, rendered.harmful_direction, rendered.harmless_direction, -direction.position
-            )
-            vector = mx.array(found[0, direction.layer].astype(np.float32))
-            teacher = steered_teacher(moving, direction.layer, vector, coeff)
-            tokens = mx.array(find_tokens(recipe, base, rendered, teacher, harmless, screen).ids)
-        return teacher, tokens
+    Raises:
+        UserError: the first step moved nothing, or a loss is not finite; the last good state is kept.
+        KeyboardInterrupt: after keeping the last state.
+    """
+    settings, seed = recipe.train, recipe.run.seed
+    optimizer = make_optimizer(settings)
+    total = number_of_steps(len(prompts[0]), settings, recipe.loss)
+    log, done = TrainingLog([], []), 0
 
-    return after_step
+    def state() -> dict[str, mx.array]:
+        parts = {"student": student.trainable_parameters(), "optimizer": optimizer.state}
+        arrays = {f"{part}.{name}": w for part, tree in parts.items() for name, w in tree_flatten(tree)}
+        return arrays | ({} if moving is None else {f"teacher.{name}": w for name, w in moving.state().items()})
+
+    def keep() -> None:
+        checkpoint.save(done, last, {"metrics": log.metrics, "seconds": log.seconds})
+        save()
+        if (fault := collapsed(recipe, base, rendered, student)) is not None:
+            screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")
+
+    if (saved := checkpoint.latest()) is not None:
+        parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}}
+        for name, array in saved.arrays.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = array
+        student.update(tree_unflatten(list(parts["student"].items())))
+        optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
+        if moving is not None:
+            teacher, found = moving.restore(parts["teacher"])
+            tokens = tokens if found is None else found
+        log, done = TrainingLog(saved.data["metrics"], saved.data["seconds"]), saved.step
+        screen.line(f"going on after step {done} of {total}")
+    for name in checkpoint.damaged:
+        screen.line(f"{checkpoint.path / name} is damaged and is not used; the state before it is")
+    rollouts = None
+    if (drawn := checkpoint.found("rollouts")) is not None:
+        rollouts = Rollouts(drawn["step"], [Completion(ids, finished) for ids, finished in drawn["completions"]])
+    before, last = dict(tree_flatten(student.trainable_parameters())), state()
+
+    steps = train(
+        student,
+        base.model,
+        teacher,
+        tokens,
+        *prompts,
+        settings,
+        recipe.loss,
+        eos_ids=base.eos_ids,
+        seed=seed,
+        optimizer=optimizer,
+        first_step=done,
+        drawn_before=rollouts,
+        generation_batch_size=recipe.run.generation_batch_size,
+        after_step=moving or (lambda step: None),
+    )
+    began = time.monotonic()
+    with screen.stage("training") as advance:
+        try:
+            for event in steps:
+                if isinstance(event, Rollouts):
+                    completions = [(c.ids, c.finished) for c in event.completions]
+                    checkpoint.keep("rollouts", {"step": event.step, "completions": completions})
+                    continue
+                now = time.monotonic()
+                log.metrics.append({k: None if v != v else v for k, v in asdict(event).items()})  # NaN is not JSON
+                log.seconds.append(round(now - began, 3))
+                began, done, last = now, event.step, state()
+                note = f"loss {event.loss:.4f}, safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
+                advance(event.step, event.steps, note)
+                if event.step == 1 and trained_change(student, before) == 0:
+                    raise UserError("the first step moved no weight; raise --learning-rate or check lora_parameters")
+                if event.step % settings.steps_per_report == 0 or event.step == event.steps:
+                    screen.line(f"step {event.step} of {event.steps}: {note}, gradient {event.grad_norm:.2g}")
+                if event.step % settings.save_every == 0 or event.step == event.steps:
+                    keep()
+        except NotFiniteError:
+            if done:  # the last step that was applied
+                keep()
+            raise
+        except KeyboardInterrupt:
+            if done:
+                student.update(
+                    tree_unflatten([(n.removeprefix("student."), w) for n, w in last.items() if n[:8] == "student."])
+                )
+                keep()
+            screen.line(f"interrupted after {done} of {total} steps; the same command goes on from there")
+            raise
+    return log

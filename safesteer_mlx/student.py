@@ -12,6 +12,7 @@ from .checks import read_header, some
 from .progress import UserError
 from .recipe import TrainSettings
 from .residual import blocks, checkpoint_blocks, share
+from .runfolder import save_arrays, write
 
 
 def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized: bool = False) -> nn.Module:
@@ -69,6 +70,11 @@ def _load_adapters(student: nn.Module, path: Path) -> None:
     student.load_weights(list(found.items()), strict=False)  # type: ignore[union-attr]
 
 
+def first_trained_block(student: nn.Module) -> int:
+    """The lowest block that holds a trained weight: what is below computes what the base does."""
+    return next(i for i, block in enumerate(blocks(student)) if tree_flatten(block.trainable_parameters()))
+
+
 def adapter_config(settings: TrainSettings, model: str, seed: int) -> dict[str, Any]:
     """What mlx-lm reads back: fine_tune_type, num_layers and lora_parameters, and what made them."""
     return {
@@ -84,10 +90,5 @@ def adapter_config(settings: TrainSettings, model: str, seed: int) -> dict[str, 
 def save_adapters(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
     """Write `adapters.safetensors` and `adapter_config.json` as mlx-lm does, each replaced in one step."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = dict(sorted(tree_flatten(student.trainable_parameters())))
-    part = folder / ".adapters.part.safetensors"
-    mx.save_safetensors(str(part), weights)
-    part.replace(folder / "adapters.safetensors")
-    text = json.dumps(dict(sorted(config.items())), indent=4)
-    (folder / ".adapter_config.part.json").write_text(text, encoding="utf-8")
-    (folder / ".adapter_config.part.json").replace(folder / "adapter_config.json")
+    save_arrays(folder / "adapters.safetensors", dict(sorted(tree_flatten(student.trainable_parameters()))))
+    write(folder / "adapter_config.json", json.dumps(dict(sorted(config.items())), indent=4).encode())

@@ -24,10 +24,14 @@ ANSWER_TOKENS = 64  # of a validation answer, enough to tell a refusal
 
 @dataclass(frozen=True)
 class Teacher:
-    """`model` is what the student is pulled to; `system_prompt`, if any, is put before what it reads."""
+    """`model` is what the student is pulled to; `system_prompt`, if any, is put before what it reads.
+
+    The first `shared_blocks` blocks do on the same ids what the model's own do without steering.
+    """
 
     model: nn.Module
     system_prompt: str | None = None
+    shared_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class CoefficientTrial:
 
 def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float) -> Teacher:
     """The published teacher: frozen, α·r at every position of prompt and completion."""
-    return Teacher(steer(base, layer, vector, coeff))
+    return Teacher(steer(base, layer, vector, coeff), shared_blocks=layer)
 
 
 def follow(moving: nn.Module, student: nn.Module, mixup: float) -> None:

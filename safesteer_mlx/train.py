@@ -10,6 +10,7 @@ caller logs, saves and stops.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -21,8 +22,9 @@ from mlx.utils import tree_flatten, tree_map
 from .losses import kept_positions, localized_loss
 from .progress import UserError
 from .recipe import LossSettings, TrainSettings
-from .residual import answer_states, head
-from .rollout import generate, stream_key
+from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
+from .rollout import Completion, generate, stream_key
+from .student import first_trained_block
 from .teacher import Teacher
 
 Ids = Sequence[int]
@@ -56,6 +58,19 @@ class StepMetrics:
     learning_rate: float
     tokens: int
     truncated: float  # share of rollouts that ran out of length
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What the student answered in a step, before it learns from it."""
+
+    step: int
+    completions: list[Completion]
+
+
+def make_optimizer(train: TrainSettings) -> optim.Optimizer:
+    """AdamW, as published; `train` sets its rate step by step."""
+    return optim.AdamW(learning_rate=train.learning_rate, weight_decay=train.weight_decay)
 
 
 def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:
@@ -97,6 +112,21 @@ def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: in
     return weights[np.array(mask) > 0].astype(np.float32)
 
 
+Trunk = tuple[int, mx.array] | None  # a block and its input (B, T, D), the same for student and target
+
+
+def _trunk(base: nn.Module, layer: int, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Trunk:
+    """What goes into block `layer`; None if the student differs from its target from the first block on."""
+    if layer == 0:
+        return None
+    return layer, block_inputs(base, pad_right([[*p, *a] for p, a in zip(prompts, answers, strict=True)]))[layer]
+
+
+def _after(trunk: Trunk, model: nn.Module) -> nn.Module:
+    """`model`, beginning behind the trunk."""
+    return model if trunk is None else resume(model, *trunk)
+
+
 def divergence_options(loss: LossSettings, tokens: mx.array) -> dict[str, Any]:
     """The arguments of `token_divergence` that the settings ask for."""
     return {
@@ -120,14 +150,20 @@ def train(
     *,
     eos_ids: Ids,
     seed: int,
+    optimizer: optim.Optimizer,
+    first_step: int = 0,
+    drawn_before: Rollouts | None = None,
     generation_batch_size: int = 32,
     after_step: Callable[[int], tuple[Teacher, mx.array | None] | None] = lambda step: None,
-) -> Iterator[StepMetrics]:
-    """Train `student` in place, a step an iteration.
+) -> Iterator[Rollouts | StepMetrics]:
+    """Train `student` in place: each step yields its rollouts and, once they are learned from, its metrics.
 
     Args:
         tokens: (K,) the safety tokens.
         harmless: the anchor's prompts; unused when `loss.anchor` is 0.
+        optimizer: `make_optimizer`'s, or one with the state of a run that goes on.
+        first_step: steps done before, by a run that goes on; student and optimizer are as they left them.
+        drawn_before: the rollouts of the first step, if they were drawn already.
         after_step: called after each update; may return the teacher, and new tokens or None, for the steps that follow.
 
     Raises:
@@ -137,17 +173,21 @@ def train(
     per_batch = harmful_per_batch(settings, loss)
     anchors = settings.batch_size - per_batch if loss.anchor and harmless else 0
     order_h, order_b = _passes(len(harmful), seed, 0), _passes(max(1, len(harmless)), seed, 1)
-    optimizer = optim.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+    skipped = first_step * settings.grad_accumulation_steps
+    for order, each in ((order_h, per_batch), (order_b, anchors)):
+        next(islice(order, skipped * each, skipped * each), None)
     options = divergence_options(loss, tokens)
+    first_trained = first_trained_block(student)
+    can_resume = resumes(base, pad_right([harmful[0].ids]))
 
-    def objective(model, batch, answers, targets, target_head, weights):
-        hidden = answer_states(model, [p.ids for p in batch], answers)
+    def objective(model, batch, answers, trunk, targets, target_head, weights):
+        hidden = answer_states(_after(trunk, model), [p.ids for p in batch], answers)
         return localized_loss(
             hidden, targets, head(model), target_head, weights, watched=tokens, temp=settings.temp, **options
         )
 
     loss_and_grad = nn.value_and_grad(student, objective)
-    for step in range(steps):
+    for step in range(first_step, steps):
         drawn = [
             prompt
             for _ in range(settings.grad_accumulation_steps)
@@ -157,17 +197,22 @@ def train(
             )
         ]
         batch = [prompt for prompt in drawn for _ in range(settings.samples)]
-        rollouts = generate(
-            student,
-            [p.ids for p in batch],
-            eos_ids=eos_ids,
-            max_tokens=settings.max_tokens,
-            temp=settings.temp,
-            top_p=settings.top_p,
-            keys=[stream_key(seed, 1, step, i) for i in range(len(batch))],
-            batch_size=generation_batch_size,
-        )
+        if drawn_before is not None and drawn_before.step == step + 1:
+            rollouts = drawn_before.completions
+        else:
+            rollouts = generate(
+                student,
+                [p.ids for p in batch],
+                eos_ids=eos_ids,
+                max_tokens=settings.max_tokens,
+                temp=settings.temp,
+                top_p=settings.top_p,
+                keys=[stream_key(seed, 1, step, i) for i in range(len(batch))],
+                batch_size=generation_batch_size,
+            )
+            yield Rollouts(step + 1, rollouts)
         student.train()
+        mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         # Rows of like length and target share a pass; the order changes no mathematics.
         order = sorted(range(len(batch)), key=lambda i: (batch[i].harmful, len(batch[i].ids) + len(rollouts[i].ids), i))
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
@@ -178,11 +223,14 @@ def train(
                 part = [batch[i] for i in index]
                 done = [rollouts[i].ids[: loss.keep or None] for i in index]
                 lengths = [len(ids) for ids in done]
-                source = teacher.model if kind else base
-                targets = answer_states(source, [p.target_ids for p in part], done)
+                source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
+                trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
+                targets = answer_states(_after(trunk, source), [p.target_ids for p in part], done)
                 mx.eval(targets)  # so that the target's activations are gone before the student's are made
                 weights = _position_weights(lengths, len(batch), loss.skip, loss.keep)
-                (_, each, mass), grad = loss_and_grad(student, part, done, targets, head(source), mx.array(weights))
+                (_, each, mass), grad = loss_and_grad(
+                    student, part, done, trunk, targets, head(source), mx.array(weights)
+                )
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
                 first = np.cumsum([0, *lengths[:-1]])
@@ -199,6 +247,10 @@ def train(
         optimizer.learning_rate = schedule(step, steps, settings)
         optimizer.update(student, grads)
         mx.eval(student.trainable_parameters(), optimizer.state)
+        if (changed := after_step(step + 1)) is not None:
+            teacher, found = changed
+            tokens = tokens if found is None else found
+            options = divergence_options(loss, tokens)
         is_harmful = np.array([p.harmful for p in batch])
         yield StepMetrics(
             step + 1,
@@ -213,10 +265,6 @@ def train(
             sum(len(r.ids) for r in rollouts),
             float(np.mean([not r.finished for r in rollouts])),
         )
-        if (changed := after_step(step + 1)) is not None:
-            teacher, found = changed
-            tokens = tokens if found is None else found
-            options = divergence_options(loss, tokens)
 
 
 def trained_change(student: nn.Module, before: dict[str, mx.array]) -> float:

@@ -21,17 +21,25 @@ from typing import Any
 import yaml
 
 from safesteer_mlx import stages
+<<<<<<< HEAD
 from safesteer_mlx.checks import read_object
 from safesteer_mlx.direction import Direction
 from safesteer_mlx.evaluate import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
 from safesteer_mlx.judge import is_refusal
 from safesteer_mlx.load import Loaded, load
+=======
+from safesteer_mlx.judge import is_refusal
+from safesteer_mlx.load import Loaded, load, read_config
+from safesteer_mlx.measure import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
+>>>>>>> main
 from safesteer_mlx.progress import Screen
 from safesteer_mlx.prompts import Instruction, PromptSets, render, render_all
 from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, resolve
 from safesteer_mlx.rollout import generate
+from safesteer_mlx.scores import HOW
 from safesteer_mlx.student import make_student
-from safesteer_mlx.train import TrainingPrompt, number_of_steps, schedule, train
+from safesteer_mlx.teacher import Teacher
+from safesteer_mlx.train import StepMetrics, TrainingPrompt, make_optimizer, number_of_steps, schedule, train
 
 SFT = "SFT on 100 refusals"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -112,9 +120,9 @@ class Prepared:
 
     sets: PromptSets
     rendered: stages.Rendered
-    direction: Direction
-    harmless: stages.Rows
-    chosen: stages.ChosenTeacher
+    found: stages.FoundDirection
+    coeff: float
+    teacher: Teacher
     tokens: stages.SafetyTokens
     test: TestSet
 
@@ -123,74 +131,74 @@ def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     """Stages 1 to 3."""
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, base.tokenizer)
-    openers = stages.find_openers(recipe, base, rendered, screen)
-    direction, harmless = stages.find_direction(recipe, base, rendered, openers, screen)
-    chosen = stages.make_teacher(recipe, base, rendered, direction, screen)
-    tokens = stages.find_tokens(recipe, base, rendered, chosen.teacher, harmless, screen)
+    found = stages.find_direction(recipe, base, rendered, screen)
+    coeff = stages.find_strength(recipe, base, rendered, found.direction, screen).coeff
+    teacher = stages.make_teacher(recipe, base, rendered, found.direction, coeff)
+    tokens = stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen)
     n = recipe.run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
     test = make_test_set(base.model, base.tokenizer, kinds, first_of_each(sets.capability_test, n), base.eos_ids)
-    return Prepared(sets, rendered, direction, harmless, chosen, tokens, test)
+    return Prepared(sets, rendered, found, coeff, teacher, tokens, test)
 
 
 def train_variant(
-    name: str, recipe: Recipe, base: Loaded, found: Prepared, every: int, screen: Screen
+    name: str, recipe: Recipe, base: Loaded, prepared: Prepared, every: int, screen: Screen
 ) -> dict[str, Any]:
     """One variant at one seed: its scores, and the curve of refusals and drift while it trained."""
     import mlx.core as mx
 
     student = make_student(base.model, recipe.train, recipe.run.seed, base.quantized)
-    harmful, anchors = stages.training_prompts(recipe, found.sets, base.tokenizer, found.chosen.teacher, screen)
+    harmful, anchors = stages.training_prompts(recipe, prepared.sets, base.tokenizer, prepared.teacher, screen)
     steps = number_of_steps(len(harmful), recipe.train, recipe.loss)
-    rows = render_all(base.tokenizer, found.test.kinds["harmful"])
+    rows = render_all(base.tokenizer, prepared.test.kinds["harmful"])
     curve: list[dict[str, float]] = []
 
     def measure(step: int) -> None:
         if every and (step % every == 0 or step == steps):
             refused, _ = count_refusals(student, base.tokenizer, rows, True, eos_ids=base.eos_ids, seed=recipe.run.seed)
-            over_all, outside = drift(base.model, student, found.test, found.tokens.ids.tolist())
+            over_all, outside = drift(base.model, student, prepared.test, prepared.tokens.ids.tolist())
             curve.append({"step": step, "refused": refused.count, "drift": over_all, "drift_outside": outside})
 
     started = time.time()
     if name == SFT:
-        fine_tune(student, refusal_examples(base, harmful, found.sets.harmful_train), recipe, measure)
+        fine_tune(student, refusal_examples(base, harmful, prepared.sets.harmful_train), recipe, measure)
     else:
-        after_step = stages.moving_teacher(
-            recipe, base, found.rendered, student, found.direction, found.chosen.coeff, found.harmless, screen
-        )
-        for metrics in train(
+        for event in train(
             student,
             base.model,
-            found.chosen.teacher,
-            mx.array(found.tokens.ids),
+            prepared.teacher,
+            mx.array(prepared.tokens.ids),
             harmful,
             anchors,
             recipe.train,
             recipe.loss,
             eos_ids=base.eos_ids,
             seed=recipe.run.seed,
+            optimizer=make_optimizer(recipe.train),
             generation_batch_size=recipe.run.generation_batch_size,
-            after_step=after_step,
         ):
-            measure(metrics.step)
+            if isinstance(event, StepMetrics):
+                measure(event.step)
     seconds = round(time.time() - started, 1)
     who = f"{name}, seed {recipe.run.seed}"
-    return {"steps": steps, "curve": curve, "seconds": seconds, **score(who, student, base, found, recipe, screen)}
+    return {"steps": steps, "curve": curve, "seconds": seconds, **score(who, student, base, prepared, recipe, screen)}
 
 
-def score(who: str, model: Any, base: Loaded, found: Prepared, recipe: Recipe, screen: Screen) -> dict[str, Any]:
+def score(who: str, model: Any, base: Loaded, prepared: Prepared, recipe: Recipe, screen: Screen) -> dict[str, Any]:
     """The held-out scores, which are also printed."""
     scores = evaluate(
         model,
         base.model,
         base.tokenizer,
-        found.test,
-        found.tokens.ids.tolist(),
+        prepared.test,
+        prepared.tokens.ids.tolist(),
         eos_ids=base.eos_ids,
         seed=recipe.run.seed,
     )
-    refused = "; ".join(f"{kind} {how['greedy']} {how['sampled']}" for kind, how in scores.refusals.items())
-    right = sum(c.count for c in scores.capability.values())
+    refused = "; ".join(
+        f"{kind} " + " ".join(str(scores.count(kind, how, "refuse")) for how in HOW) for kind in scores.kinds
+    )
+    right = sum(map(sum, scores.correct.values()))
     screen.line(f"{who}: {refused}; capability {right}; drift {scores.drift:.5f}, outside S {scores.drift_outside:.5f}")
     return {"scores": scores.as_json()}
 
@@ -202,33 +210,39 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
     iters = number_of_steps(len(stages.prompt_sets(ours).harmful_train), ours.train, ours.loss)
     results: dict[str, Any] = {}
     for seed in seeds:
-        prepared: dict[str, Prepared] = {}
+        by_settings: dict[str, Prepared] = {}
         scored = results[str(seed)] = {}
         for name, changes in variants.items():
             # As many steps for all, also where a batch holds no anchor.
             same_steps = {} if {"epochs", "iters"} & set(changes) else {"iters": iters}
             recipe = settings(seed, changes | same_steps)
             key = repr((recipe.direction, recipe.teacher, recipe.tokens))
-            if key not in prepared:
-                prepared[key] = prepare(recipe, base, screen)
-            found = prepared[key]
+            if key not in by_settings:
+                by_settings[key] = prepare(recipe, base, screen)
+            prepared = by_settings[key]
             if not scored:
-                scored["base"] = score("base", base.model, base, found, recipe, screen)
+                scored["base"] = score("base", base.model, base, prepared, recipe, screen)
                 scored["teacher"] = {
-                    "layer": found.direction.layer,
-                    "position": found.direction.position,
-                    "coeff": found.chosen.coeff,
-                    "tokens": [base.tokenizer.decode([int(t)]) for t in found.tokens.ids],
-                    **score("teacher", found.chosen.teacher.model, base, found, recipe, screen),
+                    "layer": prepared.found.direction.layer,
+                    "position": prepared.found.direction.position,
+                    "coeff": prepared.coeff,
+                    "tokens": [row["token"] for row in prepared.tokens.rows],
+                    **score("teacher", prepared.teacher.model, base, prepared, recipe, screen),
                 }
-            scored[name] = {"changes": changes, "coeff": found.chosen.coeff}
-            scored[name] |= train_variant(name, recipe, base, found, every, screen)
+            scored[name] = {"changes": changes, "coeff": prepared.coeff}
+            scored[name] |= train_variant(name, recipe, base, prepared, every, screen)
     return results
 
 
 def _counts(cells: list[dict[str, int]]) -> str:
     total = {c["total"] for c in cells}
     return " / ".join(str(c["count"]) for c in cells) + f" of {total.pop()}"
+
+
+def refusals(scores: dict[str, Any], kind: str, how: str) -> dict[str, int]:
+    """The refusals among a model's answers."""
+    outcomes = scores["outcomes"][kind][how]
+    return {"count": outcomes["refuse"], "total": sum(outcomes.values())}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -243,7 +257,7 @@ def table(results: dict[str, Any]) -> str:
 
     for kind in ("harmful", "harmless", "borderline"):
         for how in ("greedy", "sampled"):
-            row(f"{kind} refused, {how}", lambda all_, k=kind, h=how: _counts([s["refusals"][k][h] for s in all_]))
+            row(f"{kind} refused, {how}", lambda all_, k=kind, h=how: _counts([refusals(s, k, h) for s in all_]))
     row(
         "capability, exact matches",
         lambda all_: _counts(
@@ -267,7 +281,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     for colour, name in zip(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"), names, strict=False):
         for i, found in enumerate(results.values()):
             points = found[name]["curve"]
-            total = found[name]["scores"]["refusals"]["harmful"]["sampled"]["total"]
+            total = refusals(found[name]["scores"], "harmful", "sampled")["total"]
             axes.plot(
                 [100 * p["refused"] / total for p in points],
                 [p["drift_outside"] for p in points],

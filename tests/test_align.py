@@ -22,7 +22,7 @@ def aligned(folder: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    return aligned(tmp_path_factory.mktemp("run") / "adapters")
+    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "24")
 
 
 def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
@@ -37,6 +37,25 @@ def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
     assert len(timing["seconds_by_step"]) == 2 and 0 < sum(timing["seconds_by_step"]) < timing["seconds"]
 
 
+def test_answers_are_kept_for_their_owner_alone_and_not_at_all_if_not_wanted(finished, tmp_path, capsys):
+    import shutil
+
+    scores = json.loads((finished / "run" / "before_after.json").read_text())
+    lines = [json.loads(line) for line in (finished / "run" / "transcripts.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 3 * 2 * 24  # models, kinds, ways of decoding, prompts
+    assert set(lines[0]) == {"model", "kind", "how", "prompt", "answer", "outcome", "finished"}
+    for model, found in scores.items():
+        own = [line for line in lines if (line["model"], line["kind"], line["how"]) == (model, "harmful", "sampled")]
+        counts = found["outcomes"]["harmful"]["sampled"]
+        assert {o: sum(line["outcome"] == o for line in own) for o in counts} == counts
+    folder = tmp_path / "adapters"
+    shutil.copytree(finished, folder)
+    aligned(folder, "--iters", "1", "--no-transcripts")
+    assert not (folder / "run" / "transcripts.jsonl").exists()  # nor the replaced run's
+    said = capsys.readouterr().out
+    assert not any(line["answer"] in said for line in lines if len(line["answer"]) > 20)
+
+
 def test_a_second_run_says_that_it_replaces_the_first(finished, tmp_path, capsys):
     import shutil
 
@@ -46,7 +65,7 @@ def test_a_second_run_says_that_it_replaces_the_first(finished, tmp_path, capsys
 
 
 def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
-    again = aligned(tmp_path / "adapters")
+    again = aligned(tmp_path / "adapters", "--test-prompts", "24")
     for name in ("adapters.safetensors", "run/direction.json", "run/tokens.json", "run/metrics.jsonl"):
         assert (finished / name).read_bytes() == (again / name).read_bytes(), name
     assert (finished / "run/before_after.json").read_bytes() == (again / "run/before_after.json").read_bytes()
@@ -55,23 +74,23 @@ def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
 def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finished):
     from mlx_lm import load
 
-    from safesteer_mlx.evaluate import ANSWER_TOKENS
     from safesteer_mlx.judge import is_refusal
+    from safesteer_mlx.measure import ANSWER_TOKENS
     from safesteer_mlx.prompts import load_instructions, render_all
     from safesteer_mlx.rollout import generate
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
-    prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:4])
+    prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:24])
     answers = generate(model, prompts, eos_ids=sorted(tokenizer.eos_token_ids), max_tokens=ANSWER_TOKENS)
-    scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["refusals"]["harmful"]
-    assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["count"]
+    scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["outcomes"]["harmful"]
+    assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["refuse"]
 
 
 def test_the_student_moved_and_the_teacher_refuses_more_than_the_base(finished, tmp_path):
     scores = json.loads((finished / "run" / "before_after.json").read_text())
     assert scores["base"]["drift"] == 0
     assert 0 < scores["student"]["drift"] < scores["teacher"]["drift"]
-    refused = {name: s["refusals"]["harmful"]["sampled"]["count"] for name, s in scores.items()}
+    refused = {name: s["outcomes"]["harmful"]["sampled"]["refuse"] for name, s in scores.items()}
     assert refused["teacher"] > refused["base"]
 
 
@@ -244,22 +263,6 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_go
     assert "not finite at step" in refused(capsys, ["--adapter-path", str(folder), *SHORT, "--iters", "6"])
     weights = mx.load(str(folder / "adapters.safetensors"))
     assert all(mx.isfinite(w).all().item() for w in weights.values())
-
-
-def test_interrupting_keeps_the_adapters_so_far(tmp_path, monkeypatch, capsys):
-    import safesteer_mlx.train as stage
-
-    whole = stage.train
-
-    def stops(*args, **kwargs):
-        yield next(whole(*args, **kwargs))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage, "train", stops)
-    folder = tmp_path / "adapters"
-    assert main(["--adapter-path", str(folder), *SHORT]) == 130
-    assert "interrupted after 1 of 2 steps" in capsys.readouterr().out.replace("\n", " ")
-    assert (folder / "adapters.safetensors").stat().st_size > 0
 
 
 @pytest.mark.parametrize("which", [0, 7])

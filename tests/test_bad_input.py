@@ -605,7 +605,7 @@ def test_adapters(name, adapters, tmp_path, capsys):
     shutil.copy(adapters, tmp_path / "start.safetensors")
     spoil(tmp_path / "start.safetensors")
     said = refused(capsys, tmp_path, "--resume-adapter-file", str(tmp_path / "start.safetensors"))
-    assert "start.safetensors" in said and (expected in said or "more" in expected and " more" in said), said
+    assert "start.safetensors" in said and (expected in said or ("more" in expected and " more" in said)), said
 
 
 # The output folder

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safesteer_mlx.direction import (
+    ASKED_AT_ONCE,
     CandidateScores,
     NoDirectionError,
+    Questions,
     _refusal_score,
     choose_direction,
     failed_tests,
@@ -22,6 +24,7 @@ from safesteer_mlx.direction import (
     pruned_from,
     refusal_scores,
     score_candidates,
+    search,
 )
 
 NAN = float("nan")
@@ -167,6 +170,9 @@ def test_a_zero_direction_scores_as_the_base_does(model):
             np.testing.assert_allclose(scores, refusal_scores(model, rows, REFUSAL).mean(), atol=1e-4)
 
 
+TABLES = ("ablation_kl", "ablation_refusal", "steering_refusal")
+
+
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
 @pytest.mark.parametrize("seed", [10, 11, 12])
 def test_the_short_search_chooses_what_the_exhaustive_one_does(name, seed):
@@ -174,7 +180,7 @@ def test_the_short_search_chooses_what_the_exhaustive_one_does(name, seed):
     candidates = mean_differences(model, HARMFUL, HARMLESS, 3) * 2
     sets = (candidates, HARMFUL, HARMLESS, REFUSAL)
     whole = score_candidates(model, *sets, exhaustive=True)
-    assert not any(np.isnan(s).any() for s in vars(whole).values())
+    assert not any(np.isnan(getattr(whole, key)).any() for key in TABLES)
     limits = {
         "kl_threshold": float(np.quantile(whole.ablation_kl, 0.8)),
         "steering_threshold": float(np.quantile(whole.steering_refusal, 0.2)),
@@ -183,9 +189,11 @@ def test_the_short_search_chooses_what_the_exhaustive_one_does(name, seed):
     ticks = []
     short = score_candidates(model, *sets, **limits, progress=lambda done, total: ticks.append((done, total)))
     assert choose_direction(short, **limits) == choose_direction(whole, **limits)
-    assert [done for done, _ in ticks] == list(range(ticks[-1][1] + 1))
+    assert ticks == sorted(ticks) and ticks[-1][0] == ticks[-1][1]
+    assert short.block_passes < whole.block_passes
     skipped = 0
-    for key, measured in vars(short).items():
+    for key in TABLES:
+        measured = getattr(short, key)
         known = ~np.isnan(measured)
         np.testing.assert_allclose(measured[known], getattr(whole, key)[known], atol=1e-4)
         assert not known[:, pruned_from(3, 0.2) :].any()
@@ -196,6 +204,68 @@ def test_the_short_search_chooses_what_the_exhaustive_one_does(name, seed):
     assert np.isnan(early.ablation_kl[candidates.any(-1)]).all()  # never run once steering has failed
     with pytest.raises(NoDirectionError):
         choose_direction(early, **strict)
+
+
+def asked(tables, n_layers=28):
+    """Questions answered from tables (P, L, N), and their cost as on a model of `n_layers` blocks."""
+
+    def ask(table, cost):
+        return lambda found, which: (
+            np.stack([table[c][which] for c in found]),
+            sum(cost(layer) for _, layer in found) * len(which),
+        )
+
+    steering, kl, refusal = tables
+    full = lambda layer: n_layers  # noqa: E731
+    return Questions(
+        ask(steering, lambda layer: n_layers - layer), ask(kl, full), ask(refusal, full), np.zeros(kl.shape[-1])
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.3, 2.0, 10.0]), st.sampled_from([None, 0.0, 0.1]))
+def test_the_search_chooses_what_asking_everything_does(seed, scale, limit):
+    draw = np.random.default_rng(seed)
+    shape, n = (3, 10), 12
+    level = draw.normal(0, scale, (3, *shape, 1))
+    tables = np.clip(level + draw.normal(0, 2, (3, *shape, n)), -18.4, 18.4)
+    tables[1] = np.abs(tables[1]) * draw.choice([0.01, 0.05, 1.0], (*shape, 1))
+    if seed % 3 == 0:  # ties, and a number that is none
+        tables = np.round(tables)
+        tables[0, 1, 2, 3] = NAN
+    moved = draw.random(shape) > 0.1
+    own = {"ablation_kl": 0.0, "steering_refusal": -1.0, "ablation_refusal": 1.0}
+    limits = {"kl_threshold": limit, "steering_threshold": limit, "prune_last": 0.2}
+    parts = [list(range(i, i + 4)) for i in (0, 4, 8)]
+    found = search(moved, own, asked(tables), (parts, parts), **limits)
+    steering, kl, refusal = (table.mean(-1) for table in tables)
+    for table, value in ((steering, -1.0), (kl, 0.0), (refusal, 1.0)):
+        table[~moved] = value
+    whole = CandidateScores(kl, refusal, steering)
+    try:
+        expected = choose_direction(whole, **limits)
+    except NoDirectionError:
+        with pytest.raises(NoDirectionError):
+            choose_direction(found, **limits)
+    else:
+        assert choose_direction(found, **limits) == expected
+
+
+@pytest.mark.parametrize(("failing", "most"), [(0.4, 0.45), (0.75, 0.30)])
+def test_block_passes_on_28_blocks(failing, most):
+    # 5 positions, 28 blocks, 32 + 32 prompts; the published order asks everything of everyone.
+    draw, shape, n = np.random.default_rng(0), (5, 28), 32
+    steering = np.where(draw.permutation(140).reshape(*shape, 1) < 140 * failing, -4.0, 3.0) + draw.normal(
+        0, 2, (*shape, n)
+    )
+    kl = np.abs(draw.normal(0.04, 0.03, (*shape, 1)) + draw.normal(0, 0.01, (*shape, n)))
+    refusal = np.clip(draw.normal(0, 4, (*shape, 1)) + draw.normal(0, 2, (*shape, n)), -18.4, 18.4)
+    parts = [list(range(i, i + ASKED_AT_ONCE)) for i in range(0, n, ASKED_AT_ONCE)]
+    limits = {"kl_threshold": 0.1, "steering_threshold": 0.0, "prune_last": 0.2}
+    own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
+    found = search(np.ones(shape, bool), own, asked((steering, kl, refusal)), (parts, parts), **limits)
+    base = (n + 3) * 28 + n * 22  # the base's own logits, whether it resumes, and the inputs of its blocks
+    assert (found.block_passes + base) / (3 * 5 * 28 * n * 28) <= most
 
 
 def test_a_direction_that_is_not_a_number_is_measured_as_such_and_never_chosen(model):

@@ -8,12 +8,18 @@ import pytest
 from safesteer_mlx.recipe import PACKAGE
 
 LEVELS = {
+<<<<<<< HEAD
     **dict.fromkeys(("__init__", "progress", "judge"), 0),
     **dict.fromkeys(("recipe", "hub", "checks"), 1),
+=======
+    **dict.fromkeys(("__init__", "progress", "judge", "intervals"), 0),
+    **dict.fromkeys(("recipe", "scores"), 1),
+>>>>>>> main
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
-    **dict.fromkeys(("direction", "student", "teacher", "safety_tokens"), 3),
-    **dict.fromkeys(("train", "evaluate"), 4),
-    "stages": 5,
+    **dict.fromkeys(("direction", "student", "teacher", "safety_tokens", "checkpoint"), 3),
+    **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks"), 3),
+    **dict.fromkeys(("train", "measure"), 4),
+    **dict.fromkeys(("stages", "evaluate"), 5),
     "align": 6,
 }
 

@@ -8,6 +8,7 @@ from conftest import build, walk
 from mlx.utils import tree_flatten
 
 from safesteer_mlx.residual import (
+    _override,
     ablate,
     block_inputs,
     blocks,
@@ -15,6 +16,9 @@ from safesteer_mlx.residual import (
     hidden_states,
     last_logits,
     pad_right,
+    resume,
+    resumes,
+    share,
     steer,
     take_positions,
     unit,
@@ -24,8 +28,7 @@ ROW = [3, 7, 1, 9]
 
 
 def inputs(model, rows=(ROW,)):
-    positions = mx.array([list(range(len(rows[0])))] * len(rows))
-    return np.array(block_inputs(model, pad_right(rows), positions))  # (L, B, T, D)
+    return np.array(mx.stack(block_inputs(model, pad_right(rows))))  # (L, B, T, D)
 
 
 def test_steering_adds_the_vector_at_one_block_and_every_position(any_model):
@@ -225,12 +228,47 @@ def test_a_view_does_not_follow_later_edits_of_the_base(model):
 
 
 def test_block_inputs_are_those_of_the_forward_pass(any_model):
-    rows, positions = [ROW, [2, 5], [8, 6, 4]], mx.array([[3, 0], [1, 0], [2, 1]])
-    found = np.array(block_inputs(any_model, pad_right(rows), positions))
-    assert found.shape == (3, 3, 2, 32)
+    rows = [ROW, [2, 5], [8, 6, 4]]
+    found = inputs(any_model, rows)
+    assert found.shape == (3, 3, 4, 32)
     for b, row in enumerate(rows):
-        expected = walk(any_model, row)[0][:, np.array(positions)[b]]
-        np.testing.assert_allclose(found[:, b], expected, atol=1e-4)
+        np.testing.assert_allclose(found[:, b, : len(row)], walk(any_model, row)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_pass_resumed_at_a_block_is_the_whole_pass(any_model, layer):
+    tokens = pad_right([ROW, [2, 5], [8, 6, 4]])
+    assert resumes(any_model, tokens)
+    calls = []
+    view = share(any_model)
+    for i, block in enumerate(blocks(view)):
+        _override(block, "Counted", lambda call, x, *a, i=i, **k: (calls.append(i), call(x, *a, **k))[1])
+    expected = np.array(view(tokens))
+    resumed = resume(view, layer, block_inputs(any_model, tokens)[layer])
+    calls.clear()
+    np.testing.assert_allclose(np.array(resumed(tokens)), expected, atol=1e-5)
+    assert calls == list(range(layer, 3))  # the blocks before are not run
+    shifted = resume(steer(any_model, layer, drawn(2)), layer, block_inputs(any_model, tokens)[layer])
+    np.testing.assert_allclose(
+        np.array(shifted(tokens)), np.array(steer(any_model, layer, drawn(2))(tokens)), atol=1e-4
+    )
+
+
+def test_an_architecture_that_passes_more_than_the_stream_does_not_resume(model):
+    first, last = blocks(model)[0], blocks(model)[-1]
+    seen = []
+    _override(first, "Keeping", lambda call, x, *a, **k: (seen.append(x), call(x, *a, **k))[1])
+    _override(last, "Using", lambda call, x, *a, **k: call(x + seen.pop(), *a, **k) if seen else call(x, *a, **k))
+    assert not resumes(model, mx.array([ROW]))
+
+
+def test_a_vector_a_row_is_each_rows_own_vector(any_model):
+    vectors, tokens = mx.random.normal((3, 32), key=mx.random.key(4)), pad_right([ROW, [2, 5], [8, 6, 4]])
+    for change in (lambda m, v: steer(m, 1, v, 2.0), lambda m, v: ablate(m, v)):
+        found = np.array(change(any_model, vectors)(tokens))
+        for i in range(3):
+            one = np.array(change(any_model, vectors[i])(tokens[i : i + 1]))[0]
+            np.testing.assert_allclose(found[i], one, atol=1e-4)
 
 
 def test_padding_is_zeros_on_the_right_and_positions_are_taken_by_row():

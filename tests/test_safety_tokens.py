@@ -193,3 +193,10 @@ def test_bad_selections_raise_with_their_value():
             select_tokens(contrast([1], [1.0]), k)
     with pytest.raises(ValueError, match=r"'median'.*vote or mean"):
         select_tokens(contrast([1], [1.0]), 1, "median")
+
+
+@pytest.mark.parametrize("shared_blocks", [1, 2])
+def test_blocks_below_the_steered_one_are_run_once_and_the_contrast_is_the_same(model, shared_blocks):
+    teacher = steer(model, 2, 2 * mx.random.normal((32,), key=mx.random.key(1)))
+    expected = contrast_tokens(model, teacher, PROMPTS, TAILS, **OPTIONS)
+    agree(contrast_tokens(model, teacher, PROMPTS, TAILS, **OPTIONS, shared_blocks=shared_blocks), expected)

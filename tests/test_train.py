@@ -12,11 +12,20 @@ from mlx.utils import tree_flatten
 from safesteer_mlx.losses import distillation_loss
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.recipe import LossSettings, TrainSettings
-from safesteer_mlx.residual import blocks, hidden_states, steer
+from safesteer_mlx.residual import blocks, hidden_states
 from safesteer_mlx.rollout import generate, stream_key
 from safesteer_mlx.student import make_student
-from safesteer_mlx.teacher import Teacher
-from safesteer_mlx.train import TrainingPrompt, divergence_options, number_of_steps, schedule, train
+from safesteer_mlx.teacher import steered_teacher
+from safesteer_mlx.train import (
+    Rollouts,
+    StepMetrics,
+    TrainingPrompt,
+    divergence_options,
+    make_optimizer,
+    number_of_steps,
+    schedule,
+    train,
+)
 
 HARMFUL = [TrainingPrompt(row, row, True) for row in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10])]
 HARMLESS = [TrainingPrompt(row, row, False) for row in ([11, 12], [13, 14, 15, 16])]
@@ -28,9 +37,11 @@ EOS = [49]
 def one_step(model, settings=SETTINGS, loss=LossSettings(), seed=7):  # noqa: B008
     """The student after one step, the teacher, and what the step reported."""
     student = make_student(model, settings, seed)
-    teacher = Teacher(steer(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5))))
-    steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, eos_ids=EOS, seed=seed)
-    metrics = next(steps)
+    teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
+    options = {"eos_ids": EOS, "seed": seed, "optimizer": make_optimizer(settings)}
+    steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, **options)
+    rollouts, metrics = next(steps), next(steps)
+    assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
     return dict(tree_flatten(student.trainable_parameters())), teacher, metrics
 
 
@@ -153,3 +164,22 @@ def test_training_begins_from_given_adapters(model, tmp_path):
         make_student(model, replace(settings, num_layers=1), 0)
     with pytest.raises(UserError, match="is no safetensors file"):
         make_student(model, replace(settings, resume_adapter_file=str(tmp_path / "no.safetensors")), 0)
+
+
+@pytest.mark.parametrize("name", ["ours", "full"])
+@pytest.mark.parametrize(("num_layers", "begins"), [(1, {1, 2}), (2, {1})])
+def test_blocks_that_student_and_target_share_run_once_and_change_nothing(model, monkeypatch, name, num_layers, begins):
+    import safesteer_mlx.train as stage
+
+    settings, whole, seen = replace(SETTINGS, num_layers=num_layers), stage.resume, set()
+    monkeypatch.setattr(stage, "resume", lambda model, layer, x: (seen.add(layer), whole(model, layer, x))[1])
+    shared, _, found = one_step(model, settings, LOSSES[name])
+    assert seen == begins  # steered at block 1; the anchor's target is the base
+    monkeypatch.setattr(stage, "resumes", lambda model, tokens: False)
+    seen.clear()
+    plain, _, expected = one_step(model, settings, LOSSES[name])
+    assert not seen
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
+    for key, weight in plain.items():
+        np.testing.assert_allclose(np.array(shared[key]), np.array(weight), atol=1e-6)

@@ -1,0 +1,76 @@
+"""Tasks of lm-eval, through mlx-lm's own evaluator, on a model that is already loaded, adapters and all."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.nn as nn
+
+from .progress import UserError
+
+
+def check_tasks(runs_code: bool, confirmed: bool) -> None:
+    """Before anything is loaded: is lm-eval here, and is running a model's code asked for?
+
+    Raises:
+        UserError: it is not.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise UserError("tasks need lm-eval, which is not installed; pip install 'safesteer-mlx[eval]'")
+    if runs_code and not (confirmed and os.environ.get("HF_ALLOW_CODE_EVAL") == "1"):
+        raise UserError(
+            "HumanEval runs code that the model writes on this machine; "
+            "if you accept that, set HF_ALLOW_CODE_EVAL=1 and pass --confirm-run-unsafe-code"
+        )
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    seed: int,
+    batch_size: int,
+    limit: int | None = None,
+    thinking: bool | None = None,
+    confirm_run_unsafe_code: bool = False,
+) -> dict[str, Any]:
+    """lm-eval's own results by task, {task: {metric: value}}, greedy, in the model's chat template.
+
+    Raises:
+        UserError: a task that lm-eval does not know or cannot fetch.
+    """
+    import lm_eval  # type: ignore[import-not-found]
+    from mlx_lm.evaluate import MLXLM, chat_template_fn
+
+    switch = {} if thinking is None else {"enable_thinking": thinking}
+
+    class Loaded(MLXLM):
+        """mlx-lm's evaluator without its loading, which knows no adapters."""
+
+        apply_chat_template = chat_template_fn(**switch)
+
+        def __init__(self):
+            super(MLXLM, self).__init__()
+            self._model, self.tokenizer = model, tokenizer
+            self._max_tokens, self._batch_size, self._sampler = None, batch_size, None
+            self.use_chat_template = True
+
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=Loaded(),
+            tasks=list(tasks),
+            apply_chat_template=True,
+            limit=limit,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            **seeds,
+        )
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"lm-eval cannot run {', '.join(tasks)} ({type(error).__name__}); "
+            "check that it knows the names and can fetch their data sets"
+        ) from None
+    return found["results"]

@@ -1,0 +1,222 @@
+"""Measuring one model: its answers to held-out prompts and what they do, capability, drift from the base."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .intervals import Count
+from .judge import Judge, is_broken, is_correct, is_refusal, keyword_judge
+from .losses import chunk_rows
+from .progress import Advance, UserError, silent
+from .prompts import Instruction, render_all
+from .residual import answer_states, head
+from .rollout import Completion, generate, stream_key
+from .scores import HOW, Answer, Scores
+
+Ids = Sequence[int]
+ANSWER_TOKENS = 96
+DRIFT_PROMPTS = 64
+DRIFT_BATCH = 16
+PERPLEXITY_TOKENS = 512  # in one piece of a text
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Held-out instructions by kind, and the base's greedy answers to harmless ones, on which drift is measured.
+
+    A suite's instructions stand under its name; `kind_of` says which kind they are.
+    """
+
+    kinds: dict[str, list[Instruction]]
+    capability: list[Instruction]
+    drift_prompts: list[list[int]]
+    drift_answers: list[list[int]]
+    kind_of: dict[str, str]
+
+
+def first_of_each(items: Sequence[Instruction], n: int | None) -> list[Instruction]:
+    """The first `n` of each category, in order; all for None."""
+    seen: dict[str, int] = {}
+    kept = []
+    for item in items:
+        seen[item.category] = seen.get(item.category, 0) + 1
+        if n is None or seen[item.category] <= n:
+            kept.append(item)
+    return kept
+
+
+def make_test_set(
+    base: nn.Module,
+    tokenizer: Any,
+    kinds: dict[str, list[Instruction]],
+    capability: list[Instruction],
+    eos_ids: Ids,
+    *,
+    kind_of: dict[str, str] | None = None,
+    thinking: bool | None = None,
+    max_tokens: int = ANSWER_TOKENS,
+) -> TestSet:
+    """The held-out prompts; the base answers some harmless ones. `kind_of` is needed for suites alone."""
+    kind_of = {kind: kind for kind in kinds} | (kind_of or {})
+    items = [item for name, found in kinds.items() if kind_of[name] == "harmless" for item in found]
+    harmless = render_all(tokenizer, items[:DRIFT_PROMPTS], thinking=thinking)
+    answers = generate(base, harmless, eos_ids=eos_ids, max_tokens=max_tokens)
+    return TestSet(kinds, capability, harmless, [c.ids for c in answers], kind_of)
+
+
+def drift(base: nn.Module, model: nn.Module, test: TestSet, tokens: Sequence[int]) -> tuple[float, float]:
+    """Mean per-token KL(base ‖ model) on the base's harmless answers: over all tokens, and without `tokens`.
+
+    NaN is what cannot be measured: no harmless answers, or no safety tokens to leave out.
+    """
+    if not test.drift_prompts:
+        return float("nan"), float("nan")
+    if model is base:
+        return 0.0, 0.0 if len(tokens) else float("nan")
+    total = outside = 0.0
+    count = 0
+    ids = mx.array([int(t) for t in tokens], mx.int32)
+    heads = head(base), head(model)
+    for start in range(0, len(test.drift_prompts), DRIFT_BATCH):
+        part = slice(start, start + DRIFT_BATCH)
+        states = [answer_states(m, test.drift_prompts[part], test.drift_answers[part]) for m in (base, model)]
+        chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
+        for at in range(0, len(states[0]), chunk):
+            zb, zm = (h(x[None, at : at + chunk])[0].astype(mx.float32) for h, x in zip(heads, states, strict=True))
+            total += _kl(zb, zm)
+            if ids.size:
+                zb[:, ids] = -mx.inf
+                zm[:, ids] = -mx.inf
+                outside += _kl(zb, zm)
+        count += len(states[0])
+    return total / count, outside / count if ids.size else float("nan")
+
+
+def _kl(zb: mx.array, zm: mx.array) -> float:
+    """Σ over positions of KL(softmax zb ‖ softmax zm), ids at −inf in both left out: (C, V)."""
+    lb, lm = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (zb, zm))
+    return mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
+
+
+def answer_text(tokenizer: Any, prompt: Ids, completion: Completion) -> str:
+    """The answer as a reader sees it, without its thinking: empty if the length ran out while it thought."""
+    if not tokenizer.has_thinking:
+        return completion.text(tokenizer)
+    end = tokenizer.rfind_think_end(completion.ids)
+    if end >= 0:
+        rest = completion.ids[end + len(tokenizer.think_end_tokens) :]
+        return Completion(rest, completion.finished).text(tokenizer).strip()
+    opened = tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
+    return "" if opened or tokenizer.find_think_start(completion.ids) >= 0 else completion.text(tokenizer)
+
+
+def read_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    sampled: bool,
+    *,
+    eos_ids: Ids,
+    seed: int,
+    stream: int = 0,
+    batch_size: int = 64,
+    max_tokens: int = ANSWER_TOKENS,
+    progress: Advance = silent,
+) -> list[tuple[str, bool]]:
+    """Each answer's text and whether it finished; `stream` numbers the random streams of a set."""
+    answers = generate(
+        model,
+        prompts,
+        eos_ids=eos_ids,
+        max_tokens=max_tokens,
+        temp=1.0 if sampled else 0.0,
+        keys=[stream_key(seed, 2, stream, i) for i in range(len(prompts))],
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [(answer_text(tokenizer, p, a), a.finished) for p, a in zip(prompts, answers, strict=True)]
+
+
+def count_refusals(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], sampled: bool, *, eos_ids: Ids, seed: int
+) -> tuple[Count, Count]:
+    """How many of the answers refuse and how many are broken, by the keyword judge."""
+    found = read_answers(model, tokenizer, prompts, sampled, eos_ids=eos_ids, seed=seed)
+    refused = sum(is_refusal(text) for text, _ in found)
+    return Count(refused, len(found)), Count(sum(is_broken(*answer) for answer in found), len(found))
+
+
+def evaluate(
+    model: nn.Module,
+    base: nn.Module,
+    tokenizer: Any,
+    test: TestSet,
+    tokens: Sequence[int],
+    *,
+    eos_ids: Ids,
+    seed: int,
+    batch_size: int = 64,
+    system_prompt: str | None = None,
+    judge: Judge = keyword_judge,
+    thinking: bool | None = None,
+    max_tokens: int = ANSWER_TOKENS,
+    progress: Advance = silent,
+) -> Scores:
+    """Score one model. Sampling is at temperature 1, capability greedy, drift teacher-forced without system turn."""
+    found: list[Answer] = []
+    total = 2 * sum(map(len, test.kinds.values())) + len(test.capability)
+    options: dict[str, Any] = {"eos_ids": eos_ids, "seed": seed, "batch_size": batch_size, "max_tokens": max_tokens}
+    done = 0
+
+    def advance(n: int, _: int) -> None:
+        progress(done + n, total)
+
+    for which, (kind, items) in enumerate(test.kinds.items()):
+        prompts = render_all(tokenizer, items, system_prompt, thinking)
+        asked = [item.text for item in items]
+        for how in HOW:
+            answers = read_answers(
+                model, tokenizer, prompts, how == "sampled", stream=which, progress=advance, **options
+            )
+            done += len(prompts)
+            progress(done, total, "judging")
+            outcomes = judge(test.kind_of[kind], asked, [text for text, _ in answers])
+            for request, (text, finished), outcome in zip(asked, answers, outcomes, strict=True):
+                found.append(Answer(kind, how, request, text, outcome, finished))
+    prompts = render_all(tokenizer, test.capability, system_prompt, thinking)
+    answers = read_answers(model, tokenizer, prompts, False, progress=advance, **options)
+    correct: dict[str, list[bool]] = {}
+    for item, (text, _) in zip(test.capability, answers, strict=True):
+        correct.setdefault(item.category, []).append(is_correct(text, item.answer))
+    return Scores(found, correct, *drift(base, model, test, tokens))
+
+
+def perplexity(model: nn.Module, tokenizer: Any, path: Path) -> tuple[float, float, int]:
+    """Perplexity of a text file, its standard error and the number of tokens scored, by mlx-lm's own measure.
+
+    The text is cut into pieces of 512 tokens (of its own length if shorter), each read without what came before.
+
+    Raises:
+        UserError: the file cannot be read, or has fewer than three tokens.
+    """
+    from mlx_lm.perplexity import eval_ppl
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"--perplexity {path} cannot be read ({reason}); give a text file") from None
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than the model is meant
+    width = min(PERPLEXITY_TOKENS, len(ids))
+    if width < 3:
+        raise UserError(f"--perplexity {path} holds {len(ids)} tokens; give a longer text")
+    pieces = mx.array(ids[: len(ids) // width * width]).reshape(-1, width)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line a batch
+        value, error = eval_ppl(model, pieces, batch_size=1)
+    return value, error, pieces.shape[0] * (width - 1)

@@ -1,0 +1,118 @@
+"""One model's scores, as data and as tables: every rate with its count and interval, every change paired."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .intervals import Count, paired
+from .judge import OUTCOMES, is_broken
+from .progress import Screen
+
+HOW = ("greedy", "sampled")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One judged answer; `text` is what was judged, without any thinking before it."""
+
+    kind: str
+    how: str
+    prompt: str
+    text: str
+    outcome: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model does on held-out prompts. Two models' answers and tasks are in the same order."""
+
+    answers: list[Answer]
+    correct: dict[str, list[bool]]  # task -> exact match, greedy
+    drift: float  # mean KL(base ‖ this) a token on the base's own harmless answers, nats
+    drift_outside: float  # the same, both renormalised without the safety tokens
+
+    def of(self, kind: str, how: str) -> list[Answer]:
+        """The answers to one kind of prompt by one way of decoding."""
+        return [a for a in self.answers if (a.kind, a.how) == (kind, how)]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of prompts, in order."""
+        return list(dict.fromkeys(a.kind for a in self.answers))
+
+    def count(self, kind: str, how: str, outcome: str) -> Count:
+        """How many answers of a kind have this outcome."""
+        found = self.of(kind, how)
+        return Count(sum(a.outcome == outcome for a in found), len(found))
+
+    def right(self, task: str) -> Count:
+        """The task's exact matches."""
+        return Count(sum(self.correct[task]), len(self.correct[task]))
+
+    def as_json(self) -> dict[str, Any]:
+        """Counts alone, no answer: outcomes and broken answers by kind and decoding, capability, drift."""
+        cells = {kind: {how: self.of(kind, how) for how in HOW} for kind in self.kinds}
+        return {
+            "outcomes": {
+                kind: {how: {o: sum(a.outcome == o for a in found) for o in OUTCOMES} for how, found in cell.items()}
+                for kind, cell in cells.items()
+            },
+            "broken": {
+                kind: {
+                    how: {"count": sum(is_broken(a.text, a.finished) for a in found), "total": len(found)}
+                    for how, found in cell.items()
+                }
+                for kind, cell in cells.items()
+            },
+            "capability": {task: {"count": sum(right), "total": len(right)} for task, right in self.correct.items()},
+            "drift": self.drift,
+            "drift_outside": self.drift_outside,
+        }
+
+
+def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out prompts") -> None:
+    """Each model's rates, and below them the first model against the last, prompt by prompt."""
+    first, *_, last = scores.values() if len(scores) > 1 else [*scores.values()] * 2
+    cells = [(kind, how, o) for kind in first.kinds for how in HOW for o in OUTCOMES]
+    # Refusals are what this is about, and compliance where harm is asked for; the rest is shown if it occurs.
+    benign = ("harmless", "borderline")
+    cells = [c for c in cells if c[2] == "refuse" or any(s.count(*c).count for s in scores.values())]
+    cells = [c for c in cells if not (c[0] in benign and c[2] == "comply")]
+    rows = [[f"{kind} {o}, {how}", *(str(s.count(kind, how, o)) for s in scores.values())] for kind, how, o in cells]
+    for task in first.correct:
+        rows.append([f"{task} correct", *(str(s.right(task)) for s in scores.values())])
+    for label, values in (
+        ("KL(base ‖ model) a token, harmless", [s.drift for s in scores.values()]),
+        ("the same outside S", [s.drift_outside for s in scores.values()]),
+    ):
+        if len(scores) > 1 and values[-1] == values[-1]:  # NaN: not measured
+            rows.append([label, *(f"{v:.5f}" for v in values)])
+    screen.table(f"{title}: count, rate (95 % interval)", ["", *scores], rows)
+    if len(scores) < 2:
+        return
+    names = list(scores)
+    changes = [
+        [f"{kind} {o}, {how}", str(paired(*([a.outcome == o for a in s.of(kind, how)] for s in (first, last))))]
+        for kind, how, o in cells
+    ]
+    changes += [[f"{task} correct", str(paired(first.correct[task], last.correct[task]))] for task in first.correct]
+    head = f"{names[0]} → {names[-1]}, prompt by prompt: gained, lost, McNemar's exact p"
+    screen.table(head, ["", "change"], changes)
+
+
+def transcripts(scores: Mapping[str, Scores]) -> Sequence[dict[str, Any]]:
+    """Every judged answer of every model, for a file that its owner alone can read."""
+    return [
+        {
+            "model": name,
+            "kind": a.kind,
+            "how": a.how,
+            "prompt": a.prompt,
+            "answer": a.text,
+            "outcome": a.outcome,
+            "finished": a.finished,
+        }
+        for name, s in scores.items()
+        for a in s.answers
+    ]

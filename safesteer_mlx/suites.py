@@ -1,0 +1,158 @@
+"""Public test suites by name: where each one's prompts are, what kind they are, and how they are read.
+
+Each is a file `data/suites/NAME.yaml`. Nothing is fetched but what is named, and none of it is copied here.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .progress import UserError
+from .prompts import Instruction
+from .recipe import PACKAGE, nearest, read_yaml
+
+FOLDER = PACKAGE / "data" / "suites"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One suite. `kind` is harmful, harmless, borderline, task (of lm-eval), or missing: then `needs` says why."""
+
+    name: str
+    kind: str
+    repository: str = ""  # a dataset on the Hub
+    revision: str = "main"
+    file: str = ""
+    column: list[str] = field(default_factory=list)  # the first of these that the file has
+    where: dict[str, str] = field(default_factory=dict)  # rows kept, where the file has the column
+    strip: list[str] = field(default_factory=list)  # what frames a prompt
+    licence: str = ""
+    gated: bool = False
+    task: str = ""
+    runs_code: bool = False
+    needs: str = ""
+
+
+def names() -> list[str]:
+    """The suites there are."""
+    return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=str.lower)
+
+
+def find_suite(name: str) -> Suite:
+    """A suite by name, upper or lower case.
+
+    Raises:
+        UserError: there is none, or it needs what we do not have.
+    """
+    found = next((known for known in names() if known.lower() == name.lower()), None)
+    if found is None:
+        raise UserError(f"there is no suite {name!r}{nearest(name, names()) or ': ' + ', '.join(names())}")
+    suite = Suite(found, **read_yaml(FOLDER / f"{found}.yaml"))
+    if suite.kind == "missing":
+        raise UserError(f"suite {found} cannot be run: it needs {suite.needs}")
+    return suite
+
+
+def load_suite(suite: Suite, file: Path | None = None) -> list[Instruction]:
+    """The suite's prompts, each once, in the file's order: from a local file, or from the Hub's cache or the Hub.
+
+    Raises:
+        UserError: the file cannot be fetched or read, or has not the suite's columns.
+    """
+    if (file or Path(suite.file)).suffix == ".parquet":
+        _check_pyarrow(suite)
+    path = _fetch(suite) if file is None else file
+    seen: dict[str, Instruction] = {}
+    for row in _rows(path, suite):
+        column = next((c for c in suite.column if c in row), None)
+        if column is None:
+            raise UserError(f"{path} has no column {' or '.join(suite.column)}; is it the file of suite {suite.name}?")
+        if any(str(row[key]).lower() != wanted for key, wanted in suite.where.items() if key in row):
+            continue
+        text = row[column][0] if isinstance(row[column], list) and row[column] else row[column]
+        if not isinstance(text, str):
+            raise UserError(
+                f"{path}: a {column} is a {type(text).__name__}, not a text; is it suite {suite.name}'s file?"
+            )
+        for frame in suite.strip:
+            text = text.replace(frame, "")
+        if text.strip():
+            seen.setdefault(text.strip(), Instruction(text.strip(), suite.name))
+    if not seen:
+        raise UserError(f"{path} holds no prompts of suite {suite.name}; check the file")
+    return list(seen.values())
+
+
+def _fetch(suite: Suite) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where, local = f"https://huggingface.co/datasets/{suite.repository}", f"--suite {suite.name}=FILE"
+    try:
+        return Path(hf_hub_download(suite.repository, suite.file, revision=suite.revision, repo_type="dataset"))
+    except GatedRepoError:
+        raise UserError(
+            f"suite {suite.name} is gated; accept its terms at {where}, then `hf auth login`, or give {local}"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
+        raise UserError(
+            f"suite {suite.name}: {where} has no {suite.file} at {suite.revision} ({type(error).__name__}); "
+            f"give {local}"
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"suite {suite.name} is not in the local cache and the Hub cannot be reached ({type(error).__name__}); "
+            f"check the connection, or give {local}"
+        ) from None
+
+
+def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
+    """The file's rows as mappings.
+
+    Raises:
+        UserError: no such file, or malformed.
+    """
+    if path.suffix == ".parquet":
+        from pyarrow import parquet  # type: ignore[import-not-found]
+
+        yield from parquet.read_table(path).to_pylist()
+        return
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            if path.suffix == ".csv":
+                csv.field_size_limit(2**24)  # a recorded answer may be longer than the default of 128 KiB
+                rows: Any = list(csv.DictReader(lines))
+            elif path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in lines if line.strip()]
+            elif path.suffix == ".json":
+                rows = json.load(lines)
+            else:
+                raise UserError(
+                    f"{path} ends in {path.suffix or 'nothing'}; a suite is .csv, .json, .jsonl or .parquet"
+                )
+    except OSError as error:
+        raise UserError(f"suite {suite.name}: {path} cannot be read ({error.strerror}); check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise UserError(f"suite {suite.name}: {path} is malformed ({type(error).__name__}); fetch it again") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"suite {suite.name}: {path} is not a list of objects; is it this suite's file?")
+    yield from rows
+
+
+def _check_pyarrow(suite: Suite) -> None:
+    try:
+        import pyarrow.parquet  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"suite {suite.name} is a parquet file; `pip install pyarrow`, or give --suite {suite.name}=FILE as .csv, "
+            ".json or .jsonl"
+        ) from None

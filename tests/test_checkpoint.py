@@ -1,0 +1,200 @@
+"""Nothing is lost: a run that was stopped goes on to the same bytes, and what is damaged is told and not used."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import safesteer_mlx.train as stage
+from safesteer_mlx import runfolder
+from safesteer_mlx.align import main
+from safesteer_mlx.checkpoint import Checkpoint, fingerprint
+from safesteer_mlx.progress import UserError
+from safesteer_mlx.runfolder import RunFolder
+
+SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "48"]
+SHORT += ["--direction-validation", "24", "--token-samples", "1", "--batch-size", "8", "--max-tokens", "24"]
+COMPARED = ["adapters.safetensors", "adapter_config.json"]
+COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]
+VARIANTS = {
+    "default": [],
+    "moving teacher, dropout": [
+        *("--teacher", "ema", "--mixup", "0.3", "--refresh-every", "2"),
+        *("--lora-parameters", "{rank: 4, dropout: 0.2}"),
+    ],
+}
+
+
+def stop_after(monkeypatch, events):
+    """Let training be interrupted after so many of its events: rollouts, metrics, rollouts, …"""
+    from safesteer_mlx import stages
+
+    whole = stages.train
+
+    def stops(*args, **kwargs):
+        for n, event in enumerate(whole(*args, **kwargs), 1):
+            yield event
+            if n == events:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "train", stops)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, tmp_path_factory):
+    """The flags of a run, and the folder of one that was left alone."""
+    flags = [*SHORT, *VARIANTS[request.param]]
+    folder = tmp_path_factory.mktemp("whole") / "adapters"
+    assert main(["--adapter-path", str(folder), *flags]) == 0
+    return flags, folder
+
+
+@pytest.mark.parametrize("events", [3, 4, 5])
+def test_a_run_that_goes_on_ends_in_the_same_bytes(variant, events, tmp_path, monkeypatch, capsys):
+    flags, whole = variant
+    folder = tmp_path / "adapters"
+    command = ["--adapter-path", str(folder), *flags]
+    stop_after(monkeypatch, events)  # with rollouts drawn; after step 2; with those of step 3 drawn
+    assert main(command) == 130
+    monkeypatch.undo()
+    done = events // 2
+    assert f"interrupted after {done} of 4 steps" in " ".join(capsys.readouterr().out.split())
+    drawn = []
+    kept = stage.generate
+    monkeypatch.setattr(stage, "generate", lambda *a, **k: (drawn.append(1), kept(*a, **k))[1])
+    assert main(["--resume", str(folder)] if events == 4 else [*command, "--yes"]) == 0
+    assert f"going on after step {done} of 4" in capsys.readouterr().out
+    assert len(drawn) == 4 - (events + 1) // 2  # rollouts that were drawn before are not drawn again
+    for name in COMPARED:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (folder / "run" / "checkpoint").exists()
+
+
+def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_path, monkeypatch, capsys):
+    command = ["--adapter-path", str(tmp_path / "adapters"), *SHORT]
+    stop_after(monkeypatch, 2)
+    assert main(command) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    before = {p: p.read_bytes() for p in (tmp_path / "adapters").rglob("*") if p.is_file()}
+    for flags, said in (
+        ([], "unfinished; add --yes to go on"),
+        (["--yes", "--learning-rate", "1e-3"], "other settings: learning_rate (0.0003, now 0.001)"),
+        (["--resume", str(tmp_path / "adapters"), "--seed", "1"], "other settings: seed (42, now 1)"),
+        (["--resume", str(tmp_path / "nowhere")], "holds no run"),
+    ):
+        assert main([*command, *flags] if "--resume" not in flags else flags) == 2
+        assert said in capsys.readouterr().err
+        assert before == {p: p.read_bytes() for p in (tmp_path / "adapters").rglob("*") if p.is_file()}
+    # What changes no result may change: here, how often the state is kept.
+    assert main([*command, "--yes", "--save-every", "1"]) == 0
+
+
+def test_a_folder_in_use_is_refused(tmp_path, capsys):
+    folder = tmp_path / "adapters"
+    code = "import sys, time; from pathlib import Path; from safesteer_mlx.runfolder import RunFolder\n"
+    code += (
+        "r = RunFolder(Path(sys.argv[1])); r.text('recipe.yaml', 'seed: 1'); print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match="is in use by another run; wait for it"):
+            RunFolder(folder)
+        other.kill()
+    RunFolder(folder)  # the lock died with its process
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EFBIG])
+def test_a_write_that_fails_is_one_sentence_and_the_state_before_it_is_whole(code, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "adapters"
+    command = ["--adapter-path", str(folder), *SHORT]
+    stop_after(monkeypatch, 4)
+    assert main(command) == 130
+    monkeypatch.undo()
+    state = {p.name: p.read_bytes() for p in (folder / "run" / "checkpoint").iterdir()}
+    real = os.fsync
+
+    def full(handle):
+        if "checkpoint" in os.readlink(f"/proc/self/fd/{handle}") if os.path.exists("/proc/self/fd") else True:
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(runfolder.os, "fsync", full)
+    capsys.readouterr()
+    assert main([*command, "--yes"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and os.strerror(code) in said and "run the same command again" in said
+    monkeypatch.undo()
+    assert {n: (folder / "run" / "checkpoint" / n).read_bytes() for n in state} == state
+    assert main([*command, "--yes"]) == 0
+
+
+# The store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Checkpoint(RunFolder(tmp_path), fingerprint("model", {"seed": 1}))
+
+
+def test_states_come_back_exactly_and_only_the_last_two_are_kept(store):
+    for step in (1, 2, 3):
+        arrays = {
+            "w": mx.random.normal((3,)),
+            "b": mx.array([1.5], mx.bfloat16),
+            "n": mx.array(2**40 + step, mx.uint64),
+        }
+        store.save(step, arrays, {"metrics": [step, None, 0.1]})
+    saved = store.latest()
+    assert saved.step == 3 and saved.data == {"metrics": [3, None, 0.1]}
+    for name, array in arrays.items():
+        assert saved.arrays[name].dtype == array.dtype and mx.array_equal(saved.arrays[name], array)
+    assert sorted(p.name for p in store.path.glob("*.safetensors")) == [f"step-00000{n}.safetensors" for n in (2, 3)]
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in store.path.iterdir())
+    assert not store.damaged
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "json"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
+def test_a_damaged_state_is_named_and_the_one_before_it_is_used(store, ending, harm):
+    for step in (1, 2):
+        store.save(step, {"w": mx.full((50,), step)}, {"metrics": []})
+    file = store.path / f"step-000002.{ending}"
+    content = bytearray(file.read_bytes())
+    if harm == "flipped":
+        content[len(content) // 2] ^= 1
+    file.write_bytes(b"" if harm == "empty" else content if harm == "flipped" else content[: len(content) // 2])
+    saved = store.latest()
+    assert saved.step == 1 and saved.arrays["w"][0].item() == 1
+    assert store.damaged == [file.name]
+
+
+def test_what_another_run_kept_is_not_found(store, tmp_path):
+    store.keep("direction", {"vector": np.array([0.1, np.nan])})
+    assert store.found("direction") == {"vector": [0.1, None]}
+    other = Checkpoint(RunFolder(tmp_path / "elsewhere"), fingerprint("model", {"seed": 2}))
+    other.path = store.path
+    assert other.found("direction") is None and store.found("tokens") is None and not other.damaged
+    envelope = json.loads((store.path / "direction.json").read_text())
+    assert envelope["made_by"] != fingerprint("model", {"seed": 2})
+
+
+@pytest.mark.parametrize("at", ["content", "rename"])
+def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch, at):
+    file = tmp_path / "state.json"
+    runfolder.write(file, b"old")
+
+    def dies(*args):
+        raise OSError(errno.EIO, "cut short")
+
+    monkeypatch.setattr(runfolder.os, "fsync" if at == "content" else "replace", dies)
+    with pytest.raises(OSError, match="cut short"):
+        runfolder.write(file, b"new and longer")
+    monkeypatch.undo()
+    assert file.read_bytes() == b"old"

@@ -1,0 +1,313 @@
+"""The scorecard's command: what it counts, compares and refuses; adapters checked; thinking never judged."""
+
+import json
+import subprocess
+import sys
+import types
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from safesteer_mlx.adapters import with_adapters
+from safesteer_mlx.evaluate import main
+from safesteer_mlx.load import Loaded, load
+from safesteer_mlx.measure import answer_text, count_refusals, drift, evaluate, make_test_set, perplexity
+from safesteer_mlx.progress import Screen, UserError
+from safesteer_mlx.prompts import Instruction, built_in_sets, render, render_all
+from safesteer_mlx.recipe import MODELS, resolve
+from safesteer_mlx.rollout import Completion
+from safesteer_mlx.scores import HOW, Answer, Scores, show, transcripts
+from safesteer_mlx.student import adapter_config, make_student, save_adapters
+
+TINY = str(MODELS / "tiny-chat")
+FEW = ["--test-prompts", "6"]
+
+
+@pytest.fixture(scope="module")
+def base() -> Loaded:
+    return load(TINY)
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    """Adapters that change the model: B, which begins at zero, is drawn."""
+    settings = resolve({}, {"num_layers": 2})[0].train
+    student = make_student(base.model, settings, 0)
+    mx.random.seed(1)
+    drawn = [
+        (name, 0.3 * mx.random.normal(w.shape))
+        for name, w in tree_flatten(student.trainable_parameters())
+        if name.endswith("lora_b")
+    ]
+    student.load_weights(drawn, strict=False)
+    folder = tmp_path_factory.mktemp("run") / "adapters"
+    save_adapters(folder, student, adapter_config(settings, TINY, 0))
+    return folder
+
+
+def run(capsys, *flags: str) -> str:
+    assert main([TINY, *FEW, *flags]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *flags: str) -> str:
+    assert main(list(flags)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said
+    return said
+
+
+def test_base_and_aligned_are_counted_and_compared_prompt_by_prompt(adapters, tmp_path, capsys):
+    out = run(capsys, "--adapter-path", str(adapters), "--out", str(tmp_path / "o.json"))
+    assert "McNemar" in out and "p = " in out and "95 %" in out
+    found = json.loads((tmp_path / "o.json").read_text())
+    for name in ("base", "student"):
+        assert set(found[name]) == {"outcomes", "broken", "capability", "drift", "drift_outside"}
+        assert set(found[name]["outcomes"]) == {"harmful", "harmless", "borderline"}
+        for kind, cell in found[name]["outcomes"].items():
+            assert set(cell) == {"greedy", "sampled"}
+            for how, counts in cell.items():
+                assert set(counts) == {"refuse", "comply", "evade", "unparsed"} and sum(counts.values()) == 6
+                assert found[name]["broken"][kind][how]["total"] == 6
+        assert all(task["total"] == 6 for task in found[name]["capability"].values())
+    assert found["base"]["drift_outside"] is None and found["base"]["drift"] == 0 < found["student"]["drift"]
+    assert found["student"]["drift_outside"] is None  # adapters that align did not write name no safety tokens
+
+
+@pytest.fixture
+def some(tmp_path) -> list[str]:
+    """Flags for a few of the bundled model's harmful prompts, as if they were a suite."""
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps([{"Goal": item.text} for item in built_in_sets(TINY).harmful_test[::9]]))
+    return ["--suite", f"JailbreakBench={file}", "--test-prompts", "0", "--out", str(tmp_path / "out.json")]
+
+
+def outcomes(flags: list[str]) -> dict[str, dict[str, int]]:
+    """What a run with `some` flags wrote."""
+    with open(flags[-1]) as file:
+        return json.load(file)["base"]["outcomes"]["JailbreakBench"]
+
+
+def test_the_same_seed_gives_the_same_scores_and_another_does_not(some, capsys):
+    found = []
+    for seed in ("1", "1", "2"):
+        run(capsys, "--seed", seed, *some)
+        found.append(outcomes(some))
+    assert found[0] == found[1] != found[2]
+    assert found[0]["greedy"] == found[2]["greedy"]  # another order, the same prompts
+
+
+def test_a_judge_that_says_nothing_of_use_is_counted_as_unparsed(some, capsys):
+    out = run(capsys, "--judge", TINY, *some)
+    assert all(cell["unparsed"] == sum(cell.values()) == 41 for cell in outcomes(some).values())
+    assert "JailbreakBench unparsed" in " ".join(out.replace("│", " ").split())
+
+
+def test_perplexity_of_a_text_is_by_hand_exp_of_the_mean_surprise(base, tmp_path, capsys):
+    text = "The answer is 104. " * 3
+    (tmp_path / "text.txt").write_text(text)
+    ids = base.tokenizer.encode(text, add_special_tokens=False)
+    logits = base.model(mx.array([ids[:-1]]))[0].astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    surprise = [-logprobs[i, token].item() for i, token in enumerate(ids[1:])]
+    value, error, tokens = perplexity(base.model, base.tokenizer, tmp_path / "text.txt")
+    assert value == pytest.approx(mx.exp(mx.array(sum(surprise) / len(surprise))).item(), rel=1e-4)
+    assert tokens == len(ids) - 1 and error > 0
+    assert f"{value:.3f}" in run(capsys, "--perplexity", str(tmp_path / "text.txt"), "--suite", "built-in")
+    for bad in ("", "a"):
+        (tmp_path / "text.txt").write_text(bad)
+        with pytest.raises(UserError, match="longer text"):
+            perplexity(base.model, base.tokenizer, tmp_path / "text.txt")
+
+
+def test_the_base_is_left_as_it_is_and_shares_its_weights(base, adapters):
+    row = mx.array([render(base.tokenizer, "Add 21 and 83.")])
+    before = base.model(row)
+    student = with_adapters(base.model, adapters)
+    assert mx.array_equal(base.model(row), before) and not mx.allclose(student(row), before, atol=1e-2)
+    active = mx.get_active_memory()
+    with_adapters(base.model, adapters)
+    assert mx.get_active_memory() - active < 1_000_000 < sum(w.nbytes for _, w in flat(base.model))
+
+
+def flat(model):
+    return tree_flatten(model.parameters())
+
+
+@pytest.mark.parametrize("change", ["missing", "foreign", "shape", "empty", "no file", "config"])
+def test_adapters_that_do_not_fit_are_refused(change, base, adapters, tmp_path, capsys):
+    weights = dict(mx.load(str(adapters / "adapters.safetensors")))  # type: ignore[arg-type]
+    name = sorted(weights)[3]
+    config = (adapters / "adapter_config.json").read_text()
+    expected = {"missing": "lacks 1 of", "foreign": "foreign.lora_a", "shape": name, "empty": "lacks"}.get(change, "")
+    if change == "missing":
+        del weights[name]
+    elif change == "foreign":
+        weights["foreign.lora_a"] = weights[name]
+    elif change == "shape":
+        weights[name] = weights[name][:, :1]
+    elif change == "empty":
+        weights = {}
+    elif change == "config":
+        config, expected = config.replace('"scale"', '"alpha"'), "scale"
+    if change == "no file":
+        expected = "adapters.safetensors"
+    else:
+        mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    (tmp_path / "adapter_config.json").write_text(config)
+    said = refused(capsys, TINY, *FEW, "--adapter-path", str(tmp_path))
+    assert expected in said and str(tmp_path) in said
+
+
+BAD = {
+    "unknown flag": (["--adapter-pth", "x"], "--adapter-path"),
+    "two models": (["one", "--model", "two"], "two models"),
+    "no such model": (["./nowhere"], "nowhere"),
+    "unknown suite": (["--suite", "XTest"], "XSTest"),
+    "no adapters": (["--adapter-path", "nowhere"], "nowhere"),
+    "not a number": (["--seed", "x"], "whole number"),
+    "too small": (["--max-tokens", "0"], "at least 1"),
+    "no such choice": (["--thinking", "maybe"], "maybe"),
+    "no such template": (["--judge", TINY, "--judge-template", "gaurd"], "guard"),
+    "no such folder": (["--out", "nowhere/o.json"], "nowhere"),
+    "no such text": ([TINY, "--perplexity", "nowhere.txt"], "nowhere.txt"),
+    "a file for our own prompts": (["--suite", "built-in=x.json"], "x.json"),
+    "no thinking switch": ([TINY, "--thinking", "on"], "--thinking"),
+    "no lm-eval": (["--suite", "GSM8K"], "safesteer-mlx[eval]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_sentence(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if name == "no lm-eval":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags, expected = BAD[name]
+    assert expected in refused(capsys, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, safesteer_mlx.evaluate as e; e._parser().format_help()\n"
+    code += "sys.exit(any(m in sys.modules for m in ('mlx', 'numpy', 'rich', 'huggingface_hub')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Thinking
+# --------------------------------------------------------------------------------------------------
+
+
+class Thinker:
+    """Ids are characters; `[` and `]` stand around thinking. mlx-lm's names."""
+
+    has_thinking = True
+    think_end_tokens = (ord("]"),)
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids))
+
+    def find_think_start(self, ids):
+        return "".join(map(chr, ids)).find("[")
+
+    def rfind_think_start(self, ids):
+        return "".join(map(chr, ids)).rfind("[")
+
+    def rfind_think_end(self, ids):
+        return "".join(map(chr, ids)).rfind("]")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said", "finished", "judged"),
+    [
+        ("hi", "[I cannot, or can I?] Sure.#", True, "Sure."),
+        ("hi [", "I cannot, or can I?] Sure.#", True, "Sure."),  # the template opened it
+        ("hi []", "Sure.#", True, "Sure."),  # the template closed it
+        ("hi", "Sure.#", True, "Sure."),
+        ("hi", "[I cannot, or", False, ""),
+        ("hi [", "I cannot, or", False, ""),
+        ("hi", "[a] [b] Sure", False, "Sure"),
+    ],
+)
+def test_only_what_follows_the_thinking_is_judged(prompt, said, finished, judged):
+    completion = Completion(list(map(ord, said)), finished)
+    assert answer_text(Thinker(), list(map(ord, prompt)), completion) == judged
+
+
+def test_the_switch_reaches_the_template():
+    seen = []
+    tokenizer = types.SimpleNamespace(apply_chat_template=lambda turns, **options: seen.append(options) or [1])
+    for thinking in (None, True, False):
+        render(tokenizer, "a", None, thinking)
+    assert [options.get("enable_thinking") for options in seen] == [None, True, False]
+    assert "enable_thinking" not in seen[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores
+# --------------------------------------------------------------------------------------------------
+
+
+def scores_of(outcomes: list[str], correct: list[bool]) -> Scores:
+    answers = [Answer("harmful", how, f"p{i}", f"t{i}", o, True) for how in HOW for i, o in enumerate(outcomes)]
+    return Scores(answers, {"addition": correct}, 0.0, 0.0)
+
+
+def test_the_tables_show_intervals_and_pairs(capsys):
+    scores = {
+        "base": scores_of(["comply", "comply", "refuse", "unparsed"], [True, True]),
+        "student": scores_of(["refuse", "evade", "refuse", "refuse"], [True, False]),
+    }
+    screen = Screen()
+    screen.console.width = 160
+    show(scores, screen)
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert ["harmful refuse, greedy", "1/4, 25.0 % (4.6–69.9)", "3/4, 75.0 % (30.1–95.4)"] in lines
+    assert ["harmful refuse, greedy", "+2 −0, p = 0.5"] in lines
+    assert ["harmful unparsed, greedy", "+0 −1, p = 1"] in lines
+    assert ["addition correct", "+0 −1, p = 1"] in lines
+    for line in transcripts(scores):
+        assert line["answer"] not in out and line["prompt"] not in out
+
+
+def test_transcripts_have_a_line_an_answer():
+    [first, *rest] = transcripts({"base": scores_of(["comply"], [])})
+    assert first == {
+        "model": "base",
+        "kind": "harmful",
+        "how": "greedy",
+        "prompt": "p0",
+        "answer": "t0",
+        "outcome": "comply",
+        "finished": True,
+    }
+    assert len(rest) == 1
+
+
+def test_refusals_are_counted_alike_by_evaluate_and_by_compare(base):
+    sets = built_in_sets(TINY)
+    kinds = {"harmful": sets.harmful_test[::18], "harmless": sets.harmless_test[:4]}
+    test = make_test_set(base.model, base.tokenizer, kinds, [], base.eos_ids)
+    scores = evaluate(base.model, base.model, base.tokenizer, test, [5], eos_ids=base.eos_ids, seed=3)
+    rows = render_all(base.tokenizer, kinds["harmful"])
+    for how in HOW:
+        refused, broken = count_refusals(
+            base.model, base.tokenizer, rows, how == "sampled", eos_ids=base.eos_ids, seed=3
+        )
+        assert refused == scores.count("harmful", how, "refuse") and 0 < refused.count < len(rows)
+        assert broken.count == scores.as_json()["broken"]["harmful"][how]["count"]
+
+
+def test_drift_is_measured_on_harmless_prompts_alone_and_is_nan_without(base, adapters):
+    student = with_adapters(base.model, adapters)
+    items = [Instruction("Add 21 and 83.")]
+    with_harmless = make_test_set(base.model, base.tokenizer, {"harmless": items}, [], base.eos_ids)
+    without = make_test_set(
+        base.model, base.tokenizer, {"AdvBench": items}, [], base.eos_ids, kind_of={"AdvBench": "x"}
+    )
+    over_all, outside = drift(base.model, student, with_harmless, [])
+    assert over_all > 0 and outside != outside
+    assert drift(base.model, student, with_harmless, [5])[1] > 0
+    assert all(x != x for x in drift(base.model, student, without, [5]))

@@ -1,0 +1,63 @@
+"""Sampling: what is drawn depends on its own stream and prompt alone, and no prompt is read twice."""
+
+import mlx.core as mx
+import pytest
+
+from safesteer_mlx.residual import _override, blocks
+from safesteer_mlx.rollout import generate, stream_key
+
+PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 4, 5], [1, 2, 7, 8], [1, 2, 3, 4, 5], [1, 2, 6]]
+EOS = [49]
+
+
+def drawn(model, prompts=PROMPTS, temp=1.0, **options):
+    keys = [stream_key(3, i) for i in range(len(prompts))]
+    found = generate(model, prompts, eos_ids=EOS, max_tokens=12, temp=temp, keys=keys, **options)
+    return [(c.ids, c.finished) for c in found]
+
+
+def one_by_one(model, prompt, key, temp):
+    """One sample without a cache: the whole sequence again for every token."""
+    ids, keys = list(prompt), iter(mx.random.split(key, 13))
+    for _ in range(12):
+        z = model(mx.array([ids]))[0, -1]
+        logprobs = z - mx.logsumexp(z)
+        token = (mx.random.categorical(logprobs[None] / temp, key=next(keys))[0] if temp else logprobs.argmax()).item()
+        ids.append(token)
+        if token in EOS:
+            break
+    return ids[len(prompt) :], ids[-1] in EOS
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_each_sample_is_what_it_would_be_alone(tiny_model, name, temp):
+    model = tiny_model(name)
+    expected = [one_by_one(model, p, stream_key(3, i), temp) for i, p in enumerate(PROMPTS)]
+    assert drawn(model, temp=temp) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_batch_size_changes_no_sample(model, batch_size):
+    assert drawn(model, batch_size=batch_size) == drawn(model)
+
+
+def test_the_samples_of_a_prompt_differ_and_its_reading_is_shared(model):
+    read = []
+    _override(blocks(model)[0], "Counted", lambda call, x, *a, **k: (read.append(x.shape), call(x, *a, **k))[1])
+    same = drawn(model, [[1, 2, 3, 4, 5, 6, 7, 8]] * 6)
+    assert len({tuple(ids) for ids, _ in same}) > 1
+    prefilled = sum(b * t for b, t, _ in read if t > 1)
+    assert prefilled == 7  # the prompt but its last id, once for all six
+    read.clear()
+    drawn(model)
+    # [1, 2] once, [3, 4] once for three samples; [6] has nothing left but its last id; [7] of the single prompt
+    assert sum(b * t for b, t, _ in read if t > 1) <= 2 + 2 + 2
+    assert drawn(model, [[1], [2], [3, 4]])  # nothing in common
+
+
+def test_a_key_is_its_numbers_own():
+    keys = {tuple(stream_key(*which).tolist()) for which in ((0, 1), (0, 2), (1, 1), (0, 1, 0), (0, 0, 1))}
+    assert len(keys) == 5
+    with pytest.raises(ValueError, match="6 prompts need as many random keys, not 0"):
+        generate(None, PROMPTS, eos_ids=EOS, max_tokens=1, temp=1.0)  # type: ignore[arg-type]
