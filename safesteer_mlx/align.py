@@ -73,16 +73,12 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     record.json("tokens.json", tokens.rows)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
-<<<<<<< HEAD
     prompts = stages.training_prompts(recipe, sets, base, teacher, screen)
-=======
-    prompts = stages.training_prompts(recipe, sets, tokenizer, teacher, screen)
     moving = None
     if recipe.teacher.teacher == "ema":
         moving = stages.MovingTeacher(
             recipe, base, rendered, student, found.direction, strength.coeff, found.harmless, screen
         )
->>>>>>> main
     config = adapter_config(recipe.train, run.model, run.seed)
     log = stages.train_student(
         recipe,
@@ -183,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
         pass  # not the main thread: its owner decides about signals
     try:
         flags, preset, yaml_file = parse(argv)
-<<<<<<< HEAD
+        resume, yes = flags.pop("resume", None), flags.pop("yes", False)
+        if resume is not None:
+            yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
         asked, _ = resolve({}, flags, preset, yaml_file)  # a mistake in a setting is told before all else
         run = asked.run
         name = str(MODELS / BUNDLED) if run.model == BUNDLED and not Path(BUNDLED).exists() else run.model
@@ -191,29 +189,13 @@ def main(argv: list[str] | None = None) -> int:
         from .prompts import load_data
         from .runfolder import check_output
 
-        check_output(Path(run.adapter_path))
+        folder = Path(run.adapter_path)
+        check_output(folder)
         if run.data is not None:
             load_data(run.data)  # a mistake in them is told before a model is fetched
         if asked.train.resume_adapter_file is not None:
             read_header(Path(asked.train.resume_adapter_file).expanduser())
         from .load import load
-=======
-        resume, yes = flags.pop("resume", None), flags.pop("yes", False)
-        if resume is not None:
-            yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
-        given = flags.get("model")
-        if given is None and yaml_file is not None:
-            from .recipe import read_yaml
-
-            given = read_yaml(yaml_file).get("model")
-        name = str(MODELS / BUNDLED) if given in (None, BUNDLED) and not Path(BUNDLED).exists() else str(given)
-        resolve({}, flags, preset, yaml_file)  # a mistake in a setting is told before anything is fetched
-        from .runfolder import check_output
-
-        folder = Path(flags.get("adapter_path", "adapters"))
-        check_output(folder)
-        from .load import find, load, read_config
->>>>>>> main
 
         base = load(name, run.trust_remote_code, run.revision)
         recipe, found = resolve(base.config, flags, preset, yaml_file)
@@ -229,21 +211,14 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"safesteer-mlx: {plain(str(error))}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a folder that went away
-        where = error.filename or "a file"
-        print(
-            f"safesteer-mlx: {plain(f'{where}: {error.strerror or error}; mend that and run again')}", file=sys.stderr
-        )
-        return 2
     except OSError as error:
         if error.errno is None:
             raise
         where = f" {error.filename}" if error.filename else ""
-        print(
-            f"safesteer-mlx: cannot write{where} ({error.strerror}); make room or mend the permissions, then run the "
-            "same command again: it goes on from the last state that was kept",
-            file=sys.stderr,
+        said = (
+            f"cannot read or write{where} ({error.strerror}); mend that, or make room, and run the same command again"
         )
+        print(f"safesteer-mlx: {plain(said)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

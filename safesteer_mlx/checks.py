@@ -273,6 +273,7 @@ def check_loaded(name: str, model: Any, tokenizer: Any, vocabulary: int) -> None
     scales = {weight.removesuffix("weight") + "scales" for weight in packed}
     for path, weight in tree_flatten(model.parameters()):
         floating = mx.issubdtype(weight.dtype, mx.floating)
+        assert isinstance(weight, mx.array)
         good = weight.dtype == mx.uint32 if path in packed else floating or path in scales
         if not good:
             want = "uint32" if path in packed else "floating point"

@@ -105,7 +105,6 @@ def load_instructions(path: Path) -> list[Instruction]:
     return found
 
 
-<<<<<<< HEAD
 def _text(path: Path) -> str:
     kinds = (".jsonl", ".json", ".txt")
     if not path.is_file():
@@ -136,10 +135,7 @@ def _json(text: str, where: str) -> Any:
         raise UserError(f"{where} is JSON nested too deep or with too long a number; mend it") from None
 
 
-def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[int]:
-=======
 def render(tokenizer: Any, instruction: str, system: str | None = None, thinking: bool | None = None) -> list[int]:
->>>>>>> main
     """The ids of one user turn and the assistant's header, in the model's own chat template.
 
     `thinking` sets the template's switch; None leaves it as mlx-lm has it.

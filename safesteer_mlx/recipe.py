@@ -30,26 +30,19 @@ class RunSettings:
     """What is aligned, on which prompts, and where the result goes."""
 
     model: str = _setting(BUNDLED, "Hub id or folder of the base model; tiny-chat is the bundled one")
-<<<<<<< HEAD
     revision: str | None = _setting(None, "branch, tag or commit of the model on the Hub")
-    offline: bool = _setting(False, "make no connection: models and data from the disk only, as HF_HUB_OFFLINE=1")
+    offline: bool = _setting(
+        False, "make no connection: models and data from the disk only, as HF_HUB_OFFLINE=1", free=True
+    )
     data: str | None = _setting(
         None, "harmful training prompts: .jsonl, .json, .txt, an mlx-lm data folder, or hf://datasets/ORG/NAME/FILE"
     )
-    adapter_path: str = _setting("adapters", "where adapters and the run's record are written")
-    seed: int = _setting(42, "seed of everything that is drawn", least=0, most=2**32 - 1)
-    trust_remote_code: bool = _setting(False, "let code from the model's repository run")
-    generation_batch_size: int = _setting(64, "answers generated at a time", least=1)
-    test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1)
-=======
-    data: str | None = _setting(None, "harmful training prompts: .jsonl, .json, .txt or an mlx-lm data folder")
     adapter_path: str = _setting("adapters", "where adapters and the run's record are written", free=True)
-    seed: int = _setting(42, "seed of everything that is drawn", least=0)
+    seed: int = _setting(42, "seed of everything that is drawn", least=0, most=2**32 - 1)
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
->>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -270,9 +263,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
             raise UserError(f"{said} is too large; it must be at most {meta['most']}")
     if name == "lora_parameters":
         value = _lora_parameters(value, where)
-    if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in value)):
+    if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in list(value))):
         raise UserError(f"{said} must be a list of numbers above 0")
-    if name == "openers" and not (value and all(isinstance(text, str) and text.strip() for text in value)):
+    if name == "openers" and not (value and all(isinstance(text, str) and text.strip() for text in list(value))):
         raise UserError(f"{said} must be a list of texts that refusals begin with")
     return value
 

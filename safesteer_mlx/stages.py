@@ -29,12 +29,7 @@ from .prompts import (
     PromptSets,
     built_in_sets,
     end_of_instruction,
-<<<<<<< HEAD
     load_data,
-    load_prompt_sets,
-=======
-    load_instructions,
->>>>>>> main
     opener_ids,
     render,
     render_all,

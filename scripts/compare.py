@@ -21,17 +21,10 @@ from typing import Any
 import yaml
 
 from safesteer_mlx import stages
-<<<<<<< HEAD
 from safesteer_mlx.checks import read_object
-from safesteer_mlx.direction import Direction
-from safesteer_mlx.evaluate import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
 from safesteer_mlx.judge import is_refusal
 from safesteer_mlx.load import Loaded, load
-=======
-from safesteer_mlx.judge import is_refusal
-from safesteer_mlx.load import Loaded, load, read_config
 from safesteer_mlx.measure import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
->>>>>>> main
 from safesteer_mlx.progress import Screen
 from safesteer_mlx.prompts import Instruction, PromptSets, render, render_all
 from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, resolve

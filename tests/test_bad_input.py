@@ -63,7 +63,7 @@ FLAGS = {
     "--epochs nan": "finite",
     "--learning-rate 0": "above 0",
     "--learning-rate 1,5": "1,5",
-    "--learning-rate -1e-4": "above 0",
+    "--learning-rate=-1e-4": "above 0",
     "--anchor 0.95": "at most 0.9",
     "--anchor -0.1": "at least 0",
     "--temp 0": "above 0",

@@ -8,13 +8,8 @@ import pytest
 from safesteer_mlx.recipe import PACKAGE
 
 LEVELS = {
-<<<<<<< HEAD
-    **dict.fromkeys(("__init__", "progress", "judge"), 0),
-    **dict.fromkeys(("recipe", "hub", "checks"), 1),
-=======
     **dict.fromkeys(("__init__", "progress", "judge", "intervals"), 0),
-    **dict.fromkeys(("recipe", "scores"), 1),
->>>>>>> main
+    **dict.fromkeys(("recipe", "scores", "hub", "checks"), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
     **dict.fromkeys(("direction", "student", "teacher", "safety_tokens", "checkpoint"), 3),
     **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks"), 3),
