@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .checks import read_header
+from .hub import prepare
 from .progress import Screen, UserError, exit_code
 from .recipe import Recipe, model_name, parse, resolve
 
@@ -40,7 +42,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     check_output(folder)
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, tokenizer)
-    prompts = stages.training_prompts(recipe, sets, tokenizer, screen)
+    prompts = stages.training_prompts(recipe, sets, base, screen)
     recipe = stages.check_padding(recipe, base, rendered, screen)
     run = recipe.run
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
@@ -198,18 +200,25 @@ def _run(argv: list[str] | None) -> None:
     resume, yes = flags.pop("resume", None), flags.pop("yes", False)
     if resume is not None:
         yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
-    # A mistake in a setting is told before anything is fetched.
-    run = resolve({}, flags, preset, yaml_file)[0].run
+    # A mistake in a setting, a folder or a file is told before anything is fetched.
+    asked = resolve({}, flags, preset, yaml_file)[0]
+    run = asked.run
+    prepare(run.offline)
+    from .prompts import load_data
     from .runfolder import check_output
 
     folder = Path(run.adapter_path)
     check_output(folder)
-    from .load import find, load, read_config
+    if run.data is not None:
+        load_data(run.data)
+    if asked.train.resume_adapter_file is not None:
+        read_header(Path(asked.train.resume_adapter_file).expanduser())
+    from .load import load
 
     name = model_name(run.model)
-    recipe, found = resolve(read_config(find(name)), {**flags, "model": name}, preset, yaml_file)
+    base = load(name, run.trust_remote_code, run.thinking, run.revision)
+    recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=_rank() != 0)
-    base = load(name, recipe.run.trust_remote_code, recipe.run.thinking)
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
     _earlier_run(folder, recipe, resume is not None or yes, screen)
     align(recipe, base, screen)

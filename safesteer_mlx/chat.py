@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .hub import prepare
 from .progress import UserError, exit_code, visible
-from .recipe import THINKING, Parser, adapter_folder, model_name
+from .recipe import Parser, adapter_folder, add_model_flags, model_name
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -131,12 +132,13 @@ def converse(args: argparse.Namespace) -> None:
     Raises:
         UserError: what a user can mend, in one sentence.
     """
+    prepare(args.offline)
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
     from .load import load
 
-    loaded = load(args.model, args.trust_remote_code, args.thinking)
+    loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
     voices = make_voices(loaded.model, args.adapter_path, args.steer)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
@@ -173,9 +175,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 takes the likeliest (default: 0)")
     add("--top-p", type=float, default=1.0, help="nucleus of the sampling (default: 1)")
     add("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
-    add("--thinking", choices=THINKING, default="auto", help="the chat template's switch (default: auto)")
     add("--seed", type=int, default=42, help="seed of the sampling (default: 42)")
-    add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
+    add_model_flags(parser)
     args = parser.parse_args(argv)
     args.model = model_name(args.model)
     for flag, value, fits, least in (

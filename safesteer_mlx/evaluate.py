@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .hub import prepare
 from .progress import Screen, UserError, exit_code
-from .recipe import BUNDLED, THINKING, Parser, adapter_folder, model_name, nearest
+from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, model_name, nearest
 
 if TYPE_CHECKING:
     from .load import Loaded
@@ -44,14 +45,13 @@ def _parser() -> Parser:
     add("--test-prompts", type=_at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
     add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
     add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
-    add("--thinking", choices=THINKING, default="auto", help="the chat template's switch (default: auto)")
     add("--seed", type=_at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
     add("--max-tokens", type=_at_least(1), default=96, help="longest answer, thinking included (default: 96)")
     add("--batch-size", type=_at_least(1), default=64, help="answers generated at a time (default: 64)")
     add("--perplexity", type=Path, metavar="FILE", help="also the perplexity of this text")
     add("--out", type=Path, metavar="FILE.json", help="write the scores here, no answers")
     add("--confirm-run-unsafe-code", action="store_true", help="let HumanEval run the code that the model writes")
-    add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
+    add_model_flags(parser)
     return parser
 
 
@@ -238,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     args = parse(argv)
+    prepare(args.offline)
     asked = read_suites(args)  # a mistake in these is told before a model is fetched
     if args.judge != "keyword":
         from .judge_model import default_template, read_template
@@ -246,7 +247,7 @@ def _run(argv: list[str] | None) -> None:
     from .load import load
 
     screen = Screen()
-    result = score(args, asked, load(args.model, args.trust_remote_code, args.thinking), screen)
+    result = score(args, asked, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)
     if args.out is not None:
         # NaN is not JSON; a measurement that does not exist is null.
         plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)

@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .checks import check_loaded, check_model_folder
+from .hub import model_folder
 from .progress import UserError
 
 # Of the memory that a dequantized copy may take on the CPU backend.
@@ -32,7 +34,7 @@ class Loaded:
     @property
     def vocabulary(self) -> int:
         """V of the logits, from the configuration."""
-        text = self.config.get("text_config", self.config)
+        text = self.config.get("text_config") or self.config
         return int(text["vocab_size"])
 
     @property
@@ -52,54 +54,29 @@ class Loaded:
         return digest.hexdigest()
 
 
-def find(name: str) -> Path:
+def find(name: str, revision: str | None = None, with_code: bool = False) -> Path:
     """The local folder of a model, downloaded from the Hub if `name` is not a folder.
 
     Raises:
         UserError: no such folder or repository, no access, or no configuration in it.
     """
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-    from mlx_lm.utils import _download
-
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+    local = Path(name).expanduser()
+    if local.exists():
+        if revision is not None:
+            raise UserError(
+                f"--revision {revision} is for models of the Hub, but {name} is a folder here; leave it out"
+            )
+        path = local
+    elif name.startswith((".", "/", "~")):
         raise UserError(f"model folder {name} does not exist; give an existing folder or a Hub id like org/name")
-    try:
-        path = _download(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)
-    except GatedRepoError:
-        raise UserError(
-            f"model {name} is gated; accept its licence at https://huggingface.co/{name}, then `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"model {name} is neither a folder here nor a repository on the Hub; check the name") from None
-    except HFValidationError:
-        raise UserError(f"model {name!r} is neither a folder here nor a Hub id like org/name; check the name") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        reason = type(error).__name__
-        raise UserError(
-            f"model {name} is not in the local cache and the Hub cannot be reached ({reason}); "
-            "check the name and the connection, or give a folder"
-        ) from None
+    else:
+        path = model_folder(name, revision, with_code)
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json; give the folder of an MLX or Hugging Face model")
     return path
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The model's configuration."""
-    from mlx_lm.utils import load_config
-
-    try:
-        return load_config(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}/config.json cannot be read ({type(error).__name__}); fetch the model again") from None
-
-
-def load(name: str, trust_remote_code: bool = False, thinking: str = "auto") -> Loaded:
+def load(name: str, trust_remote_code: bool = False, thinking: str = "auto", revision: str | None = None) -> Loaded:
     """Load and freeze a model. No code from its repository runs unless `trust_remote_code` says so.
 
     `thinking` sets the switch of the chat template, wherever the tokenizer renders it; auto leaves it as mlx-lm does.
@@ -108,32 +85,25 @@ def load(name: str, trust_remote_code: bool = False, thinking: str = "auto") -> 
     on its dequantized weights: the same values. On Metal never.
 
     Raises:
-        UserError: as `find`, or the model is of an unknown architecture, has no weights, no chat template,
-            no end-of-turn token, or no switch for thinking.
+        UserError: as `find` and `check_model_folder`, or the model is of an unknown architecture, has weights
+            that do not fit it, no chat template, no end-of-turn token, or no switch for thinking.
     """
     from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
-    path = find(name)
-    config = read_config(path)
-    asked = config.get("model_file") or config.get("auto_map")
-    if asked and not trust_remote_code:
-        raise UserError(
-            f"model {name} wants to run code of its own ({asked}); "
-            "if you trust it, pass --trust-remote-code, else choose another model"
-        )
+    path = find(name, revision, trust_remote_code)
+    check_model_folder(path, trust_remote_code)
+    what = "weights"
     try:
-        model, config = load_model(path, trust_remote_code=trust_remote_code)
+        # Lazily: nothing is read or computed before the weights' shapes and types are checked.
+        model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        what = "tokenizer"
         tokenizer = load_tokenizer(
             path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
         )
-    except FileNotFoundError:
+    except Exception as error:  # a stranger's files can make mlx-lm and transformers raise anything
+        first = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(
-            f"{path} holds no model*.safetensors; fetch the weights or convert them with mlx_lm.convert"
-        ) from None
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"model {name} cannot be loaded: {first[:200]}; is it a text model that mlx-lm supports?"
+            f"model {name} cannot be loaded, {what}: {first[:200]}; is it a text model that mlx-lm supports?"
         ) from None
     if not tokenizer.has_chat_template:
         raise UserError(f"model {name} has no chat template; SafeSteer aligns chat models, choose its instruct version")
@@ -141,6 +111,11 @@ def load(name: str, trust_remote_code: bool = False, thinking: str = "auto") -> 
         raise UserError(f"model {name} names no end-of-turn token; set eos_token_id in its config.json")
     if thinking != "auto":
         tokenizer = _switched(tokenizer, thinking == "on")
+    text = config.get("text_config") or config
+    if type(vocabulary := text.get("vocab_size")) is not int:
+        raise UserError(f"model {name} has vocab_size = {vocabulary!r} in its config.json; fetch the model again")
+    check_loaded(name, model, tokenizer, vocabulary)
+    mx.eval(model.parameters())
     model.eval()
     model.freeze()
     quantized = any(hasattr(module, "bits") for _, module in model.named_modules())

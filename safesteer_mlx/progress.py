@@ -53,22 +53,22 @@ class Screen:
     def __init__(self, quiet: bool = False):
         from rich.console import Console
 
-        self.console = Console(quiet=quiet, highlight=False, stderr=False)
+        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, stderr=False)
 
     def line(self, text: str) -> None:
         """One line of result; markup and control characters in it are shown as text, not obeyed."""
-        self.console.print(visible(text), markup=False, soft_wrap=True)
+        self.console.print(visible(text, ""), markup=False, soft_wrap=True)
 
     def table(self, title: str, head: list[str], rows: list[list[str]]) -> None:
         """Rows of cells; markup and control characters in them are shown as text, as in `line`."""
         from rich.table import Table
-        from rich.text import Text
+        from rich.text import Text  # a Text is shown as it is, a str as markup
 
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(visible(title, "")), title_justify="left")
         for i, name in enumerate(head):
-            table.add_column(Text(visible(name)), justify="left" if i == 0 else "right")
+            table.add_column(Text(visible(name, "")), justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*(Text(visible(cell)) for cell in row))
+            table.add_row(*(Text(visible(cell, "")) for cell in row))
         self.console.print(table)
 
     @contextmanager
@@ -84,15 +84,20 @@ class Screen:
     def _bar(self, name: str) -> Iterator[Advance]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        rate = TextColumn("{task.fields[rate]} {task.fields[note]}")
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        rate = TextColumn("{task.fields[rate]} {task.fields[note]}", markup=False)
         started = time.monotonic()
         with Progress(*columns, rate, console=self.console, transient=True) as bar:
-            task = bar.add_task(name, total=None, rate="", note="")
+            task = bar.add_task(visible(name, ""), total=None, rate="", note="")
 
             def advance(done: int, total: int, note: str = "") -> None:
                 per_second = done / max(time.monotonic() - started, 1e-9)
-                bar.update(task, completed=done, total=total, rate=f"{per_second:.1f}/s", note=note)
+                bar.update(task, completed=done, total=total, rate=f"{per_second:.1f}/s", note=visible(note, ""))
 
             yield advance
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .hub import dataset_file
 from .progress import UserError
 from .recipe import BUNDLED, MODELS, PACKAGE
 
@@ -66,8 +67,19 @@ def _instruction(item: Any, where: str) -> Instruction:
     if text is None:
         text = item.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where} holds no prompt; give each one a non-empty 'instruction' (or prompt, messages, text)")
+        keys = ", ".join(repr(str(key)[:40]) for key in list(item)[:5]) or "nothing"
+        raise UserError(
+            f"{where} holds no prompt but {keys}; give each one a non-empty 'instruction' (or prompt, messages, text)"
+        )
+    if bad := next((ch for ch in text if ch == "\0" or "\ud800" <= ch <= "\udfff"), None):
+        said = "a NUL character" if bad == "\0" else "half a character (a lone surrogate)"
+        raise UserError(f"{where} holds {said}; save it as UTF-8 text, or take that prompt out")
     return Instruction(text, str(item.get("category", "")), str(item.get("answer", "")))
+
+
+def load_data(data: str) -> list[Instruction]:
+    """Instructions from what `--data` names: a file, a folder, or a data set of the Hub (hf://datasets/…)."""
+    return load_instructions(dataset_file(data) if data.startswith("hf://") else Path(data).expanduser())
 
 
 def load_instructions(path: Path) -> list[Instruction]:
@@ -76,39 +88,51 @@ def load_instructions(path: Path) -> list[Instruction]:
     Raises:
         UserError: the file is missing, empty, of another kind, or malformed; the line is named.
     """
-    if path.is_dir():
-        path = path / "train.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; --data takes a .jsonl, .json or .txt file or an mlx-lm data folder")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    text = _text(path := path / "train.jsonl" if path.is_dir() else path)
     if path.suffix == ".json":
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}); mend that line") from None
+        items = _json(text, str(path))
         if not isinstance(items, list):
             raise UserError(f"{path} holds a {type(items).__name__}; a .json prompt file is a list")
         found = [_instruction(item, f"{path} item {i + 1}") for i, item in enumerate(items)]
-    elif path.suffix == ".jsonl":
+    else:
         found = []
         for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error.msg}); mend that line") from None
-            found.append(_instruction(item, f"{path} line {number}"))
-    elif path.suffix == ".txt":
-        found = [Instruction(line.strip()) for line in text.split("\n") if line.strip()]
-    else:
-        raise UserError(f"{path} ends in {path.suffix or 'nothing'}; --data takes .jsonl, .json, .txt or a folder")
+            if line := line.strip():
+                where = f"{path} line {number}"
+                found.append(_instruction(_json(line, where) if path.suffix == ".jsonl" else line, where))
     if not found:
         raise UserError(f"{path} holds no prompts; put at least one in it")
     return found
+
+
+def _text(path: Path) -> str:
+    kinds = (".jsonl", ".json", ".txt")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; --data takes a .jsonl, .json or .txt file or an mlx-lm data folder")
+    if path.suffix not in kinds:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}; --data takes .jsonl, .json, .txt or a folder")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line} is not UTF-8 text; save the file as UTF-8") from None
+
+
+def _json(text: str, where: str) -> Any:
+    """The value in a JSON text; a text of many lines names its own."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = "" if " line " in where else f" line {error.lineno}"
+        raise UserError(f"{where}{line} is not JSON ({error.msg}); mend that line") from None
+    except (RecursionError, ValueError):  # ten thousand brackets, or a number of ten thousand digits
+        raise UserError(f"{where} is JSON nested too deep or with too long a number; mend it") from None
 
 
 def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[int]:

@@ -31,9 +31,15 @@ class RunSettings:
     """What is aligned, on which prompts, and where the result goes."""
 
     model: str = _setting(BUNDLED, "Hub id or folder of the base model; tiny-chat is the bundled one")
-    data: str | None = _setting(None, "harmful training prompts: .jsonl, .json, .txt or an mlx-lm data folder")
+    revision: str | None = _setting(None, "branch, tag or commit of the model on the Hub")
+    offline: bool = _setting(
+        False, "make no connection: models and data from the disk only, as HF_HUB_OFFLINE=1", free=True
+    )
+    data: str | None = _setting(
+        None, "harmful training prompts: .jsonl, .json, .txt, an mlx-lm data folder, or hf://datasets/ORG/NAME/FILE"
+    )
     adapter_path: str = _setting("adapters", "where adapters and the run's record are written", free=True)
-    seed: int = _setting(42, "seed of everything that is drawn", least=0)
+    seed: int = _setting(42, "seed of everything that is drawn", least=0, most=2**32 - 1)
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
     thinking: str = _setting("auto", "the chat template's thinking switch", choices=THINKING)
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
@@ -209,12 +215,21 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def _shown(value: Any) -> str:
+    """A value in a sentence, cut short: YAML can hold a list of a million, or one that holds itself."""
+    import reprlib
+
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)[:200]
+
+
 def _checked(name: str, value: Any, where: str) -> Any:
     """A value of the field's own type and range, or a sentence that says what is wrong."""
     setting = _all_fields()[name]
     kind, meta = str(setting.type), setting.metadata
     kinds = kind.replace(" ", "").split("|") if isinstance(setting.type, str) else _kinds(setting.type)
-    said = f"{where} {name} = {value!r}"
+    said = f"{where} {name} = {_shown(value)}"
     if value is None:
         if "None" not in kinds:
             raise UserError(f"{said} is empty; give it a value or leave the key out")
@@ -225,22 +240,32 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise UserError(f"{said} is not a {' or '.join(kinds)}; change it")
     if isinstance(value, str) and value != "auto" and {"float", "int"} & set(kinds):
         try:
-            value = float(value)
+            value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         except ValueError:
             if name != "coeff" and "str" in kinds:
                 return value
             raise UserError(f"{said} is not a number{' or auto' if name == 'coeff' else ''}; change it") from None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if "float" in kinds:
-            value = float(value)
-        elif "int" in kinds and float(value).is_integer():
-            value = int(value)
-        if value != value or value in (float("inf"), float("-inf")):
+        try:
+            real = float(value)
+        except OverflowError:
+            real = float("inf")
+        if real != real or real in (float("inf"), float("-inf")):
             raise UserError(f"{said} is not a finite number; change it")
+        if "float" in kinds:
+            value = real
+        elif "int" in kinds and real.is_integer():
+            value = int(value)
     if not any(type(value).__name__ == k.split("[")[0] for k in kinds):
         raise UserError(f"{said} is not a {' or '.join(k for k in kinds if k != 'None')}; change it")
+    if isinstance(value, str) and any(ch == "\0" or "\ud800" <= ch <= "\udfff" for ch in value):
+        raise UserError(f"{said} holds a NUL or bytes that are no UTF-8; write it in plain text")
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{said} is empty; give it a value or leave it out")
     if "choices" in meta and value not in meta["choices"]:
-        raise UserError(f"{said} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}")
+        known = meta["choices"]
+        remedy = nearest(str(value), known) or "; choose one of them"
+        raise UserError(f"{said} is not one of {', '.join(known)}{remedy}")
     if isinstance(value, (int, float)):
         if "least" in meta and value < meta["least"]:
             raise UserError(f"{said} is too small; it must be at least {meta['least']}")
@@ -249,16 +274,37 @@ def _checked(name: str, value: Any, where: str) -> Any:
         if "most" in meta and value > meta["most"]:
             raise UserError(f"{said} is too large; it must be at most {meta['most']}")
     if name == "lora_parameters":
-        value = {"rank": 8, "scale": 2.0, "dropout": 0.0} | value
-        for key in value:
-            if key not in ("rank", "scale", "dropout", "keys"):
-                raise UserError(
-                    f"{where} lora_parameters has no {key!r}{nearest(key, ('rank', 'scale', 'dropout', 'keys'))}"
-                )
-        if not isinstance(value["rank"], int) or value["rank"] < 1:
-            raise UserError(f"{where} lora_parameters rank = {value['rank']!r} must be a whole number of at least 1")
-    if name == "coeff_grid" and not (value and all(isinstance(c, (int, float)) and c > 0 for c in list(value))):
-        raise UserError(f"{said} must be a list of numbers above 0")
+        value = _lora_parameters(value, where)
+    if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in list(value))):
+        raise UserError(f"{said} must be a list of numbers above 0; change it")
+    if name == "openers" and not (value and all(isinstance(text, str) and text.strip() for text in list(value))):
+        raise UserError(f"{said} must be a list of texts that refusals begin with; change it")
+    return value
+
+
+def _lora_parameters(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """mlx-lm's `lora_parameters`, with ours for what is left out."""
+    value = {"rank": 8, "scale": 2.0, "dropout": 0.0} | given
+    known = ("rank", "scale", "dropout", "keys")
+    for key in value:
+        if key not in known:
+            raise UserError(
+                f"{where} lora_parameters has no {key!r}{nearest(str(key), known) or '; choose ' + ', '.join(known)}"
+            )
+    if type(value["rank"]) is not int or not 1 <= value["rank"] <= 65536:
+        raise UserError(
+            f"{where} lora_parameters rank = {_shown(value['rank'])} must be a whole number of at least 1; change it"
+        )
+    for key, most in (("scale", 1e6), ("dropout", 0.99)):
+        if type(value[key]) not in (int, float) or not 0 <= value[key] <= most:
+            raise UserError(
+                f"{where} lora_parameters {key} = {_shown(value[key])} must be a number from 0 to {most:g}; change it"
+            )
+    keys = value.get("keys")
+    if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(k, str) for k in keys)):
+        raise UserError(
+            f"{where} lora_parameters keys = {_shown(keys)} must be a list of layer names; leave keys out for all"
+        )
     return value
 
 
@@ -301,24 +347,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, numbers like 3e-4 included.
 
     Raises:
-        UserError: no such file, not YAML, or not a mapping.
+        UserError: no such file, not YAML, a key twice, or not a mapping.
     """
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"configuration {path} cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(
-            f"configuration {path} is not YAML{f' (line {mark.line + 1})' if mark else ''}; mend it"
-        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"configuration {path} is not UTF-8 text; save it as UTF-8") from None
+    found = _yaml(text, f"configuration {path}")
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise UserError(f"configuration {path} holds a {type(found).__name__}, not `key: value` lines; mend it")
     return found
+
+
+def _yaml(text: str, where: str) -> Any:
+    """What a YAML text holds. A key given twice is refused; YAML itself would keep the last in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key.value, str)]
+            for i, (key, line) in enumerate(keys):
+                if key in (k for k, _ in keys[:i]):
+                    raise UserError(f"{where} has {key!r:.80} twice (line {line}); keep one of them")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: plain values only
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2026-13-45
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{where} is not YAML{f' (line {mark.line + 1})' if mark else ''}; mend it") from None
 
 
 def model_recipe(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -373,6 +436,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how a model is read, for the commands besides `align`."""
+    add = parser.add_argument
+    add("--revision", metavar="REVISION", help="branch, tag or commit of the model on the Hub")
+    add("--offline", action="store_true", help="make no connection, as HF_HUB_OFFLINE=1")
+    add("--thinking", choices=THINKING, default="auto", help="the chat template's switch (default: auto)")
+    add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
+
+
 def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | None]:
     """Command line -> (settings given, preset, YAML file).
 
@@ -417,9 +489,12 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
             raise UserError(f"two models were given, {model} and {flags['model']}; give one")
         flags["model"] = model
     if "lora_parameters" in flags:
-        import yaml
-
-        flags["lora_parameters"] = yaml.safe_load(flags["lora_parameters"])
+        flags["lora_parameters"] = _yaml(flags["lora_parameters"], "flag lora_parameters")
     if "coeff_grid" in flags:
-        flags["coeff_grid"] = [float(c) for c in flags["coeff_grid"]]
+        try:
+            flags["coeff_grid"] = [float(c) for c in flags["coeff_grid"]]
+        except ValueError:
+            raise UserError(
+                f"flag coeff_grid = {_shown(flags['coeff_grid'])} must be a list of numbers above 0; change it"
+            ) from None
     return flags, preset, Path(config) if config else None

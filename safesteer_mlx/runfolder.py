@@ -25,6 +25,11 @@ def check_output(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else, is a file, or cannot be written.
     """
+    try:
+        folder = folder.resolve()  # new/../file is the file, whether or not there is a folder new
+        folder.exists()
+    except OSError as error:  # a name too long, for one
+        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({error.strerror}); give another") from None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--adapter-path {folder} is a file; give a folder")
     if folder.is_dir():
@@ -35,7 +40,9 @@ def check_output(folder: Path) -> None:
         if other or (any(folder.iterdir()) and not ours):
             named = other[0] if other else "something that is not a safesteer-mlx run"
             raise UserError(f"--adapter-path {folder} already holds {named}; give a new or an empty folder")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--adapter-path {folder} cannot be made, since {parent} is a file; give another folder")
     if not os.access(parent, os.W_OK):
         raise UserError(f"--adapter-path {folder} cannot be written ({parent} is read-only); give another folder")
 

@@ -31,7 +31,7 @@ from .prompts import (
     PromptSets,
     built_in_sets,
     end_of_instruction,
-    load_instructions,
+    load_data,
     opener_ids,
     render,
     render_all,
@@ -148,7 +148,7 @@ def prompt_sets(recipe: Recipe) -> PromptSets:
     """The bundled model's own prompts for it, else the package's; `--data` replaces the training prompts."""
     sets = built_in_sets(recipe.run.model)
     if recipe.run.data is not None:
-        sets = replace(sets, harmful_train=load_instructions(Path(recipe.run.data).expanduser()))
+        sets = replace(sets, harmful_train=load_data(recipe.run.data))
     return sets
 
 
@@ -174,9 +174,10 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
 
     s = recipe.direction
     guard = recipe.teacher.system_prompt if recipe.teacher.teacher == "system_prompt" else None
+    n_eoi = len(end_of_instruction(tokenizer))  # first: a template that is unfit is told before all else
     harmful_scoring = sample("harmful_direction_validation", s.direction_validation, 2)
     return Rendered(
-        n_eoi=len(end_of_instruction(tokenizer)),
+        n_eoi=n_eoi,
         harmful_direction=render_all(tokenizer, sample("harmful_direction_train", s.direction_train, 0)),
         harmless_direction=render_all(tokenizer, sample("harmless_direction_train", s.direction_train, 1)),
         harmful_scoring=render_all(tokenizer, harmful_scoring),
@@ -429,27 +430,36 @@ def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
 
 
 def training_prompts(
-    recipe: Recipe, sets: PromptSets, tokenizer: Any, screen: Screen
+    recipe: Recipe, sets: PromptSets, base: Loaded, screen: Screen
 ) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
-    """Harmful and anchor prompts as student and target read them; those over the length are left out, and said.
+    """Harmful and anchor prompts as student and target read them; those given twice and those over the length
+    are left out, and said.
 
     Raises:
-        UserError: no harmful prompt is short enough.
+        UserError: no harmful prompt is short enough, or one holds an id without an embedding.
     """
-    limit = recipe.train.max_seq_length
+    limit, tokenizer = recipe.train.max_seq_length, base.tokenizer
     guard = recipe.teacher.system_prompt if recipe.teacher.teacher == "system_prompt" else None
     found: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
     for harmful, items, into in (
         (True, sets.harmful_train, found[0]),
         (False, sets.harmless_train, found[1]),
     ):
-        for item in items:
-            ids = render(tokenizer, item.text)
-            seen = render(tokenizer, item.text, guard) if harmful and guard else ids
+        texts = list(dict.fromkeys(item.text for item in items))
+        if len(texts) < len(items):
+            screen.line(f"{len(items) - len(texts)} prompts are there twice and are used once")
+        for text in texts:
+            ids = render(tokenizer, text)
+            seen = render(tokenizer, text, guard) if harmful and guard else ids
+            if max(ids) >= base.vocabulary:  # MLX would read beyond the embedding
+                raise UserError(
+                    f"a training prompt holds a special token (id {max(ids)}) for which model {base.name} has no "
+                    "embedding; take that prompt out"
+                )
             if len(ids) <= limit:
                 into.append(TrainingPrompt(ids, seen, harmful))
-        if len(into) < len(items):
-            screen.line(f"{len(items) - len(into)} prompts are longer than {limit} tokens and are left out")
+        if len(into) < len(texts):
+            screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
     if not found[0]:
         raise UserError(f"every training prompt is longer than max_seq_length = {limit}; raise --max-seq-length")
     return found

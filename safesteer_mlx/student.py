@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .checks import read_header, some
 from .progress import UserError
 from .recipe import TrainSettings
 from .residual import blocks, checkpoint_blocks, share
@@ -52,17 +53,20 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
 
 
 def _load_adapters(student: nn.Module, path: Path) -> None:
-    try:
-        found = mx.load(str(path), format="safetensors")
-    except (OSError, RuntimeError):
-        raise UserError(f"resume_adapter_file = {path} is no safetensors file; give an adapters.safetensors") from None
+    held = read_header(path)
     own = dict(tree_flatten(student.trainable_parameters()))
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
-    if {name: tuple(weight.shape) for name, weight in found.items()} != shapes:  # type: ignore[union-attr]
-        raise UserError(
-            f"resume_adapter_file = {path} holds other weights than these settings train; "
-            "give the fine_tune_type, num_layers and lora_parameters of its adapter_config.json"
-        )
+    remedy = "give the fine_tune_type, num_layers and lora_parameters of its adapter_config.json"
+    for names, how in ((shapes.keys() - held.keys(), "lacks"), (held.keys() - shapes.keys(), "holds other weights:")):
+        if names:
+            raise UserError(f"resume_adapter_file = {path} {how} {some(sorted(names))}; {remedy}")
+    for name, tensor in held.items():
+        if tensor.shape != shapes[name] or tensor.dtype not in ("F32", "F16", "BF16"):
+            raise UserError(
+                f"resume_adapter_file = {path} holds other weights: {name} is {list(tensor.shape)} of {tensor.dtype}, "
+                f"not {list(shapes[name])}; {remedy}"
+            )
+    found = mx.load(str(path), format="safetensors")
     student.load_weights(list(found.items()), strict=False)  # type: ignore[union-attr]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .hub import fetch
 from .progress import UserError
 from .prompts import Instruction
 from .recipe import PACKAGE, nearest, read_yaml
@@ -87,32 +88,10 @@ def load_suite(suite: Suite, file: Path | None = None) -> list[Instruction]:
 
 
 def _fetch(suite: Suite) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where, local = f"https://huggingface.co/datasets/{suite.repository}", f"--suite {suite.name}=FILE"
     try:
-        return Path(hf_hub_download(suite.repository, suite.file, revision=suite.revision, repo_type="dataset"))
-    except GatedRepoError:
-        raise UserError(
-            f"suite {suite.name} is gated; accept its terms at {where}, then `hf auth login`, or give {local}"
-        ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
-        raise UserError(
-            f"suite {suite.name}: {where} has no {suite.file} at {suite.revision} ({type(error).__name__}); "
-            f"give {local}"
-        ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"suite {suite.name} is not in the local cache and the Hub cannot be reached ({type(error).__name__}); "
-            f"check the connection, or give {local}"
-        ) from None
+        return fetch(suite.repository, suite.file, suite.revision)
+    except UserError as error:
+        raise UserError(f"suite {suite.name}: {error}; or give --suite {suite.name}=FILE") from None
 
 
 def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .hub import prepare
 from .progress import Screen, UserError, exit_code, visible
 from .recipe import Parser, read_yaml
 
@@ -83,11 +84,13 @@ def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
     """The tokenizer of the run's model, and its V."""
     from mlx_lm.utils import load_tokenizer
 
-    from .load import find, read_config
+    from .checks import read_object
+    from .load import find
 
-    name = str(read_yaml(run / "recipe.yaml").get("model"))
-    path = find(name)
-    config = read_config(path)
+    recipe = read_yaml(run / "recipe.yaml")
+    name = str(recipe.get("model"))
+    path = find(name, recipe.get("revision"))
+    config = read_object(path / "config.json")
     try:
         tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code})
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -114,6 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--veto", help="tokens to leave out, as the table has them, or id:NUMBER", **more)
     add("--add", help="tokens to put in: single tokens of the model, or id:NUMBER", **more)
     add("--out", type=Path, metavar="FILE", default=Path("safety_tokens.json"), help="(default: safety_tokens.json)")
+    add("--offline", action="store_true", help="make no connection, as HF_HUB_OFFLINE=1")
     add("--trust-remote-code", action="store_true", help="let the tokenizer's own code run")
     args = parser.parse_args(argv)
     if (args.veto or args.add) and args.out.exists():
@@ -127,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    prepare(args.offline)
     from .report import run_folder
     from .token_file import read_rows
 

@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from safesteer_mlx import stages
+from safesteer_mlx.checks import read_object
 from safesteer_mlx.judge import is_refusal
-from safesteer_mlx.load import Loaded, load, read_config
+from safesteer_mlx.load import Loaded, load
 from safesteer_mlx.measure import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
 from safesteer_mlx.progress import Screen
 from safesteer_mlx.prompts import Instruction, PromptSets, render, render_all
@@ -48,7 +49,7 @@ Measure = Callable[[int], None]
 
 def settings(seed: int, changes: dict[str, Any]) -> Recipe:
     """The bundled model's recipe with some settings changed."""
-    return resolve(read_config(MODEL), {"model": str(MODEL), "seed": seed, **changes})[0]
+    return resolve(read_object(MODEL / "config.json"), {"model": str(MODEL), "seed": seed, **changes})[0]
 
 
 def refusal_examples(
@@ -140,7 +141,7 @@ def train_variant(
     import mlx.core as mx
 
     student = make_student(base.model, recipe.train, recipe.run.seed, base.quantized)
-    harmful, anchors = stages.training_prompts(recipe, prepared.sets, base.tokenizer, screen)
+    harmful, anchors = stages.training_prompts(recipe, prepared.sets, base, screen)
     steps = number_of_steps(len(harmful), recipe.train, recipe.loss)
     rows = render_all(base.tokenizer, prepared.test.kinds["harmful"])
     curve: list[dict[str, float]] = []

@@ -258,7 +258,7 @@ def test_the_declared_mode_is_what_is_trained_and_scored(switchable):
         base = load(str(switchable), thinking=recipe.run.thinking)
         sets = load_prompt_sets(MODELS / BUNDLED / "data")
         rendered = stages.render_prompts(recipe, sets, base.tokenizer)
-        harmful, harmless = stages.training_prompts(recipe, sets, base.tokenizer, Screen(quiet=True))
+        harmful, harmless = stages.training_prompts(recipe, sets, base, Screen(quiet=True))
         scored = make_test_set(
             base.model, base.tokenizer, {"harmless": sets.harmless_test[:2]}, [], base.eos_ids, max_tokens=1
         )

@@ -180,7 +180,7 @@ def test_what_cannot_be_had_is_one_sentence(hub):
     del hub.files[next(path for path in hub.files if "HarmfulQA" in path)]
     assert "HarmfulQA=FILE" in said("HarmfulQA", HF_HOME="/nonexistent/cache")
     offline = said("OR-Bench", HF_HOME="/nonexistent/cache", HF_HUB_OFFLINE="1")
-    assert "cannot be reached" in offline and "OR-Bench=FILE" in offline
+    assert "offline nothing is fetched" in offline and "OR-Bench=FILE" in offline
 
 
 def test_a_long_field_beside_the_prompt_is_no_hindrance(tmp_path):

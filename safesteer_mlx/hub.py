@@ -1,0 +1,138 @@
+"""What is fetched from the Hugging Face Hub: the model and the data set that the user named, nothing else."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .progress import UserError
+
+DATASETS = "hf://datasets/"
+
+
+def prepare(offline: bool = False) -> None:
+    """Set the Hub library's environment, which it reads once, when it is imported.
+
+    No telemetry and no update check; with `offline`, or HF_HUB_OFFLINE=1, no connection at all.
+    """
+    for library in ("HF_HUB", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def model_folder(name: str, revision: str | None = None, with_code: bool = False) -> Path:
+    """The snapshot of a model repository, downloaded or from the cache; its `.py` files only with `with_code`.
+
+    Raises:
+        UserError: what kept it from being fetched, and what helps.
+    """
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _download
+
+    _set_up()
+    patterns = [p for p in DEFAULT_ALLOW_PATTERNS if with_code or p != "*.py"]
+    with _explained("model", name, revision):
+        return _download(name, revision, patterns)
+
+
+def dataset_file(address: str) -> Path:
+    """The local copy of hf://datasets/ORG/NAME[@REVISION][/FILE]; FILE is train.jsonl if left out.
+
+    Raises:
+        UserError: not such an address, or what kept the file from being fetched.
+    """
+    parts = address.removeprefix(DATASETS).split("/", 2)
+    if not address.startswith(DATASETS) or len(parts) < 2 or not all(parts):
+        raise UserError(f"data {address} is no data set's address; write it {DATASETS}ORG/NAME/FILE")
+    organisation, (name, _, revision) = parts[0], parts[1].partition("@")
+    repository, file = f"{organisation}/{name}", parts[2] if len(parts) > 2 else "train.jsonl"
+    return fetch(repository, file, revision or None)
+
+
+def fetch(repository: str, file: str, revision: str | None = None) -> Path:
+    """The local copy of a data set's file, from the cache or the Hub.
+
+    Raises:
+        UserError: what kept the file from being fetched, and what helps.
+    """
+    _set_up()
+    with _explained("data set", repository, revision, file):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+
+
+def _set_up() -> None:
+    """No progress bars where there is no terminal, and no waiting for ever for a server that does not answer."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    session = get_session()
+    if _patient not in session.event_hooks["request"]:
+        session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _patient]}
+
+
+def _patient(request: Any) -> None:
+    """Some of the library's requests ask for no timeout at all; those get the one that others have."""
+    from huggingface_hub import constants
+
+    given = request.extensions.get("timeout", {})
+    seconds = constants.HF_HUB_ETAG_TIMEOUT
+    request.extensions["timeout"] = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
+
+
+@contextmanager
+def _explained(what: str, name: str, revision: str | None, file: str = "") -> Iterator[None]:
+    """Whatever the Hub's library raises inside becomes one sentence."""
+    try:
+        yield
+    except Exception as error:  # httpx's, the Hub's and the system's errors share no base class but this
+        reason = _reason(error, what, name, revision, file)
+        raise UserError(f"{what} {name}{f' at revision {revision}' if revision else ''} {reason}") from None
+
+
+def _reason(error: Exception, what: str, name: str, revision: str | None, file: str) -> str:
+    from huggingface_hub import constants, errors
+
+    chain: list[BaseException] = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
+
+    def caused_by(kind: type[BaseException]) -> bool:
+        return any(isinstance(e, kind) for e in chain)
+
+    statuses = [e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)]
+    url = f"{constants.ENDPOINT}/{'datasets/' if what == 'data set' else ''}{name}"
+    if isinstance(error, errors.HFValidationError):
+        there = "neither a folder here nor a Hub id" if what == "model" else "no Hub id"
+        return f"is {there} like org/name; check the name"
+    if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain):
+        return f"does not fit on the disk of {constants.HF_HUB_CACHE}; free some space or set HF_HOME to another disk"
+    if caused_by(errors.GatedRepoError):
+        return f"is gated; accept the licence at {url}, then `hf auth login`"
+    if caused_by(errors.RevisionNotFoundError):
+        return f"was not found on the Hub; choose one of the branches, tags and commits at {url}/tree/main"
+    if caused_by(errors.RemoteEntryNotFoundError):
+        return f"has no file {file or 'of that name'}; see {url}/tree/{revision or 'main'} for its files"
+    if caused_by(errors.RepositoryNotFoundError):
+        there = "neither a folder here nor a repository on the Hub" if what == "model" else "no data set on the Hub"
+        return f"is {there} that you may read; check the name, or `hf auth login` if it is private"
+    if 401 in statuses:
+        return "was not given out because the Hub refuses your token; `hf auth login` with a valid one, or log out"
+    if 403 in statuses:
+        return f"may not be read with your token; ask for access at {url}, then `hf auth login`"
+    if 429 in statuses:
+        return "was not given out because the Hub limits your requests; wait some minutes and try again"
+    if statuses and statuses[0] >= 500:
+        return f"cannot be fetched because the Hub has trouble (HTTP {statuses[0]}); try again later"
+    if constants.HF_HUB_OFFLINE:
+        return "is not in the local cache as a whole, and offline nothing is fetched; run once online or give a folder"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "is not in the local cache as a whole and the Hub cannot be reached; check the name and the connection"
+    return f"could not be downloaded as a whole ({type(error).__name__}); run it again, what has arrived is kept"

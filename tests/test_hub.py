@@ -1,0 +1,281 @@
+"""Fetching from the Hub, against a stand-in: what is asked, what is kept, and one sentence for every failure.
+
+The Hub library's settings are patched where it reads them at each call; what it reads once, from the
+environment, is tested in processes of their own.
+"""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub.constants as constants
+import pytest
+from hub import Hub
+
+from safesteer_mlx import hub as ours
+from safesteer_mlx.align import main
+from safesteer_mlx.load import load
+from safesteer_mlx.progress import UserError
+from safesteer_mlx.prompts import load_data
+from safesteer_mlx.recipe import MODELS
+
+TINY = MODELS / "tiny-chat"
+FILES = {path.name: path.read_bytes() for path in TINY.iterdir() if path.is_file()}
+NAME = "someone/chat"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with Hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as `prepare` sets it before it is read
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's own retries
+        hub.model(NAME, FILES)
+        yield hub
+
+
+def refused(tmp_path: Path, capsys, *argv: str) -> str:
+    """What a user reads who asks for what cannot be had: one sentence, and nothing is written."""
+    folder = tmp_path / "adapters"
+    assert main([*argv, "--adapter-path", str(folder)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(said) == 1 and said[0].startswith("safesteer-mlx: ") and "; " in said[0], said
+    assert not folder.exists()
+    return said[0]
+
+
+def files_asked(hub: Hub) -> list[str]:
+    return [path.rpartition("/")[2] for method, path, _ in hub.seen if method == "GET" and "/resolve/" in path]
+
+
+def test_a_model_is_fetched_by_its_id_and_nothing_else_is_asked(hub):
+    hub.model(NAME, FILES | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"})
+    base = load(NAME)
+    assert base.name == NAME and base.weights_hash == load(str(TINY)).weights_hash
+    assert sorted(files_asked(hub)) == sorted(FILES)  # no code, no pickles
+    assert all(f"/{NAME}/" in path for _, path, _ in hub.seen), hub.seen
+
+
+def test_the_second_run_fetches_no_file_again(hub):
+    load(NAME)
+    hub.seen.clear()
+    load(NAME)
+    assert [path for _, path, _ in hub.seen] == [f"/api/models/{NAME}/revision/main"]
+
+
+def test_a_revision_is_fetched_by_branch_and_by_commit(hub):
+    old = hub.model(NAME, FILES | {"README.txt": b"old"}, "v1")
+    for revision in ("v1", old):
+        assert (ours.model_folder(NAME, revision) / "README.txt").read_text() == "old"
+    assert not (ours.model_folder(NAME) / "README.txt").exists()
+
+
+def test_a_connection_cut_once_is_taken_up_where_it_broke(hub, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept of a file that breaks off
+    hub.cut("model.safetensors", 5000, times=1)
+    folder = ours.model_folder(NAME)
+    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert [r for _, path, r in hub.seen if path.endswith("model.safetensors") and r] == ["bytes=5000-"]
+
+
+def test_a_later_run_resumes_a_partial_download(hub, tmp_path, capsys):
+    hub.cut("model.safetensors", 0)
+    refused(tmp_path, capsys, NAME)
+    hub.faults.clear()
+    fetched = set(files_asked(hub)) - {"model.safetensors"}
+    hub.seen.clear()
+    assert (ours.model_folder(NAME) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert files_asked(hub) == ["model.safetensors"] and fetched
+
+
+FAILURES = {
+    "gated, not asked yet": ({"status": 403, "code": "GatedRepo"}, "accept the licence at {url}/{name}, then `hf auth"),
+    "gated, no token": ({"status": 401, "code": "GatedRepo"}, "accept the licence at {url}/{name}, then `hf auth"),
+    "gated at the file": ({"status": 403, "code": "GatedRepo", "where": "/resolve/"}, "accept the licence"),
+    "private or missing": ({"status": 401, "code": "RepoNotFound"}, "`hf auth login` if it is private"),
+    "wrong token": ({"status": 401, "message": "Invalid credentials in Authorization header"}, "refuses your token"),
+    "forbidden": ({"status": 403}, "may not be read with your token"),
+    "rate limit": ({"status": 429}, "wait some minutes"),
+    "rate limit at the file": ({"status": 429, "where": "/resolve/"}, "wait some minutes"),
+    "server error": ({"status": 500}, "HTTP 500"),
+    "bad gateway at the file": ({"status": 502, "where": "/resolve/"}, "HTTP 502"),
+    "no answer in time at the file": ({"status": 504, "where": "/resolve/"}, "HTTP 504"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_each_refusal_of_the_hub_is_one_sentence(name, hub, tmp_path, capsys):
+    fault, expected = FAILURES[name]
+    hub.always(**fault)
+    said = refused(tmp_path, capsys, NAME)
+    assert NAME in said and expected.format(url=hub.url, name=NAME) in said, said
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_passing_trouble_at_a_file_is_tried_again(status, hub):
+    hub.always(status, where="/resolve/", times=2)
+    assert (ours.model_folder(NAME) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_what_does_not_exist_is_named(hub, tmp_path, capsys):
+    assert "no/such is neither a folder here nor a repository" in refused(tmp_path, capsys, "no/such")
+    said = refused(tmp_path, capsys, NAME, "--revision", "v9")
+    assert "at revision v9 was not found" in said and f"{hub.url}/{NAME}/tree/main" in said
+    assert "no/such/name/at/all" in refused(tmp_path, capsys, "no/such/name/at/all")
+    assert "--revision v1 is for models of the Hub" in refused(tmp_path, capsys, str(TINY), "--revision", "v1")
+
+
+def test_a_connection_that_keeps_breaking_is_one_sentence(hub, tmp_path, capsys):
+    hub.cut("model.safetensors", 100)
+    hub.cut("model.safetensors", 0)
+    assert "run it again" in refused(tmp_path, capsys, NAME)
+
+
+def test_no_server_at_all_is_one_sentence(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the Hub cannot be reached" in refused(tmp_path, capsys, NAME)
+
+
+def test_a_full_disk_is_one_sentence(hub, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import file_download
+
+    fetch = file_download.http_get
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, chunk):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(file_download, "http_get", lambda url, file, **more: fetch(url, Full(file), **more))
+    assert "does not fit on the disk" in refused(tmp_path, capsys, NAME)
+
+
+def test_offline_reads_the_cache_and_asks_nothing(hub, tmp_path, capsys, monkeypatch):
+    load(NAME)
+    hub.seen.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load(NAME).quantized
+    assert "run once online or give a folder" in refused(tmp_path, capsys, "someone/else")
+    assert hub.seen == []
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_address(hub, tmp_path, capsys):
+    old = hub.dataset("someone/asks", {"train.jsonl": b'{"instruction": "old"}\n'}, "v1")
+    hub.dataset("someone/asks", {"train.jsonl": b'{"instruction": "one"}\n', "more/two.txt": b"two\n"})
+    for address, text in (
+        ("someone/asks", "one"),
+        ("someone/asks/more/two.txt", "two"),
+        ("someone/asks@v1", "old"),
+        (f"someone/asks@{old}/train.jsonl", "old"),
+    ):
+        assert load_data("hf://datasets/" + address)[0].text == text
+    assert all("/datasets/someone/asks" in path for _, path, _ in hub.seen)
+    for address, expected in (
+        ("someone/none", "someone/none is no data set on the Hub"),
+        ("someone/asks/three.txt", "has no file three.txt"),
+        ("someone/asks@v9", "at revision v9"),
+        ("someone", "write it hf://datasets/ORG/NAME/FILE"),
+    ):
+        assert expected in refused(tmp_path, capsys, "--data", "hf://datasets/" + address)
+    hub.always(403, where="/datasets/", code="GatedRepo")
+    said = refused(tmp_path, capsys, "--data", "hf://datasets/someone/asks/other.txt")
+    assert f"accept the licence at {hub.url}/datasets/someone/asks, then" in said
+
+
+def test_an_unknown_error_below_is_one_sentence():
+    with (
+        pytest.raises(UserError, match="model a/b at revision c could not be downloaded"),
+        ours._explained("model", "a/b", "c"),
+    ):
+        raise ZeroDivisionError
+
+
+# What the library reads from the environment once: processes of their own.
+
+SHORT = ["--iters", "1", "--test-prompts", "2", "--direction-train", "32", "--direction-validation", "16"]
+SHORT += ["--token-samples", "1", "--coeff", "0.7", "--horizon", "2", "--batch-size", "4"]
+
+
+def run(argv: list[str], home: Path, before: list[str] | None = None, **environment: str):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    kept |= {"HF_HOME": str(home), "PYTHONPATH": str(Path(ours.__file__).parents[1])} | environment
+    command = [*(before or []), sys.executable, "-m", "safesteer_mlx.align", *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=kept, timeout=300)
+
+
+NO_NETWORK = ["unshare", "-rn"]
+
+
+def test_offline_a_whole_alignment_makes_no_connection(tmp_path):
+    """In a network namespace without interfaces where there is one; everywhere, no socket may connect."""
+    guard = tmp_path / "guard"
+    guard.mkdir()
+    (guard / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def watch(event, args):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        f"        open({str(tmp_path / 'connected')!r}, 'a').write(event + str(args[1:]) + chr(10))\n"
+        "sys.addaudithook(watch)\n"
+    )
+    try:
+        alone = subprocess.run([*NO_NETWORK, "true"], capture_output=True).returncode == 0
+    except OSError:  # no such command
+        alone = False
+    argv = ["--offline", "--adapter-path", str(tmp_path / "adapters"), *SHORT]
+    path = os.pathsep.join([str(guard), str(Path(ours.__file__).parents[1])])
+    done = run(argv, tmp_path / "home", NO_NETWORK if alone else None, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "adapters" / "adapters.safetensors").is_file()
+    assert not (tmp_path / "connected").exists()
+
+
+def test_the_guard_of_the_test_above_sees_a_connection_and_the_flag_forbids_it(tmp_path):
+    with Hub() as hub:
+        out = ["--adapter-path", str(tmp_path / "adapters")]
+        done = run([NAME, "--offline", *out], tmp_path / "home", HF_ENDPOINT=hub.url)
+        assert done.returncode == 2 and "offline nothing is fetched" in done.stderr and hub.seen == []
+        done = run([NAME, *out], tmp_path / "home", HF_ENDPOINT=hub.url)
+        assert done.returncode == 2 and "nor a repository on the Hub" in done.stderr
+        assert {path for _, path, _ in hub.seen} == {f"/api/models/{NAME}/revision/main"}
+        assert all(result.count("\n") == 1 for result in [done.stderr])
+
+
+@pytest.mark.parametrize("where", ["/api/", pytest.param("/resolve/", marks=pytest.mark.slow)])
+def test_a_server_that_does_not_answer_is_one_sentence(where, tmp_path):
+    over = threading.Event()
+    short = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    with Hub() as hub:
+        hub.model(NAME, FILES)
+        hub.faults.append(lambda handler: where in handler.path and over.wait(60))
+        try:
+            done = run([NAME, "--adapter-path", str(tmp_path / "out")], tmp_path / "home", HF_ENDPOINT=hub.url, **short)
+        finally:
+            over.set()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and NAME in done.stderr and "; " in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_telemetry_and_update_checks_are_off():
+    code = (
+        "from safesteer_mlx.hub import prepare; prepare(True); from huggingface_hub import constants as c;"
+        "assert c.HF_HUB_DISABLE_TELEMETRY and c.HF_HUB_DISABLE_UPDATE_CHECK and c.HF_HUB_OFFLINE"
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    assert subprocess.run([sys.executable, "-c", code], env=kept).returncode == 0
