@@ -28,6 +28,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
         UserError: what a user can mend, in one sentence.
     """
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
     from . import stages
     from .checkpoint import Checkpoint
@@ -48,6 +49,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
     record = RunFolder(folder)
     checkpoint = Checkpoint(record, stages.made_of(recipe, base, sets))
+    checkpoint.check_space(sum(w.nbytes for _, w in tree_flatten(student.trainable_parameters())))
 
     # 1. The refusal direction: mean activations on harmful minus harmless instructions.
     found = checkpoint.once(

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
+from .progress import UserError
 from .runfolder import RunFolder, as_json, save_arrays
 
 KEPT = 2  # checkpoints of steps
@@ -58,7 +59,6 @@ class Checkpoint:
 
     def keep(self, name: str, content: Any) -> None:
         """Keep plain data and numpy arrays under a name."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         body = as_json(content).decode()
         sha = hashlib.sha256(body.encode()).hexdigest()
         self._record.json(f"checkpoint/{name}.json", {"made_by": self._fingerprint, "sha256": sha, "content": body})
@@ -86,10 +86,27 @@ class Checkpoint:
         self.keep(name, result.plain())
         return result
 
+    def check_space(self, trained_bytes: int) -> None:
+        """Refuse to begin a run whose states will not fit on the disk.
+
+        A state is the trained weights and AdamW's two moments; `KEPT` of them, one that is being written, and the
+        adapters, old and new. Answers, report and record are small beside 64 MB.
+
+        Raises:
+            UserError: less is free.
+        """
+        needed = (3 * (KEPT + 1) + 2) * trained_bytes + 64 * 10**6
+        folder = next(p for p in self.path.absolute().parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(
+                f"--adapter-path {self._record.path.parent}: the run may write {needed / 1e6:,.0f} MB, but {folder} "
+                f"has {free / 1e6:,.0f} MB free; make room, or give a folder on another disk"
+            )
+
     def save(self, step: int, arrays: dict[str, mx.array], data: dict[str, Any]) -> None:
         """Keep the state after a step, and forget all but the last `KEPT`."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = self.path / f"step-{step:06d}.safetensors"
+        file = self._record.room(f"checkpoint/step-{step:06d}.safetensors")
         save_arrays(file, arrays)
         file.chmod(0o600)
         self.keep(file.stem, {"arrays_sha256": _sha256(file), "data": data})

@@ -118,11 +118,22 @@ class RunFolder:
         for path in self.path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def text(self, name: str, content: str) -> None:
-        """Write a text file."""
+    def room(self, name: str) -> Path:
+        """The path of a file to write, its folder made. A run's own folder that went away is not made again.
+
+        Raises:
+            OSError: the run's folder went away, or cannot be made.
+        """
         if not self._locked:
             self._open()
-        write(self.path / name, content.encode())
+        path = self.path / name
+        if path.parent != self.path:
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+        return path
+
+    def text(self, name: str, content: str) -> None:
+        """Write a text file."""
+        write(self.room(name), content.encode())
 
     def json(self, name: str, content: Any) -> None:
         """Write plain data and numpy arrays."""

@@ -2,27 +2,79 @@
 
     python scripts/crash_test.py --kills 200
 
-A run is a subprocess, killed by SIGKILL after a random time and started again with `--yes`. When one is
-done, its adapters and record must be those of the run that was left alone, byte for byte; then the next
-begins, until the kills are used up.
+A run is a process, killed by SIGKILL after a random time and started again with `--yes`. When one is done, its
+adapters and record must be those of the run that was left alone, byte for byte; then the next begins, until the
+kills are used up. Runs are forked from a process that has imported everything and computed nothing, so that the
+kills fall into the run's own work.
 """
 
 import argparse
+import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-SHORT = ["--iters", "6", "--save-every", "2", "--test-prompts", "2", "--direction-train", "48"]
-SHORT += ["--direction-validation", "24", "--token-samples", "1", "--batch-size", "8", "--max-tokens", "24"]
+import safesteer_mlx  # noqa: F401  before mlx
+
+SHORT = ["--iters", "4", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
+SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
+SHORT += ["--horizon", "2", "--samples", "2"]
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]
 
 
-def command(folder: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "safesteer_mlx.align", "--adapter-path", str(folder), *SHORT, *flags]
+def run(folder: Path, flags: list[str], seconds: float | None = None) -> int | None:
+    """The exit code of a run in a process of its own; None if it was killed after `seconds`."""
+    child = os.fork()
+    if child == 0:
+        from safesteer_mlx.align import main
+
+        log = os.open(folder.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os._exit(main(["--adapter-path", str(folder), *SHORT, *flags]))
+    end = None if seconds is None else time.monotonic() + seconds
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if end is not None and time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(done[1])
+
+
+def crash(scratch: Path, kills: int, seed: int, flags: list[str]) -> str | None:
+    """Kill and go on; what went wrong, or None."""
+    import mlx_lm.generate
+    import mlx_lm.utils  # noqa: F401
+
+    from safesteer_mlx import measure, stages  # noqa: F401
+
+    rng, killed, finished = random.Random(seed), 0, 0
+    whole, folder = scratch / "whole", scratch / "killed"
+    began = time.monotonic()
+    if run(whole, flags) != 0:
+        return "the run that is left alone fails: " + (scratch / "log").read_text()
+    seconds = time.monotonic() - began
+    print(f"a run takes {seconds:.1f} s", flush=True)
+    while killed < kills or folder.exists():
+        code = run(folder, ["--yes", *flags], rng.uniform(0, 0.5) * seconds if killed < kills else None)
+        if code is None:
+            killed += 1
+            continue
+        if code != 0:
+            return f"exit code {code} after {killed} kills: " + (scratch / "log").read_text()
+        different = [name for name in COMPARED if (folder / name).read_bytes() != (whole / name).read_bytes()]
+        if different:
+            return f"after {killed} kills these differ: {', '.join(different)}"
+        finished += 1
+        folder.rename(scratch / f"done-{finished}")
+        print(f"{killed} kills, {finished} runs finished, {time.monotonic() - began:.0f} s", flush=True)
+    print("each finished run has the bytes of the run that was left alone")
+    return None
 
 
 def main() -> int:
@@ -31,37 +83,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags of the runs, after --")
     args = parser.parse_args()
-    rng, killed, finished = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as scratch:
-        whole, folder = Path(scratch) / "whole", Path(scratch) / "killed"
-        began = time.monotonic()
-        subprocess.run(command(whole, *args.flags), check=True, capture_output=True)
-        seconds = time.monotonic() - began
-        while killed < args.kills or folder.exists():
-            process = subprocess.Popen(
-                command(folder, "--yes", *args.flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            try:
-                output, _ = process.communicate(
-                    timeout=rng.uniform(0.15, 0.9) * seconds if killed < args.kills else None
-                )
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                killed += 1
-                continue
-            if process.returncode != 0:
-                print(output.decode(errors="replace"))
-                print(f"exit code {process.returncode} after {killed} kills")
-                return 1
-            different = [name for name in COMPARED if (folder / name).read_bytes() != (whole / name).read_bytes()]
-            if different:
-                print(f"after {killed} kills these differ: {', '.join(different)}")
-                return 1
-            finished += 1
-            folder.rename(Path(scratch) / f"done-{finished}")
-    print(f"{killed} kills, {finished} runs finished, each the same bytes as the run that was left alone")
-    return 0
+        wrong = crash(Path(scratch), args.kills, args.seed, args.flags)
+    if wrong:
+        print(wrong, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import safesteer_mlx.train as stage
-from safesteer_mlx import runfolder
+from safesteer_mlx import checkpoint, runfolder, stages
 from safesteer_mlx.align import main
 from safesteer_mlx.checkpoint import Checkpoint, fingerprint
 from safesteer_mlx.progress import UserError
@@ -145,6 +147,27 @@ def test_a_write_that_fails_is_one_sentence_and_the_state_before_it_is_whole(cod
     monkeypatch.undo()
     assert {n: (folder / "run" / "checkpoint" / n).read_bytes() for n in state} == state
     assert main([*command, "--yes"]) == 0
+
+
+def test_a_folder_that_vanishes_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def vanish(*args):
+        shutil.rmtree(tmp_path / "adapters")
+        return types.SimpleNamespace(plain=dict)  # cannot be kept
+
+    monkeypatch.setattr(stages, "find_direction", vanish)
+    (tmp_path / "adapters" / "run").mkdir(parents=True)
+    capsys.readouterr()
+    assert main(["--adapter-path", str(tmp_path / "adapters"), *SHORT]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "No such file or directory" in said and "run the same command again" in said
+
+
+def test_a_disk_without_room_for_the_states_is_told_before_the_first_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=50 * 10**6))
+    assert main(["--adapter-path", str(tmp_path / "adapters"), *SHORT]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "50 MB free" in said and "make room" in said
+    assert not (tmp_path / "adapters").exists()
 
 
 # The store

@@ -278,7 +278,7 @@ def test_setup_makes_a_venv_once(setup_venv, checkout):
     setup_venv.set_up(checkout, "run")
     assert setup_venv.fits(checkout, "run") and not setup_venv.fits(checkout, "dev")
     setup_venv.set_up(checkout, "run")
-    assert setup_venv.calls == ["venv", ""]
+    assert setup_venv.calls == ["venv", "[report]"]
 
 
 def test_setup_adds_the_tests_needs_and_keeps_them(setup_venv, checkout):
@@ -290,7 +290,7 @@ def test_setup_adds_the_tests_needs_and_keeps_them(setup_venv, checkout):
     assert not setup_venv.fits(checkout, "run")
     setup_venv.set_up(checkout, "run")
     assert setup_venv.fits(checkout, "dev")
-    assert setup_venv.calls == ["venv", "", "[dev]", "[dev]"]
+    assert setup_venv.calls == ["venv", "[report]", "[dev]", "[dev]"]
 
 
 def test_setup_does_not_take_a_half_made_venv(setup_venv, checkout, monkeypatch):
@@ -300,7 +300,7 @@ def test_setup_does_not_take_a_half_made_venv(setup_venv, checkout, monkeypatch)
             setup_venv.set_up(checkout, "run")
     assert not setup_venv.fits(checkout, "run")
     setup_venv.set_up(checkout, "run")
-    assert setup_venv.calls == ["venv", "venv", ""]
+    assert setup_venv.calls == ["venv", "venv", "[report]"]
     assert setup_venv.fits(checkout, "run")
 
 
@@ -317,7 +317,7 @@ def test_setup_keeps_the_venv_when_pip_gives_up(setup_venv, checkout, monkeypatc
             setup_venv.set_up(checkout, "run")
     assert not setup_venv.fits(checkout, "run")
     setup_venv.set_up(checkout, "run")
-    assert setup_venv.calls == ["venv", "", ""]
+    assert setup_venv.calls == ["venv", "[report]", "[report]"]
 
 
 def test_setup_follows_a_moved_checkout(setup_venv, checkout):
