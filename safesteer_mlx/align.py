@@ -2,9 +2,10 @@
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from .stages import FoundDirection, Strength
 
 
-def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
+def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Path:
     """Align `base` and return the folder of adapters, with the run's record in `run/` beside them.
+
+    `check` ends with the verdict, before anything is trained; `force` goes on whatever the verdict is.
 
     Goes on where an earlier run in that folder left off, if it had the same weights, prompts and settings.
 
@@ -28,7 +31,6 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
         UserError: what a user can mend, in one sentence.
     """
     import mlx.core as mx
-    from mlx.utils import tree_flatten
 
     from . import stages
     from .checkpoint import Checkpoint
@@ -36,7 +38,9 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     from .report import write_report
     from .runfolder import RunFolder, check_output
     from .scores import show, transcripts
-    from .student import adapter_config, make_student, save_adapters
+    from .student import adapter_config, bytes_trained, make_student, save_adapters
+    from .verdict import Verdict, give_verdict, refuse_to_go_on
+    from .verdict import show as show_verdict
 
     tokenizer, started = base.tokenizer, time.time()
     folder = Path(recipe.run.adapter_path)
@@ -49,7 +53,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
     record = RunFolder(folder)
     checkpoint = Checkpoint(record, stages.made_of(recipe, base, sets))
-    checkpoint.check_space(sum(w.nbytes for _, w in tree_flatten(student.trainable_parameters())))
+    checkpoint.check_space(bytes_trained(student))
 
     # 1. The refusal direction: mean activations on harmful minus harmless instructions.
     found = checkpoint.once(
@@ -67,6 +71,17 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen) -> Path:
     )
     teacher = stages.make_teacher(recipe, base, rendered, found.direction, strength.coeff)
     record.json("direction.json", _direction_record(found, strength))
+
+    # Before anything is trained: is this model fit for it?
+    verdict = checkpoint.once(
+        "verdict", lambda: give_verdict(recipe, base, rendered, found, teacher, screen), Verdict.of
+    )
+    record.json("verdict.json", verdict.plain())
+    show_verdict(verdict, screen)
+    if verdict.word == "stop" and not force:
+        raise refuse_to_go_on(verdict)
+    if check:
+        return folder
 
     # 3. The safety tokens: what the teacher favours over the base.
     tokens = checkpoint.once(
@@ -200,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     flags, preset, yaml_file = parse(argv)
     resume, yes = flags.pop("resume", None), flags.pop("yes", False)
+    check, force = flags.pop("check", False), flags.pop("force", False)
     if resume is not None:
         yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
     # A mistake in a setting, a folder or a file is told before anything is fetched.
@@ -222,8 +238,12 @@ def _run(argv: list[str] | None) -> None:
     recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=_rank() != 0)
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
+    if check:
+        with tempfile.TemporaryDirectory() as scratch:  # what is found for it is not kept
+            align(replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check")), base, screen, check=True)
+        return
     _earlier_run(folder, recipe, resume is not None or yes, screen)
-    align(recipe, base, screen)
+    align(recipe, base, screen, force=force)
 
 
 def _settings_of(

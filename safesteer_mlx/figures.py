@@ -257,6 +257,15 @@ def _bars(labels: Sequence[str], counts: Mapping[str, Sequence[Count]], theme: T
     return figure
 
 
+def flips(verdict: Mapping[str, Any], theme: Theme) -> Figure:
+    """What the teacher makes of the base's unsafe answers, and of harmless prompts, with 95 % intervals."""
+    flipped, *harmless = (Count(**verdict[name]) for name in ("flipped", "base_harmless", "teacher_harmless"))
+    counts = {"base": [Count(0, flipped.total), harmless[0]], "teacher": [flipped, harmless[1]]}
+    figure = _bars(["unsafe answers", "harmless prompts"], counts, theme)
+    figure.axes[0].set_xlabel("refused (% of prompts)")
+    return figure
+
+
 def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
     """How far teacher and student are from the base on harmless prompts, over all tokens and without S."""
     figure = _figure(1.9)

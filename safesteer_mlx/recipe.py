@@ -461,8 +461,10 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the unfinished run in this adapter folder")
     parser.add_argument("--yes", action="store_true", help="go on with an unfinished run without asking")
+    parser.add_argument("--check", action="store_true", help="give the verdict on this model; train and keep nothing")
+    parser.add_argument("--force", action="store_true", help="train even if the verdict is stop")
     parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
-    known = ["--config", "--preset", "--resume", "--yes", "--help"]
+    known = ["--config", "--preset", "--resume", "--yes", "--check", "--force", "--help"]
     for title, cls in SECTIONS.items():
         group = parser.add_argument_group(title, cls.__doc__)
         for f in fields(cls):

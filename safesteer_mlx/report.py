@@ -35,6 +35,7 @@ class Run:
     manifest: dict[str, Any]
     timing: dict[str, Any]
     transcripts: list[dict[str, Any]] | None
+    verdict: dict[str, Any] | None
 
 
 def write_report(run_folder: Path, transcripts: bool = False) -> Path:
@@ -105,6 +106,7 @@ def read_run(folder: Path, transcripts: bool = True) -> Run:
         parsed("manifest.json"),
         parsed("timing.json"),
         (parsed("transcripts.jsonl", one_a_line=True) if transcripts else []) if kept else None,
+        parsed("verdict.json") if (folder / "verdict.json").is_file() else None,
     )
 
 
@@ -144,6 +146,13 @@ def _figures(run: Run) -> Iterable[tuple[str, str, Callable]]:
             f"answer). Framed: the chosen one, block {found['layer']}, position −{-found['position']}. Plain cells "
             "were not measured: an earlier test had ruled them out.",
             lambda theme: figures.direction(found, theme),
+        )
+    if (verdict := run.verdict) is not None:
+        yield (
+            "verdict",
+            f"Before training, on validation prompts, greedy: the flip rate is the share of the base's "
+            f"{verdict['flipped']['total']} unsafe answers that the teacher turns into refusals.",
+            lambda theme: figures.flips(verdict, theme),
         )
     if found["coefficient_curve"]:
         yield (
@@ -259,6 +268,15 @@ def _what_came_of_it(run: Run) -> str:
     )
 
 
+def _verdict(run: Run) -> str:
+    """The verdict before training, where it was not go."""
+    if run.verdict is None or run.verdict["word"] == "go":
+        return ""
+    reasons = "".join(f"<li>{_escaped(reason)}</li>" for reason in run.verdict["reasons"])
+    said = f"<p>Before training the verdict was {_escaped(run.verdict['word'])}:</p><ul>{reasons}</ul>"
+    return f'<div class="warning">{said}</div>'
+
+
 def _all_counts(run: Run) -> str:
     names = [name for name in SHOWN if name in run.scores]
     rows = []
@@ -366,10 +384,11 @@ def _page(run: Run, images: Mapping[str, str], transcripts: bool) -> str:
     body = [
         f"<header><h1>{_own(name)}, aligned</h1><p>{_what_was_done(run)}</p>{_cards(run)}"
         f"<p>{_what_came_of_it(run)}</p></header>",
+        _verdict(run),
         f"<h2>Before and after</h2>{pictures('refusals', 'capability', 'drift')}"
         f"<details><summary>All counts, with 95 % intervals</summary>{_all_counts(run)}</details>",
         f"<h2>Direction, teacher, safety tokens, training</h2>"
-        f"{pictures('direction', 'tokens', 'coefficient', 'training')}{''.join(notes)}"
+        f"{pictures('direction', 'tokens', 'verdict', 'coefficient', 'training')}{''.join(notes)}"
         f"<details><summary>All {len(run.tokens)} safety tokens</summary>{_token_table(run)}</details>",
         f"<h2>Record</h2>{_record(run)}",
         f"<h2>Answers</h2>{_answers(run, transcripts)}",

@@ -71,6 +71,8 @@ class Rendered:
     harmful_scoring_guarded: Rows  # the same instructions under the teacher's system prompt, if it has one
     harmful_validation: Rows
     harmless_validation: Rows
+    harmful_validation_guarded: Rows
+    harmless_validation_guarded: Rows
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
         harmful_scoring_guarded=render_all(tokenizer, harmful_scoring, guard) if guard else [],
         harmful_validation=render_all(tokenizer, sets.harmful_validation),
         harmless_validation=render_all(tokenizer, sets.harmless_validation),
+        harmful_validation_guarded=render_all(tokenizer, sets.harmful_validation, guard) if guard else [],
+        harmless_validation_guarded=render_all(tokenizer, sets.harmless_validation, guard) if guard else [],
     )
 
 
@@ -267,11 +271,13 @@ def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scr
 
     def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
         h, b = directions.keep_answered_as_meant(model, harmful, harmless, refusal_ids)
-        if not len(h) or not len(b):
+        if not len(b):
+            raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
+        if not len(h) and recipe.teacher.teacher != "system_prompt":
             raise UserError(
-                f"the base refuses {len(h)} of {len(harmful)} harmful and answers {len(b)} of {len(harmless)} harmless "
-                "prompts; SafeSteer needs a base that sometimes refuses (try --teacher system_prompt or --openers"
-                + (", or --thinking off)" if base.thinks else ")")
+                f"the verdict is stop: the base refuses none of {len(harmful)} harmful prompts; SafeSteer needs a base "
+                "that sometimes refuses, so --teacher system_prompt is the one option left (or other --openers, if it "
+                "refuses in other words" + ("; or --thinking off)" if base.thinks else ")")
             )
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
@@ -295,8 +301,8 @@ def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scr
                 for position, layer, failed in directions.nearest_candidates(scores, **limits)
             )
             raise UserError(
-                f"no refusal direction passes the tests (nearest: {near}); loosen --steering-threshold or "
-                "--kl-threshold, give other --openers, or use --teacher system_prompt"
+                f"the verdict is stop: no refusal direction passes the tests (nearest: {near}); loosen "
+                "--steering-threshold or --kl-threshold, give other --openers, or use --teacher system_prompt"
             ) from None
     vector = mx.array(candidates[position, layer].astype(np.float32))
     found = Direction(position, layer, vector, scores)

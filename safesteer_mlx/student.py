@@ -70,6 +70,11 @@ def _load_adapters(student: nn.Module, path: Path) -> None:
     student.load_weights(list(found.items()), strict=False)  # type: ignore[union-attr]
 
 
+def bytes_trained(student: nn.Module) -> int:
+    """Bytes of the weights that training changes."""
+    return sum(weight.nbytes for _, weight in tree_flatten(student.trainable_parameters()))  # pyright: ignore
+
+
 def first_trained_block(student: nn.Module) -> int:
     """The lowest block that holds a trained weight: what is below computes what the base does."""
     return next(i for i, block in enumerate(blocks(student)) if tree_flatten(block.trainable_parameters()))

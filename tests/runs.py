@@ -58,6 +58,16 @@ def files(text: str = "plain") -> dict[str, Any]:
         "metrics.jsonl": [{"step": n, "anchor_loss": None if n == 2 else 0.1, **row} for n in (1, 2, 3)],
         "before_after.json": scores,
         "manifest.json": {"mlx": "0.0.1", "model": text, "model_sha256": "ab" * 32, "adapters_sha256": "cd" * 32},
+        "verdict.json": {
+            "word": "caution",
+            "reasons": [f"because {text}"],
+            "base_harmful": {"count": 5, "total": 10},
+            "base_harmless": {"count": 0, "total": 10},
+            "flipped": {"count": 4, "total": 5},
+            "teacher_harmless": {"count": 4, "total": 10},
+            "teacher_broken": {"count": 0, "total": 15},
+            "candidates": [],
+        },
         "timing.json": {"seconds": 90.0, "seconds_by_step": [1.0, 1.0, 1.0]},
         "transcripts.jsonl": [
             {

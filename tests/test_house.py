@@ -15,7 +15,8 @@ LEVELS = {
     **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file"), 3),
     **dict.fromkeys(("train", "measure", "report", "chat"), 4),
     **dict.fromkeys(("stages", "evaluate", "tokens"), 5),
-    "align": 6,
+    "verdict": 6,
+    "align": 7,
 }
 
 
