@@ -38,6 +38,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     from .report import write_report
     from .runfolder import RunFolder, check_output
     from .scores import show, transcripts
+    from .selection import keep_best, make_scorer
     from .student import adapter_config, bytes_trained, make_student, save_adapters
     from .verdict import Verdict, give_verdict, refuse_to_go_on
     from .verdict import show as show_verdict
@@ -53,7 +54,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
     record = RunFolder(folder)
     checkpoint = Checkpoint(record, stages.made_of(recipe, base, sets))
-    checkpoint.check_space(bytes_trained(student))
+    checkpoint.check_space(bytes_trained(student), stages.candidates(recipe, prompts))
 
     # 1. The refusal direction: mean activations on harmful minus harmless instructions.
     found = checkpoint.once(
@@ -110,7 +111,10 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
         checkpoint,
         lambda: save_adapters(folder, student, config),
         screen,
+        make_scorer(recipe, base, rendered, student, tokens.ids, record) if run.select else None,
     )
+    if run.select:
+        keep_best(student, log.scored, run.select, record, screen)
     save_adapters(folder, student, config)
     stages.check_saved(base, rendered, student, folder)
     record.text("metrics.jsonl", _json_lines(log.metrics))

@@ -86,16 +86,16 @@ class Checkpoint:
         self.keep(name, result.plain())
         return result
 
-    def check_space(self, trained_bytes: int) -> None:
+    def check_space(self, trained_bytes: int, candidates: int = 0) -> None:
         """Refuse to begin a run whose states will not fit on the disk.
 
         A state is the trained weights and AdamW's two moments; `KEPT` of them, one that is being written, and the
-        adapters, old and new. Answers, report and record are small beside 64 MB.
+        adapters, old and new; and `candidates` for `--select`. Answers, report and record are small beside 64 MB.
 
         Raises:
             UserError: less is free.
         """
-        needed = (3 * (KEPT + 1) + 2) * trained_bytes + 64 * 10**6
+        needed = (3 * (KEPT + 1) + 2 + candidates) * trained_bytes + 64 * 10**6
         folder = next(p for p in self.path.absolute().parents if p.exists())
         free = shutil.disk_usage(folder).free
         if free < needed:

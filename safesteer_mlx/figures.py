@@ -266,6 +266,43 @@ def flips(verdict: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
+def _together(xs: Sequence[float], ys: Sequence[float], names: Sequence[int]) -> list[tuple[float, float, list[int]]]:
+    """Points with their names; those too near each other to be told apart share a label."""
+    near = [0.06 * (max(values) - min(values)) for values in (xs, ys)]
+    found: list[tuple[float, float, list[int]]] = []
+    for x, y, name in zip(xs, ys, names, strict=True):
+        beside = next((p for p in found if abs(p[0] - x) <= near[0] and abs(p[1] - y) <= near[1]), None)
+        if beside is None:
+            found.append((x, y, [name]))
+        else:
+            beside[2].append(name)
+    return found
+
+
+def selection(found: Mapping[str, Any], theme: Theme) -> Figure:
+    """Safety against over-refusal and against drift, a point a saved step in order; the kept one is framed."""
+    figure = _figure(4.6)
+    rows = found["scores"]
+    safe, refused = ([100 * r[n]["count"] / max(1, r[n]["total"]) for r in rows] for n in ("unsafe", "over_refusal"))
+    safe = [100 - share for share in safe]
+    [kept] = [i for i, row in enumerate(rows) if row["step"] == found["kept"]]
+    for axes, across, label in zip(
+        figure.subplots(2, 1),
+        (refused, [row["drift"] for row in rows]),
+        ("harmless prompts refused (%)", "KL(base ‖ aligned) a token, harmless answers (nats)"),
+        strict=True,
+    ):
+        axes.plot(across, safe, "o-", color=theme.student, markersize=4, linewidth=0.8)
+        axes.plot(across[kept], safe[kept], "o", color=theme.teacher, markersize=10, fillstyle="none", label="kept")
+        for x, y, steps in _together(across, safe, [row["step"] for row in rows]):
+            named = ", ".join(map(str, steps))
+            axes.annotate(named, (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
+        axes.set(xlabel=label, ylabel="harmful prompts not\ncomplied with (%)")
+        axes.grid()
+    _legend_above(figure, axes, 1)
+    return figure
+
+
 def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
     """How far teacher and student are from the base on harmless prompts, over all tokens and without S."""
     figure = _figure(1.9)

@@ -6,6 +6,7 @@ Later sources win: defaults, `models/*.yaml` for the model, `--preset`, `-c file
 
 import argparse
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -43,6 +44,9 @@ class RunSettings:
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
     thinking: str = _setting("auto", "the chat template's thinking switch", choices=THINKING)
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
+    select: str | None = _setting(
+        None, "limits on what is kept, the safest saved step within them: over_refusal<=0.02,drift<=0.01"
+    )
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
@@ -273,6 +277,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
             raise UserError(f"{said} is too small; it must be above {meta['above']:g}")
         if "most" in meta and value > meta["most"]:
             raise UserError(f"{said} is too large; it must be at most {meta['most']}")
+    if name == "select":
+        limits_of(value)
     if name == "lora_parameters":
         value = _lora_parameters(value, where)
     if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in list(value))):
@@ -280,6 +286,31 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name == "openers" and not (value and all(isinstance(text, str) and text.strip() for text in list(value))):
         raise UserError(f"{said} must be a list of texts that refusals begin with; change it")
     return value
+
+
+LIMITS = ("unsafe", "over_refusal", "broken", "drift")
+
+
+def limits_of(select: str) -> dict[str, float]:
+    """Limits by name, from "over_refusal<=0.02,drift<=0.01".
+
+    Raises:
+        UserError: not of this form, or a name that is no limit.
+    """
+    found = {}
+    for part in select.split(","):
+        name, at_most, number = (piece.strip() for piece in part.partition("<="))
+        if at_most and name not in LIMITS:
+            raise UserError(
+                f"select has no limit {name!r:.40}{nearest(name, LIMITS) or '; choose ' + ', '.join(LIMITS)}"
+            )
+        try:
+            found[name] = float(number)
+        except ValueError:
+            found[name] = math.nan
+        if not at_most or not found[name] >= 0:
+            raise UserError(f"select = {select!r:.80} is not of the form over_refusal<=0.02,drift<=0.01; change it")
+    return found
 
 
 def _lora_parameters(given: dict[str, Any], where: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Run:
     timing: dict[str, Any]
     transcripts: list[dict[str, Any]] | None
     verdict: dict[str, Any] | None
+    selection: dict[str, Any] | None
 
 
 def write_report(run_folder: Path, transcripts: bool = False) -> Path:
@@ -107,6 +108,7 @@ def read_run(folder: Path, transcripts: bool = True) -> Run:
         parsed("timing.json"),
         (parsed("transcripts.jsonl", one_a_line=True) if transcripts else []) if kept else None,
         parsed("verdict.json") if (folder / "verdict.json").is_file() else None,
+        parsed("selection.json") if (folder / "selection.json").is_file() else None,
     )
 
 
@@ -153,6 +155,15 @@ def _figures(run: Run) -> Iterable[tuple[str, str, Callable]]:
             f"Before training, on validation prompts, greedy: the flip rate is the share of the base's "
             f"{verdict['flipped']['total']} unsafe answers that the teacher turns into refusals.",
             lambda theme: figures.flips(verdict, theme),
+        )
+    if (selection := run.selection) is not None:
+        kept = f"Step {selection['kept']} is kept, " + (
+            "the safest within the limits" if selection["within"] else "the last: none keeps the limits"
+        )
+        yield (
+            "selection",
+            f"The saved steps on validation prompts, greedy and sampled, numbered. {kept} ({selection['select']}).",
+            lambda theme: figures.selection(selection, theme),
         )
     if found["coefficient_curve"]:
         yield (
@@ -388,7 +399,7 @@ def _page(run: Run, images: Mapping[str, str], transcripts: bool) -> str:
         f"<h2>Before and after</h2>{pictures('refusals', 'capability', 'drift')}"
         f"<details><summary>All counts, with 95 % intervals</summary>{_all_counts(run)}</details>",
         f"<h2>Direction, teacher, safety tokens, training</h2>"
-        f"{pictures('direction', 'tokens', 'verdict', 'coefficient', 'training')}{''.join(notes)}"
+        f"{pictures('direction', 'tokens', 'verdict', 'coefficient', 'training', 'selection')}{''.join(notes)}"
         f"<details><summary>All {len(run.tokens)} safety tokens</summary>{_token_table(run)}</details>",
         f"<h2>Record</h2>{_record(run)}",
         f"<h2>Answers</h2>{_answers(run, transcripts)}",

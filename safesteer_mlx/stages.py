@@ -546,12 +546,19 @@ def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Pa
         raise UserError(f"the adapters in {folder} change nothing; raise --learning-rate or --epochs")
 
 
+def candidates(recipe: Recipe, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> int:
+    """How many steps `--select` will keep the weights of."""
+    steps = number_of_steps(len(prompts[0]), recipe.train, recipe.loss)
+    return -(-steps // recipe.train.save_every) if recipe.run.select else 0
+
+
 @dataclass(frozen=True)
 class TrainingLog:
-    """Each step's metrics, and the seconds it took."""
+    """Each step's metrics, the seconds it took, and the scores of saved steps, if they were asked for."""
 
     metrics: list[dict[str, Any]]
     seconds: list[float]
+    scored: list[dict[str, Any]]
 
 
 def train_student(
@@ -566,8 +573,9 @@ def train_student(
     checkpoint: Checkpoint,
     save: Callable[[], None],
     screen: Screen,
+    score: Callable[[int], dict[str, Any]] | None = None,
 ) -> TrainingLog:
-    """Train `student` to the end, from where `checkpoint` was; `save` writes the adapters.
+    """Train `student` to the end, from where `checkpoint` was; `save` writes the adapters, `score` scores them.
 
     Raises:
         UserError: the first step moved nothing, or a loss is not finite; the last good state is kept.
@@ -576,7 +584,7 @@ def train_student(
     settings, seed = recipe.train, recipe.run.seed
     optimizer = make_optimizer(settings)
     total = number_of_steps(len(prompts[0]), settings, recipe.loss)
-    log, done = TrainingLog([], []), 0
+    log, done = TrainingLog([], [], []), 0
 
     def state() -> dict[str, mx.array]:
         parts = {"student": student.trainable_parameters(), "optimizer": optimizer.state}
@@ -584,7 +592,7 @@ def train_student(
         return arrays | ({} if moving is None else {f"teacher.{name}": w for name, w in moving.state().items()})
 
     def keep() -> None:
-        checkpoint.save(done, last, {"metrics": log.metrics, "seconds": log.seconds})
+        checkpoint.save(done, last, asdict(log))
         save()
         if (fault := collapsed(recipe, base, rendered, student)) is not None:
             screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")
@@ -599,7 +607,7 @@ def train_student(
         if moving is not None:
             teacher, found = moving.restore(parts["teacher"])
             tokens = tokens if found is None else found
-        log, done = TrainingLog(saved.data["metrics"], saved.data["seconds"]), saved.step
+        log, done = TrainingLog(**saved.data), saved.step
         screen.line(f"going on after step {done} of {total}")
     for name in checkpoint.damaged:
         screen.line(f"{checkpoint.path / name} is damaged and is not used; the state before it is")
@@ -643,6 +651,8 @@ def train_student(
                 if event.step % settings.steps_per_report == 0 or event.step == event.steps:
                     screen.line(f"step {event.step} of {event.steps}: {note}, gradient {event.grad_norm:.2g}")
                 if event.step % settings.save_every == 0 or event.step == event.steps:
+                    if score is not None:
+                        log.scored.append(score(done))
                     keep()
         except NotFiniteError:
             if done:  # the last step that was applied

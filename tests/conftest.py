@@ -34,6 +34,17 @@ def build(name: str, seed: int = 0):
     return model
 
 
+@pytest.fixture(scope="module")
+def few_prompts():
+    """Verdict and checkpoint selection ask four prompts a kind, for tests of something else."""
+    from safesteer_mlx import selection, verdict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "PROMPTS", 4)
+        patch.setattr(verdict, "PROMPTS", 4)
+        yield
+
+
 @pytest.fixture(params=["qwen2", "llama", "gemma2"])
 def any_model(request):
     return build(request.param)

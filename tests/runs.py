@@ -68,6 +68,19 @@ def files(text: str = "plain") -> dict[str, Any]:
             "teacher_broken": {"count": 0, "total": 15},
             "candidates": [],
         },
+        "selection.json": {
+            "select": "drift<=1",
+            "kept": 1,
+            "within": True,
+            "scores": [
+                {
+                    "step": step,
+                    **{name: {"count": step, "total": 10} for name in ("unsafe", "over_refusal", "broken")},
+                    "drift": 0.1 * step,
+                }
+                for step in (1, 3)
+            ],
+        },
         "timing.json": {"seconds": 90.0, "seconds_by_step": [1.0, 1.0, 1.0]},
         "transcripts.jsonl": [
             {

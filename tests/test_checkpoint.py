@@ -32,13 +32,14 @@ SHORT += [
     "24",
     "--no-report",
 ]
+pytestmark = pytest.mark.usefixtures("few_prompts")
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]
 VARIANTS = {
     "default": [],
     "moving teacher, dropout": [
         *("--teacher", "ema", "--mixup", "0.3", "--refresh-every", "2"),
-        *("--lora-parameters", "{rank: 4, dropout: 0.2}"),
+        *("--lora-parameters", "{rank: 4, dropout: 0.2}", "--select", "over_refusal<=0.9"),
     ],
 }
 
@@ -59,7 +60,7 @@ def stop_after(monkeypatch, events):
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def variant(request, tmp_path_factory):
+def variant(request, tmp_path_factory, few_prompts):
     """The flags of a run, and the folder of one that was left alone."""
     flags = [*SHORT, *VARIANTS[request.param]]
     folder = tmp_path_factory.mktemp("whole") / "adapters"

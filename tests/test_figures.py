@@ -19,6 +19,11 @@ def frames(axes):
     return [p for p in axes.patches if isinstance(p, Rectangle) and not p.get_fill()]
 
 
+def test_points_that_lie_on_each_other_share_a_label():
+    points = figures._together([0.0, 1.0, 1.01, 2.0], [0.0, 5.0, 5.0, 10.0], [5, 10, 15, 20])
+    assert [names for *_, names in points] == [[5], [10, 15], [20]]
+
+
 def test_the_chosen_candidate_is_framed_in_all_three_and_gaps_are_left_empty(found):
     drawn = figures.direction(found["direction.json"], LIGHT)
     panels = [axes for axes in drawn.axes if axes.get_ylabel() == "position"]

@@ -15,7 +15,7 @@ LEVELS = {
     **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file"), 3),
     **dict.fromkeys(("train", "measure", "report", "chat"), 4),
     **dict.fromkeys(("stages", "evaluate", "tokens"), 5),
-    "verdict": 6,
+    **dict.fromkeys(("verdict", "selection"), 6),
     "align": 7,
 }
 

@@ -15,7 +15,7 @@ from safesteer_mlx import report
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.report import main, write_report
 
-FIGURES = {"refusals", "capability", "drift", "training", "direction", "coefficient", "tokens", "verdict"}
+FIGURES = {"refusals", "capability", "drift", "training", "direction", "coefficient", "tokens", "verdict", "selection"}
 ACTS_UNSEEN = "\x1b\x07\u202e\u2066\u200b\ud800"
 
 
@@ -58,6 +58,7 @@ def test_the_first_screen_gives_the_numbers_with_their_intervals(plain):
     assert "not measured" in text and "ab" * 32 in text and "0.0.1" in text
     assert text.index("Harmful prompts refused") < text.index("Before and after")
     assert "Before training the verdict was caution:because plain" in text and "the base's 5 unsafe answers" in text
+    assert "Step 1 is kept, the safest within the limits (drift<=1)" in text
 
 
 def test_every_figure_is_in_the_page_and_kept_for_print(plain):

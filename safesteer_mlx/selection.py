@@ -1,0 +1,119 @@
+"""Which saved checkpoint to keep: the safest one within the user's limits, `--select "over_refusal<=0.02"`.
+
+Each is scored on validation prompts, greedy and sampled: *unsafe*, the share of harmful prompts complied with;
+*over_refusal*, the share of harmless ones refused; *broken*, the share of answers that say nothing; *drift*, the mean
+KL(base ‖ student) a token on the base's answers to harmless prompts, in nats.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .intervals import Count
+from .judge import is_broken, outcome
+from .load import Loaded
+from .measure import ANSWER_TOKENS, TestSet, drift, read_answers
+from .progress import Screen
+from .recipe import Recipe, limits_of
+from .rollout import generate
+from .runfolder import RunFolder, save_arrays
+from .stages import Rendered, answer_tokens
+
+PROMPTS = 64  # of each kind
+
+
+@dataclass(frozen=True)
+class CheckpointScore:
+    """What the student did after `step`; counts are over prompts, greedy and sampled together."""
+
+    step: int
+    unsafe: Count
+    over_refusal: Count
+    broken: Count
+    drift: float
+
+    def value(self, name: str) -> float:
+        """A limit's quantity: a share, or the drift in nats."""
+        found = getattr(self, name)
+        return found.count / max(1, found.total) if isinstance(found, Count) else found
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> "CheckpointScore":
+        """What `asdict` described."""
+        return CheckpointScore(**{key: Count(**v) if isinstance(v, dict) else v for key, v in plain.items()})
+
+
+def choose(scores: Sequence[CheckpointScore], limits: dict[str, float]) -> CheckpointScore | None:
+    """The least unsafe within the limits (then the least over-refusing, the least drifted, the earliest), or None."""
+    within = [s for s in scores if all(s.value(name) <= most for name, most in limits.items())]
+    order = ("unsafe", "over_refusal", "drift")
+    return min(within, key=lambda s: (*(s.value(name) for name in order), s.step), default=None)
+
+
+def make_scorer(
+    recipe: Recipe, base: Loaded, rendered: Rendered, student: nn.Module, tokens: Sequence[int], record: RunFolder
+) -> Callable[[int], dict[str, Any]]:
+    """score(step): score the student as it is, and keep its weights in `run/candidates/`."""
+    harmful, harmless = rendered.harmful_validation[:PROMPTS], rendered.harmless_validation[:PROMPTS]
+    most = answer_tokens(recipe, base, ANSWER_TOKENS)
+    how: dict[str, Any] = {"eos_ids": base.eos_ids, "batch_size": recipe.run.generation_batch_size, "max_tokens": most}
+    own = [c.ids for c in generate(base.model, harmless, **how)]
+    test = TestSet({}, [], harmless, own, {})
+
+    def score(step: int) -> dict[str, Any]:
+        said = [
+            [
+                answer
+                for sampled in (False, True)
+                for answer in read_answers(
+                    student, base.tokenizer, rows, sampled, seed=recipe.run.seed, stream=which, **how
+                )
+            ]
+            for which, rows in enumerate((harmful, harmless))
+        ]
+        found = CheckpointScore(
+            step,
+            Count(sum(outcome(text) == "comply" for text, _ in said[0]), len(said[0])),
+            Count(sum(outcome(text) == "refuse" for text, _ in said[1]), len(said[1])),
+            Count(sum(is_broken(*answer) for part in said for answer in part), len(said[0]) + len(said[1])),
+            drift(base.model, student, test, tokens)[0],
+        )
+        save_arrays(record.room(_file(step)), dict(tree_flatten(student.trainable_parameters())))
+        return asdict(found)
+
+    return score
+
+
+def _file(step: int) -> str:
+    return f"candidates/step-{step:06d}.safetensors"
+
+
+def keep_best(
+    student: nn.Module, scored: Sequence[dict[str, Any]], select: str, record: RunFolder, screen: Screen
+) -> None:
+    """Give `student` the weights of the chosen checkpoint, the last one's if none keeps the limits; say which."""
+    scores, limits = [CheckpointScore.of(s) for s in scored], limits_of(select)
+    chosen = choose(scores, limits)
+    rows = [
+        [
+            f"{s.step}" + (" (kept)" if s is (chosen or scores[-1]) else ""),
+            *(str(c) for c in (s.unsafe, s.over_refusal, s.broken)),
+            f"{s.drift:.5f}",
+        ]
+        for s in scores
+    ]
+    title = "Checkpoints on validation prompts, greedy and sampled: count, rate (95 % interval)"
+    screen.table(title, ["step", "unsafe", "over-refusal", "broken", "drift, nats"], rows)
+    if chosen is None:
+        screen.line(f"no checkpoint keeps {select}; the last one is kept. Loosen --select, or raise --anchor")
+    else:
+        screen.line(f"step {chosen.step} is the safest that keeps {select}")
+        weights = mx.load(str(record.path / Path(_file(chosen.step))))
+        student.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
+    kept = (chosen or scores[-1]).step
+    record.json("selection.json", {"select": select, "kept": kept, "within": chosen is not None, "scores": scored})
