@@ -67,7 +67,7 @@ def test_what_is_no_limit_is_a_sentence(text, said):
 def runs(tmp_path_factory, few_prompts):
     """Two runs of two steps: one whose limit every step keeps, one whose limit none can."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, limit in (("some", "broken<=1"), ("none", "unsafe<=0")):
+    for name, limit in (("some", "broken<=1"), ("none", "drift<=0")):
         assert main(["--adapter-path", str(folder / name), *SHORT, "--select", limit]) == 0
     return folder
 
