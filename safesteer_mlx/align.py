@@ -153,7 +153,14 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     if run.transcripts:
         record.text("transcripts.jsonl", _json_lines(transcripts(scores)))
     record.json("manifest.json", _manifest(base, folder))
-    record.json("timing.json", {"seconds": round(time.time() - started, 1), "seconds_by_step": log.seconds})
+    record.json(
+        "timing.json",
+        {
+            "seconds": round(time.time() - started, 1),
+            "peak_bytes": mx.get_peak_memory(),
+            "seconds_by_step": log.seconds,
+        },
+    )
     checkpoint.clear()
     show(scores, screen)
     if run.report:
@@ -219,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     flags, preset, yaml_file = parse(argv)
     resume, yes = flags.pop("resume", None), flags.pop("yes", False)
+    dry_run = flags.pop("dry_run", False)
     check, force = flags.pop("check", False), flags.pop("force", False)
     if resume is not None:
         yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
@@ -235,19 +243,42 @@ def _run(argv: list[str] | None) -> None:
         load_data(run.data)
     if asked.train.resume_adapter_file is not None:
         read_header(Path(asked.train.resume_adapter_file).expanduser())
+    from . import memory
     from .load import load
+    from .stages import longest_prompt
 
     name = model_name(run.model)
+    machine = memory.this_machine(run.memory_limit)
+    if dry_run:
+        from .load import config_and_headers
+
+        config, headers = config_and_headers(name, run.revision)
+        recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
+        plan = memory.fitted(recipe, memory.shape_of(config, headers), machine, longest_prompt(recipe))
+        memory.show(recipe, plan, machine, Screen(), _last_seconds(folder))
+        return
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=_rank() != 0)
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
+    plan = memory.fitted(recipe, memory.read_shape(base.path), machine, longest_prompt(recipe))
+    screen.line(memory.summary(recipe, plan))
+    memory.set_limits(machine)
+    recipe = plan.recipe
     if check:
         with tempfile.TemporaryDirectory() as scratch:  # what is found for it is not kept
             align(replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check")), base, screen, check=True)
         return
     _earlier_run(folder, recipe, resume is not None or yes, screen)
     align(recipe, base, screen, force=force)
+
+
+def _last_seconds(folder: Path) -> float | None:
+    """How long the run that is in `folder` took, if one is."""
+    try:
+        return float(json.loads((folder / "run" / "timing.json").read_text("utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _settings_of(

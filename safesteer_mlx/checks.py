@@ -33,6 +33,11 @@ class Tensor:
     shape: tuple[int, ...]
 
 
+def bytes_of(tensor: Tensor) -> int:
+    """The bytes of its data."""
+    return math.prod(tensor.shape) * _BYTES[tensor.dtype]
+
+
 def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[str, Tensor]:
     """Check a model's folder without running, loading or unpickling anything of it; its tensors by name.
 
@@ -44,7 +49,7 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
     config = read_object(folder / "config.json")
     if not trust_remote_code:
         _check_code(folder, config)
-    tensors = _check_weights(folder)
+    tensors = check_weights(folder)
     _check_config(folder / "config.json", config, tensors)
     if not any((folder / name).is_file() for name in _TOKENIZERS) and not any(folder.glob("*.tiktoken")):
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model); fetch the whole model")
@@ -109,7 +114,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise wrong(f"describes tensor {name!r:.80} in a way that is no safetensors")
         if tensor.dtype not in _BYTES:
             raise wrong(f"holds {name!r:.80} as {tensor.dtype!r:.20}, which MLX does not read")
-        if end - begin != math.prod(tensor.shape) * _BYTES[tensor.dtype]:
+        if end - begin != bytes_of(tensor):
             raise wrong(f"gives {name!r:.80} {end - begin} bytes, not what shape {_shape(tensor)} takes")
         found[name] = tensor
         spans.append((begin, end, name))
@@ -178,7 +183,7 @@ def _check_code(folder: Path, config: dict[str, Any]) -> None:
                 )
 
 
-def _check_weights(folder: Path) -> dict[str, Tensor]:
+def check_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of all weight files; the index, if there is one, must say the same."""
     files = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"

@@ -35,6 +35,7 @@ from .residual import (
 Ids = Sequence[int]
 
 PROMPT_BATCH = 32  # rows in one forward pass
+
 ASKED_AT_ONCE = 4  # prompts asked before candidates are dropped
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
 SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
@@ -75,16 +76,18 @@ def _batches(prompts: Sequence[Ids], size: int = PROMPT_BATCH) -> Iterator[list[
         yield order[start : start + size]
 
 
-def _over_prompts(prompts: Sequence[Ids], score: Callable[[list[Ids]], mx.array]) -> np.ndarray:
+def _over_prompts(prompts: Sequence[Ids], score: Callable[[list[Ids]], mx.array], batch_size: int) -> np.ndarray:
     """score(batch of prompts) -> (B, ...) for all prompts, in the order given: (N, ...) float64."""
     out: list[np.ndarray] = [np.empty(0)] * len(prompts)
-    for batch in _batches(prompts):
+    for batch in _batches(prompts, batch_size):
         for i, value in zip(batch, np.array(score([prompts[i] for i in batch]), np.float64), strict=True):
             out[i] = value
     return np.stack(out)
 
 
-def mean_differences(model: nn.Module, harmful: Sequence[Ids], harmless: Sequence[Ids], n_pos: int) -> np.ndarray:
+def mean_differences(
+    model: nn.Module, harmful: Sequence[Ids], harmless: Sequence[Ids], n_pos: int, batch_size: int = PROMPT_BATCH
+) -> np.ndarray:
     """Candidate directions r[i,l] at the last `n_pos` positions: (P, L, D) float64.
 
     Means are accumulated in float64 on the host: activations differ by orders of magnitude, and Metal
@@ -98,7 +101,7 @@ def mean_differences(model: nn.Module, harmful: Sequence[Ids], harmless: Sequenc
         if not prompts or min(map(len, prompts)) < n_pos:
             raise ValueError(f"{len(prompts)} prompts of at least {n_pos} tokens each are too few or too short")
         total = 0.0
-        for batch in _batches(prompts):
+        for batch in _batches(prompts, batch_size):
             rows = [prompts[i] for i in batch]
             positions = mx.array([[len(row) - n_pos + p for p in range(n_pos)] for row in rows])
             inputs = mx.stack([take_positions(x, positions) for x in block_inputs(model, pad_right(rows))])
@@ -118,9 +121,11 @@ def _refusal_score(logits: mx.array, refusal_ids: Ids) -> mx.array:
     return mx.log(refusing + 1e-8) - mx.log(other + 1e-8)
 
 
-def refusal_scores(model: nn.Module, prompts: Sequence[Ids], refusal_ids: Ids) -> np.ndarray:
+def refusal_scores(
+    model: nn.Module, prompts: Sequence[Ids], refusal_ids: Ids, batch_size: int = PROMPT_BATCH
+) -> np.ndarray:
     """The refusal score of each prompt: (N,). Above 0 the next token more likely opens a refusal than not."""
-    return _over_prompts(prompts, lambda rows: _refusal_score(last_logits(model, rows), refusal_ids))
+    return _over_prompts(prompts, lambda rows: _refusal_score(last_logits(model, rows), refusal_ids), batch_size)
 
 
 def _kl(base_logits: mx.array, other_logits: mx.array) -> mx.array:
@@ -151,6 +156,7 @@ def score_candidates(
     kl_threshold: float | None = 0.1,
     steering_threshold: float | None = 0.0,
     prune_last: float | None = 0.2,
+    batch_size: int = PROMPT_BATCH,
     progress: Advance = silent,
 ) -> CandidateScores:
     """Score candidate directions (P, L, D) on validation prompts.
@@ -164,8 +170,8 @@ def score_candidates(
     """
     n_layers = candidates.shape[1]
     vectors = mx.array(candidates.astype(np.float32))
-    starts = range(0, len(harmless), PROMPT_BATCH)
-    base = mx.concatenate([last_logits(model, harmless[i : i + PROMPT_BATCH]) for i in starts])
+    starts = range(0, len(harmless), batch_size)
+    base = mx.concatenate([last_logits(model, harmless[i : i + batch_size]) for i in starts])
     probabilities = mx.softmax(base, axis=-1)
     # KL ≥ −log(1 + ε Σ p/(p + ε)), by Jensen's inequality; and a little for rounding.
     floor = -np.array(mx.log1p(1e-6 * (probabilities / (probabilities + 1e-6)).sum(-1)), np.float64) - 1e-5
@@ -176,7 +182,7 @@ def score_candidates(
         found: list[Candidate], rows: list[Ids], score: Callable[[mx.array, list[Ids]], mx.array]
     ) -> np.ndarray:
         """score(vectors (C·B, D), rows (C·B)) for a few candidates at a time: (C, B)."""
-        size = max(1, PROMPT_BATCH // len(rows))
+        size = max(1, batch_size // len(rows))
         out = []
         for start in range(0, len(found), size):
             group = found[start : start + size]
@@ -219,7 +225,7 @@ def score_candidates(
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
     if not (moved.all() or exhaustive):
         own["steering_refusal"] = float(np.array(_refusal_score(base, refusal_ids), np.float64).mean())
-        own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids).mean())
+        own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids, batch_size).mean())
         passes += len(harmful) * n_layers
     scores = search(
         moved | exhaustive,
@@ -431,10 +437,14 @@ def no_direction(model: nn.Module) -> Direction:
 
 
 def keep_answered_as_meant(
-    model: nn.Module, harmful: Sequence[Ids], harmless: Sequence[Ids], refusal_ids: Ids
+    model: nn.Module,
+    harmful: Sequence[Ids],
+    harmless: Sequence[Ids],
+    refusal_ids: Ids,
+    batch_size: int = PROMPT_BATCH,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices of harmful prompts with score > 0 and of harmless ones with score < 0 (method page, 1.1)."""
     return (
-        np.flatnonzero(refusal_scores(model, harmful, refusal_ids) > 0),
-        np.flatnonzero(refusal_scores(model, harmless, refusal_ids) < 0),
+        np.flatnonzero(refusal_scores(model, harmful, refusal_ids, batch_size) > 0),
+        np.flatnonzero(refusal_scores(model, harmless, refusal_ids, batch_size) < 0),
     )

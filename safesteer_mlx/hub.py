@@ -1,6 +1,7 @@
 """What is fetched from the Hugging Face Hub: the model and the data set that the user named, nothing else."""
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,21 @@ def model_folder(name: str, revision: str | None = None, with_code: bool = False
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if with_code or p != "*.py"]
     with _explained("model", name, revision):
         return _download(name, revision, patterns)
+
+
+def headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """A model's config.json, and (type, shape) of its tensors from the heads of its weight files.
+
+    Raises:
+        UserError: what kept them from being fetched, and what helps.
+    """
+    _set_up()
+    with _explained("model", name, revision):
+        from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+        config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text("utf-8"))
+        files = get_safetensors_metadata(name, revision=revision).files_metadata.values()
+        return config, {t: (i.dtype, tuple(i.shape)) for file in files for t, i in file.tensors.items()}
 
 
 def dataset_file(address: str) -> Path:

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checks import check_loaded, check_model_folder
-from .hub import model_folder
+from .checks import Tensor, check_loaded, check_model_folder, check_weights, read_object
+from .hub import headers, model_folder
 from .progress import UserError
 
 # Of the memory that a dequantized copy may take on the CPU backend.
@@ -74,6 +74,19 @@ def find(name: str, revision: str | None = None, with_code: bool = False) -> Pat
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json; give the folder of an MLX or Hugging Face model")
     return path
+
+
+def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model's configuration and its tensors' types and shapes; of a model on the Hub, no weights are fetched.
+
+    Raises:
+        UserError: as `find`, or a file cannot be believed.
+    """
+    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+        path = find(name, revision)
+        return read_object(path / "config.json"), check_weights(path)
+    config, tensors = headers(name, revision)
+    return config, {tensor: Tensor(dtype, shape) for tensor, (dtype, shape) in tensors.items()}
 
 
 def load(name: str, trust_remote_code: bool = False, thinking: str = "auto", revision: str | None = None) -> Loaded:

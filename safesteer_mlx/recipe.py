@@ -43,6 +43,12 @@ class RunSettings:
     seed: int = _setting(42, "seed of everything that is drawn", least=0, most=2**32 - 1)
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
     thinking: str = _setting("auto", "the chat template's thinking switch", choices=THINKING)
+    memory_limit: str | None = _setting(
+        None, "memory to keep to, like 12GB (default: what the machine recommends)", free=True
+    )
+    prompt_batch_size: int = _setting(
+        32, "prompts read at a time where nothing is sampled or trained", least=1, free=True
+    )
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
     select: str | None = _setting(
         None, "limits on what is kept, the safest saved step within them: over_refusal<=0.02,drift<=0.01"
@@ -138,8 +144,12 @@ class TrainSettings:
     top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
     max_tokens: int = _setting(512, "longest completion", least=1)
     max_seq_length: int = _setting(512, "longest prompt; longer ones are left out", least=8)
-    grad_checkpoint: bool = _setting(
-        False, "compute activations again for the gradient instead of keeping them", free=True
+    grad_checkpoint: str = _setting(
+        "auto",
+        "compute activations again for the gradient instead of keeping them; auto where memory needs it",
+        choices=("auto", "on", "off"),
+        bare="on",
+        free=True,
     )
     resume_adapter_file: str | None = _setting(None, "adapters.safetensors of an earlier run to begin from")
     micro_batch_size: int = _setting(16, "completions in one forward and backward pass", least=1, free=True)
@@ -277,6 +287,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
             raise UserError(f"{said} is too small; it must be above {meta['above']:g}")
         if "most" in meta and value > meta["most"]:
             raise UserError(f"{said} is too large; it must be at most {meta['most']}")
+    if name == "memory_limit":
+        parse_bytes(value)
     if name == "select":
         limits_of(value)
     if name == "lora_parameters":
@@ -286,6 +298,25 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name == "openers" and not (value and all(isinstance(text, str) and text.strip() for text in list(value))):
         raise UserError(f"{said} must be a list of texts that refusals begin with; change it")
     return value
+
+
+def parse_bytes(text: str) -> int:
+    """12GB, 800MB, 1.5GiB or a number of bytes.
+
+    Raises:
+        UserError: nothing like it.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    written = text.strip().upper()
+    number = written.rstrip("KMGTIB")
+    unit = written[len(number) :]
+    try:
+        found = float(number) * units[unit]
+    except (ValueError, KeyError):
+        found = 0.0
+    if not 2**20 <= found < 2**60:
+        raise UserError(f"memory_limit = {text!r:.40} is no amount of memory; write it like 12GB or 800MB")
+    return int(found)
 
 
 LIMITS = ("unsafe", "over_refusal", "broken", "drift")
@@ -492,10 +523,11 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the unfinished run in this adapter folder")
     parser.add_argument("--yes", action="store_true", help="go on with an unfinished run without asking")
+    parser.add_argument("--dry-run", action="store_true", help="plan memory from the files' headers; load nothing")
     parser.add_argument("--check", action="store_true", help="give the verdict on this model; train and keep nothing")
     parser.add_argument("--force", action="store_true", help="train even if the verdict is stop")
     parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
-    known = ["--config", "--preset", "--resume", "--yes", "--check", "--force", "--help"]
+    known = ["--config", "--preset", "--resume", "--yes", "--dry-run", "--check", "--force", "--help"]
     for title, cls in SECTIONS.items():
         group = parser.add_argument_group(title, cls.__doc__)
         for f in fields(cls):
@@ -507,6 +539,8 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
             words = {"nargs": "+"} if isinstance(default, list) else {}
+            if (bare := f.metadata.get("bare")) is not None:  # --grad-checkpoint alone, as in mlx-lm
+                words = {"nargs": "?", "const": bare}
             choices = f.metadata.get("choices")
             meta = "{" + ",".join(choices) + "}" if choices else f.name.upper()
             group.add_argument(flag, help=f"{text} (default: {default})", metavar=meta, **words)

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .backoff import halving
 from .progress import Advance, silent
 
 Ids = Sequence[int]
@@ -105,23 +106,41 @@ def generate(
 ) -> list[Completion]:
     """One completion a prompt, in the prompts' order: greedy at `temp` 0, else drawn with `keys`.
 
+    Where memory is exhausted it begins again with half of `batch_size`, which changes no sample.
+
     Raises:
         ValueError: sampling without one key a prompt.
     """
-    from mlx_lm.generate import BatchGenerator
-
     if not prompts:
         return []
     if temp > 0 and (keys is None or len(keys) != len(prompts)):
         raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
     model.eval()  # LoRA's dropout would act while sampling
+
+    def draw(size: int) -> list[Completion]:
+        samplers = [_sampler(key, temp, top_p, max_tokens) for key in keys] if temp > 0 and keys is not None else None
+        return _generate(model, prompts, eos_ids, max_tokens, samplers, size, progress)
+
+    return halving(batch_size, draw, "sampling")[0]
+
+
+def _generate(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    eos_ids: Ids,
+    max_tokens: int,
+    samplers: Sequence[Callable[[mx.array], mx.array]] | None,
+    batch_size: int,
+    progress: Advance,
+) -> list[Completion]:
+    from mlx_lm.generate import BatchGenerator
+
     engine = BatchGenerator(
         model,
         stop_tokens=[[token] for token in eos_ids],
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
     )
-    samplers = [_sampler(key, temp, top_p, max_tokens) for key in keys] if temp > 0 and keys is not None else None
     rest, caches = _read_once(model, prompts)
     uids = engine.insert(rest, [max_tokens] * len(prompts), caches=caches, samplers=samplers)
     place = {uid: i for i, uid in enumerate(uids)}

@@ -21,7 +21,8 @@ from .progress import UserError
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 
 Ids = Sequence[int]
-SEQUENCE_BATCH = 32  # sequences in one forward pass
+
+PROMPT_BATCH = 32  # rows in one forward pass
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ def _scored_states(
     teacher_prompts: Sequence[Ids],
     continuations: Sequence[Ids],
     shared_blocks: int,
+    batch_size: int,
 ) -> list[mx.array]:
     """Base's and teacher's hidden states at the last prompt position and at each continuation token, row after
     row: (R, D) each."""
     kept: tuple[list[mx.array], list[mx.array]] = ([], [])
-    for start in range(0, len(prompts), SEQUENCE_BATCH):
-        part = slice(start, start + SEQUENCE_BATCH)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
         models = [base, teacher]
         if shared_blocks:
             tokens = pad_right([[*p, *c] for p, c in zip(prompts[part], continuations[part], strict=True)])
@@ -76,6 +78,7 @@ def contrast_tokens(
     min_steered_prob: float,
     teacher_prompts: Sequence[Ids] | None = None,
     shared_blocks: int = 0,
+    batch_size: int = PROMPT_BATCH,
 ) -> TokenContrast:
     """Compare teacher and base on the teacher's own continuations.
 
@@ -97,7 +100,9 @@ def contrast_tokens(
     lengths = [1 + len(c) for c in continuations]
     if shared_blocks and (teacher_prompts is not None or not resumes(base, pad_right([prompts[0]]))):
         shared_blocks = 0
-    states = _scored_states(base, teacher, prompts, teacher_prompts or prompts, continuations, shared_blocks)
+    states = _scored_states(
+        base, teacher, prompts, teacher_prompts or prompts, continuations, shared_blocks, batch_size
+    )
     heads = head(base), head(teacher)
     chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from . import __version__
 from . import direction as directions
 from . import teacher as teachers
 from .adapters import with_adapters
+from .backoff import halving
 from .checkpoint import Checkpoint, fingerprint
 from .direction import Direction
 from .judge import is_refusal
@@ -55,6 +57,7 @@ from .train import (
 
 Rows = list[list[int]]
 
+CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 3, 40  # upper estimates, before there is a tokenizer
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
 
@@ -152,6 +155,12 @@ def prompt_sets(recipe: Recipe) -> PromptSets:
     if recipe.run.data is not None:
         sets = replace(sets, harmful_train=load_data(recipe.run.data))
     return sets
+
+
+def longest_prompt(recipe: Recipe) -> int:
+    """Tokens of the longest prompt of the run, estimated before there is a tokenizer."""
+    sets = vars(prompt_sets(recipe)).values()
+    return max(len(item.text) for items in sets for item in items) // CHARACTERS_A_TOKEN + TEMPLATE_TOKENS
 
 
 def made_of(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
@@ -262,6 +271,13 @@ def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scr
         UserError: the filter leaves nothing, or no candidate passes the tests; the nearest are named.
     """
     openers = find_openers(recipe, base, rendered, screen)
+    work = partial(_find_direction, recipe, base, rendered, openers, screen)
+    return halving(recipe.run.prompt_batch_size, work, "the search for the direction")[0]
+
+
+def _find_direction(
+    recipe: Recipe, base: Loaded, rendered: Rendered, openers: dict[str, int], screen: Screen, batch_size: int
+) -> FoundDirection:
     s, model, refusal_ids = recipe.direction, base.model, list(openers.values())
     limits = {
         "kl_threshold": s.kl_threshold,
@@ -270,7 +286,7 @@ def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scr
     }
 
     def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
-        h, b = directions.keep_answered_as_meant(model, harmful, harmless, refusal_ids)
+        h, b = directions.keep_answered_as_meant(model, harmful, harmless, refusal_ids, batch_size)
         if not len(b):
             raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
         if not len(h) and recipe.teacher.teacher != "system_prompt":
@@ -286,16 +302,15 @@ def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scr
         return FoundDirection(openers, directions.no_direction(model), harmless)
     with screen.stage("finding the refusal direction") as advance:
         candidates = directions.mean_differences(
-            model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi
+            model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi, batch_size
         )
         scoring = kept(rendered.harmful_scoring, rendered.harmless_scoring)
-        scores = directions.score_candidates(
-            model, candidates, *scoring, refusal_ids, exhaustive=False, **limits, progress=advance
-        )
+        how: dict[str, Any] = {"batch_size": batch_size, "progress": advance}
+        scores = directions.score_candidates(model, candidates, *scoring, refusal_ids, **limits, **how)
         try:
             position, layer = directions.choose_direction(scores, **limits)
         except directions.NoDirectionError:
-            scores = directions.score_candidates(model, candidates, *scoring, refusal_ids, True, progress=advance)
+            scores = directions.score_candidates(model, candidates, *scoring, refusal_ids, True, **how)
             near = "; ".join(
                 f"block {layer} position {position}: {', '.join(failed)}"
                 for position, layer, failed in directions.nearest_candidates(scores, **limits)
@@ -391,7 +406,8 @@ def find_tokens(
                 progress=advance,
             )
             continuations = [c.ids for c in drawn]
-        contrast = contrast_tokens(
+        compare = partial(
+            contrast_tokens,
             base.model,
             teacher.model,
             prompts,
@@ -403,6 +419,7 @@ def find_tokens(
             teacher_prompts=teacher_prompts if guarded else None,
             shared_blocks=teacher.shared_blocks if recipe.teacher.teacher == "steer" else 0,
         )
+        contrast, _ = halving(recipe.run.prompt_batch_size, lambda size: compare(batch_size=size), "the safety tokens")
     tokens = given_tokens(recipe, base)
     if tokens is None:
         tokens = select_tokens(contrast, s.safety_tokens, s.token_method)

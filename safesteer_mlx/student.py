@@ -45,7 +45,7 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
             raise UserError(f"lora_parameters keys = {parameters.get('keys')} match no layer; leave keys out for all")
     if settings.resume_adapter_file is not None:
         _load_adapters(student, Path(settings.resume_adapter_file).expanduser())
-    if settings.grad_checkpoint:
+    if settings.grad_checkpoint == "on":
         checkpoint_blocks(student)
     student.eval()
     mx.eval(student.parameters())

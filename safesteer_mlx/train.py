@@ -10,6 +10,7 @@ caller logs, saves and stops.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from .backoff import halving
 from .losses import kept_positions, localized_loss
 from .progress import UserError
 from .recipe import LossSettings, TrainSettings
@@ -187,6 +189,39 @@ def train(
         )
 
     loss_and_grad = nn.value_and_grad(student, objective)
+
+    def gradients(
+        step: int, teacher: Teacher, batch: list[TrainingPrompt], rollouts: list[Completion], size: int
+    ) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Of the whole batch, `size` completions at a time: the gradient, and each completion's loss (B,) and mass on
+        the safety tokens at its beginning, under student and target (2, B)."""
+        # Rows of like length and target share a pass; the order changes no mathematics.
+        order = sorted(range(len(batch)), key=lambda i: (batch[i].harmful, len(batch[i].ids) + len(rollouts[i].ids), i))
+        mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
+        grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
+        for kind in (True, False):
+            of_kind = [i for i in order if batch[i].harmful is kind]
+            for start in range(0, len(of_kind), size):
+                index = of_kind[start : start + size]
+                part = [batch[i] for i in index]
+                done = [rollouts[i].ids[: loss.keep or None] for i in index]
+                lengths = [len(ids) for ids in done]
+                source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
+                trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
+                targets = answer_states(_after(trunk, source), [p.target_ids for p in part], done)
+                mx.eval(targets)  # so that the target's activations are gone before the student's are made
+                weights = _position_weights(lengths, len(batch), loss.skip, loss.keep)
+                (_, each, mass), grad = loss_and_grad(
+                    student, part, done, trunk, targets, head(source), mx.array(weights)
+                )
+                grads = grad if grads is None else tree_map(mx.add, grads, grad)
+                mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
+                first = np.cumsum([0, *lengths[:-1]])
+                losses[index] = np.add.reduceat(np.array(each) * weights, first) * len(batch)
+                masses[:, index] = np.array(mass)[:, first]
+        return grads, losses, masses
+
+    micro_batch_size = settings.micro_batch_size
     for step in range(first_step, steps):
         drawn = [
             prompt
@@ -212,30 +247,8 @@ def train(
             )
             yield Rollouts(step + 1, rollouts)
         student.train()
-        mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
-        # Rows of like length and target share a pass; the order changes no mathematics.
-        order = sorted(range(len(batch)), key=lambda i: (batch[i].harmful, len(batch[i].ids) + len(rollouts[i].ids), i))
-        grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
-        for kind in (True, False):
-            of_kind = [i for i in order if batch[i].harmful is kind]
-            for start in range(0, len(of_kind), settings.micro_batch_size):
-                index = of_kind[start : start + settings.micro_batch_size]
-                part = [batch[i] for i in index]
-                done = [rollouts[i].ids[: loss.keep or None] for i in index]
-                lengths = [len(ids) for ids in done]
-                source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
-                trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
-                targets = answer_states(_after(trunk, source), [p.target_ids for p in part], done)
-                mx.eval(targets)  # so that the target's activations are gone before the student's are made
-                weights = _position_weights(lengths, len(batch), loss.skip, loss.keep)
-                (_, each, mass), grad = loss_and_grad(
-                    student, part, done, trunk, targets, head(source), mx.array(weights)
-                )
-                grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
-                first = np.cumsum([0, *lengths[:-1]])
-                losses[index] = np.add.reduceat(np.array(each) * weights, first) * len(batch)
-                masses[:, index] = np.array(mass)[:, first]
+        work = partial(gradients, step, teacher, batch, rollouts)
+        (grads, losses, masses), micro_batch_size = halving(micro_batch_size, work, "training")
         student.eval()
         grads, norm = optim.clip_grad_norm(grads, settings.max_grad_norm)
         if not (np.isfinite(losses).all() and math.isfinite(norm.item())):

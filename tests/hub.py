@@ -155,10 +155,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._missing("EntryNotFound")
         headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         status = 200
-        if part := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            first = int(part[1])
-            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-            status, body = 206, body[first:]
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+            status, body = 206, body[first : last + 1]
         if self.command == "HEAD":
             headers["Content-Length"] = str(len(body))
         self.answer(status, body, headers)

@@ -634,7 +634,7 @@ def test_an_output_folder_that_may_not_be_written(tmp_path, capsys, monkeypatch)
 def test_a_disk_that_fills_up_is_a_sentence(tmp_path, capsys, monkeypatch):
     from safesteer_mlx import align
 
-    def full(*args):
+    def full(*args, **more):
         raise OSError(28, "No space left on device", str(tmp_path / "out"))
 
     monkeypatch.setattr(align, "align", full)

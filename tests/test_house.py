@@ -9,8 +9,8 @@ from safesteer_mlx.recipe import PACKAGE
 
 LEVELS = {
     **dict.fromkeys(("__init__", "progress", "judge", "intervals"), 0),
-    **dict.fromkeys(("recipe", "scores", "hub", "checks"), 1),
-    **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout"), 2),
+    **dict.fromkeys(("recipe", "scores", "hub", "checks", "backoff"), 1),
+    **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout", "memory"), 2),
     **dict.fromkeys(("direction", "student", "teacher", "safety_tokens", "checkpoint"), 3),
     **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file"), 3),
     **dict.fromkeys(("train", "measure", "report", "chat"), 4),

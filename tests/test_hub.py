@@ -176,6 +176,19 @@ def test_offline_reads_the_cache_and_asks_nothing(hub, tmp_path, capsys, monkeyp
     assert hub.seen == []
 
 
+def test_a_dry_run_fetches_the_configuration_and_the_headers_alone(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = dict(FILES)
+    files["model.safetensors"] += bytes(10**6)  # what lies behind the first 100 kB is not asked for
+    hub.model(NAME, files)
+    assert main([NAME, "--dry-run", "--memory-limit", "12GB"]) == 0
+    assert "of 12.00 GB, fits" in capsys.readouterr().out
+    parts = {part for method, path, part in hub.seen if method == "GET" and path.endswith("model.safetensors")}
+    assert len(parts) == 1 and int(parts.pop().rpartition("-")[2]) <= 10**5
+    assert {name for name in files_asked(hub)} == {"config.json", "model.safetensors"}
+    assert main(["no/such", "--dry-run"]) == 2 and "nor a repository" in capsys.readouterr().err
+
+
 def test_a_data_set_of_the_hub_is_read_by_its_address(hub, tmp_path, capsys):
     old = hub.dataset("someone/asks", {"train.jsonl": b'{"instruction": "old"}\n'}, "v1")
     hub.dataset("someone/asks", {"train.jsonl": b'{"instruction": "one"}\n', "more/two.txt": b"two\n"})

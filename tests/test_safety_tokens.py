@@ -136,8 +136,7 @@ def test_contrast_restated_in_numpy_and_the_same_in_any_chunks(tiny_model, name,
     agree(contrast_tokens(model, teacher, PROMPTS, TAILS, **options), expected)
     for logit_rows, sequences in ((1, 1), (3, 2), (1000, 3)):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", 50 * logit_rows)
-        monkeypatch.setattr(safety_tokens, "SEQUENCE_BATCH", sequences)
-        agree(contrast_tokens(model, teacher, PROMPTS, TAILS, **options), expected)
+        agree(contrast_tokens(model, teacher, PROMPTS, TAILS, **options, batch_size=sequences), expected)
 
 
 def test_a_teacher_with_a_system_prompt_is_scored_at_the_same_continuation(model):

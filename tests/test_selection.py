@@ -1,16 +1,21 @@
 """The checkpoint that is kept: the safest within the limits, and what is said where there is none."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from safesteer_mlx.align import main
 from safesteer_mlx.intervals import Count
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.recipe import limits_of
-from safesteer_mlx.selection import CheckpointScore, choose
+from safesteer_mlx.load import load
+from safesteer_mlx.progress import Screen, UserError
+from safesteer_mlx.recipe import MODELS, limits_of, resolve
+from safesteer_mlx.runfolder import RunFolder
+from safesteer_mlx.selection import CheckpointScore, choose, keep_best
+from safesteer_mlx.student import make_student
 
 SHORT = ["--iters", "2", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
@@ -64,28 +69,38 @@ def test_what_is_no_limit_is_a_sentence(text, said):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, few_prompts):
-    """Two runs of two steps: one whose limit every step keeps, one whose limit none can."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, limit in (("some", "broken<=1"), ("none", "drift<=0")):
-        assert main(["--adapter-path", str(folder / name), *SHORT, "--select", limit]) == 0
+def run(tmp_path_factory, few_prompts):
+    """The adapter folder of a run of two steps, both saved, both within the limit."""
+    folder = tmp_path_factory.mktemp("run") / "adapters"
+    assert main(["--adapter-path", str(folder), *SHORT, "--select", "broken<=1"]) == 0
     return folder
 
 
-def test_the_kept_step_is_what_was_saved_then(runs):
-    found = json.loads((runs / "some" / "run" / "selection.json").read_text())
+def candidate(run, step: int) -> dict:
+    return mx.load(str(run / "run" / "candidates" / f"step-{step:06d}.safetensors"))
+
+
+def test_the_kept_step_is_what_was_saved_then(run):
+    found = json.loads((run / "run" / "selection.json").read_text())
     assert found["within"] and [s["step"] for s in found["scores"]] == [1, 2]
     assert all(s["unsafe"]["total"] == s["over_refusal"]["total"] == 8 for s in found["scores"])
-    kept = mx.load(str(runs / "some" / "adapters.safetensors"))
-    own = [mx.load(str(runs / "some" / "run" / "candidates" / f"step-00000{n}.safetensors")) for n in (1, 2)]
-    same = [all(mx.array_equal(kept[name], w[name]) for name in kept) for w in own]
+    kept = mx.load(str(run / "adapters.safetensors"))
+    same = [all(mx.array_equal(kept[name], candidate(run, n)[name]) for name in kept) for n in (1, 2)]
     assert same == [found["kept"] == 1, found["kept"] == 2]
-    assert (runs / "some" / "run" / "candidates").stat().st_mode & 0o777 == 0o700
+    assert (run / "run" / "candidates").stat().st_mode & 0o777 == 0o700
 
 
-def test_where_none_keeps_the_limits_the_last_is_kept_and_it_is_said(runs):
-    found = json.loads((runs / "none" / "run" / "selection.json").read_text())
-    assert not found["within"] and found["kept"] == 2
-    kept = mx.load(str(runs / "none" / "adapters.safetensors"))
-    last = mx.load(str(runs / "none" / "run" / "candidates" / "step-000002.safetensors"))
-    assert all(mx.array_equal(kept[name], last[name]) for name in kept)
+@pytest.mark.parametrize(("most", "kept"), [(0.1, 2), (0.4, 1)])
+def test_the_student_gets_the_kept_weights_and_it_is_said(run, tmp_path, most, kept, capsys):
+    shutil.copytree(run, tmp_path / "adapters")
+    base = load(str(MODELS / "tiny-chat"))
+    student = make_student(base.model, resolve(base.config, {})[0].train, 0)
+    student.load_weights(list(candidate(run, 2).items()), strict=False)
+    scores = [asdict(scored(1, 10, 0, drift=0.3)), asdict(scored(2, 0, 0, drift=0.5))]
+    keep_best(student, scores, f"drift<={most}", RunFolder(tmp_path / "adapters"), Screen())
+    own = dict(tree_flatten(student.trainable_parameters()))
+    assert all(mx.array_equal(own[name], weight) for name, weight in candidate(run, kept).items())
+    found = json.loads((tmp_path / "adapters" / "run" / "selection.json").read_text())
+    assert (found["kept"], found["within"]) == (kept, most == 0.4)
+    said = capsys.readouterr().out
+    assert ("step 1 is the safest" if most == 0.4 else "no checkpoint keeps drift<=0.1; the last one is kept") in said

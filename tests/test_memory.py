@@ -1,0 +1,258 @@
+"""The memory plan: by hand, against measured peaks, what is lowered to fit; one copy of the weights; backing off."""
+
+import importlib
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from safesteer_mlx import backoff, memory
+from safesteer_mlx.align import main
+from safesteer_mlx.backoff import halving
+from safesteer_mlx.checks import Tensor
+from safesteer_mlx.memory import Machine, fitted, gradient_bytes, plan, shape_of, trained_values
+from safesteer_mlx.progress import UserError
+from safesteer_mlx.recipe import MODELS, parse_bytes, resolve
+from safesteer_mlx.residual import hidden_states
+from safesteer_mlx.rollout import generate, stream_key
+from safesteer_mlx.student import make_student
+from safesteer_mlx.teacher import steered_teacher
+
+CONFIG = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+    "vocab_size": 10,
+}
+# 4-bit in groups of 64 would not fit such rows; groups of 8 do, and the arithmetic is the same.
+HEADERS = {
+    "model.embed_tokens.weight": Tensor("BF16", (10, 8)),
+    **{f"model.layers.{i}.self_attn.q_proj.weight": Tensor("U32", (8, 1)) for i in (0, 1)},
+    **{f"model.layers.{i}.self_attn.q_proj.scales": Tensor("BF16", (8, 1)) for i in (0, 1)},
+    **{f"model.layers.{i}.self_attn.q_proj.biases": Tensor("BF16", (8, 1)) for i in (0, 1)},
+    **{f"model.layers.{i}.mlp.up_proj.weight": Tensor("BF16", (16, 8)) for i in (0, 1)},
+    **{f"model.layers.{i}.input_layernorm.weight": Tensor("BF16", (8,)) for i in (0, 1)},
+}
+QUANTIZED = {"quantization": {"group_size": 8, "bits": 4}}
+RECIPE = resolve({}, {})[0]
+AMPLE = Machine(10**12, "--memory-limit", False)
+
+
+def test_the_shape_is_what_the_headers_say():
+    shape = shape_of(CONFIG | QUANTIZED, HEADERS)
+    # embedding 160; a block: 32 packed + 2 · 16 scales and biases, 256 up, 16 norm
+    assert shape.weight_bytes == 160 + 2 * (32 + 32 + 256 + 16)
+    assert shape.dequantized_bytes == 4 * (80 + 2 * (64 + 128 + 8))
+    assert shape.linears == (((8, 8), (8, 16)),) * 2  # packed words are eight inputs each
+    assert (shape.n_layers, shape.hidden, shape.kv, shape.vocabulary) == (2, 8, 4, 10)
+    assert shape.activation_bytes == 2 and shape.quantized
+
+
+def test_the_trained_weights_by_hand():
+    shape = shape_of(CONFIG | QUANTIZED, HEADERS)
+    train = RECIPE.train  # rank 8
+    assert trained_values(shape, train) == 2 * 8 * ((8 + 8) + (8 + 16))
+    assert trained_values(shape, replace(train, num_layers=1)) == 8 * 40
+    assert trained_values(shape, replace(train, fine_tune_type="full")) == 2 * (64 + 128)
+    assert plan(RECIPE, shape, AMPLE, 10).trained == 8 * 4 * 2 * 8 * 40
+
+
+def test_a_configuration_without_a_size_is_a_sentence():
+    with pytest.raises(UserError, match="no vocab_size"):
+        shape_of({key: value for key, value in CONFIG.items() if key != "vocab_size"}, HEADERS)
+
+
+def random_qwen(hidden, intermediate, layers, vocabulary, dtype=mx.float32):
+    module = importlib.import_module("mlx_lm.models.qwen2")
+    args = module.ModelArgs(
+        model_type="qwen2",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    model = module.Model(args)
+    model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    config = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
+    kinds = {mx.float32: "F32", mx.bfloat16: "BF16"}
+    tensors = {n: Tensor(kinds[w.dtype], tuple(w.shape)) for n, w in tree_flatten(model.parameters())}
+    return model, shape_of(config, tensors)
+
+
+@pytest.mark.parametrize("checkpointed", ["off", "on"])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "layers", "rows", "length", "dtype"),
+    [(256, 704, 6, 4, 128, mx.float32), (512, 1024, 4, 2, 96, mx.float32), (256, 768, 6, 4, 128, mx.bfloat16)],
+)
+def test_the_planned_activations_are_within_a_fifth_of_those_measured(
+    hidden, intermediate, layers, rows, length, dtype, checkpointed
+):
+    model, shape = random_qwen(hidden, intermediate, layers, 500, dtype)
+    train = replace(RECIPE.train, grad_checkpoint=checkpointed)
+    student = make_student(model, train, 0)
+    student.train()
+    ids = mx.array(np.random.default_rng(0).integers(0, 500, (rows, length)))
+    gradient = nn.value_and_grad(student, lambda m: hidden_states(m, ids).astype(mx.float32).square().sum())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(gradient(student))
+    measured = mx.get_peak_memory() - before
+    expected = gradient_bytes(shape, train, rows, length, checkpointed == "on") + 4 * trained_values(shape, train)
+    assert 0.8 < expected / measured < 1.25, (expected, measured)
+
+
+def test_base_teacher_and_student_share_one_copy_of_the_weights():
+    model, shape = random_qwen(512, 2048, 6, 4000)
+    before = mx.get_active_memory()
+    student = make_student(model, RECIPE.train, 0)
+    teacher = steered_teacher(model, 2, mx.ones(512), 1.0)
+    mx.eval(student.parameters(), teacher.model.parameters())
+    added = mx.get_active_memory() - before
+    assert added - 4 * trained_values(shape, RECIPE.train) < 0.01 * shape.weight_bytes
+
+
+BIG = shape_of(
+    {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        **{"quantization": {"group_size": 64, "bits": 4}},
+    },
+    {
+        name: Tensor(kind, shape)
+        for stem, outputs, inputs in [
+            ("model.embed_tokens", 152064, 3584),
+            ("lm_head", 152064, 3584),
+            *(
+                (f"model.layers.{i}.{part}", o, n)
+                for i in range(28)
+                for part, o, n in (
+                    ("self_attn.q_proj", 3584, 3584),
+                    ("self_attn.k_proj", 512, 3584),
+                    ("self_attn.v_proj", 512, 3584),
+                    ("self_attn.o_proj", 3584, 3584),
+                    ("mlp.gate_proj", 18944, 3584),
+                    ("mlp.up_proj", 18944, 3584),
+                    ("mlp.down_proj", 3584, 18944),
+                )
+            ),
+        ]
+        for name, kind, shape in (
+            (f"{stem}.weight", "U32", (outputs, inputs // 8)),
+            (f"{stem}.scales", "BF16", (outputs, inputs // 64)),
+            (f"{stem}.biases", "BF16", (outputs, inputs // 64)),
+        )
+    },
+)
+
+
+def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths():
+    found = fitted(RECIPE, BIG, Machine(8 * 10**9, "--memory-limit", False), 512)
+    assert RECIPE.train.max_tokens == RECIPE.train.max_seq_length == 512
+    assert found.fits and 4.2e9 < found.weights < 4.4e9
+    assert found.recipe.train.grad_checkpoint == "on" and found.recipe.train.micro_batch_size >= 1
+    assert "fits with prompt batch size" in memory.summary(RECIPE, found)
+    # What is the run's mathematics stays.
+    assert found.recipe.train.batch_size == RECIPE.train.batch_size
+
+
+def test_what_was_asked_for_is_kept_where_it_fits_and_the_knob_is_named_where_nothing_does():
+    assert fitted(RECIPE, BIG, AMPLE, 512).recipe.train.micro_batch_size == RECIPE.train.micro_batch_size
+    assert fitted(RECIPE, BIG, AMPLE, 512).recipe.train.grad_checkpoint == "off"
+    small = fitted(RECIPE, BIG, Machine(4 * 10**9, "--memory-limit", False), 512)
+    assert not small.fits and "weights alone are too large" in memory.summary(RECIPE, small)
+    tight = fitted(RECIPE, BIG, Machine(int(5.2e9), "--memory-limit", False), 512)
+    assert not tight.fits and "lower --" in memory.summary(RECIPE, tight)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("12GB", 12e9), ("1.5gib", 1.5 * 2**30), ("800 MB", 8e8), ("16000000", 16e6)],
+)
+def test_an_amount_of_memory(text, found):
+    assert parse_bytes(text) == found
+
+
+@pytest.mark.parametrize("text", ["lots", "12 elephants", "-1GB", "0", "1e99GB", "nanGB", "GB"])
+def test_what_is_no_amount_of_memory_is_a_sentence(text):
+    with pytest.raises(UserError, match="write it like 12GB"):
+        parse_bytes(text)
+
+
+def test_a_dry_run_reads_headers_alone_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODELS / "tiny-chat", tmp_path / "model", ignore=shutil.ignore_patterns("data", "tokenizer*"))
+    monkeypatch.setattr(mx, "load", None)  # no weights are read
+    assert main([str(tmp_path / "model"), "--dry-run", "--memory-limit", "12GB"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "peak" in said and "of 12.00 GB, fits" in said and "time: not known" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "adapters" / "run").mkdir(parents=True)
+    (tmp_path / "adapters" / "run" / "recipe.yaml").touch()
+    (tmp_path / "adapters" / "run" / "timing.json").write_text(json.dumps({"seconds": 90}))
+    assert main([str(tmp_path / "model"), "--dry-run"]) == 0
+    assert "time: 1.5 minutes" in capsys.readouterr().out
+
+
+def test_the_work_is_halved_until_it_fits_and_that_is_said(capsys):
+    asked = []
+
+    def work(size):
+        asked.append(size)
+        if size > 4:
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)")
+        return "done"
+
+    assert halving(20, work, "training") == ("done", 2) and asked == [20, 10, 5, 2]
+    assert capsys.readouterr().err.splitlines()[-1].endswith("going on with 2 at a time")
+    with pytest.raises(UserError, match="even one at a time"):
+        halving(2, lambda size: (_ for _ in ()).throw(MemoryError()), "training")
+    with pytest.raises(RuntimeError, match="shape"):
+        halving(8, lambda size: (_ for _ in ()).throw(RuntimeError("[matmul] shape mismatch")), "training")
+
+
+def test_what_is_sampled_does_not_depend_on_how_memory_split_the_batch(tiny_model, monkeypatch, capsys):
+    from safesteer_mlx import rollout
+
+    model = tiny_model("llama")
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1, 2, 3]]
+    keys = [stream_key(7, i) for i in range(4)]
+    how = {"eos_ids": [49], "max_tokens": 6, "temp": 1.0, "keys": keys}
+    whole = generate(model, prompts, batch_size=4, **how)
+    real = rollout._generate
+
+    def short(*args):
+        if args[5] > 1:
+            raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+        return real(*args)
+
+    monkeypatch.setattr(rollout, "_generate", short)
+    assert generate(model, prompts, batch_size=4, **how) == whole
+    assert "in sampling: going on with 1 at a time" in capsys.readouterr().err
+
+
+@pytest.mark.metal
+def test_limits_are_set_on_metal():
+    machine = memory.this_machine("2GB")
+    before = mx.set_memory_limit(10**9)
+    memory.set_limits(machine)
+    assert mx.set_memory_limit(before) == 2 * 10**9
+    assert backoff.is_exhausted(RuntimeError("Insufficient Memory"))
