@@ -48,10 +48,10 @@ def headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dic
     """
     _set_up()
     with _explained("model", name, revision):
-        from huggingface_hub import get_safetensors_metadata, hf_hub_download
+        from huggingface_hub import HfApi, constants, hf_hub_download
 
         config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text("utf-8"))
-        files = get_safetensors_metadata(name, revision=revision).files_metadata.values()
+        files = HfApi(constants.ENDPOINT).get_safetensors_metadata(name, revision=revision).files_metadata.values()
         return config, {t: (i.dtype, tuple(i.shape)) for file in files for t, i in file.tensors.items()}
 
 
