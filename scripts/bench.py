@@ -1,0 +1,598 @@
+"""Measure ours beside the plain way, in turns, in one run: a table, and bench.json.
+
+    python scripts/bench.py                                   all parts but the 7B shape, some ten minutes on two cores
+    python scripts/bench.py --only loss,step --repeats 5
+    python scripts/bench.py --only qwen2.5-7b                 one training step at Qwen2.5-7B-Instruct's exact shape
+
+Seconds are noisy, so each figure is the median of ratios of two measurements made one after the other. Peaks are
+MLX's own, above what was in use before. docs/performance.md says what came out and on which machine.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safesteer_mlx  # isort: skip  # noqa: F401  before mlx
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from safesteer_mlx import direction as directions
+from safesteer_mlx import stages
+from safesteer_mlx import train as training
+from safesteer_mlx.checks import Tensor
+from safesteer_mlx.load import Loaded, load
+from safesteer_mlx.losses import distillation_loss, localized_loss
+from safesteer_mlx.memory import gradient_bytes, loss_bytes, shape_of, trained_values
+from safesteer_mlx.progress import Screen
+from safesteer_mlx.recipe import MODELS, Recipe, resolve
+from safesteer_mlx.residual import answer_states, head, pad_right
+from safesteer_mlx.rollout import Completion, generate, stream_key
+from safesteer_mlx.student import make_student
+from safesteer_mlx.teacher import steered_teacher
+from safesteer_mlx.train import Rollouts, StepMetrics, TrainingPrompt, make_optimizer
+
+Row = dict[str, Any]
+
+BUNDLED = str(MODELS / "tiny-chat")
+NARROW = {"hidden": 512, "intermediate": 1408, "layers": 28, "heads": 8, "kv_heads": 2, "vocabulary": 32_000}
+QWEN_7B = {
+    "hidden": 3584,
+    "intermediate": 18944,
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "vocabulary": 152_064,
+    "tied": False,
+}
+
+
+def qwen2(hidden, intermediate, layers, heads, kv_heads, vocabulary, tied=True) -> nn.Module:
+    """A random Qwen2 model of this shape; its weights exist once they are evaluated."""
+    module = importlib.import_module("mlx_lm.models.qwen2")
+    args = module.ModelArgs(
+        model_type="qwen2",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-6,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+    mx.random.seed(0)
+    model = module.Model(args)
+    model.eval()
+    return model
+
+
+def quantized_qwen2(**shape: Any) -> nn.Module:
+    """The same with random 4-bit weights in groups of 64, built packed: no full-precision copy ever exists.
+
+    Scales are float32, in which the CPU backend's quantized kernels are fastest.
+    """
+
+    def packed(path: str, module: nn.Module) -> nn.Module:
+        outputs, inputs = module.weight.shape
+        made = (
+            nn.QuantizedEmbedding(64, 64, 64, 4)
+            if isinstance(module, nn.Embedding)
+            else nn.QuantizedLinear(64, 64, "bias" in module, 64, 4)
+        )
+        made.weight = mx.random.randint(0, 2**32 - 1, (outputs, inputs // 8), mx.uint32)
+        made.scales = mx.full((outputs, inputs // 64), 0.02 / inputs**0.5)
+        made.biases = mx.full((outputs, inputs // 64), -0.15 / inputs**0.5)
+        if "bias" in module:
+            made.bias = mx.zeros(outputs)
+        if isinstance(module, nn.Embedding):
+            made.num_embeddings, made.dims = outputs, inputs
+        mx.eval(made.parameters())
+        return made
+
+    model = qwen2(**shape)
+    found = [(p, m) for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    model.update_modules(tree_unflatten([(path, packed(path, module)) for path, module in found]))
+    mx.eval(model.parameters())
+    return model
+
+
+def measured(work: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds, and peak bytes above what was there."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    began = time.perf_counter()
+    mx.eval(work())
+    return time.perf_counter() - began, mx.get_peak_memory() - before
+
+
+def in_turns(ours: Callable[[], Any], other: Callable[[], Any], repeats: int) -> Row:
+    """Both, one after the other, `repeats` times: medians, and the median of the ratios of seconds."""
+    pairs = [(measured(ours), measured(other)) for _ in range(repeats)]
+    seconds = [[pair[i][0] for pair in pairs] for i in (0, 1)]
+    peaks = [max(pair[i][1] for pair in pairs) for i in (0, 1)]
+    return {
+        "ours_seconds": statistics.median(seconds[0]),
+        "other_seconds": statistics.median(seconds[1]),
+        "seconds_ratio": statistics.median(a / b for a, b in zip(*seconds, strict=True)),
+        "ours_bytes": peaks[0],
+        "other_bytes": peaks[1],
+        "bytes_ratio": peaks[0] / max(1, peaks[1]),
+    }
+
+
+def bench_loss(repeats: int, length: int = 512, vocabulary: int = 151_936, hidden: int = 896) -> list[Row]:
+    """The chunked loss on hidden states, and the plain one on logits; value and gradient."""
+    mx.random.seed(0)
+    weight = mx.random.normal((vocabulary, hidden)) * 0.02
+    student, teacher = (mx.random.normal((length, hidden)) for _ in range(2))
+    tokens = mx.array(np.random.default_rng(0).permutation(vocabulary)[:50])
+    mx.eval(weight, student, teacher)
+
+    def to_logits(h: mx.array) -> mx.array:
+        return h @ weight.T
+
+    def ours(h: mx.array) -> mx.array:
+        each = mx.full((length,), 1 / length)
+        options: Row = {"watched": tokens, "tokens": tokens, "kind": "grouped_reverse_kl"}
+        return localized_loss(h, teacher, to_logits, to_logits, each, **options)[0]
+
+    def plain(h: mx.array) -> mx.array:
+        options: Row = {"tokens": tokens, "kind": "grouped_reverse_kl"}
+        return distillation_loss(to_logits(h)[None], to_logits(teacher)[None], mx.ones((1, length)), **options)
+
+    row = in_turns(lambda: mx.value_and_grad(ours)(student), lambda: mx.value_and_grad(plain)(student), repeats)
+    return [{"part": "loss", "what": f"T {length}, V {vocabulary}, D {hidden}; ours / plain logits", **row}]
+
+
+def prompts_and_answers(rows: int, length: int, vocabulary: int) -> tuple[list[TrainingPrompt], list[Completion]]:
+    """`rows` prompts, half of them harmful, and answers as long as they are; `length` tokens together."""
+    drawn = np.random.default_rng(0).integers(1, vocabulary, (rows, length))
+    prompts = [
+        TrainingPrompt(r[: length // 2].tolist(), r[: length // 2].tolist(), i % 2 == 0) for i, r in enumerate(drawn)
+    ]
+    return prompts, [Completion(r[length // 2 :].tolist(), False) for r in drawn]
+
+
+class OurStep:
+    """Optimizer steps of `train` on given answers; nothing is sampled."""
+
+    def __init__(self, model: nn.Module, settings: Any, rows: int, length: int, vocabulary: int):
+        prompts, answers = prompts_and_answers(rows, length, vocabulary)
+        harmful, harmless = ([p for p in prompts if p.harmful is kind] for kind in (True, False))
+        by_prompt = {tuple(p.ids): a for p, a in zip(prompts, answers, strict=True)}
+        self.student = make_student(model, settings, 0)
+        layer = len(model.layers) // 2
+        hidden = model.model.norm.weight.size
+        teacher = steered_teacher(model, layer, mx.random.normal((hidden,)), 1.0)
+        training.generate = lambda student, rows, **more: [by_prompt[tuple(row)] for row in rows]  # type: ignore[assignment]
+        loss = resolve({}, {})[0].loss
+        tokens = mx.array(np.random.default_rng(1).permutation(vocabulary)[:50])
+        self._steps = training.train(
+            self.student, model, teacher, tokens, harmful, harmless, settings, loss,
+            eos_ids=[0], seed=0, optimizer=make_optimizer(settings),
+        )  # fmt: skip
+
+    def __call__(self) -> list[mx.array]:
+        while not isinstance(found := next(self._steps), StepMetrics):
+            assert isinstance(found, Rollouts)
+        return []
+
+
+def their_steps(
+    model: nn.Module, settings: Any, rows: int, length: int, vocabulary: int, steps: int
+) -> tuple[float, int]:
+    """Seconds of one step of mlx-lm's own LoRA trainer on the same rows, the first left out; and its peak."""
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    prompts, answers = prompts_and_answers(rows, length, vocabulary)
+    items = [([*p.ids, *a.ids], len(p.ids)) for p, a in zip(prompts, answers, strict=True)]
+    took: list[float] = []
+
+    class Reported(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            took.append(1 / train_info["iterations_per_second"])
+
+    student = make_student(model, replace(settings, grad_checkpoint="off"), 0)
+    student.train()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train(
+            student, make_optimizer(settings), items, None,
+            args=TrainingArgs(
+                batch_size=rows, iters=steps + 1, steps_per_report=1, steps_per_eval=10**6, steps_per_save=10**6,
+                max_seq_length=length + 64, adapter_file=f"{folder}/a.safetensors",
+                grad_checkpoint=settings.grad_checkpoint == "on",
+            ),
+            training_callback=Reported(),
+        )  # fmt: skip
+    return statistics.median(took[1:]), mx.get_peak_memory() - before
+
+
+def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, length: int = 128) -> list[Row]:
+    """A whole optimizer step, teacher and anchor included, and mlx-lm's own step on the same tokens."""
+    found = []
+    for blocks in (16, -1):
+        settings = replace(
+            resolve({}, {})[0].train, num_layers=blocks, iters=10**6, batch_size=rows, micro_batch_size=rows,
+            grad_checkpoint="off",
+        )  # fmt: skip
+        model = qwen2(**shape)
+        mx.eval(model.parameters())
+        ours = OurStep(model, settings, rows, length, shape["vocabulary"])
+        ours()  # set-up and first step
+        pairs = []
+        for _ in range(repeats):
+            theirs = their_steps(model, settings, rows, length, shape["vocabulary"], 2)
+            pairs.append((measured(ours), theirs))
+        where = f"LoRA on {'the upper 16' if blocks > 0 else 'all'} of {shape['layers']} blocks"
+        found.append(
+            {
+                "part": "step",
+                "what": f"{where}, {rows} × {length} tokens; ours / mlx_lm.lora",
+                "ours_seconds": statistics.median(a[0] for a, _ in pairs),
+                "other_seconds": statistics.median(b[0] for _, b in pairs),
+                "seconds_ratio": statistics.median(a[0] / b[0] for a, b in pairs),
+                "ours_bytes": max(a[1] for a, _ in pairs),
+                "other_bytes": max(b[1] for _, b in pairs),
+                "bytes_ratio": max(a[1] for a, _ in pairs) / max(b[1] for _, b in pairs),
+                "goal": 1.30 if blocks > 0 else 1.40,
+            }
+        )
+    return found
+
+
+def bundled() -> tuple[Recipe, Loaded, stages.Rendered, stages.PromptSets]:
+    base = load(BUNDLED)
+    recipe, _ = resolve(base.config, {"model": BUNDLED})
+    sets = stages.prompt_sets(recipe)
+    return recipe, base, stages.render_prompts(recipe, sets, base.tokenizer), sets
+
+
+def bench_direction(repeats: int) -> list[Row]:
+    """The search for the bundled model's direction, and the same with every candidate measured in full."""
+    recipe, base, rendered, _ = bundled()
+    openers = list(stages.find_openers(recipe, base, rendered, Screen(quiet=True)).values())
+    s = recipe.direction
+    limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
+
+    def kept(harmful, harmless):
+        h, b = directions.keep_answered_as_meant(base.model, harmful, harmless, openers)
+        return [harmful[i] for i in h], [harmless[i] for i in b]
+
+    found = directions.mean_differences(
+        base.model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi
+    )
+    scoring = kept(rendered.harmful_scoring, rendered.harmless_scoring)
+    results = {}
+
+    def search(exhaustive: bool) -> list[mx.array]:
+        scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
+        results[exhaustive] = (scores.block_passes, directions.choose_direction(scores, **limits))
+        return []
+
+    row = in_turns(lambda: search(False), lambda: search(True), repeats)
+    assert results[False][1] == results[True][1], "the two searches chose differently"
+    passes = {"ours_block_passes": results[False][0], "other_block_passes": results[True][0]}
+    return [{"part": "direction", "what": "bundled model; ours / published order", **row, **passes}]
+
+
+def bench_rollouts(repeats: int, tokens: int = 64) -> list[Row]:
+    """Answers drawn: ours, mlx-lm's batch_generate on the same prompts, and one prompt at a time."""
+    _, base, rendered, _ = bundled()
+    larger = qwen2(**NARROW | {"vocabulary": base.vocabulary})
+    mx.eval(larger.parameters())
+    found = []
+    for name, model, count in (("bundled model", base.model, 32), ("28 blocks of width 512", larger, 16)):
+        prompts = rendered.harmful_validation[:count]
+        keys = [stream_key(0, i) for i in range(count)]
+        # No end of turn, so that all draw as many tokens.
+        how: Row = {"eos_ids": [], "max_tokens": tokens, "temp": 1.0, "keys": keys}
+
+        def ours(size: int = count, model=model, prompts=prompts, how=how) -> list[mx.array]:
+            generate(model, prompts, batch_size=size, **how)
+            return []
+
+        def theirs(model=model, prompts=prompts, count=count) -> list[mx.array]:
+            _batch_generate(model, base, prompts, tokens, count)
+            return []
+
+        ours(), theirs()
+        what = f"{name}, {count} answers of {tokens} tokens; ours / "
+        found.append({"part": "rollouts", "what": what + "batch_generate", **in_turns(ours, theirs, repeats)})
+        if model is base.model:
+            alone = in_turns(ours, lambda ours=ours: ours(1), max(1, repeats // 2))
+            found.append({"part": "rollouts", "what": what + "one at a time", **alone})
+    return found
+
+
+def _batch_generate(model: nn.Module, base: Loaded, prompts: list[list[int]], tokens: int, rows: int) -> None:
+    from mlx_lm.generate import batch_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    kept = set(base.tokenizer.eos_token_ids)
+    base.tokenizer.eos_token_ids = {base.vocabulary - 1}
+    batch_generate(
+        model, base.tokenizer, [list(p) for p in prompts], max_tokens=tokens, sampler=make_sampler(1.0),
+        completion_batch_size=rows, prefill_batch_size=rows,
+    )  # fmt: skip
+    base.tokenizer.eos_token_ids = kept
+
+
+def published_run(steps: int) -> None:
+    """A plain port of the published order: every candidate in full, logits of whole batches, nothing shared."""
+    recipe, base, rendered, sets = bundled()
+    screen, model = Screen(quiet=True), base.model
+    openers = list(stages.find_openers(recipe, base, rendered, screen).values())
+    s = recipe.direction
+    h, b = directions.keep_answered_as_meant(model, rendered.harmful_direction, rendered.harmless_direction, openers)
+    found = directions.mean_differences(
+        model, [rendered.harmful_direction[i] for i in h], [rendered.harmless_direction[i] for i in b], rendered.n_eoi
+    )
+    h, b = directions.keep_answered_as_meant(model, rendered.harmful_scoring, rendered.harmless_scoring, openers)
+    harmless = [rendered.harmless_scoring[i] for i in b]
+    scores = directions.score_candidates(
+        model, found, [rendered.harmful_scoring[i] for i in h], harmless, openers, True
+    )
+    position, layer = directions.choose_direction(scores, s.kl_threshold, s.steering_threshold, s.prune_last)
+    vector = mx.array(found[position, layer].astype(np.float32))
+    teacher = steered_teacher(model, layer, vector, float(recipe.teacher.coeff)).model
+    m, horizon = recipe.tokens.token_samples, recipe.tokens.horizon
+    rows = [row for row in harmless for _ in range(m)]
+    keys = [stream_key(0, i) for i in range(len(rows))]
+    drawn = generate(teacher, rows, eos_ids=base.eos_ids, max_tokens=horizon - 1, temp=1.0, keys=keys, batch_size=64)
+    whole = pad_right([[*row, *c.ids] for row, c in zip(rows, drawn, strict=True)])
+    both = [mx.log(mx.softmax(of(whole).astype(mx.float32), axis=-1)) for of in (model, teacher)]
+    delta = (both[1] - both[0]).mean((0, 1))
+    tokens = mx.argsort(-delta)[: recipe.tokens.safety_tokens]
+    mx.eval(tokens)
+    student = make_student(model, recipe.train, 0)
+    optimizer = make_optimizer(recipe.train)
+    harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
+    rng = np.random.default_rng(0)
+    half = recipe.train.batch_size // 2
+    for step in range(steps):
+        batch = [harmful[i] for i in rng.integers(0, len(harmful), half)]
+        batch += [anchors[i] for i in rng.integers(0, len(anchors), half)]
+        read = [p.ids for p in batch]
+        keys = [stream_key(step, i) for i in range(len(batch))]
+        drawn = generate(
+            student, read, eos_ids=base.eos_ids, max_tokens=recipe.train.max_tokens, temp=1.0, keys=keys, batch_size=64
+        )
+        whole = pad_right([[*row, *c.ids] for row, c in zip(read, drawn, strict=True)])
+        mask = np.zeros(whole.shape)
+        for i, (row, c) in enumerate(zip(read, drawn, strict=True)):
+            mask[i, len(row) - 1 : len(row) + len(c.ids) - 1] = 1
+        target = mx.concatenate([teacher(whole[:half]), model(whole[half:])]).astype(mx.float32)
+
+        def loss(of: nn.Module, whole=whole, target=target, mask=mask) -> mx.array:
+            return distillation_loss(
+                of(whole).astype(mx.float32), target, mx.array(mask), tokens=tokens, kind="grouped_reverse_kl"
+            )
+
+        _, gradient = nn.value_and_grad(student, loss)(student)
+        optimizer.update(student, gradient)
+        mx.eval(student.parameters(), optimizer.state)
+
+
+def our_run(steps: int) -> None:
+    """Ours, up to the trained student."""
+    from safesteer_mlx.checkpoint import Checkpoint
+    from safesteer_mlx.runfolder import RunFolder
+
+    recipe, base, rendered, sets = bundled()
+    recipe = replace(recipe, train=replace(recipe.train, iters=steps, save_every=10**6, grad_checkpoint="off"))
+    screen = Screen(quiet=True)
+    student = make_student(base.model, recipe.train, 0)
+    found = stages.find_direction(recipe, base, rendered, screen)
+    strength = stages.find_strength(recipe, base, rendered, found.direction, screen)
+    teacher = stages.make_teacher(recipe, base, rendered, found.direction, strength.coeff)
+    tokens = stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen)
+    prompts = stages.training_prompts(recipe, sets, base, screen)
+    with tempfile.TemporaryDirectory() as folder:
+        stages.train_student(
+            recipe, base, rendered, student, teacher, None, mx.array(tokens.ids), prompts,
+            Checkpoint(RunFolder(Path(folder)), "bench"), lambda: None, screen,
+        )  # fmt: skip
+
+
+def _run_alone(which: str, steps: int, out: Any) -> None:
+    load(BUNDLED)
+    weights = mx.get_active_memory()
+    mx.reset_peak_memory()
+    began = time.perf_counter()
+    {"ours": our_run, "published": published_run}[which](steps)
+    out.put((time.perf_counter() - began, mx.get_peak_memory() - weights))
+
+
+def bench_run(repeats: int, steps: int = 25) -> list[Row]:
+    """The whole run in fresh processes, in turns: ours, and the published order ported plainly."""
+    context = multiprocessing.get_context("spawn")
+
+    def alone(which: str) -> tuple[float, int]:
+        out = context.Queue()
+        process = context.Process(target=_run_alone, args=(which, steps, out))
+        process.start()
+        found = out.get()
+        process.join()
+        return found
+
+    pairs = [(alone("ours"), alone("published")) for _ in range(max(1, repeats // 2))]
+    return [
+        {
+            "part": "run",
+            "what": f"bundled model, {steps} steps, to the trained student; ours / published order",
+            "ours_seconds": statistics.median(a[0] for a, _ in pairs),
+            "other_seconds": statistics.median(b[0] for _, b in pairs),
+            "seconds_ratio": statistics.median(a[0] / b[0] for a, b in pairs),
+            "ours_bytes": max(a[1] for a, _ in pairs),
+            "other_bytes": max(b[1] for _, b in pairs),
+            "bytes_ratio": max(a[1] for a, _ in pairs) / max(b[1] for _, b in pairs),
+        }
+    ]
+
+
+def bench_growth(repeats: int) -> list[Row]:
+    """How a training step's seconds and peak grow: with rows, length, vocabulary and depth."""
+    small = {"hidden": 256, "intermediate": 704, "layers": 8, "heads": 8, "kv_heads": 2, "vocabulary": 8000}
+    found = []
+    for name, values in (
+        ("rows", (4, 8, 16)),
+        ("completion", (64, 256, 512)),
+        ("vocabulary", (8000, 32_000, 128_000)),
+        ("layers", (8, 16, 32)),
+    ):
+        for value in values:
+            rows, length, shape = 4, 64, dict(small)
+            if name == "rows":
+                rows = value
+            elif name == "completion":
+                length = 2 * value  # a prompt as long as the completion
+            else:
+                shape[name] = value
+            model = qwen2(**shape)
+            mx.eval(model.parameters())
+            settings = replace(
+                resolve({}, {})[0].train, iters=10**6, batch_size=rows, micro_batch_size=rows, grad_checkpoint="off"
+            )
+            step = OurStep(model, settings, rows, length, shape["vocabulary"])
+            step()
+            took = [measured(step) for _ in range(repeats)]
+            found.append(
+                {
+                    "part": "growth",
+                    "what": f"{name} {value}",
+                    "ours_seconds": statistics.median(t for t, _ in took),
+                    "ours_bytes": max(b for _, b in took),
+                }
+            )
+    return found
+
+
+def bench_7b(length: int = 128) -> list[Row]:
+    """One row of half prompt, half completion through a training step at the 7B shape, and what the plan says."""
+    model = quantized_qwen2(**QWEN_7B)
+    weights = mx.get_active_memory()
+    settings = replace(resolve({}, {})[0].train, iters=10**6, batch_size=1, micro_batch_size=1, grad_checkpoint="on")
+    prompts, answers = prompts_and_answers(2, length, QWEN_7B["vocabulary"])
+    student = make_student(model, settings, 0)
+    teacher = steered_teacher(model, 14, mx.random.normal((QWEN_7B["hidden"],)), 1.0)
+    tokens = mx.arange(50)
+    mx.eval(student.parameters())
+    student.train()
+    optimizer = make_optimizer(settings)
+    optimizer.init(student.trainable_parameters())
+    mx.eval(optimizer.state)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    began = time.perf_counter()
+    target = answer_states(teacher.model, [prompts[0].ids], [answers[0].ids])
+    mx.eval(target)
+
+    def objective(of: nn.Module) -> mx.array:
+        states = answer_states(of, [prompts[0].ids], [answers[0].ids])
+        each = mx.full((len(states),), 1 / len(states))
+        options: Row = {"watched": tokens, "tokens": tokens, "kind": "grouped_reverse_kl"}
+        return localized_loss(states, target, head(of), head(model), each, **options)[0]
+
+    value, gradient = nn.value_and_grad(student, objective)(student)
+    optimizer.update(student, gradient)
+    mx.eval(value, student.trainable_parameters(), optimizer.state)
+    seconds, peak = time.perf_counter() - began, mx.get_peak_memory() - before
+    config = {
+        "hidden_size": QWEN_7B["hidden"],
+        "num_hidden_layers": QWEN_7B["layers"],
+        "num_attention_heads": QWEN_7B["heads"],
+        "num_key_value_heads": QWEN_7B["kv_heads"],
+        "intermediate_size": QWEN_7B["intermediate"],
+        "vocab_size": QWEN_7B["vocabulary"],
+        "quantization": {"bits": 4, "group_size": 64},
+    }
+    kinds = {mx.uint32: "U32", mx.float32: "F32"}
+    shape = shape_of(config, {n: Tensor(kinds[w.dtype], tuple(w.shape)) for n, w in tree_flatten(model.parameters())})
+    planned = gradient_bytes(shape, settings, 1, length, True) + loss_bytes(shape, length // 2)
+    planned += 2 * 4 * trained_values(shape, settings)  # gradients, and weights and moments while they are replaced
+    return [
+        {
+            "part": "qwen2.5-7b",
+            "what": f"one step, 1 × {length} tokens, checkpointed; weights {weights / 1e9:.2f} GB",
+            "ours_seconds": seconds,
+            "ours_bytes": peak,
+            "planned_bytes": planned,
+            "planned_ratio": planned / peak,
+            "loss": value.item(),
+        }
+    ]
+
+
+PARTS: dict[str, Callable[[int], list[Row]]] = {
+    "direction": bench_direction,
+    "loss": bench_loss,
+    "step": bench_step,
+    "rollouts": bench_rollouts,
+    "run": bench_run,
+    "growth": bench_growth,
+    "qwen2.5-7b": lambda repeats: bench_7b(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = [name for name in PARTS if name != "qwen2.5-7b"]
+    parser.add_argument("--only", default=",".join(parts), help=f"parts, joined by commas: {', '.join(PARTS)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    args = parser.parse_args()
+    wanted = args.only.split(",")
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; choose {', '.join(PARTS)}")
+    rows = []
+    for name in wanted:
+        for row in PARTS[name](args.repeats):
+            rows.append(row)
+            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            where = {"machine": platform.machine(), "system": platform.system(), "device": str(mx.default_device())}
+            args.out.write_text(json.dumps({**where, "rows": rows}, indent=2) + "\n")
+    screen = Screen()
+
+    def both(row: Row, name: str, unit: float) -> str:
+        return " / ".join(f"{row[f'{who}_{name}'] / unit:,.3g}" for who in ("ours", "other") if f"{who}_{name}" in row)
+
+    def ratio(row: Row, name: str) -> str:
+        return f"{row[name]:.2f}" if name in row else ""
+
+    screen.table(
+        "Ours / the other",
+        ["", "seconds", "ratio", "peak, MB", "ratio"],
+        [
+            [
+                f"{row['part']}: {row['what']}",
+                both(row, "seconds", 1),
+                ratio(row, "seconds_ratio"),
+                both(row, "bytes", 1e6),
+                ratio(row, "bytes_ratio"),
+            ]
+            for row in rows
+        ],
+    )
+    screen.line(f"all of it: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

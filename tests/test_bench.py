@@ -1,0 +1,45 @@
+"""The benchmark script runs as documented, and writes what docs/performance.md names."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "scripts" / "bench.py"
+
+
+def test_help_and_an_unknown_part(tmp_path):
+    how = {"capture_output": True, "text": True, "cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    done = subprocess.run([sys.executable, BENCH, "--help"], **how)
+    assert done.returncode == 0 and "qwen2.5-7b" in done.stdout
+    done = subprocess.run([sys.executable, BENCH, "--only", "losses"], **how)
+    assert done.returncode == 2 and "no part losses" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench
+
+    small = {"hidden": 32, "intermediate": 64, "layers": 18, "heads": 4, "kv_heads": 2, "vocabulary": 200}
+    monkeypatch.setattr(bench, "NARROW", small)
+    parts = {
+        "loss": lambda repeats: bench.bench_loss(repeats, 8, 500, 16),
+        "step": lambda repeats: bench.bench_step(repeats, small, 4, 32),
+    }
+    monkeypatch.setattr(bench, "PARTS", parts)
+    generate = bench.training.generate
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "--only", "loss,step", "--repeats", "1", "--out", str(tmp_path / "b.json")]
+    )
+    try:
+        bench.main()
+    finally:
+        bench.training.generate = generate
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert {"machine", "system", "device"} <= set(found)
+    assert [row["part"] for row in found["rows"]] == ["loss", "step", "step"]
+    for row in found["rows"]:
+        assert row["seconds_ratio"] > 0 and row["ours_bytes"] > 0 and row["other_bytes"] > 0
+    assert [row["goal"] for row in found["rows"][1:]] == [1.3, 1.4]
