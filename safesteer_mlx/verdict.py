@@ -153,8 +153,8 @@ def _best_candidates(recipe: Recipe, found: FoundDirection) -> list[dict[str, An
     return rows
 
 
-def show(verdict: Verdict, screen: Screen, memory: str | None = None) -> None:
-    """The verdict as tables and a word; `memory` is a line about the fit in memory and the time."""
+def show(verdict: Verdict, screen: Screen) -> None:
+    """The verdict as tables and a word."""
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:+.3f}"
@@ -178,8 +178,6 @@ def show(verdict: Verdict, screen: Screen, memory: str | None = None) -> None:
         ["teacher's answers broken", str(verdict.teacher_broken)],
     ]
     screen.table("Validation prompts, greedy: count, rate (95 % interval)", ["", "share"], rows)
-    if memory is not None:
-        screen.line(memory)
     screen.line(f"verdict: {verdict.word}")
     for reason in verdict.reasons:
         screen.line(f"  {reason}")

@@ -119,19 +119,23 @@ def measured(work: Callable[[], Any]) -> tuple[float, int]:
     return time.perf_counter() - began, mx.get_peak_memory() - before
 
 
-def in_turns(ours: Callable[[], Any], other: Callable[[], Any], repeats: int) -> Row:
-    """Both, one after the other, `repeats` times: medians, and the median of the ratios of seconds."""
-    pairs = [(measured(ours), measured(other)) for _ in range(repeats)]
-    seconds = [[pair[i][0] for pair in pairs] for i in (0, 1)]
-    peaks = [max(pair[i][1] for pair in pairs) for i in (0, 1)]
+def compared(pairs: list[tuple[tuple[float, int], tuple[float, int]]]) -> Row:
+    """(seconds, bytes) of ours and of the other, pair by pair: medians, and the median of the ratios of seconds."""
+    ours, other = zip(*pairs, strict=True)
+    peaks = [max(peak for _, peak in side) for side in (ours, other)]
     return {
-        "ours_seconds": statistics.median(seconds[0]),
-        "other_seconds": statistics.median(seconds[1]),
-        "seconds_ratio": statistics.median(a / b for a, b in zip(*seconds, strict=True)),
+        "ours_seconds": statistics.median(seconds for seconds, _ in ours),
+        "other_seconds": statistics.median(seconds for seconds, _ in other),
+        "seconds_ratio": statistics.median(a[0] / b[0] for a, b in pairs),
         "ours_bytes": peaks[0],
         "other_bytes": peaks[1],
         "bytes_ratio": peaks[0] / max(1, peaks[1]),
     }
+
+
+def in_turns(ours: Callable[[], Any], other: Callable[[], Any], repeats: int) -> Row:
+    """Both, one after the other, `repeats` times."""
+    return compared([(measured(ours), measured(other)) for _ in range(repeats)])
 
 
 def bench_loss(repeats: int, length: int = 512, vocabulary: int = 151_936, hidden: int = 896) -> list[Row]:
@@ -246,12 +250,7 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
             {
                 "part": "step",
                 "what": f"{where}, {rows} × {length} tokens; ours / mlx_lm.lora",
-                "ours_seconds": statistics.median(a[0] for a, _ in pairs),
-                "other_seconds": statistics.median(b[0] for _, b in pairs),
-                "seconds_ratio": statistics.median(a[0] / b[0] for a, b in pairs),
-                "ours_bytes": max(a[1] for a, _ in pairs),
-                "other_bytes": max(b[1] for _, b in pairs),
-                "bytes_ratio": max(a[1] for a, _ in pairs) / max(b[1] for _, b in pairs),
+                **compared(pairs),
                 "goal": 1.30 if blocks > 0 else 1.40,
             }
         )
@@ -438,12 +437,7 @@ def bench_run(repeats: int, steps: int = 25) -> list[Row]:
         {
             "part": "run",
             "what": f"bundled model, {steps} steps, to the trained student; ours / published order",
-            "ours_seconds": statistics.median(a[0] for a, _ in pairs),
-            "other_seconds": statistics.median(b[0] for _, b in pairs),
-            "seconds_ratio": statistics.median(a[0] / b[0] for a, b in pairs),
-            "ours_bytes": max(a[1] for a, _ in pairs),
-            "other_bytes": max(b[1] for _, b in pairs),
-            "bytes_ratio": max(a[1] for a, _ in pairs) / max(b[1] for _, b in pairs),
+            **compared(pairs),
         }
     ]
 
@@ -485,7 +479,7 @@ def bench_growth(repeats: int) -> list[Row]:
     return found
 
 
-def bench_7b(length: int = 128) -> list[Row]:
+def bench_7b(length: int = 32) -> list[Row]:
     """One row of half prompt, half completion through a training step at the 7B shape, and what the plan says."""
     model = quantized_qwen2(**QWEN_7B)
     weights = mx.get_active_memory()
@@ -527,7 +521,7 @@ def bench_7b(length: int = 128) -> list[Row]:
     kinds = {mx.uint32: "U32", mx.float32: "F32"}
     shape = shape_of(config, {n: Tensor(kinds[w.dtype], tuple(w.shape)) for n, w in tree_flatten(model.parameters())})
     planned = gradient_bytes(shape, settings, 1, length, True) + loss_bytes(shape, length // 2)
-    planned += 2 * 4 * trained_values(shape, settings)  # gradients, and weights and moments while they are replaced
+    planned += 4 * trained_values(shape, settings)  # the gradient
     return [
         {
             "part": "qwen2.5-7b",

@@ -64,16 +64,17 @@ def test_every_format_loads_and_computes_nearly_the_same(formats, name):
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("bfloat16", ["--fine-tune-type", "full", "--learning-rate", "1e-4"]),
+        ("bfloat16", ["--fine-tune-type", "full", "--learning-rate", "1e-4", "--batch-size", "4"]),
         ("float32", ["--preset", "paper", "--batch-size", "2", "--samples", "2"]),
         ("8-bit", []),
         ("mxfp4", ["--fine-tune-type", "dora"]),
     ],
 )
-def test_every_format_is_aligned_and_mlx_lm_reads_the_result(formats, name, flags, tmp_path, monkeypatch):
+def test_every_format_is_aligned_and_mlx_lm_reads_the_result(formats, name, flags, few_prompts, tmp_path, monkeypatch):
     # A copy has no prompts of its own, and the package's are beyond this little model.
     monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
-    short = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--token-samples", "2"]
+    short = ["--iters", "2", "--test-prompts", "2", "--direction-train", "32", "--direction-validation", "24"]
+    short += ["--token-samples", "1", "--horizon", "2", "--max-tokens", "16", "--no-report", "--force"]
     assert main([str(formats[name]), "--adapter-path", str(tmp_path / "adapters"), *short, *flags]) == 0
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     kind = "full" if name in ("bfloat16", "float32") else "dora" if "dora" in flags else "lora"
