@@ -26,6 +26,13 @@ def prepare(offline: bool = False) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def is_offline() -> bool:
+    """Whether no connection may be made."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
 def model_folder(name: str, revision: str | None = None, with_code: bool = False) -> Path:
     """The snapshot of a model repository, downloaded or from the cache; its `.py` files only with `with_code`.
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .checks import Tensor, check_loaded, check_model_folder, check_weights, read_object
-from .hub import headers, model_folder
+from .hub import headers, is_offline, model_folder
 from .progress import UserError
 
 # Of the memory that a dequantized copy may take on the CPU backend.
@@ -82,7 +82,7 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
     Raises:
         UserError: as `find`, or a file cannot be believed.
     """
-    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or is_offline():
         path = find(name, revision)
         return read_object(path / "config.json"), check_weights(path)
     config, tensors = headers(name, revision)

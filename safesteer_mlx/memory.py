@@ -138,14 +138,14 @@ def this_machine(limit: str | None = None) -> Machine:
     """What MLX may use here: `limit`, or what Metal recommends, or the physical memory."""
     import mlx.core as mx
 
-    metal = mx.metal.is_available()
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if limit is not None:
-        return Machine(parse_bytes(limit), "--memory-limit", not metal)
-    if metal:
+        return Machine(parse_bytes(limit), "--memory-limit", on_cpu)
+    if mx.metal.is_available():
         recommended = int(mx.device_info()["max_recommended_working_set_size"])
-        return Machine(recommended, "Metal's recommended working set", False)
+        return Machine(recommended, "Metal's recommended working set", on_cpu)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(physical, "physical memory", mx.default_device() == mx.Device(mx.cpu))
+    return Machine(physical, "physical memory", on_cpu)
 
 
 def set_limits(machine: Machine) -> None:

@@ -173,6 +173,7 @@ def test_offline_reads_the_cache_and_asks_nothing(hub, tmp_path, capsys, monkeyp
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load(NAME).quantized
     assert "run once online or give a folder" in refused(tmp_path, capsys, "someone/else")
+    assert main([NAME, "--dry-run"]) == 0
     assert hub.seen == []
 
 
