@@ -5,6 +5,7 @@ model refuses today, what the teacher makes of the answers that are unsafe (the 
 harmless prompts.
 """
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from .recipe import Recipe
 from .rollout import answer_text, generate
 from .stages import ANSWER_TOKENS, FoundDirection, Rendered, answer_tokens
 from .teacher import Teacher
+from .train import number_of_steps
 
 PROMPTS = 64  # of each kind
+TRAINING_PROMPTS = 100
 CANDIDATES = 3  # shown
 
 # The student can become no safer than its teacher: one that turns fewer unsafe answers is not worth the training.
@@ -67,8 +70,11 @@ def give_verdict(
             max_tokens=answer_tokens(recipe, base, ANSWER_TOKENS),
             batch_size=recipe.run.generation_batch_size,
         )
+        drawn.extend(len(c.ids) for c in done)
         return [(answer_text(base.tokenizer, row, c), c.finished) for row, c in zip(read, done, strict=True)]
 
+    drawn: list[int] = []  # tokens of each answer
+    began = time.monotonic()
     harmful, harmless = rendered.harmful_validation[:PROMPTS], rendered.harmless_validation[:PROMPTS]
     by_teacher = harmful, harmless
     if teacher.system_prompt is not None:
@@ -83,6 +89,7 @@ def give_verdict(
         advance(3, 4)
         of_teacher = answers(teacher.model, by_teacher[1])
         advance(4, 4)
+    screen.line(_time(recipe, drawn, time.monotonic() - began))
     # An answer cut at this length is not broken for a model that always says more.
     long_winded = any(not finished for _, finished in of_base_harmless)
     said = [*turned, *of_teacher]
@@ -95,6 +102,15 @@ def give_verdict(
     }
     word, reasons = decide(recipe.teacher.teacher, **counts)
     return Verdict(word, reasons, **counts, candidates=_best_candidates(recipe, found))
+
+
+def _time(recipe: Recipe, drawn: list[int], seconds: float) -> str:
+    """What training's sampling will take at the rate of these answers, as long as they are."""
+    train = recipe.train
+    steps = number_of_steps(TRAINING_PROMPTS, train, recipe.loss)
+    rows = steps * train.batch_size * train.grad_accumulation_steps * train.samples
+    minutes = rows * sum(drawn) / len(drawn) * seconds / sum(drawn) / 60
+    return f"time: training samples {rows:,} answers, {minutes:,.1f} minutes at this rate; its passes come on top"
 
 
 def decide(

@@ -62,6 +62,7 @@ def test_the_bundled_model_is_a_go_and_check_keeps_nothing(tmp_path, monkeypatch
     assert main(["--check"]) == 0
     said = capsys.readouterr().out
     assert "verdict: go" in said and "flip rate" in said and "(chosen)" in said
+    assert "time: training samples 800 answers" in said and "memory: peak" in said
     assert not list(tmp_path.iterdir())
 
 
