@@ -1,0 +1,80 @@
+"""The student: what is trained, and files that mlx-lm reads as its own."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from safesteer_mlx.load import load
+from safesteer_mlx.progress import UserError
+from safesteer_mlx.recipe import MODELS, TrainSettings, resolve
+from safesteer_mlx.residual import last_logits
+from safesteer_mlx.student import adapter_config, bytes_trained, first_trained_block, make_student, save_adapters
+
+SETTINGS = TrainSettings(lora_parameters={"rank": 4, "scale": 2.0, "dropout": 0.0})
+
+
+def names(student):
+    return [name for name, _ in tree_flatten(student.trainable_parameters())]
+
+
+def test_keys_and_num_layers_say_what_is_trained(tiny_model):
+    model = tiny_model("llama")
+    keys = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    student = make_student(model, replace(SETTINGS, num_layers=2, lora_parameters=keys), 0)
+    assert {name.rsplit(".", 1)[0] for name in names(student)} == {f"model.layers.{i}.self_attn.q_proj" for i in (1, 2)}
+    assert first_trained_block(student) == 1
+    assert bytes_trained(student) == 2 * 4 * 4 * (32 + 32)
+    every = make_student(model, SETTINGS, 0)
+    assert first_trained_block(every) == 0 and len(names(every)) == 3 * 7 * 2
+
+
+def test_before_the_first_step_it_computes_what_the_base_does(tiny_model):
+    model, rows = tiny_model("llama"), [[1, 2, 3], [4, 5]]
+    for kind in ("lora", "dora"):
+        student = make_student(model, replace(SETTINGS, fine_tune_type=kind), 0)
+        assert mx.allclose(last_logits(student, rows), last_logits(model, rows), atol=1e-5)
+    full = make_student(model, replace(SETTINGS, fine_tune_type="full", num_layers=1), 0)
+    assert all(name.startswith("model.layers.2.") for name in names(full))
+
+
+def test_the_seed_draws_the_adapters(tiny_model):
+    model = tiny_model("llama")
+    one, same, other = (dict(tree_flatten(make_student(model, SETTINGS, s).trainable_parameters())) for s in (1, 1, 2))
+    assert all(mx.array_equal(one[name], same[name]) for name in one)
+    assert any(not mx.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 4}, "num_layers = 4, but the model has 3 blocks"),
+        ({"lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["none"]}}, "match no layer"),
+    ],
+)
+def test_settings_that_do_not_fit_are_a_sentence(tiny_model, changes, said):
+    with pytest.raises(UserError, match=said):
+        make_student(tiny_model("llama"), replace(SETTINGS, **changes), 0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_lm_reads_the_adapters_as_they_were(tmp_path, kind):
+    from mlx_lm import load as mlx_lm_load
+
+    base = load(str(MODELS / "tiny-chat"))
+    settings = replace(resolve({}, {})[0].train, fine_tune_type=kind, num_layers=3)
+    student = make_student(base.model, settings, 0)
+    mx.random.seed(3)
+    zero = [(name, w) for name, w in tree_flatten(student.trainable_parameters()) if name.endswith("lora_b")]
+    drawn = [(name, 0.05 * mx.random.normal(w.shape)) for name, w in zero]
+    student.load_weights(drawn, strict=False)
+    save_adapters(tmp_path / "adapters", student, adapter_config(settings, base.name, 0))
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == kind and config["num_layers"] == 3
+    assert config["lora_parameters"] == settings.lora_parameters
+    read, _ = mlx_lm_load(str(MODELS / "tiny-chat"), adapter_path=str(tmp_path / "adapters"))  # type: ignore[misc]
+    rows = [[5, 6, 7], [8, 9]]
+    found, ours, before = (last_logits(model, rows) for model in (read, student, base.model))
+    assert mx.allclose(found, ours, rtol=1e-3, atol=1e-2) and not mx.allclose(ours, before, atol=0.1)
