@@ -261,10 +261,13 @@ def _run(argv: list[str] | None) -> None:
     recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=_rank() != 0)
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
-    plan = memory.fitted(recipe, memory.read_shape(base.path), machine, longest_prompt(recipe))
-    screen.line(memory.summary(recipe, plan))
+    try:
+        plan = memory.fitted(recipe, memory.read_shape(base.path), machine, longest_prompt(recipe))
+        screen.line(memory.summary(recipe, plan))
+        recipe = plan.recipe
+    except UserError as error:  # an architecture whose configuration has other names
+        screen.line(f"memory: not planned, {error}")
     memory.set_limits(machine)
-    recipe = plan.recipe
     if check:
         with tempfile.TemporaryDirectory() as scratch:  # what is found for it is not kept
             align(replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check")), base, screen, check=True)

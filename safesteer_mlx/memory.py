@@ -97,7 +97,7 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     def size(*names: str) -> int:
         found = next((text[name] for name in names if isinstance(text.get(name), int)), None)
         if found is None:
-            raise UserError(f"the config.json has no {names[0]}, so memory cannot be planned; run without --dry-run")
+            raise UserError(f"the config.json has no {names[0]}; without --dry-run a run goes on all the same")
         return found
 
     n_layers, hidden = size("num_hidden_layers", "n_layers", "num_layers"), size("hidden_size", "dim")

@@ -10,6 +10,7 @@ from test_load import converted
 from safesteer_mlx import stages, verdict
 from safesteer_mlx.align import main
 from safesteer_mlx.intervals import Count
+from safesteer_mlx.progress import UserError
 from safesteer_mlx.prompts import load_prompt_sets
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.verdict import Verdict, decide
@@ -91,6 +92,19 @@ def test_directions_that_fail_the_kl_test_are_a_stop_with_the_three_nearest(tmp_
     assert re.search(r"KL when ablated \+0\.0\d\d > 0\.01", said) and len(re.findall(r"block \d position -", said)) == 3
     assert "loosen --steering-threshold or --kl-threshold" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path, monkeypatch, capsys):
+    from safesteer_mlx import memory
+
+    def unknown(path):
+        raise UserError("the config.json has no hidden_size; mend it")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "read_shape", unknown)
+    fewer = ["--direction-train", "32", "--direction-validation", "16"]
+    assert main(["--check", *fewer]) == 0
+    assert "memory: not planned, the config.json has no hidden_size" in capsys.readouterr().out
 
 
 def test_a_stop_needs_force(tmp_path, monkeypatch, capsys):
