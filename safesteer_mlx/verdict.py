@@ -201,4 +201,4 @@ def show(verdict: Verdict, screen: Screen) -> None:
 
 def refuse_to_go_on(verdict: Verdict) -> UserError:
     """What a user reads who did not say --force."""
-    return UserError(f"the verdict is stop: {' '.join(verdict.reasons)}; --force goes on all the same")
+    return UserError(f"the verdict is stop: {'; '.join(verdict.reasons)}; --force goes on all the same")

@@ -13,7 +13,7 @@ from safesteer_mlx.intervals import Count
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.prompts import load_prompt_sets
 from safesteer_mlx.recipe import MODELS
-from safesteer_mlx.verdict import Verdict, decide
+from safesteer_mlx.verdict import Verdict, decide, refuse_to_go_on
 
 FAIR = {
     "base_harmful": Count(30, 64),
@@ -51,6 +51,12 @@ def test_the_worst_word_counts_and_every_reason_is_given():
     assert found == "stop" and len(reasons) == 2 and "never refuses" in reasons[0]
     # A system prompt needs no refusals to begin with.
     assert decide("system_prompt", **FAIR | {"base_harmful": Count(0, 64)})[0] == "go"
+
+
+def test_every_reason_to_stop_is_told_apart():
+    told = Verdict("stop", ["one; do this", "two; do that"], **FAIR, candidates=[])
+    expected = "the verdict is stop: one; do this; two; do that; --force goes on all the same"
+    assert str(refuse_to_go_on(told)) == expected
 
 
 def test_a_verdict_is_read_back_as_it_was():
