@@ -412,22 +412,23 @@ def nearest_candidates(
 ) -> list[tuple[int, int, list[str]]]:
     """The `count` candidates that fail by least: (position, layer, tests failed).
 
-    Nearness is the worst relative shortfall: of steering in units of the scores' spread, of KL in units
-    of its threshold.
+    Those that fail fewest tests come first; then counts the worst relative shortfall, of steering in units of the
+    scores' spread, of KL in units of its threshold. Block 0 is left out: its input is the template's embeddings,
+    the same for every prompt.
     """
     n_pos, n_layers = scores.ablation_kl.shape
     spread = float(np.nanstd(scores.steering_refusal)) or 1.0
     ranked = []
     for p in range(n_pos):
-        for layer in range(min(n_layers, pruned_from(n_layers, prune_last))):
+        for layer in range(1, pruned_from(n_layers, prune_last)):
             steering, kl = scores.steering_refusal[p, layer], scores.ablation_kl[p, layer]
             if np.isnan(steering) or np.isnan(kl):
                 continue
             short = 0.0 if steering_threshold is None else (steering_threshold - steering) / spread
             over = 0.0 if kl_threshold is None else (kl - kl_threshold) / max(abs(kl_threshold), 1e-9)
             failed = failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
-            ranked.append((max(short, over, 0.0), p - n_pos, layer, failed))
-    return [(position, layer, failed) for _, position, layer, failed in sorted(ranked)[:count]]
+            ranked.append((len(failed), max(short, over, 0.0), p - n_pos, layer, failed))
+    return [(position, layer, failed) for *_, position, layer, failed in sorted(ranked)[:count]]
 
 
 def no_direction(model: nn.Module) -> Direction:

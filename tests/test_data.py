@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from safesteer_mlx.selection import PROMPTS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, TINY = ROOT / "safesteer_mlx" / "data", ROOT / "models" / "tiny-chat" / "data"
 LEAST = {"direction_train": 160, "direction_validation": 48, "train": 100, "validation": 50, "test": 100}
@@ -60,6 +62,14 @@ def test_harmful_and_harmless_sets_span_ten_categories(folder: Path):
     for stem, rows in read(folder).items():
         if stem != "capability_test":
             assert len({row["category"] for row in rows}) >= 10, stem
+
+
+@folders
+def test_validation_asks_borderline_prompts_too(folder: Path):
+    sets = read(folder)
+    borderline = {row["category"] for row in sets["borderline_test"]}
+    asked = sets["harmless_validation"][:PROMPTS]
+    assert len(asked) / 3 <= sum(row["category"] in borderline for row in asked) <= 2 / 3 * len(asked)
 
 
 def test_package_sets_are_balanced_over_categories():

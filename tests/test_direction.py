@@ -342,10 +342,10 @@ def test_nearest_candidates_are_in_order(scores, kl_threshold, steering_threshol
         over = 0.0 if kl_threshold is None else (kl - kl_threshold) / max(abs(kl_threshold), 1e-9)
         return max(short, over, 0.0)
 
-    distances = [distance(p, layer) for p, layer, _ in near]
-    assert distances == sorted(distances) and not np.isnan(distances).any()
+    ranks = [(len(failed), distance(p, layer)) for p, layer, failed in near]
+    assert ranks == sorted(ranks) and not np.isnan(ranks).any()
     assert all(-2 <= p < 0 for p, _, _ in near) and len({(p, layer) for p, layer, _ in near}) == len(near)
-    measured = ~np.isnan(scores.steering_refusal + scores.ablation_kl)[:, : pruned_from(5, prune_last)]
+    measured = ~np.isnan(scores.steering_refusal + scores.ablation_kl)[:, 1 : pruned_from(5, prune_last)]
     assert len(near) == measured.sum()
     for p, layer, failed in near:
         assert failed == failed_tests(scores, p + 2, layer, *limits)
@@ -354,13 +354,16 @@ def test_nearest_candidates_are_in_order(scores, kl_threshold, steering_threshol
 
 
 def test_nearest_candidates_by_hand():
-    # spread of steering (3, −1): 2. Shortfalls: (0.4 − 0.1)/0.1 = 3; 1/2 = 0.5
-    scores = CandidateScores(np.array([[0.4, 0.1]]), np.array([[0.0, 0.0]]), np.array([[3.0, -1.0]]))
+    # spread of steering (1, 3, −1, −1): √2.75. Shortfalls of blocks 1 to 3: (0.4 − 0.1)/0.1 = 3; 1/√2.75 = 0.60; 0.60
+    # and 0.5. The last fails by less than block 1, but two tests. Block 0 is never a direction.
+    kl, steered = np.array([[0.0, 0.4, 0.1, 0.15]]), np.array([[1.0, 3.0, -1.0, -1.0]])
+    scores = CandidateScores(kl, np.zeros((1, 4)), steered)
     assert nearest_candidates(scores, 0.1, 0.0, None) == [
-        (-1, 1, ["refusal when steered -1.000 < 0"]),
-        (-1, 0, ["KL when ablated +0.400 > 0.1"]),
+        (-1, 2, ["refusal when steered -1.000 < 0"]),
+        (-1, 1, ["KL when ablated +0.400 > 0.1"]),
+        (-1, 3, ["refusal when steered -1.000 < 0", "KL when ablated +0.150 > 0.1"]),
     ]
-    assert nearest_candidates(scores, 0.1, 0.0, None, count=1)[0][:2] == (-1, 1)
+    assert nearest_candidates(scores, 0.1, 0.0, None, count=1)[0][:2] == (-1, 2)
 
 
 def test_every_failed_test_is_named():

@@ -1,18 +1,25 @@
 """The verdict: each of its words from a model made for it, nothing kept by --check, and --force."""
 
 import re
+from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_map
-from test_load import converted
+from mlx_lm.utils import save_config, save_model
+from test_load import TINY, converted
 
 from safesteer_mlx import stages, verdict
 from safesteer_mlx.align import main
+from safesteer_mlx.direction import mean_differences
 from safesteer_mlx.intervals import Count
+from safesteer_mlx.load import load
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.prompts import load_prompt_sets
-from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.recipe import resolve
+from safesteer_mlx.residual import ablate, hidden_states, pad_right, steer, take_positions
 from safesteer_mlx.verdict import Verdict, decide, refuse_to_go_on
 
 FAIR = {
@@ -75,29 +82,63 @@ def test_the_bundled_model_is_a_go_and_check_keeps_nothing(tmp_path, monkeypatch
 
 def test_a_model_that_never_refuses_is_a_stop(tmp_path, monkeypatch, capsys):
     import mlx_lm
-    from mlx_lm.utils import save_model
 
     folder = converted(tmp_path / "model", dtype=mx.float32)
     model, _ = mlx_lm.load(str(folder))  # type: ignore[misc]
     mx.random.seed(0)
     model.update(tree_map(lambda w: 0.02 * mx.random.normal(w.shape), model.parameters()))
     save_model(folder, model)
-    monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(MODELS / "tiny-chat" / "data"))
+    monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
     assert main([str(folder), "--check"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "the verdict is stop: the base refuses none of" in said
     assert "--teacher system_prompt is the one option left" in said
 
 
+def entangled(folder: Path) -> Path:
+    """The bundled model, but that it says a word no prompt makes it say wherever one of its directions is ablated.
+
+    Its head has a row of its own for that: 0 for the final states of prompts, steered or not, and 1 under ablation.
+    """
+    import mlx_lm
+
+    base = load(str(converted(folder, dtype=mx.float32)))
+    recipe, _ = resolve(base.config, {"direction_train": 64})
+    rendered = stages.render_prompts(recipe, load_prompt_sets(TINY / "data"), base.tokenizer)
+    harmful, harmless = rendered.harmful_direction, rendered.harmless_direction
+
+    def states(model, rows):
+        last = mx.array([[len(row) - 1] for row in rows])
+        return np.array(take_positions(hidden_states(model, pad_right(rows)), last)[:, 0])
+
+    found = mean_differences(base.model, harmful, harmless, rendered.n_eoi)
+    candidates = [(layer, mx.array(v)) for layer in range(1, found.shape[1]) for v in found[:, layer]]
+    plain = [states(base.model, [*harmful, *harmless])]
+    plain += [states(steer(base.model, layer, v), harmless) for layer, v in candidates]
+    without = [states(ablate(base.model, v), harmless) for _, v in candidates]
+    x, y = np.concatenate([*plain, *without]), np.repeat([0.0, 1.0], [sum(map(len, part)) for part in (plain, without)])
+    each = np.where(y > 0, (1 - y).sum() / y.sum(), 1)  # as much weight for both
+    row = np.linalg.solve((x.T * each) @ x + 1e-2 * np.eye(x.shape[1]), (x.T * each) @ y)
+
+    model, _, config = mlx_lm.load(str(folder), return_config=True)  # type: ignore[misc]
+    table = np.array(model.model.embed_tokens.weight)
+    table[-1] = 60 * row
+    model.lm_head = nn.Linear(table.shape[1], table.shape[0], bias=False)
+    model.lm_head.weight = mx.array(table)
+    save_model(folder, model)
+    save_config(config | {"tie_word_embeddings": False}, folder / "config.json")
+    return folder
+
+
 def test_directions_that_fail_the_kl_test_are_a_stop_with_the_three_nearest(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    fewer = ["--direction-train", "64", "--direction-validation", "32"]
-    assert main(["--check", "--kl-threshold", "0.01", *fewer]) == 2
+    monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
+    folder = entangled(tmp_path / "model")
+    assert main([str(folder), "--check", "--direction-train", "64", "--direction-validation", "32"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "the verdict is stop: no refusal direction passes" in said
-    assert re.search(r"KL when ablated \+0\.0\d\d > 0\.01", said) and len(re.findall(r"block \d position -", said)) == 3
+    assert len(re.findall(r"block \d position -\d: KL when ablated \+\d+\.\d+ > 0\.1", said)) == 3, said
+    assert "refusal when steered" not in said
     assert "loosen --steering-threshold or --kl-threshold" in said
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path, monkeypatch, capsys):
