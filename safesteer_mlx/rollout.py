@@ -59,37 +59,48 @@ def _sampler(key: mx.array, temp: float, top_p: float, max_tokens: int) -> Calla
     def sample(logprobs: mx.array) -> mx.array:
         if 0.0 < top_p < 1.0:
             logprobs = apply_top_p(logprobs, top_p)
-        return mx.random.categorical(logprobs * (1 / temp), key=next(keys))
+        return mx.random.categorical(logprobs if temp == 1 else logprobs * (1 / temp), key=next(keys))
 
     return sample
 
 
-def _read_once(model: nn.Module, prompts: Sequence[Ids]) -> tuple[list[list[int]], list[Any]]:
-    """What is left to read of each prompt, and the cache of what was read (None for nothing), (N,) each.
+class _Reader:
+    """Prompts for the engine, read as far as they can be read once.
 
     What all prompts begin with is read once, and a prompt that is asked for several samples is read once too.
     Only where the caches are plain: rotating and recurrent ones are left to the engine.
     """
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    nothing = [list(p) for p in prompts], [None] * len(prompts)
-    asked = Counter(tuple(p) for p in prompts)
-    shortest = min(map(len, asked)) - 1  # the last id is the engine's to read
-    common = next((i for i in range(shortest) if len({p[i] for p in asked}) > 1), shortest)
-    start = make_prompt_cache(model)
-    if (common == 0 and max(asked.values()) == 1) or not all(type(layer) is KVCache for layer in start):
-        return nothing
+    def __init__(self, model: nn.Module, prompts: Sequence[Ids]):
+        from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    def read(cache: list[Any], ids: Ids) -> list[Any]:
-        model(mx.array([list(ids)]), cache=cache)
+        self._model = model
+        asked = {tuple(p) for p in prompts}
+        shortest = min(map(len, asked)) - 1  # the last id is the engine's to read
+        self._common = next((i for i in range(shortest) if len({p[i] for p in asked}) > 1), shortest)
+        self._start = make_prompt_cache(model)
+        self._plain = all(type(layer) is KVCache for layer in self._start)
+        if not self._plain:
+            self._common = 0
+        if self._common:
+            self._read(self._start, prompts[0][: self._common])
+
+    def _read(self, cache: list[Any], ids: Ids) -> list[Any]:
+        self._model(mx.array([list(ids)]), cache=cache)
         mx.eval([layer.state for layer in cache])
         return cache
 
-    if common:
-        read(start, prompts[0][:common])
-    whole = {p: read(copy.deepcopy(start), p[common:-1]) for p, n in asked.items() if n > 1 and len(p) > common + 1}
-    rest = [list(p[-1:] if tuple(p) in whole else p[common:]) for p in prompts]
-    return rest, [whole.get(tuple(p), start if common else None) for p in prompts]
+    def __call__(self, prompts: Sequence[Ids]) -> tuple[list[list[int]], list[Any]]:
+        """What is left to read of each prompt, and the cache of what was read (None for nothing), (N,) each."""
+        asked = Counter(tuple(p) for p in prompts)
+        common, start = self._common, self._start
+        whole = {
+            p: self._read(copy.deepcopy(start), p[common:-1])
+            for p, n in asked.items()
+            if n > 1 and len(p) > common + 1 and self._plain
+        }
+        rest = [list(p[-1:] if tuple(p) in whole else p[common:]) for p in prompts]
+        return rest, [whole.get(tuple(p), start if common else None) for p in prompts]
 
 
 def generate(
@@ -141,12 +152,21 @@ def _generate(
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
     )
-    rest, caches = _read_once(model, prompts)
-    uids = engine.insert(rest, [max_tokens] * len(prompts), caches=caches, samplers=samplers)
-    place = {uid: i for i, uid in enumerate(uids)}
+    read = _Reader(model, prompts)
+    place: dict[int, int] = {}
     drawn: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     done = 0
+
+    def feed() -> None:
+        """Give the engine one batch more than it runs: every prompt that waits there holds a cache."""
+        while len(place) < min(len(prompts), done + 2 * batch_size):
+            part = slice(len(place), len(place) + batch_size)
+            rest, caches = read(prompts[part])
+            uids = engine.insert(rest, [max_tokens] * len(rest), caches=caches, samplers=samplers and samplers[part])
+            place.update(zip(uids, range(part.start, part.start + len(rest)), strict=True))
+
+    feed()
     while responses := engine.next_generated():
         for r in responses:
             drawn[place[r.uid]].append(r.token)
@@ -154,5 +174,6 @@ def _generate(
                 finished[place[r.uid]] = r.finish_reason == "stop"
                 done += 1
         progress(done, len(prompts))
+        feed()
     engine.close()
     return [Completion(ids, end) for ids, end in zip(drawn, finished, strict=True)]

@@ -1,8 +1,9 @@
 """Measure ours beside the plain way, in turns, in one run: a table, and bench.json.
 
-    python scripts/bench.py                                   all parts but the 7B shape, some ten minutes on two cores
+    python scripts/bench.py                                   the small parts, some ten minutes on two cores
     python scripts/bench.py --only loss,step --repeats 5
-    python scripts/bench.py --only qwen2.5-7b                 one training step at Qwen2.5-7B-Instruct's exact shape
+    python scripts/bench.py --only qwen2.5-0.5b               steps, rollouts and a short run at Qwen2.5-0.5B's shape
+    python scripts/bench.py --only qwen2.5-7b --tokens 128    one training step at Qwen2.5-7B-Instruct's exact shape
 
 Seconds are noisy, so each figure is the median of ratios of two measurements made one after the other. Peaks are
 MLX's own, above what was in use before. docs/performance.md says what came out and on which machine.
@@ -10,7 +11,6 @@ MLX's own, above what was in use before. docs/performance.md says what came out 
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
@@ -28,18 +28,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+from shapes import QWEN_05B, QWEN_7B, memory_shape, qwen2
 
 from safesteer_mlx import direction as directions
 from safesteer_mlx import stages
 from safesteer_mlx import train as training
-from safesteer_mlx.checks import Tensor
 from safesteer_mlx.load import Loaded, load
 from safesteer_mlx.losses import distillation_loss, localized_loss
-from safesteer_mlx.memory import gradient_bytes, loss_bytes, shape_of, trained_values
+from safesteer_mlx.memory import gradient_bytes, loss_bytes, trained_values
 from safesteer_mlx.progress import Screen
 from safesteer_mlx.recipe import MODELS, Recipe, resolve
 from safesteer_mlx.residual import answer_states, head, pad_right
 from safesteer_mlx.rollout import Completion, generate, stream_key
+from safesteer_mlx.safety_tokens import contrast_tokens, select_tokens
 from safesteer_mlx.student import make_student
 from safesteer_mlx.teacher import steered_teacher
 from safesteer_mlx.train import Rollouts, StepMetrics, TrainingPrompt, make_optimizer
@@ -48,39 +49,10 @@ Row = dict[str, Any]
 
 BUNDLED = str(MODELS / "tiny-chat")
 NARROW = {"hidden": 512, "intermediate": 1408, "layers": 28, "heads": 8, "kv_heads": 2, "vocabulary": 32_000}
-QWEN_7B = {
-    "hidden": 3584,
-    "intermediate": 18944,
-    "layers": 28,
-    "heads": 28,
-    "kv_heads": 4,
-    "vocabulary": 152_064,
-    "tied": False,
-}
-
-
-def qwen2(hidden, intermediate, layers, heads, kv_heads, vocabulary, tied=True) -> nn.Module:
-    """A random Qwen2 model of this shape; its weights exist once they are evaluated."""
-    module = importlib.import_module("mlx_lm.models.qwen2")
-    args = module.ModelArgs(
-        model_type="qwen2",
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        rms_norm_eps=1e-6,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
-    mx.random.seed(0)
-    model = module.Model(args)
-    model.eval()
-    return model
 
 
 def quantized_qwen2(**shape: Any) -> nn.Module:
-    """The same with random 4-bit weights in groups of 64, built packed: no full-precision copy ever exists.
+    """As `qwen2`, with random 4-bit weights in groups of 64, built packed: no full-precision copy ever exists.
 
     Scales are float32, in which the CPU backend's quantized kernels are fastest.
     """
@@ -246,6 +218,7 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
             theirs = their_steps(model, settings, rows, length, shape["vocabulary"], 2)
             pairs.append((measured(ours), theirs))
         where = f"LoRA on {'the upper 16' if blocks > 0 else 'all'} of {shape['layers']} blocks"
+        where += f" of width {shape['hidden']}"
         found.append(
             {
                 "part": "step",
@@ -255,6 +228,30 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
             }
         )
     return found
+
+
+def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, length: int = 128) -> list[Row]:
+    """The gradient of one batch, compiled for its lengths, and as training computes it."""
+    model = qwen2(**shape)
+    student = make_student(model, replace(resolve({}, {})[0].train, num_layers=-1), 0)
+    mx.eval(model.parameters(), student.parameters())
+    prompts, answers = prompts_and_answers(rows, length, shape["vocabulary"])
+    read, said = [p.ids for p in prompts], [a.ids for a in answers]
+    targets, tokens = answer_states(model, read, said), mx.arange(50)
+    each = mx.full((len(targets),), 1 / len(targets))
+    mx.eval(targets, each)
+
+    def objective(of: nn.Module, targets: mx.array) -> mx.array:
+        options: Row = {"watched": tokens, "tokens": tokens, "kind": "grouped_reverse_kl"}
+        return localized_loss(answer_states(of, read, said), targets, head(of), head(model), each, **options)[0]
+
+    plain = nn.value_and_grad(student, objective)
+    state = [student.state, model.state, mx.random.state]
+    compiled = mx.compile(lambda targets: plain(student, targets), inputs=state, outputs=state)
+    first = measured(lambda: compiled(targets))[0]
+    row = in_turns(lambda: compiled(targets), lambda: plain(student, targets), repeats)
+    what = f"{shape['layers']} blocks of width {shape['hidden']}, {rows} × {length} tokens; compiled / as it is"
+    return [{"part": "compile", "what": what, **row, "first_call_seconds": first}]
 
 
 def bundled() -> tuple[Recipe, Loaded, stages.Rendered, stages.PromptSets]:
@@ -297,27 +294,34 @@ def bench_rollouts(repeats: int, tokens: int = 64) -> list[Row]:
     _, base, rendered, _ = bundled()
     larger = qwen2(**NARROW | {"vocabulary": base.vocabulary})
     mx.eval(larger.parameters())
-    found = []
-    for name, model, count in (("bundled model", base.model, 32), ("28 blocks of width 512", larger, 16)):
-        prompts = rendered.harmful_validation[:count]
-        keys = [stream_key(0, i) for i in range(count)]
+    prompts = rendered.harmful_validation
+    return [
+        *rollouts("bundled model", base.model, base, prompts[:32], tokens, repeats, alone=True),
+        *rollouts("28 blocks of width 512", larger, base, prompts[:16], tokens, repeats),
+    ]
+
+
+def rollouts(
+    name: str, model: nn.Module, base: Loaded, prompts: Any, tokens: int, repeats: int, alone: bool = False
+) -> list[Row]:
+    """As many tokens for each prompt, ours / batch_generate, and / one prompt at a time."""
+    keys = [stream_key(0, i) for i in range(len(prompts))]
+
+    def ours(size: int = len(prompts)) -> list[mx.array]:
         # No end of turn, so that all draw as many tokens.
-        how: Row = {"eos_ids": [], "max_tokens": tokens, "temp": 1.0, "keys": keys}
+        generate(model, prompts, eos_ids=[], max_tokens=tokens, temp=1.0, keys=keys, batch_size=size)
+        return []
 
-        def ours(size: int = count, model=model, prompts=prompts, how=how) -> list[mx.array]:
-            generate(model, prompts, batch_size=size, **how)
-            return []
+    def theirs() -> list[mx.array]:
+        _batch_generate(model, base, prompts, tokens, len(prompts))
+        return []
 
-        def theirs(model=model, prompts=prompts, count=count) -> list[mx.array]:
-            _batch_generate(model, base, prompts, tokens, count)
-            return []
-
-        ours(), theirs()
-        what = f"{name}, {count} answers of {tokens} tokens; ours / "
-        found.append({"part": "rollouts", "what": what + "batch_generate", **in_turns(ours, theirs, repeats)})
-        if model is base.model:
-            alone = in_turns(ours, lambda ours=ours: ours(1), max(1, repeats // 2))
-            found.append({"part": "rollouts", "what": what + "one at a time", **alone})
+    ours(), theirs()
+    what = f"{name}, {len(prompts)} answers of {tokens} tokens; ours / "
+    found: list[Row] = [{"part": "rollouts", "what": what + "batch_generate", **in_turns(ours, theirs, repeats)}]
+    if alone:
+        row = in_turns(ours, lambda: ours(1), max(1, repeats // 2))
+        found.append({"part": "rollouts", "what": what + "one at a time", **row})
     return found
 
 
@@ -334,7 +338,42 @@ def _batch_generate(model: nn.Module, base: Loaded, prompts: list[list[int]], to
     base.tokenizer.eos_token_ids = kept
 
 
-def published_run(steps: int) -> None:
+def published_tokens(base: nn.Module, teacher: nn.Module, rows: Any, drawn: list[Completion], count: int) -> mx.array:
+    """The tokens that steering favours most, told by the logits of all sequences at once."""
+    whole = pad_right([[*row, *c.ids] for row, c in zip(rows, drawn, strict=True)])
+    both = [mx.log(mx.softmax(of(whole).astype(mx.float32), axis=-1)) for of in (base, teacher)]
+    tokens = mx.argsort(-(both[1] - both[0]).mean((0, 1)))[:count]
+    mx.eval(tokens)
+    return tokens
+
+
+def published_step(
+    student: nn.Module, base: nn.Module, teacher: nn.Module, optimizer: Any, tokens: mx.array,
+    batch: list[TrainingPrompt], harmful: int, max_tokens: int, eos_ids: list[int],
+) -> None:  # fmt: skip
+    """One optimizer step on a batch whose first `harmful` prompts are harmful ones, by whole logits."""
+    read = [p.ids for p in batch]
+    keys = [stream_key(0, i) for i in range(len(batch))]
+    how: Row = {"temp": 1.0, "keys": keys, "batch_size": 64}
+    drawn = generate(student, read, eos_ids=eos_ids, max_tokens=max_tokens, **how)
+    whole = pad_right([[*row, *c.ids] for row, c in zip(read, drawn, strict=True)])
+    mask = np.zeros(whole.shape)
+    for i, (row, c) in enumerate(zip(read, drawn, strict=True)):
+        mask[i, len(row) - 1 : len(row) + len(c.ids) - 1] = 1
+    target = mx.concatenate([teacher(whole[:harmful]), base(whole[harmful:])]).astype(mx.float32)
+
+    def loss(of: nn.Module) -> mx.array:
+        logits = of(whole).astype(mx.float32)
+        return distillation_loss(logits, target, mx.array(mask), tokens=tokens, kind="grouped_reverse_kl")
+
+    student.train()
+    _, gradient = nn.value_and_grad(student, loss)(student)
+    student.eval()
+    optimizer.update(student, gradient)
+    mx.eval(student.parameters(), optimizer.state)
+
+
+def published_run(n_prompts: int) -> None:
     """A plain port of the published order: every candidate in full, logits of whole batches, nothing shared."""
     recipe, base, rendered, sets = bundled()
     screen, model = Screen(quiet=True), base.model
@@ -356,54 +395,34 @@ def published_run(steps: int) -> None:
     rows = [row for row in harmless for _ in range(m)]
     keys = [stream_key(0, i) for i in range(len(rows))]
     drawn = generate(teacher, rows, eos_ids=base.eos_ids, max_tokens=horizon - 1, temp=1.0, keys=keys, batch_size=64)
-    whole = pad_right([[*row, *c.ids] for row, c in zip(rows, drawn, strict=True)])
-    both = [mx.log(mx.softmax(of(whole).astype(mx.float32), axis=-1)) for of in (model, teacher)]
-    delta = (both[1] - both[0]).mean((0, 1))
-    tokens = mx.argsort(-delta)[: recipe.tokens.safety_tokens]
-    mx.eval(tokens)
+    tokens = published_tokens(model, teacher, rows, drawn, recipe.tokens.safety_tokens)
     student = make_student(model, recipe.train, 0)
     optimizer = make_optimizer(recipe.train)
     harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
+    steps = training.number_of_steps(n_prompts, recipe.train, recipe.loss)
     rng = np.random.default_rng(0)
     half = recipe.train.batch_size // 2
-    for step in range(steps):
+    for _ in range(steps):
         batch = [harmful[i] for i in rng.integers(0, len(harmful), half)]
         batch += [anchors[i] for i in rng.integers(0, len(anchors), half)]
-        read = [p.ids for p in batch]
-        keys = [stream_key(step, i) for i in range(len(batch))]
-        drawn = generate(
-            student, read, eos_ids=base.eos_ids, max_tokens=recipe.train.max_tokens, temp=1.0, keys=keys, batch_size=64
-        )
-        whole = pad_right([[*row, *c.ids] for row, c in zip(read, drawn, strict=True)])
-        mask = np.zeros(whole.shape)
-        for i, (row, c) in enumerate(zip(read, drawn, strict=True)):
-            mask[i, len(row) - 1 : len(row) + len(c.ids) - 1] = 1
-        target = mx.concatenate([teacher(whole[:half]), model(whole[half:])]).astype(mx.float32)
-
-        def loss(of: nn.Module, whole=whole, target=target, mask=mask) -> mx.array:
-            return distillation_loss(
-                of(whole).astype(mx.float32), target, mx.array(mask), tokens=tokens, kind="grouped_reverse_kl"
-            )
-
-        _, gradient = nn.value_and_grad(student, loss)(student)
-        optimizer.update(student, gradient)
-        mx.eval(student.parameters(), optimizer.state)
+        published_step(student, model, teacher, optimizer, tokens, batch, half, recipe.train.max_tokens, base.eos_ids)
 
 
-def our_run(steps: int) -> None:
-    """Ours, up to the trained student."""
+def our_run(n_prompts: int) -> None:
+    """Ours, up to the trained student: all epochs over as many harmful prompts."""
     from safesteer_mlx.checkpoint import Checkpoint
     from safesteer_mlx.runfolder import RunFolder
 
     recipe, base, rendered, sets = bundled()
-    recipe = replace(recipe, train=replace(recipe.train, iters=steps, save_every=10**6, grad_checkpoint="off"))
+    recipe = replace(recipe, train=replace(recipe.train, save_every=10**6, grad_checkpoint="off"))
     screen = Screen(quiet=True)
     student = make_student(base.model, recipe.train, 0)
     found = stages.find_direction(recipe, base, rendered, screen)
     strength = stages.find_strength(recipe, base, rendered, found.direction, screen)
     teacher = stages.make_teacher(recipe, base, rendered, found.direction, strength.coeff)
     tokens = stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen)
-    prompts = stages.training_prompts(recipe, sets, base, screen)
+    harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
+    prompts = harmful[:n_prompts], anchors[:n_prompts]
     with tempfile.TemporaryDirectory() as folder:
         stages.train_student(
             recipe, base, rendered, student, teacher, None, mx.array(tokens.ids), prompts,
@@ -411,41 +430,115 @@ def our_run(steps: int) -> None:
         )  # fmt: skip
 
 
-def _run_alone(which: str, steps: int, out: Any) -> None:
-    load(BUNDLED)
-    weights = mx.get_active_memory()
+def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
+    return np.random.default_rng(seed).integers(1, vocabulary, (count, length)).tolist()
+
+
+def shape_run(ours: bool, shape: dict[str, Any]) -> None:
+    """Every stage once on random weights and prompts, ours or in the published order, to a student of two steps."""
+    model = qwen2(**shape)
+    mx.eval(model.parameters())
+    vocabulary, openers, steps = shape["vocabulary"], [10, 20, 30], 2
+    harmful, harmless = (random_prompts(8, 16, vocabulary, which) for which in (0, 1))
+    found = directions.mean_differences(model, harmful, harmless, 3)
+    # No random weights pass the published thresholds: half of the candidates raise refusal, that is the test here.
+    limits: Row = {
+        "kl_threshold": None,
+        "steering_threshold": float(directions.refusal_scores(model, harmless, openers).mean()),
+        "prune_last": 0.2,
+    }
+    scores = directions.score_candidates(model, found, harmful, harmless, openers, not ours, **limits)
+    position, layer = directions.choose_direction(scores, **limits)
+    teacher = steered_teacher(model, layer, mx.array(found[position, layer].astype(np.float32)), 1.0)
+    rows = [row for row in harmless for _ in range(2)]
+    keys = [stream_key(0, i) for i in range(len(rows))]
+    drawn = generate(teacher.model, rows, eos_ids=[], max_tokens=6, temp=1.0, keys=keys, batch_size=64)
+    if ours:
+        options: Row = {"eot_ids": [], "banned_ids": [], "inner_top_k": 50, "min_steered_prob": 0.0}
+        answers = [c.ids for c in drawn]
+        contrast = contrast_tokens(model, teacher.model, rows, answers, shared_blocks=teacher.shared_blocks, **options)
+        tokens = mx.array(select_tokens(contrast, 50))
+    else:
+        tokens = published_tokens(model, teacher.model, rows, drawn, 50)
+    settings = replace(
+        resolve({}, {})[0].train, iters=steps, batch_size=8, micro_batch_size=2, max_tokens=32, grad_checkpoint="off"
+    )
+    student = make_student(model, settings, 0)
+    optimizer = make_optimizer(settings)
+    prompts = [TrainingPrompt(ids, ids, kind) for kind in (True, False) for ids in (harmful if kind else harmless)]
+    if ours:
+        how: Row = {"eos_ids": [], "seed": 0, "optimizer": optimizer}
+        loss = resolve({}, {})[0].loss
+        for _ in training.train(student, model, teacher, tokens, prompts[:8], prompts[8:], settings, loss, **how):
+            pass
+    else:
+        for _ in range(steps):
+            batch = prompts[:4] + prompts[8:12]
+            published_step(student, model, teacher.model, optimizer, tokens, batch, 4, settings.max_tokens, [])
+
+
+def _bundled_run(ours: bool, n_prompts: int) -> None:
+    (our_run if ours else published_run)(n_prompts)
+
+
+def _measure_alone(work: Callable[..., None], ours: bool, argument: Any, weights: int, out: Any) -> None:
     mx.reset_peak_memory()
     began = time.perf_counter()
-    {"ours": our_run, "published": published_run}[which](steps)
+    work(ours, argument)
     out.put((time.perf_counter() - began, mx.get_peak_memory() - weights))
 
 
-def bench_run(repeats: int, steps: int = 25) -> list[Row]:
-    """The whole run in fresh processes, in turns: ours, and the published order ported plainly."""
+def alone(work: Callable[..., None], ours: bool, argument: Any, weights: int) -> tuple[float, int]:
+    """work(ours, argument) in a fresh process: seconds, and peak bytes above the weights'."""
     context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    process = context.Process(target=_measure_alone, args=(work, ours, argument, weights, out))
+    process.start()
+    found = out.get()
+    process.join()
+    return found
 
-    def alone(which: str) -> tuple[float, int]:
-        out = context.Queue()
-        process = context.Process(target=_run_alone, args=(which, steps, out))
-        process.start()
-        found = out.get()
-        process.join()
-        return found
 
-    pairs = [(alone("ours"), alone("published")) for _ in range(max(1, repeats // 2))]
-    return [
-        {
-            "part": "run",
-            "what": f"bundled model, {steps} steps, to the trained student; ours / published order",
-            **compared(pairs),
-        }
-    ]
+def runs(work: Callable[..., None], argument: Any, weights: int, repeats: int) -> Row:
+    """Ours and the published order in turns, each in a process of its own."""
+    ours, other = (lambda kind=kind: alone(work, kind, argument, weights) for kind in (True, False))
+    return compared([(ours(), other()) for _ in range(repeats)])
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
+def bench_run(repeats: int, n_prompts: int = 100) -> list[Row]:
+    """The whole run of the bundled model: ours, and the published order ported plainly."""
+    what = f"bundled model, {n_prompts} prompts, to the trained student; ours / published order"
+    weights = weight_bytes(load(BUNDLED).model)
+    return [{"part": "run", "what": what, **runs(_bundled_run, n_prompts, weights, max(1, repeats // 2))}]
+
+
+def bench_05b(repeats: int, shape: dict[str, Any] = QWEN_05B, rows: int = 4, length: int = 64) -> list[Row]:
+    """Steps, rollouts and a short run of every stage at Qwen2.5-0.5B's shape, random float32 weights."""
+    model = qwen2(**shape)
+    weights = weight_bytes(model)
+    mx.eval(model.parameters())
+    name = f"{shape['layers']} blocks of width {shape['hidden']}, V {shape['vocabulary']:,}"
+    base = load(BUNDLED)  # for its tokenizer alone
+    found = rollouts(name, model, base, random_prompts(8, 16, 1000, 0), length // 4, repeats)
+    del model
+    what = f"{name}, every stage in small, 2 steps; ours / published order"
+    found.append({"part": "run", "what": what, **runs(shape_run, shape, weights, max(1, repeats // 2))})
+    return [*found, *bench_step(repeats, shape, rows, length)]
 
 
 def bench_growth(repeats: int) -> list[Row]:
-    """How a training step's seconds and peak grow: with rows, length, vocabulary and depth."""
+    """How a run's seconds and peak grow with prompts, and a step's with rows, length, vocabulary and depth."""
     small = {"hidden": 256, "intermediate": 704, "layers": 8, "heads": 8, "kv_heads": 2, "vocabulary": 8000}
     found = []
+    weights = weight_bytes(load(BUNDLED).model)
+    for count in (25, 50, 100):
+        seconds, peak = alone(_bundled_run, True, count, weights)
+        what = f"whole run, {count} prompts"
+        found.append({"part": "growth", "what": what, "ours_seconds": seconds, "ours_bytes": peak})
     for name, values in (
         ("rows", (4, 8, 16)),
         ("completion", (64, 256, 512)),
@@ -479,7 +572,7 @@ def bench_growth(repeats: int) -> list[Row]:
     return found
 
 
-def bench_7b(length: int = 32) -> list[Row]:
+def bench_7b(length: int) -> list[Row]:
     """One row of half prompt, half completion through a training step at the 7B shape, and what the plan says."""
     model = quantized_qwen2(**QWEN_7B)
     weights = mx.get_active_memory()
@@ -509,22 +602,12 @@ def bench_7b(length: int = 32) -> list[Row]:
     optimizer.update(student, gradient)
     mx.eval(value, student.trainable_parameters(), optimizer.state)
     seconds, peak = time.perf_counter() - began, mx.get_peak_memory() - before
-    config = {
-        "hidden_size": QWEN_7B["hidden"],
-        "num_hidden_layers": QWEN_7B["layers"],
-        "num_attention_heads": QWEN_7B["heads"],
-        "num_key_value_heads": QWEN_7B["kv_heads"],
-        "intermediate_size": QWEN_7B["intermediate"],
-        "vocab_size": QWEN_7B["vocabulary"],
-        "quantization": {"bits": 4, "group_size": 64},
-    }
-    kinds = {mx.uint32: "U32", mx.float32: "F32"}
-    shape = shape_of(config, {n: Tensor(kinds[w.dtype], tuple(w.shape)) for n, w in tree_flatten(model.parameters())})
+    shape = memory_shape(model, quantization={"bits": 4, "group_size": 64})
     planned = gradient_bytes(shape, settings, 1, length, True) + loss_bytes(shape, length // 2)
     planned += 4 * trained_values(shape, settings)  # the gradient
     return [
         {
-            "part": "qwen2.5-7b",
+            "part": LARGE,
             "what": f"one step, 1 × {length} tokens, checkpointed; weights {weights / 1e9:.2f} GB",
             "ours_seconds": seconds,
             "ours_bytes": peak,
@@ -539,26 +622,29 @@ PARTS: dict[str, Callable[[int], list[Row]]] = {
     "direction": bench_direction,
     "loss": bench_loss,
     "step": bench_step,
+    "compile": bench_compile,
     "rollouts": bench_rollouts,
     "run": bench_run,
     "growth": bench_growth,
-    "qwen2.5-7b": lambda repeats: bench_7b(),
+    "qwen2.5-0.5b": bench_05b,
 }
+LARGE = "qwen2.5-7b"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = [name for name in PARTS if name != "qwen2.5-7b"]
-    parser.add_argument("--only", default=",".join(parts), help=f"parts, joined by commas: {', '.join(PARTS)}")
+    parts, every = [name for name in PARTS if name != "qwen2.5-0.5b"], [*PARTS, LARGE]
+    parser.add_argument("--only", default=",".join(parts), help=f"parts, joined by commas: {', '.join(every)}")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32, help=f"of {LARGE}'s row, half of them the prompt's")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     args = parser.parse_args()
     wanted = args.only.split(",")
-    if unknown := set(wanted) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; choose {', '.join(PARTS)}")
+    if unknown := set(wanted) - set(every):
+        parser.error(f"no part {', '.join(sorted(unknown))}; choose {', '.join(every)}")
     rows = []
     for name in wanted:
-        for row in PARTS[name](args.repeats):
+        for row in bench_7b(args.tokens) if name == LARGE else PARTS[name](args.repeats):
             rows.append(row)
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
             where = {"machine": platform.machine(), "system": platform.system(), "device": str(mx.default_device())}

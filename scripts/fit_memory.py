@@ -6,7 +6,6 @@ For float32 and bfloat16, with and without checkpointed blocks, and for a pass w
 squares, and the worst ratios of fitted to measured peak.
 """
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from shapes import qwen2
 
 from safesteer_mlx.recipe import resolve
 from safesteer_mlx.residual import hidden_states
@@ -43,21 +43,9 @@ def random_shapes() -> list[dict[str, int]]:
 
 
 def build(c: dict[str, int], dtype: mx.Dtype) -> nn.Module:
-    module = importlib.import_module("mlx_lm.models.qwen2")
-    args = module.ModelArgs(
-        model_type="qwen2",
-        hidden_size=c["hidden"],
-        num_hidden_layers=c["layers"],
-        intermediate_size=c["intermediate"],
-        num_attention_heads=c["heads"],
-        num_key_value_heads=c["kv_heads"],
-        rms_norm_eps=1e-6,
-        vocab_size=1000,
-        tie_word_embeddings=True,
-    )
-    model = module.Model(args)
+    sizes = {name: c[name] for name in ("hidden", "intermediate", "layers", "heads", "kv_heads")}
+    model = qwen2(**sizes, vocabulary=1000)
     model.set_dtype(dtype)
-    model.eval()
     mx.eval(model.parameters())
     return model
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
+
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench.py"
 
@@ -19,19 +21,19 @@ def test_help_and_an_unknown_part(tmp_path):
 
 
 def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import bench
-
     small = {"hidden": 32, "intermediate": 64, "layers": 18, "heads": 4, "kv_heads": 2, "vocabulary": 200}
     monkeypatch.setattr(bench, "NARROW", small)
     parts = {
         "loss": lambda repeats: bench.bench_loss(repeats, 8, 500, 16),
-        "step": lambda repeats: bench.bench_step(repeats, small, 4, 32),
+        "compile": lambda repeats: bench.bench_compile(repeats, small, 4, 16),
+        "qwen2.5-0.5b": lambda repeats: bench.bench_05b(repeats, small | {"vocabulary": 2000}, 4, 32),
     }
     monkeypatch.setattr(bench, "PARTS", parts)
     generate = bench.training.generate
     monkeypatch.setattr(
-        sys, "argv", ["bench", "--only", "loss,step", "--repeats", "1", "--out", str(tmp_path / "b.json")]
+        sys,
+        "argv",
+        ["bench", "--only", "loss,compile,qwen2.5-0.5b", "--repeats", "1", "--out", str(tmp_path / "b.json")],
     )
     try:
         bench.main()
@@ -39,7 +41,7 @@ def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
         bench.training.generate = generate
     found = json.loads((tmp_path / "b.json").read_text())
     assert {"machine", "system", "device"} <= set(found)
-    assert [row["part"] for row in found["rows"]] == ["loss", "step", "step"]
+    assert [row["part"] for row in found["rows"]] == ["loss", "compile", "rollouts", "run", "step", "step"]
     for row in found["rows"]:
         assert row["seconds_ratio"] > 0 and row["ours_bytes"] > 0 and row["other_bytes"] > 0
-    assert [row["goal"] for row in found["rows"][1:]] == [1.3, 1.4]
+    assert [row["goal"] for row in found["rows"][4:]] == [1.3, 1.4]

@@ -1,10 +1,10 @@
 """The prompt sets: their shape, their sizes, no overlap; and the tiny model's corpus keeps clear of them."""
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
 
+import make_tiny_chat
 import pytest
 
 from safesteer_mlx.selection import PROMPTS
@@ -27,15 +27,6 @@ def read(folder: Path) -> dict[str, list[dict[str, str]]]:
 def normalised(text: str) -> str:
     """Lower case, punctuation to spaces."""
     return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-
-
-@pytest.fixture(scope="module")
-def maker():
-    spec = importlib.util.spec_from_file_location("make_tiny_chat", ROOT / "scripts" / "make_tiny_chat.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @folders
@@ -88,18 +79,18 @@ def test_no_instruction_occurs_twice(folder: Path):
             seen[key] = stem
 
 
-def test_the_committed_tiny_sets_are_what_the_script_builds(maker):
-    assert maker.build_splits(0) == read(TINY)
+def test_the_committed_tiny_sets_are_what_the_script_builds():
+    assert make_tiny_chat.build_splits(0) == read(TINY)
 
 
-def test_the_tiny_corpus_holds_no_split_instruction_and_no_held_out_pair(maker):
-    splits = maker.build_splits(0)
+def test_the_tiny_corpus_holds_no_split_instruction_and_no_held_out_pair():
+    splits = make_tiny_chat.build_splits(0)
     held = {normalised(row["instruction"]) for rows in splits.values() for row in rows}
-    corpus = [normalised(example.instruction) for example in maker.build_corpus(0, 5000)]
+    corpus = [normalised(example.instruction) for example in make_tiny_chat.build_corpus(0, 5000)]
     assert len(corpus) == 5000
     assert held.isdisjoint(corpus)
 
     requests = "|".join(f" {text} " for text in sorted(set(corpus)))
-    for categories in maker.split_pairs(0)[1].values():
+    for categories in make_tiny_chat.split_pairs(0)[1].values():
         for name, pairs in categories.items():
             assert pairs and not [pair for pair in pairs if f" {normalised(pair)} " in requests], name

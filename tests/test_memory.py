@@ -1,6 +1,5 @@
 """The memory plan: by hand, against measured peaks, what is lowered to fit; one copy of the weights; backing off."""
 
-import importlib
 import json
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from shapes import memory_shape, qwen2
 
 from safesteer_mlx import backoff, memory
 from safesteer_mlx.align import main
@@ -69,26 +68,10 @@ def test_a_configuration_without_a_size_is_a_sentence():
 
 
 def random_qwen(hidden, intermediate, layers, vocabulary, dtype=mx.float32):
-    module = importlib.import_module("mlx_lm.models.qwen2")
-    args = module.ModelArgs(
-        model_type="qwen2",
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=intermediate,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-6,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-    )
-    model = module.Model(args)
+    model = qwen2(hidden, intermediate, layers, 8, 2, vocabulary)
     model.set_dtype(dtype)
-    model.eval()
     mx.eval(model.parameters())
-    config = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
-    kinds = {mx.float32: "F32", mx.bfloat16: "BF16"}
-    tensors = {n: Tensor(kinds[w.dtype], tuple(w.shape)) for n, w in tree_flatten(model.parameters())}
-    return model, shape_of(config, tensors)
+    return model, memory_shape(model)
 
 
 @pytest.mark.parametrize("checkpointed", ["off", "on"])

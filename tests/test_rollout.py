@@ -56,6 +56,18 @@ def test_the_samples_of_a_prompt_differ_and_its_reading_is_shared(model):
     assert drawn(model, [[1], [2], [3, 4]])  # nothing in common
 
 
+def test_no_more_prompts_wait_than_one_batch(model):
+    def peak(count):
+        prompts = [[1, 2, i % 40, i // 40, 3] for i in range(count) for _ in range(2)]
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        drawn(model, prompts, batch_size=4)
+        return mx.get_peak_memory() - before
+
+    peak(8)
+    assert peak(80) < 1.5 * peak(8)
+
+
 def test_a_key_is_its_numbers_own():
     keys = {tuple(stream_key(*which).tolist()) for which in ((0, 1), (0, 2), (1, 1), (0, 1, 0), (0, 0, 1))}
     assert len(keys) == 5
