@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -13,7 +14,7 @@ from safesteer_mlx.losses import distillation_loss
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.recipe import LossSettings, TrainSettings
 from safesteer_mlx.residual import blocks, hidden_states
-from safesteer_mlx.rollout import generate, stream_key
+from safesteer_mlx.rollout import Completion, generate, stream_key
 from safesteer_mlx.student import make_student
 from safesteer_mlx.teacher import steered_teacher
 from safesteer_mlx.train import (
@@ -29,16 +30,17 @@ from safesteer_mlx.train import (
 
 HARMFUL = [TrainingPrompt(row, row, True) for row in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10])]
 HARMLESS = [TrainingPrompt(row, row, False) for row in ([11, 12], [13, 14, 15, 16])]
+ALL = HARMFUL + HARMLESS
 TOKENS = mx.array([5, 17, 30])
 SETTINGS = TrainSettings(batch_size=4, iters=1, max_tokens=6, micro_batch_size=3, learning_rate=1e-2)
 EOS = [49]
 
 
-def one_step(model, settings=SETTINGS, loss=LossSettings(), seed=7):  # noqa: B008
+def one_step(model, settings=SETTINGS, loss=LossSettings(), seed=7, optimizer=None):  # noqa: B008
     """The student after one step, the teacher, and what the step reported."""
     student = make_student(model, settings, seed)
     teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
-    options = {"eos_ids": EOS, "seed": seed, "optimizer": make_optimizer(settings)}
+    options = {"eos_ids": EOS, "seed": seed, "optimizer": optimizer or make_optimizer(settings)}
     steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, **options)
     rollouts, metrics = next(steps), next(steps)
     assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
@@ -103,6 +105,32 @@ def test_how_the_batch_is_cut_changes_nothing(model, micro_batch_size):
     assert found.tokens == expected.tokens and found.loss == pytest.approx(expected.loss, rel=1e-5)
     for name, weight in whole.items():
         np.testing.assert_allclose(np.array(cut[name]), np.array(weight), atol=2e-4)  # Adam divides by the gradient
+
+
+@pytest.mark.parametrize("share", [0.1, 10.0])
+def test_the_gradient_is_clipped_to_its_largest_norm(model, share):
+    _, _, free = one_step(model)
+    rate, largest = 0.5, share * free.grad_norm
+    settings = replace(SETTINGS, max_grad_norm=largest, learning_rate=rate)
+    before = dict(tree_flatten(make_student(model, settings, 7).trainable_parameters()))
+    after, _, found = one_step(model, settings, optimizer=optim.SGD(rate))
+    change = sum(((after[name] - value) ** 2).sum().item() for name, value in before.items()) ** 0.5
+    assert change == pytest.approx(rate * min(free.grad_norm, largest), rel=1e-4)
+    assert found.grad_norm == pytest.approx(free.grad_norm, rel=1e-4)  # what is reported is not clipped
+
+
+def test_accumulated_batches_are_one_batch(model, monkeypatch):
+    from safesteer_mlx import train as stage
+
+    answers = {tuple(p.ids): Completion([20 + i, 30 + i, 40 + i][: i % 3 + 1], False) for i, p in enumerate(ALL)}
+    monkeypatch.setattr(stage, "generate", lambda student, rows, **more: [answers[tuple(row)] for row in rows])
+    whole, _, expected = one_step(model)
+    halves, _, found = one_step(model, replace(SETTINGS, batch_size=2, grad_accumulation_steps=2))
+    assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    for name, weight in whole.items():
+        np.testing.assert_allclose(np.array(halves[name]), np.array(weight), atol=2e-4)
 
 
 def test_steps_and_rates():
