@@ -67,18 +67,47 @@ def render(tokenizer: Any, turns: Turns) -> list[int]:
         raise UserError(f"the chat template refuses this conversation ({error}); begin anew with /reset") from None
 
 
+class Voice:
+    """A model and what it has read, so that a message is read and not the conversation again.
+
+    Where a model's caches cannot be cut back (rotating and recurrent ones, once they are full), it is read again.
+    """
+
+    def __init__(self, model: "nn.Module"):
+        self.model = model
+        self.ids: list[int] = []  # read, or said
+        self.cache: list[Any] = []
+
+    def left_to_read(self, prompt: Sequence[int]) -> list[int]:
+        """Cut back to where `prompt` begins to differ; the rest of it, its last id at least."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        pairs = enumerate(zip(self.ids, prompt[:-1], strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt) - 1))
+        if shared and can_trim_prompt_cache(self.cache):
+            trim_prompt_cache(self.cache, len(self.ids) - shared)
+        else:
+            shared, self.cache = 0, make_prompt_cache(self.model)
+        self.ids = list(prompt)
+        return self.ids[shared:]
+
+
 def stream(
-    voices: Mapping[str, "nn.Module"], prompts: Mapping[str, Sequence[int]], tokenizer: Any, **options: Any
+    voices: Mapping[str, Voice], prompts: Mapping[str, Sequence[int]], tokenizer: Any, **options: Any
 ) -> Iterator[tuple[str, str]]:
     """(name, next piece of its answer), the voices in turn, until all have finished. Options as in mlx-lm."""
     from mlx_lm import stream_generate
 
-    live = {name: stream_generate(model, tokenizer, list(prompts[name]), **options) for name, model in voices.items()}
+    live = {}
+    for name, voice in voices.items():
+        left = voice.left_to_read(prompts[name])
+        live[name] = stream_generate(voice.model, tokenizer, left, prompt_cache=voice.cache, **options)
     while live:
         for name in list(live):
             if (piece := next(live[name], None)) is None:
                 del live[name]
             else:
+                voices[name].ids.append(piece.token)
                 yield name, piece.text
 
 
@@ -139,7 +168,8 @@ def converse(args: argparse.Namespace) -> None:
     from .load import load
 
     loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
-    voices = make_voices(loaded.model, args.adapter_path, args.steer)
+    models = make_voices(loaded.model, args.adapter_path, args.steer)
+    voices = {name: Voice(model) for name, model in models.items()}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print("/reset begins anew, /quit or Ctrl-D ends")

@@ -12,11 +12,11 @@ from mlx.utils import tree_flatten
 
 from safesteer_mlx import chat
 from safesteer_mlx.adapters import with_adapters
-from safesteer_mlx.chat import main, make_voices
+from safesteer_mlx.chat import Voice, main, make_voices
 from safesteer_mlx.load import Loaded, load
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.recipe import MODELS, resolve
-from safesteer_mlx.residual import blocks, steer
+from safesteer_mlx.residual import _override, blocks, share, steer
 from safesteer_mlx.rollout import generate
 from safesteer_mlx.student import adapter_config, make_student, save_adapters
 
@@ -97,6 +97,37 @@ def test_one_set_of_weights_serves_all(base, adapters):
     mx.eval([v.parameters() for v in voices.values()])
     assert mx.get_active_memory() - before < size / 2  # the adapters' own
     assert len(blocks(voices["teacher"])) == len(blocks(base.model))
+
+
+def test_a_message_is_read_and_not_the_conversation_again(base):
+    shapes = []
+    model = share(base.model)
+    _override(blocks(model)[0], "Counted", lambda call, x, *a, **k: (shapes.append(x.shape[1]), call(x, *a, **k))[1])
+    voice, turns, said = Voice(model), [], []
+    for message in ("How do I bake bread?", "What is 12 plus 30?", "Sort these words: pear, apple"):
+        turns.append({"role": "user", "content": message})
+        prompt = chat.render(base.tokenizer, turns)
+        shapes.clear()
+        pieces = chat.stream({"v": voice}, {"v": prompt}, base.tokenizer, max_tokens=24)
+        said.append("".join(text for _, text in pieces))
+        assert len(voice.ids) == voice.cache[0].offset  # all that was said was read
+        again = generate(base.model, [prompt], eos_ids=base.eos_ids, max_tokens=24)[0]
+        assert said[-1] == again.text(base.tokenizer)
+        read = sum(n for n in shapes if n > 1)
+        assert read < len(prompt) / (1 if len(said) == 1 else 2)
+        turns.append({"role": "assistant", "content": said[-1]})
+    # Another conversation begins with what the template begins with.
+    other = chat.render(base.tokenizer, [{"role": "user", "content": "How do I repair a bicycle?"}])
+    left = voice.left_to_read(other)
+    assert 1 <= len(left) < len(other) and voice.cache[0].offset == len(other) - len(left)
+
+
+def test_a_cache_that_cannot_be_cut_back_is_begun_again(base, monkeypatch):
+    voice = Voice(base.model)
+    assert voice.left_to_read([1, 2, 3, 4]) == [1, 2, 3, 4]
+    base.model(mx.array([[1, 2, 3, 4]]), cache=voice.cache)
+    monkeypatch.setattr("mlx_lm.models.cache.can_trim_prompt_cache", lambda cache: False)
+    assert voice.left_to_read([1, 2, 3, 5]) == [1, 2, 3, 5] and voice.cache[0].offset == 0
 
 
 HOSTILE = "[red]\x1b]0;owned\x07\u202eabc\x9b31m[/red]"
