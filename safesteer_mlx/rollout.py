@@ -51,15 +51,27 @@ def stream_key(seed: int, *which: int) -> mx.array:
     return key
 
 
-def _sampler(key: mx.array, temp: float, top_p: float, max_tokens: int) -> Callable[[mx.array], mx.array]:
+def _points(key: mx.array, count: int) -> list[float]:
+    """`count` numbers in [0, 1), drawn with `key`; none so near 1 that it rounds to it."""
+    drawn = mx.vmap(lambda k: mx.random.uniform(key=k))(mx.random.split(key, count))
+    return mx.minimum(drawn, 1 - 2**-22).tolist()
+
+
+def _sampler(points: Sequence[float], temp: float, top_p: float) -> Callable[[mx.array], mx.array]:
+    """Draws where the distribution function passes each of `points`, in turn.
+
+    The engine calls it once a row and token, so it must be few operations; drawing the numbers here would double them.
+    """
     from mlx_lm.sample_utils import apply_top_p
 
-    keys = iter(mx.random.split(key, max_tokens + 1))
+    left = iter(points)
 
     def sample(logprobs: mx.array) -> mx.array:
         if 0.0 < top_p < 1.0:
             logprobs = apply_top_p(logprobs, top_p)
-        return mx.random.categorical(logprobs if temp == 1 else logprobs * (1 / temp), key=next(keys))
+        scaled = logprobs.astype(mx.float32) if temp == 1 else logprobs.astype(mx.float32) * (1 / temp)
+        below = mx.cumsum(mx.exp(scaled - scaled.max(axis=-1, keepdims=True)), axis=-1)
+        return mx.argmax(below > next(left) * below[:, -1:], axis=-1)
 
     return sample
 
@@ -127,9 +139,10 @@ def generate(
     if temp > 0 and (keys is None or len(keys) != len(prompts)):
         raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
     model.eval()  # LoRA's dropout would act while sampling
+    points = [_points(key, max_tokens + 1) for key in keys] if temp > 0 and keys is not None else None
 
     def draw(size: int) -> list[Completion]:
-        samplers = [_sampler(key, temp, top_p, max_tokens) for key in keys] if temp > 0 and keys is not None else None
+        samplers = points and [_sampler(each, temp, top_p) for each in points]
         return _generate(model, prompts, eos_ids, max_tokens, samplers, size, progress)
 
     return halving(batch_size, draw, "sampling")[0]

@@ -7,7 +7,7 @@ are chosen and rendered, results are reported in a line each, and a user's mista
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -80,12 +80,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class FoundDirection:
-    """Stage 1's result: refusal openers with their first ids, direction, and the harmless validation prompts that
-    passed its filter."""
+    """Stage 1's result: refusal openers with their first ids, direction, the harmless validation prompts that passed
+    its filter, and what makes the direction unfit, with the remedy: the verdict is stop if there is any."""
 
     openers: dict[str, int]
     direction: Direction
     harmless: Rows
+    faults: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """Plain data and numpy arrays, for `of`."""
@@ -97,6 +98,7 @@ class FoundDirection:
             "vector": np.array(d.vector, np.float64),
             **vars(d.scores),
             "harmless": self.harmless,
+            "faults": self.faults,
         }
 
     @staticmethod
@@ -108,7 +110,7 @@ class FoundDirection:
         )
         vector = mx.array(np.array(plain["vector"], np.float32))
         direction = Direction(plain["position"], plain["layer"], vector, scores)
-        return FoundDirection(plain["openers"], direction, plain["harmless"])
+        return FoundDirection(plain["openers"], direction, plain["harmless"], plain["faults"])
 
 
 @dataclass(frozen=True)
@@ -265,10 +267,10 @@ def find_openers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
 
 
 def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> FoundDirection:
-    """The chosen direction, and the harmless validation prompts that passed the filter.
+    """The chosen direction, or where no candidate passes the tests the nearest one, with its faults.
 
     Raises:
-        UserError: the filter leaves nothing, or no candidate passes the tests; the nearest are named.
+        UserError: the base refuses every harmless prompt, or no candidate can be measured.
     """
     openers = find_openers(recipe, base, rendered, screen)
     work = partial(_find_direction, recipe, base, rendered, openers, screen)
@@ -285,16 +287,19 @@ def _find_direction(
         "prune_last": s.prune_last,
     }
 
+    faults: list[str] = []
+
     def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
         h, b = directions.keep_answered_as_meant(model, harmful, harmless, refusal_ids, batch_size)
         if not len(b):
             raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
-        if not len(h) and recipe.teacher.teacher != "system_prompt":
-            raise UserError(
-                f"the verdict is stop: the base refuses none of {len(harmful)} harmful prompts; SafeSteer needs a base "
-                "that sometimes refuses, so --teacher system_prompt is the one option left (or other --openers, if it "
-                "refuses in other words" + ("; or --thinking off)" if base.thinks else ")")
-            )
+        if not len(h):
+            h = np.arange(len(harmful))
+            if not faults:
+                faults.append(
+                    f"no answer to {len(harmful)} harmful prompts begins as a refusal; give --openers, if this model "
+                    "refuses in other words" + (", or --thinking off" if base.thinks else "")
+                )
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
     if recipe.teacher.teacher == "system_prompt":
@@ -311,14 +316,15 @@ def _find_direction(
             position, layer = directions.choose_direction(scores, **limits)
         except directions.NoDirectionError:
             scores = directions.score_candidates(model, candidates, *scoring, refusal_ids, True, **how)
-            near = "; ".join(
-                f"block {layer} position {position}: {', '.join(failed)}"
-                for position, layer, failed in directions.nearest_candidates(scores, **limits)
+            near = directions.nearest_candidates(scores, **limits)
+            remedy = (
+                "loosen --steering-threshold or --kl-threshold, give other --openers, or use --teacher system_prompt"
             )
-            raise UserError(
-                f"the verdict is stop: no refusal direction passes the tests (nearest: {near}); loosen "
-                "--steering-threshold or --kl-threshold, give other --openers, or use --teacher system_prompt"
-            ) from None
+            if not near:
+                raise UserError(f"no refusal direction of this model can be measured; {remedy}") from None
+            position, layer, _ = near[0]
+            named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near)
+            faults.append(f"no refusal direction passes the tests (nearest: {named}); {remedy}")
     vector = mx.array(candidates[position, layer].astype(np.float32))
     found = Direction(position, layer, vector, scores)
     p = (position, layer)
@@ -326,7 +332,7 @@ def _find_direction(
         f"direction: block {layer} of {candidates.shape[1]}, position {position}, KL {scores.ablation_kl[p]:.3f}, "
         f"refusal under ablation {scores.ablation_refusal[p]:+.1f}, steering {scores.steering_refusal[p]:+.1f}"
     )
-    return FoundDirection(openers, found, scoring[1])
+    return FoundDirection(openers, found, scoring[1], faults)
 
 
 def find_strength(recipe: Recipe, base: Loaded, rendered: Rendered, direction: Direction, screen: Screen) -> Strength:

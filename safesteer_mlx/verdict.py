@@ -6,6 +6,7 @@ harmless prompts.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,7 +101,7 @@ def give_verdict(
         "teacher_harmless": Count(sum(outcome(text) == "refuse" for text, _ in of_teacher), len(harmless)),
         "teacher_broken": Count(sum(is_broken(text, ended or long_winded) for text, ended in said), len(said)),
     }
-    word, reasons = decide(recipe.teacher.teacher, **counts)
+    word, reasons = decide(recipe.teacher.teacher, found.faults, **counts)
     return Verdict(word, reasons, **counts, candidates=_best_candidates(recipe, found))
 
 
@@ -115,6 +116,7 @@ def _time(recipe: Recipe, drawn: list[int], seconds: float) -> str:
 
 def decide(
     teacher: str,
+    faults: Sequence[str],
     *,
     base_harmful: Count,
     base_harmless: Count,
@@ -122,13 +124,14 @@ def decide(
     teacher_harmless: Count,
     teacher_broken: Count,
 ) -> tuple[str, list[str]]:
-    """The word, and the reasons for anything but go."""
+    """The word, and the reasons for anything but go; the direction's `faults` are reasons to stop."""
     weaker = "a smaller --coeff" if teacher != "system_prompt" else "another --system-prompt"
     stronger = "a larger --coeff" if teacher != "system_prompt" else "another --system-prompt"
-    stop, caution = [], []
+    stop, caution = [*faults], []
     if not base_harmful.count and teacher != "system_prompt":
         stop.append(
-            "the base never refuses; SafeSteer strengthens refusals that are there, so --teacher system_prompt is left"
+            "the base never refuses; SafeSteer needs a base that sometimes does, so --teacher system_prompt is the one "
+            "option left"
         )
     if not flipped.total:
         caution.append("the base does nothing that harmful validation prompts ask; there is little to gain")
@@ -152,13 +155,14 @@ def _rate(count: Count) -> float:
 
 
 def _best_candidates(recipe: Recipe, found: FoundDirection) -> list[dict[str, Any]]:
-    """The chosen direction first, then those that came nearest."""
+    """The direction that is used first, then those that came nearest."""
     if recipe.teacher.teacher == "system_prompt":
         return []
     s, scores = recipe.direction, found.direction.scores
     limits = (s.kl_threshold, s.steering_threshold, s.prune_last)
     n_positions = scores.ablation_kl.shape[0]
-    chosen = (found.direction.position, found.direction.layer, [])
+    position, layer = found.direction.position, found.direction.layer
+    chosen = position, layer, directions.failed_tests(scores, position, layer, *limits)
     near = directions.nearest_candidates(scores, *limits, count=CANDIDATES)
     rows = []
     for position, layer, failed in [chosen, *(c for c in near if c[:2] != chosen[:2])][:CANDIDATES]:
@@ -178,7 +182,8 @@ def show(verdict: Verdict, screen: Screen) -> None:
     if verdict.candidates:
         rows = [
             [
-                f"block {c['layer']}, position {c['position']}" + ("" if i else " (chosen)"),
+                f"block {c['layer']}, position {c['position']}"
+                + ("" if i else " (nearest)" if c["failed"] else " (chosen)"),
                 *(number(c[name]) for name in ("steering_refusal", "ablation_kl", "ablation_refusal")),
                 "; ".join(c["failed"]) or "none",
             ]

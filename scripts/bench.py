@@ -1,9 +1,9 @@
 """Measure ours beside the plain way, in turns, in one run: a table, and bench.json.
 
-    python scripts/bench.py                                   the small parts, some ten minutes on two cores
+    python scripts/bench.py                        the bundled model and small shapes, some twenty minutes on two cores
     python scripts/bench.py --only loss,step --repeats 5
-    python scripts/bench.py --only qwen2.5-0.5b               steps, rollouts and a short run at Qwen2.5-0.5B's shape
-    python scripts/bench.py --only qwen2.5-7b --tokens 128    one training step at Qwen2.5-7B-Instruct's exact shape
+    python scripts/bench.py --shape qwen2.5-0.5b   rollouts, a short run of every stage, and training steps
+    python scripts/bench.py --shape qwen2.5-7b     one 4-bit training step on 64 + 64 tokens; forty minutes
 
 Seconds are noisy, so each figure is the median of ratios of two measurements made one after the other. Peaks are
 MLX's own, above what was in use before. docs/performance.md says what came out and on which machine.
@@ -19,7 +19,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,17 @@ from safesteer_mlx import stages
 from safesteer_mlx import train as training
 from safesteer_mlx.load import Loaded, load
 from safesteer_mlx.losses import distillation_loss, localized_loss
-from safesteer_mlx.memory import gradient_bytes, loss_bytes, trained_values
+from safesteer_mlx.memory import (
+    ModelShape,
+    gradient_bytes,
+    loss_bytes,
+    plan,
+    read_shape,
+    this_machine,
+    trained_values,
+)
 from safesteer_mlx.progress import Screen
-from safesteer_mlx.recipe import MODELS, Recipe, resolve
+from safesteer_mlx.recipe import MODELS, Recipe, TrainSettings, resolve
 from safesteer_mlx.residual import answer_states, head, pad_right
 from safesteer_mlx.rollout import Completion, generate, stream_key
 from safesteer_mlx.safety_tokens import contrast_tokens, select_tokens
@@ -201,6 +211,13 @@ def their_steps(
     return statistics.median(took[1:]), mx.get_peak_memory() - before
 
 
+def beside_plan(shape: ModelShape, settings: TrainSettings, rows: int, length: int, peak: int) -> Row:
+    """What the plan's rules give for a training step, weights and optimizer left out, and its ratio to `peak`."""
+    planned = gradient_bytes(shape, settings, rows, length, settings.grad_checkpoint == "on")
+    planned += loss_bytes(shape, rows * length // 2) + 4 * trained_values(shape, settings)  # the gradient
+    return {"planned_bytes": planned, "planned_ratio": planned / peak}
+
+
 def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, length: int = 128) -> list[Row]:
     """A whole optimizer step, teacher and anchor included, and mlx-lm's own step on the same tokens."""
     found = []
@@ -217,13 +234,16 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
         for _ in range(repeats):
             theirs = their_steps(model, settings, rows, length, shape["vocabulary"], 2)
             pairs.append((measured(ours), theirs))
+        row = compared(pairs)
         where = f"LoRA on {'the upper 16' if blocks > 0 else 'all'} of {shape['layers']} blocks"
         where += f" of width {shape['hidden']}"
         found.append(
             {
                 "part": "step",
                 "what": f"{where}, {rows} × {length} tokens; ours / mlx_lm.lora",
-                **compared(pairs),
+                **row,
+                # Harmful prompts and the anchor's are passes of their own.
+                **beside_plan(memory_shape(model), settings, rows // 2, length, row["ours_bytes"]),
                 "goal": 1.30 if blocks > 0 else 1.40,
             }
         )
@@ -481,22 +501,16 @@ def _bundled_run(ours: bool, n_prompts: int) -> None:
     (our_run if ours else published_run)(n_prompts)
 
 
-def _measure_alone(work: Callable[..., None], ours: bool, argument: Any, weights: int, out: Any) -> None:
-    mx.reset_peak_memory()
+def _measure_alone(work: Callable[..., None], ours: bool, argument: Any, weights: int) -> tuple[float, int]:
     began = time.perf_counter()
     work(ours, argument)
-    out.put((time.perf_counter() - began, mx.get_peak_memory() - weights))
+    return time.perf_counter() - began, mx.get_peak_memory() - weights
 
 
 def alone(work: Callable[..., None], ours: bool, argument: Any, weights: int) -> tuple[float, int]:
     """work(ours, argument) in a fresh process: seconds, and peak bytes above the weights'."""
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    process = context.Process(target=_measure_alone, args=(work, ours, argument, weights, out))
-    process.start()
-    found = out.get()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure_alone, work, ours, argument, weights).result()
 
 
 def runs(work: Callable[..., None], argument: Any, weights: int, repeats: int) -> Row:
@@ -512,8 +526,11 @@ def weight_bytes(model: nn.Module) -> int:
 def bench_run(repeats: int, n_prompts: int = 100) -> list[Row]:
     """The whole run of the bundled model: ours, and the published order ported plainly."""
     what = f"bundled model, {n_prompts} prompts, to the trained student; ours / published order"
-    weights = weight_bytes(load(BUNDLED).model)
-    return [{"part": "run", "what": what, **runs(_bundled_run, n_prompts, weights, max(1, repeats // 2))}]
+    recipe, base, _, _ = bundled()
+    row = runs(_bundled_run, n_prompts, weight_bytes(base.model), max(1, repeats // 2))
+    planned = plan(recipe, read_shape(base.path), this_machine(), stages.longest_prompt(recipe))
+    above = planned.peak - planned.weights
+    return [{"part": "run", "what": what, **row, "planned_bytes": above, "planned_ratio": above / row["ours_bytes"]}]
 
 
 def bench_05b(repeats: int, shape: dict[str, Any] = QWEN_05B, rows: int = 4, length: int = 64) -> list[Row]:
@@ -603,16 +620,14 @@ def bench_7b(length: int) -> list[Row]:
     mx.eval(value, student.trainable_parameters(), optimizer.state)
     seconds, peak = time.perf_counter() - began, mx.get_peak_memory() - before
     shape = memory_shape(model, quantization={"bits": 4, "group_size": 64})
-    planned = gradient_bytes(shape, settings, 1, length, True) + loss_bytes(shape, length // 2)
-    planned += 4 * trained_values(shape, settings)  # the gradient
     return [
         {
-            "part": LARGE,
-            "what": f"one step, 1 × {length} tokens, checkpointed; weights {weights / 1e9:.2f} GB",
+            "part": "step",
+            "what": f"Qwen2.5-7B's shape, 4-bit, 1 × {length} tokens, checkpointed; weights {weights / 1e9:.2f} GB",
             "ours_seconds": seconds,
             "ours_bytes": peak,
-            "planned_bytes": planned,
-            "planned_ratio": planned / peak,
+            "whole_bytes": before + peak,
+            **beside_plan(shape, settings, 1, length, peak),
             "loss": value.item(),
         }
     ]
@@ -626,25 +641,28 @@ PARTS: dict[str, Callable[[int], list[Row]]] = {
     "rollouts": bench_rollouts,
     "run": bench_run,
     "growth": bench_growth,
-    "qwen2.5-0.5b": bench_05b,
 }
-LARGE = "qwen2.5-7b"
+SHAPES = ("bundled", "qwen2.5-0.5b", "qwen2.5-7b")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts, every = [name for name in PARTS if name != "qwen2.5-0.5b"], [*PARTS, LARGE]
-    parser.add_argument("--only", default=",".join(parts), help=f"parts, joined by commas: {', '.join(every)}")
+    parser.add_argument("--shape", default=SHAPES[0], choices=SHAPES, help="of the model; the large ones are random")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts with the bundled model, joined by commas")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32, help=f"of {LARGE}'s row, half of them the prompt's")
+    parser.add_argument("--tokens", type=int, default=128, help=f"of {SHAPES[2]}'s row, half of them the prompt's")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     args = parser.parse_args()
     wanted = args.only.split(",")
-    if unknown := set(wanted) - set(every):
-        parser.error(f"no part {', '.join(sorted(unknown))}; choose {', '.join(every)}")
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; choose {', '.join(PARTS)}")
+    if args.shape == SHAPES[0]:
+        work = [partial(PARTS[name], args.repeats) for name in wanted]
+    else:
+        work = [partial(bench_7b, args.tokens) if args.shape == SHAPES[2] else partial(bench_05b, args.repeats)]
     rows = []
-    for name in wanted:
-        for row in bench_7b(args.tokens) if name == LARGE else PARTS[name](args.repeats):
+    for part in work:
+        for row in part():
             rows.append(row)
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
             where = {"machine": platform.machine(), "system": platform.system(), "device": str(mx.default_device())}
@@ -659,7 +677,7 @@ def main() -> None:
 
     screen.table(
         "Ours / the other",
-        ["", "seconds", "ratio", "peak, MB", "ratio"],
+        ["", "seconds", "ratio", "peak, MB", "ratio", "planned / peak"],
         [
             [
                 f"{row['part']}: {row['what']}",
@@ -667,6 +685,7 @@ def main() -> None:
                 ratio(row, "seconds_ratio"),
                 both(row, "bytes", 1e6),
                 ratio(row, "bytes_ratio"),
+                ratio(row, "planned_ratio"),
             ]
             for row in rows
         ],

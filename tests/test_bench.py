@@ -15,7 +15,7 @@ BENCH = ROOT / "scripts" / "bench.py"
 def test_help_and_an_unknown_part(tmp_path):
     how = {"capture_output": True, "text": True, "cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     done = subprocess.run([sys.executable, BENCH, "--help"], **how)
-    assert done.returncode == 0 and "qwen2.5-7b" in done.stdout
+    assert done.returncode == 0 and "--shape qwen2.5-7b" in done.stdout
     done = subprocess.run([sys.executable, BENCH, "--only", "losses"], **how)
     assert done.returncode == 2 and "no part losses" in done.stderr and not list(tmp_path.iterdir())
 
@@ -26,22 +26,23 @@ def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
     parts = {
         "loss": lambda repeats: bench.bench_loss(repeats, 8, 500, 16),
         "compile": lambda repeats: bench.bench_compile(repeats, small, 4, 16),
-        "qwen2.5-0.5b": lambda repeats: bench.bench_05b(repeats, small | {"vocabulary": 2000}, 4, 32),
     }
     monkeypatch.setattr(bench, "PARTS", parts)
+    measure = bench.bench_05b
+    monkeypatch.setattr(bench, "bench_05b", lambda n: measure(n, small | {"vocabulary": 2000}, 4, 32))
     generate = bench.training.generate
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["bench", "--only", "loss,compile,qwen2.5-0.5b", "--repeats", "1", "--out", str(tmp_path / "b.json")],
-    )
+    rows = []
     try:
-        bench.main()
+        for chosen in (["--only", "loss,compile"], ["--shape", "qwen2.5-0.5b"]):
+            monkeypatch.setattr(sys, "argv", ["bench", *chosen, "--repeats", "1", "--out", str(tmp_path / "b.json")])
+            bench.main()
+            found = json.loads((tmp_path / "b.json").read_text())
+            assert {"machine", "system", "device"} <= set(found)
+            rows += found["rows"]
     finally:
         bench.training.generate = generate
-    found = json.loads((tmp_path / "b.json").read_text())
-    assert {"machine", "system", "device"} <= set(found)
-    assert [row["part"] for row in found["rows"]] == ["loss", "compile", "rollouts", "run", "step", "step"]
-    for row in found["rows"]:
+    assert [row["part"] for row in rows] == ["loss", "compile", "rollouts", "run", "step", "step"]
+    for row in rows:
         assert row["seconds_ratio"] > 0 and row["ours_bytes"] > 0 and row["other_bytes"] > 0
-    assert [row["goal"] for row in found["rows"][4:]] == [1.3, 1.4]
+    assert [row["goal"] for row in rows[4:]] == [1.3, 1.4]
+    assert all(row["planned_ratio"] == row["planned_bytes"] / row["ours_bytes"] for row in rows[4:])

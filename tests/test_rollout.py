@@ -1,10 +1,11 @@
 """Sampling: what is drawn depends on its own stream and prompt alone, and no prompt is read twice."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from safesteer_mlx.residual import _override, blocks
-from safesteer_mlx.rollout import generate, stream_key
+from safesteer_mlx.rollout import _points, _sampler, generate, stream_key
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 4, 5], [1, 2, 7, 8], [1, 2, 3, 4, 5], [1, 2, 6]]
 EOS = [49]
@@ -17,24 +18,48 @@ def drawn(model, prompts=PROMPTS, temp=1.0, **options):
 
 
 def one_by_one(model, prompt, key, temp):
-    """One sample without a cache: the whole sequence again for every token."""
-    ids, keys = list(prompt), iter(mx.random.split(key, 13))
-    for _ in range(12):
-        z = model(mx.array([ids]))[0, -1]
-        logprobs = z - mx.logsumexp(z)
-        token = (mx.random.categorical(logprobs[None] / temp, key=next(keys))[0] if temp else logprobs.argmax()).item()
-        ids.append(token)
+    """One sample without a cache: the whole sequence again for every token, its distribution function inverted."""
+    ids, keys = list(prompt), mx.random.split(key, 13)
+    for i in range(12):
+        z = np.array(model(mx.array([ids]))[0, -1], np.float64)
+        mass = np.exp((z - z.max()) / (temp or 1))
+        point = mx.random.uniform(key=keys[i]).item() * mass.sum()
+        ids.append(int(np.searchsorted(np.cumsum(mass), point, "right") if temp else z.argmax()))
+        token = ids[-1]
         if token in EOS:
             break
     return ids[len(prompt) :], ids[-1] in EOS
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
-@pytest.mark.parametrize("temp", [0.0, 1.0])
+@pytest.mark.parametrize("temp", [0.0, 0.7, 1.0])
 def test_each_sample_is_what_it_would_be_alone(tiny_model, name, temp):
     model = tiny_model(name)
     expected = [one_by_one(model, p, stream_key(3, i), temp) for i, p in enumerate(PROMPTS)]
     assert drawn(model, temp=temp) == expected
+
+
+def test_a_drawn_token_is_where_the_distribution_function_passes_the_point():
+    logprobs = mx.log(mx.array([[0.0, 0.25, 0.5, 0.0, 0.25]]))
+    sample = _sampler([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-22], 1.0, 1.0)
+    assert [sample(logprobs).item() for _ in range(6)] == [1, 1, 2, 2, 4, 4]
+    # Squared and renormalised: 1/6, 4/6, 1/6; the half alone is left at top_p 0.5.
+    sample = _sampler([0.16, 0.17, 0.83, 0.84], 0.5, 1.0)
+    assert [sample(logprobs).item() for _ in range(4)] == [1, 2, 2, 4]
+    sample = _sampler([0.0, 0.9999], 1.0, 0.5)
+    assert [sample(logprobs).item() for _ in range(2)] == [2, 2]
+    # Half precision would lose the small ones, and so cold a temperature everything.
+    many = mx.log(mx.full((1, 4096), 1 / 4096)).astype(mx.bfloat16)
+    sample = _sampler([0.25, 0.5, 1 - 2**-22], 1.0, 1.0)
+    assert [sample(many).item() for _ in range(3)] == [1024, 2048, 4095]
+    assert _sampler([0.5], 0.001, 1.0)(mx.array([[-9.0, -8.0, -9.0]])).item() == 1
+
+
+def test_the_points_of_a_stream_are_spread_evenly():
+    found = np.array(_points(stream_key(0, 1), 4000))
+    assert found.min() >= 0 and found.max() < 1
+    counts = np.histogram(found, 20, (0, 1))[0]
+    assert ((counts - 200) ** 2 / 200).sum() < 43.8  # chi-square, 19 degrees of freedom: 1 in 1,000
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

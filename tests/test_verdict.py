@@ -1,5 +1,6 @@
 """The verdict: each of its words from a model made for it, nothing kept by --check, and --force."""
 
+import json
 import re
 from pathlib import Path
 
@@ -49,15 +50,17 @@ FAIR = {
     ],
 )
 def test_the_word_follows_from_the_counts(change, word, said):
-    found, reasons = decide("steer", **FAIR | change)
+    found, reasons = decide("steer", [], **FAIR | change)
     assert found == word and bool(reasons) == bool(said) and said in " ".join(reasons)
 
 
 def test_the_worst_word_counts_and_every_reason_is_given():
-    found, reasons = decide("steer", **FAIR | {"base_harmful": Count(0, 64), "teacher_broken": Count(50, 98)})
+    found, reasons = decide("steer", [], **FAIR | {"base_harmful": Count(0, 64), "teacher_broken": Count(50, 98)})
     assert found == "stop" and len(reasons) == 2 and "never refuses" in reasons[0]
+    found, reasons = decide("steer", ["no direction"], **FAIR | {"base_harmful": Count(0, 64)})
+    assert found == "stop" and len(reasons) == 2 and reasons[0] == "no direction"
     # A system prompt needs no refusals to begin with.
-    assert decide("system_prompt", **FAIR | {"base_harmful": Count(0, 64)})[0] == "go"
+    assert decide("system_prompt", [], **FAIR | {"base_harmful": Count(0, 64)})[0] == "go"
 
 
 def test_every_reason_to_stop_is_told_apart():
@@ -89,10 +92,11 @@ def test_a_model_that_never_refuses_is_a_stop(tmp_path, monkeypatch, capsys):
     model.update(tree_map(lambda w: 0.02 * mx.random.normal(w.shape), model.parameters()))
     save_model(folder, model)
     monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
-    assert main([str(folder), "--check"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "the verdict is stop: the base refuses none of" in said
-    assert "--teacher system_prompt is the one option left" in said
+    assert main([str(folder), "--check", "--direction-train", "32", "--direction-validation", "16"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "the verdict is stop: no answer to 32 harmful prompts begins as a refusal" in err
+    assert "the base never refuses" in err and "--teacher system_prompt is the one option left" in err
+    assert "0/64" in out and "verdict: stop" in out
 
 
 def entangled(folder: Path) -> Path:
@@ -133,12 +137,23 @@ def entangled(folder: Path) -> Path:
 def test_directions_that_fail_the_kl_test_are_a_stop_with_the_three_nearest(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
     folder = entangled(tmp_path / "model")
-    assert main([str(folder), "--check", "--direction-train", "64", "--direction-validation", "32"]) == 2
-    said = capsys.readouterr().err
+    short = "--direction-train 64 --direction-validation 32 --iters 1 --test-prompts 1 --token-samples 1 --horizon 2"
+    short = [*short.split(), "--batch-size", "4", "--adapter-path", str(tmp_path / "adapters")]
+    assert main([str(folder), *short]) == 2
+    out, said = capsys.readouterr()
     assert said.count("\n") == 1 and "the verdict is stop: no refusal direction passes" in said
-    assert len(re.findall(r"block \d position -\d: KL when ablated \+\d+\.\d+ > 0\.1", said)) == 3, said
-    assert "refusal when steered" not in said
+    nearest = re.findall(r"block (\d) position (-\d): KL when ablated \+\d+\.\d+ > 0\.1", said)
+    assert len(nearest) == 3 and "refusal when steered" not in said
     assert "loosen --steering-threshold or --kl-threshold" in said
+    assert "(nearest)" in out and "(chosen)" not in out and "flip rate" in out
+    # What was found serves a run that is forced, and its record says what it was forced against.
+    assert main([str(folder), *short, "--force"]) == 0
+    assert "finding the refusal direction" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "adapters" / "run" / "verdict.json").read_text())
+    assert record["word"] == "stop" and "no refusal direction passes" in record["reasons"][0]
+    direction = json.loads((tmp_path / "adapters" / "run" / "direction.json").read_text())
+    assert [direction["layer"], direction["position"]] == [int(n) for n in nearest[0]]
+    assert "Before training the verdict was stop" in (tmp_path / "adapters" / "run" / "report.html").read_text()
 
 
 def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path, monkeypatch, capsys):
