@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -533,20 +532,6 @@ def bench_run(repeats: int, n_prompts: int = 100) -> list[Row]:
     return [{"part": "run", "what": what, **row, "planned_bytes": above, "planned_ratio": above / row["ours_bytes"]}]
 
 
-def bench_05b(repeats: int, shape: dict[str, Any] = QWEN_05B, rows: int = 4, length: int = 64) -> list[Row]:
-    """Steps, rollouts and a short run of every stage at Qwen2.5-0.5B's shape, random float32 weights."""
-    model = qwen2(**shape)
-    weights = weight_bytes(model)
-    mx.eval(model.parameters())
-    name = f"{shape['layers']} blocks of width {shape['hidden']}, V {shape['vocabulary']:,}"
-    base = load(BUNDLED)  # for its tokenizer alone
-    found = rollouts(name, model, base, random_prompts(8, 16, 1000, 0), length // 4, repeats)
-    del model
-    what = f"{name}, every stage in small, 2 steps; ours / published order"
-    found.append({"part": "run", "what": what, **runs(shape_run, shape, weights, max(1, repeats // 2))})
-    return [*found, *bench_step(repeats, shape, rows, length)]
-
-
 def bench_growth(repeats: int) -> list[Row]:
     """How a run's seconds and peak grow with prompts, and a step's with rows, length, vocabulary and depth."""
     small = {"hidden": 256, "intermediate": 704, "layers": 8, "heads": 8, "kv_heads": 2, "vocabulary": 8000}
@@ -633,64 +618,79 @@ def bench_7b(length: int) -> list[Row]:
     ]
 
 
-PARTS: dict[str, Callable[[int], list[Row]]] = {
-    "direction": bench_direction,
-    "loss": bench_loss,
-    "step": bench_step,
-    "compile": bench_compile,
-    "rollouts": bench_rollouts,
-    "run": bench_run,
-    "growth": bench_growth,
+def large_rollouts(repeats: int, shape: dict[str, Any] = QWEN_05B) -> list[Row]:
+    """Eight answers of random weights: ours, and batch_generate's."""
+    model = qwen2(**shape)
+    mx.eval(model.parameters())
+    base = load(BUNDLED)  # for its tokenizer alone
+    return rollouts(_named(shape), model, base, random_prompts(8, 16, 1000, 0), 16, repeats)
+
+
+def large_run(repeats: int, shape: dict[str, Any] = QWEN_05B) -> list[Row]:
+    """Every stage on random weights, in small: ours, and the published order ported plainly."""
+    what = f"{_named(shape)}, every stage in small, 2 steps; ours / published order"
+    return [{"part": "run", "what": what, **runs(shape_run, shape, weight_bytes(qwen2(**shape)), max(1, repeats // 2))}]
+
+
+def large_step(repeats: int, shape: dict[str, Any] = QWEN_05B) -> list[Row]:
+    """As `bench_step`, on fewer tokens."""
+    return bench_step(repeats, shape, 4, 64)
+
+
+def _named(shape: dict[str, Any]) -> str:
+    return f"{shape['layers']} blocks of width {shape['hidden']}, V {shape['vocabulary']:,}"
+
+
+# By shape; each takes how often to measure, but the 7B step, which is measured once: how many tokens.
+PARTS: dict[str, dict[str, Callable[[int], list[Row]]]] = {
+    "bundled": {
+        "direction": bench_direction,
+        "loss": bench_loss,
+        "step": bench_step,
+        "compile": bench_compile,
+        "rollouts": bench_rollouts,
+        "run": bench_run,
+        "growth": bench_growth,
+    },
+    "qwen2.5-0.5b": {"rollouts": large_rollouts, "run": large_run, "step": large_step},
+    "qwen2.5-7b": {"step": bench_7b},
 }
-SHAPES = ("bundled", "qwen2.5-0.5b", "qwen2.5-7b")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=SHAPES[0], choices=SHAPES, help="of the model; the large ones are random")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts with the bundled model, joined by commas")
+    parser.add_argument("--shape", default="bundled", choices=PARTS, help="of the model; the large ones are random")
+    parser.add_argument("--only", help="some parts, joined by commas")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=128, help=f"of {SHAPES[2]}'s row, half of them the prompt's")
+    parser.add_argument("--tokens", type=int, default=128, help="of the 7B step's row, half of them the prompt's")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     args = parser.parse_args()
-    wanted = args.only.split(",")
-    if unknown := set(wanted) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; choose {', '.join(PARTS)}")
-    if args.shape == SHAPES[0]:
-        work = [partial(PARTS[name], args.repeats) for name in wanted]
-    else:
-        work = [partial(bench_7b, args.tokens) if args.shape == SHAPES[2] else partial(bench_05b, args.repeats)]
-    rows = []
-    for part in work:
-        for row in part():
+    parts = PARTS[args.shape]
+    wanted = args.only.split(",") if args.only else list(parts)
+    if unknown := set(wanted) - set(parts):
+        parser.error(f"no part {', '.join(sorted(unknown))} of {args.shape}; choose {', '.join(parts)}")
+    rows, screen = [], Screen()
+    for name in wanted:
+        for row in parts[name](args.tokens if args.shape == "qwen2.5-7b" else args.repeats):
             rows.append(row)
-            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            screen.line("; ".join(part for part in _cells(row) if part))
             where = {"machine": platform.machine(), "system": platform.system(), "device": str(mx.default_device())}
             args.out.write_text(json.dumps({**where, "rows": rows}, indent=2) + "\n")
-    screen = Screen()
-
-    def both(row: Row, name: str, unit: float) -> str:
-        return " / ".join(f"{row[f'{who}_{name}'] / unit:,.3g}" for who in ("ours", "other") if f"{who}_{name}" in row)
-
-    def ratio(row: Row, name: str) -> str:
-        return f"{row[name]:.2f}" if name in row else ""
-
-    screen.table(
-        "Ours / the other",
-        ["", "seconds", "ratio", "peak, MB", "ratio", "planned / peak"],
-        [
-            [
-                f"{row['part']}: {row['what']}",
-                both(row, "seconds", 1),
-                ratio(row, "seconds_ratio"),
-                both(row, "bytes", 1e6),
-                ratio(row, "bytes_ratio"),
-                ratio(row, "planned_ratio"),
-            ]
-            for row in rows
-        ],
-    )
+    head = ["", "seconds (ratio)", "peak, MB (ratio)", "block passes", "plan / peak"]
+    screen.table("Ours / the other", head, [_cells(row) for row in rows])
     screen.line(f"all of it: {args.out}")
+
+
+def _cells(row: Row) -> list[str]:
+    """A row of the table: what was measured, then what came out, empty where it was not measured."""
+
+    def both(name: str, unit: float) -> str:
+        found = [row[key] / unit for who in ("ours", "other") if (key := f"{who}_{name}") in row]
+        ratio = f" ({row[f'{name}_ratio']:.2f})" if f"{name}_ratio" in row else ""
+        return " / ".join(f"{value:,.{2 if value < 10 else 0}f}" for value in found) + ratio
+
+    plan = f"{row['planned_ratio']:.2f}" if "planned_ratio" in row else ""
+    return [f"{row['part']}: {row['what']}", both("seconds", 1), both("bytes", 1e6), both("block_passes", 1), plan]
 
 
 if __name__ == "__main__":

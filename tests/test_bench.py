@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import bench
@@ -24,16 +25,20 @@ def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
     small = {"hidden": 32, "intermediate": 64, "layers": 18, "heads": 4, "kv_heads": 2, "vocabulary": 200}
     monkeypatch.setattr(bench, "NARROW", small)
     parts = {
-        "loss": lambda repeats: bench.bench_loss(repeats, 8, 500, 16),
-        "compile": lambda repeats: bench.bench_compile(repeats, small, 4, 16),
+        "bundled": {
+            "loss": lambda repeats: bench.bench_loss(repeats, 8, 500, 16),
+            "compile": lambda repeats: bench.bench_compile(repeats, small, 4, 16),
+        },
+        "qwen2.5-0.5b": {
+            name: partial(part, shape=small | {"vocabulary": 2000})
+            for name, part in bench.PARTS["qwen2.5-0.5b"].items()
+        },
     }
     monkeypatch.setattr(bench, "PARTS", parts)
-    measure = bench.bench_05b
-    monkeypatch.setattr(bench, "bench_05b", lambda n: measure(n, small | {"vocabulary": 2000}, 4, 32))
     generate = bench.training.generate
     rows = []
     try:
-        for chosen in (["--only", "loss,compile"], ["--shape", "qwen2.5-0.5b"]):
+        for chosen in ([], ["--shape", "qwen2.5-0.5b"]):
             monkeypatch.setattr(sys, "argv", ["bench", *chosen, "--repeats", "1", "--out", str(tmp_path / "b.json")])
             bench.main()
             found = json.loads((tmp_path / "b.json").read_text())
