@@ -317,14 +317,18 @@ def _find_direction(
         except directions.NoDirectionError:
             scores = directions.score_candidates(model, candidates, *scoring, refusal_ids, True, **how)
             near = directions.nearest_candidates(scores, **limits)
-            remedy = (
-                "loosen --steering-threshold or --kl-threshold, give other --openers, or use --teacher system_prompt"
-            )
             if not near:
-                raise UserError(f"no refusal direction of this model can be measured; {remedy}") from None
+                raise UserError(
+                    f"no direction can be measured: prune_last = {s.prune_last} leaves only the first of "
+                    f"{candidates.shape[1]} blocks, or no score is a number; lower --prune-last, or use --teacher "
+                    "system_prompt"
+                ) from None
             position, layer, _ = near[0]
             named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near)
-            faults.append(f"no refusal direction passes the tests (nearest: {named}); {remedy}")
+            faults.append(
+                f"no refusal direction passes the tests (nearest: {named}); loosen --steering-threshold or "
+                "--kl-threshold, give other --openers, or use --teacher system_prompt"
+            )
     vector = mx.array(candidates[position, layer].astype(np.float32))
     found = Direction(position, layer, vector, scores)
     p = (position, layer)

@@ -166,7 +166,7 @@ BAD = {
     "no token file": (["--safety-tokens", "nowhere.json"], "nowhere.json"),
     "no data file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "more prompts than there are": (["--direction-train", "9999"], "9999"),
-    "no direction passes": (["--steering-threshold", "50"], "--steering-threshold"),
+    "no block is left": (["--prune-last", "0.9", "--steering-threshold", "50"], "lower --prune-last"),
 }
 
 
