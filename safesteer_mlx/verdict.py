@@ -127,12 +127,13 @@ def decide(
     """The word, and the reasons for anything but go; the direction's `faults` are reasons to stop."""
     weaker = "a smaller --coeff" if teacher != "system_prompt" else "another --system-prompt"
     stronger = "a larger --coeff" if teacher != "system_prompt" else "another --system-prompt"
-    stop, caution = [*faults], []
+    stop, caution = [], []
     if not base_harmful.count and teacher != "system_prompt":
         stop.append(
             "the base never refuses; SafeSteer needs a base that sometimes does, so --teacher system_prompt is the one "
             "option left"
         )
+    stop.extend(faults)
     if not flipped.total:
         caution.append("the base does nothing that harmful validation prompts ask; there is little to gain")
     elif _rate(flipped) < FLIPS_LITTLE:
@@ -205,5 +206,7 @@ def show(verdict: Verdict, screen: Screen) -> None:
 
 
 def refuse_to_go_on(verdict: Verdict) -> UserError:
-    """What a user reads who did not say --force."""
-    return UserError(f"the verdict is stop: {'; '.join(verdict.reasons)}; --force goes on all the same")
+    """What a user reads who did not say --force: the first reason; `show` gave them all."""
+    first, *more = verdict.reasons
+    others = f" ({len(more)} more above)" if more else ""
+    return UserError(f"the verdict is stop: {first}{others}; --force goes on all the same")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -58,15 +59,16 @@ def test_the_worst_word_counts_and_every_reason_is_given():
     found, reasons = decide("steer", [], **FAIR | {"base_harmful": Count(0, 64), "teacher_broken": Count(50, 98)})
     assert found == "stop" and len(reasons) == 2 and "never refuses" in reasons[0]
     found, reasons = decide("steer", ["no direction"], **FAIR | {"base_harmful": Count(0, 64)})
-    assert found == "stop" and len(reasons) == 2 and reasons[0] == "no direction"
+    assert found == "stop" and len(reasons) == 2 and reasons[1] == "no direction"
     # A system prompt needs no refusals to begin with.
     assert decide("system_prompt", [], **FAIR | {"base_harmful": Count(0, 64)})[0] == "go"
 
 
-def test_every_reason_to_stop_is_told_apart():
+def test_the_sentence_names_the_first_reason_and_counts_the_others():
     told = Verdict("stop", ["one; do this", "two; do that"], **FAIR, candidates=[])
-    expected = "the verdict is stop: one; do this; two; do that; --force goes on all the same"
+    expected = "the verdict is stop: one; do this (1 more above); --force goes on all the same"
     assert str(refuse_to_go_on(told)) == expected
+    assert "above" not in str(refuse_to_go_on(replace(told, reasons=["one"])))
 
 
 def test_a_verdict_is_read_back_as_it_was():
@@ -94,9 +96,9 @@ def test_a_model_that_never_refuses_is_a_stop(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
     assert main([str(folder), "--check", "--direction-train", "32", "--direction-validation", "16"]) == 2
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "the verdict is stop: no answer to 32 harmful prompts begins as a refusal" in err
-    assert "the base never refuses" in err and "--teacher system_prompt is the one option left" in err
-    assert "0/64" in out and "verdict: stop" in out
+    assert err.count("\n") == 1 and "the verdict is stop: the base never refuses" in err
+    assert "--teacher system_prompt is the one option left" in err
+    assert "0/64" in out and "verdict: stop" in out and "no answer to 32 harmful prompts begins as a refusal" in out
 
 
 def entangled(folder: Path) -> Path:
