@@ -227,12 +227,12 @@ sys.exit(any(name in sys.modules for name in ("mlx", "numpy", "rich", "matplotli
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not (chromium.CHROMIUM and chromium.DRIVER):
-        pytest.skip(chromium.MISSING)
+    assert chromium.CHROMIUM and chromium.DRIVER, chromium.MISSING
     with chromium.Browser(tmp_path_factory.mktemp("profile")) as window:
         yield window
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_every_figure_and_asks_for_nothing(browser, hostile, width, dark):
@@ -254,6 +254,7 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing(browser, hostile, wid
     assert browser.run(lightness) == ("rgb(22, 25, 29)" if dark else "rgb(255, 255, 255)")
 
 
+@pytest.mark.browser
 def test_a_script_in_the_page_would_be_refused(browser, plain, tmp_path):
     """The policy holds even if a text were not escaped."""
     broken = tmp_path / "broken.html"
