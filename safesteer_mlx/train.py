@@ -209,7 +209,7 @@ def train(
                 source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
                 trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
                 targets = answer_states(_after(trunk, source), [p.target_ids for p in part], done)
-                mx.eval(targets)  # so that the target's activations are gone before the student's are made
+                mx.async_eval(targets)  # computed while the graph of the student is built
                 weights = _position_weights(lengths, len(batch), loss.skip, loss.keep)
                 (_, each, mass), grad = loss_and_grad(
                     student, part, done, trunk, targets, head(source), mx.array(weights)

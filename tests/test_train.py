@@ -119,11 +119,28 @@ def test_the_gradient_is_clipped_to_its_largest_norm(model, share):
     assert found.grad_norm == pytest.approx(free.grad_norm, rel=1e-4)  # what is reported is not clipped
 
 
-def test_accumulated_batches_are_one_batch(model, monkeypatch):
+@pytest.fixture
+def given_answers(monkeypatch):
+    """Nothing is sampled: each prompt has its answer."""
     from safesteer_mlx import train as stage
 
     answers = {tuple(p.ids): Completion([20 + i, 30 + i, 40 + i][: i % 3 + 1], False) for i, p in enumerate(ALL)}
     monkeypatch.setattr(stage, "generate", lambda student, rows, **more: [answers[tuple(row)] for row in rows])
+
+
+def test_a_micro_batch_is_waited_for_once(model, given_answers, monkeypatch):
+    wait, waits = mx.eval, []
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(1), wait(*arrays))[1])
+
+    def counted(micro_batch_size):
+        waits.clear()
+        one_step(model, replace(SETTINGS, micro_batch_size=micro_batch_size))
+        return len(waits)
+
+    assert counted(1) - counted(2) == 4 - 2  # micro-batches of four completions
+
+
+def test_accumulated_batches_are_one_batch(model, given_answers):
     whole, _, expected = one_step(model)
     halves, _, found = one_step(model, replace(SETTINGS, batch_size=2, grad_accumulation_steps=2))
     assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
