@@ -62,6 +62,7 @@ class Plan:
     weights: int
     trained: int
     stages: dict[str, int]
+    parts: dict[str, dict[str, int]]  # of stages: activations, loss, keys and values
     budget: int
 
     @property
@@ -226,22 +227,26 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     rows = run.generation_batch_size
     scored = prompt + recipe.tokens.horizon
     positions = recipe.direction.direction_validation * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
+    read = forward_bytes(shape, run.prompt_batch_size, prompt)
+    # Continuations, rollouts, held-out answers: how many at a time and how long; the largest counts.
+    asked = ((rows, recipe.tokens.horizon), (min(rows, drawn), answer), (rows, ANSWER_TOKENS))
+    answers, length = max(asked, key=lambda a: sampling_bytes(shape, a[0], prompt, a[1]))
+    kept = gradient_bytes(shape, train, micro, prompt + answer, train.grad_checkpoint == "on")
     stages = {
-        "direction": forward_bytes(shape, run.prompt_batch_size, prompt)
-        + 4 * recipe.direction.direction_validation * vocabulary,
+        "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": forward_bytes(shape, run.prompt_batch_size, scored)
         + 2 * 4 * shape.hidden * positions
         + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_ROWS, shape.vocabulary)),
-        "sampling": max(
-            sampling_bytes(shape, rows, prompt, recipe.tokens.horizon),
-            sampling_bytes(shape, min(rows, drawn), prompt, answer),
-            sampling_bytes(shape, rows, prompt, ANSWER_TOKENS),
-        ),
-        "training": gradient_bytes(shape, train, micro, prompt + answer, train.grad_checkpoint == "on")
-        + loss_bytes(shape, micro * answer),
+        "sampling": sampling_bytes(shape, answers, prompt, length),
+        "training": kept + loss_bytes(shape, micro * answer),
+    }
+    parts = {
+        "direction": {f"activations of {run.prompt_batch_size} prompts": read},
+        "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, prompt + length)},
+        "training": {f"activations of {micro} completions": kept, "loss": loss_bytes(shape, micro * answer)},
     }
     share = 1.0 if machine.source == "--memory-limit" else ROOM
-    return Plan(recipe, weights, trained, stages, int(share * machine.memory))
+    return Plan(recipe, weights, trained, stages, parts, int(share * machine.memory))
 
 
 def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: int) -> Plan:
@@ -282,7 +287,9 @@ def show(asked: Recipe, found: Plan, machine: Machine, screen: Screen, seconds: 
 
     rows = [["weights (one copy for base, teacher and student)", megabytes(found.weights)]]
     rows.append(["trained weights, gradients, optimizer, last state", megabytes(found.trained)])
-    rows += [[f"{name}, while it runs", megabytes(n)] for name, n in found.stages.items()]
+    for name, n in found.stages.items():
+        rows.append([f"{name}, while it runs", megabytes(n)])
+        rows += [[f"  of it {part}", megabytes(of_it)] for part, of_it in found.parts.get(name, {}).items()]
     rows += [["peak", megabytes(found.peak)], [f"this machine: {machine.source}", megabytes(machine.memory)]]
     screen.table("Memory, planned", ["", "bytes"], rows)
     screen.line(summary(asked, found))

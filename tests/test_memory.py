@@ -62,6 +62,12 @@ def test_the_trained_weights_by_hand():
     assert plan(RECIPE, shape, AMPLE, 10).trained == 8 * 4 * 2 * 8 * 40
 
 
+def test_what_a_stage_is_made_of_adds_up():
+    found = plan(RECIPE, shape_of(CONFIG | QUANTIZED, HEADERS), AMPLE, 10)
+    assert sum(found.parts["training"].values()) == found.stages["training"]
+    assert all(sum(parts.values()) <= found.stages[name] for name, parts in found.parts.items())
+
+
 def test_a_configuration_without_a_size_is_a_sentence():
     with pytest.raises(UserError, match="no vocab_size"):
         shape_of({key: value for key, value in CONFIG.items() if key != "vocab_size"}, HEADERS)
@@ -187,6 +193,8 @@ def test_a_dry_run_reads_headers_alone_and_writes_nothing(tmp_path, monkeypatch,
     assert main([str(tmp_path / "model"), "--dry-run", "--memory-limit", "12GB"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "peak" in said and "of 12.00 GB, fits" in said and "time: not known" in said
+    for part in ("activations of 32 prompts", "keys and values of 64 answers", "activations of 16 completions", "loss"):
+        assert f"of it {part}" in said
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     (tmp_path / "adapters" / "run").mkdir(parents=True)
     (tmp_path / "adapters" / "run" / "recipe.yaml").touch()
