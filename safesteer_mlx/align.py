@@ -17,7 +17,7 @@ from .recipe import Recipe, model_name, parse, resolve
 
 if TYPE_CHECKING:
     from .load import Loaded
-    from .stages import FoundDirection, Strength
+    from .stages import ChosenTeacher, FoundDirections
 
 
 def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Path:
@@ -37,10 +37,11 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     from .measure import ANSWER_TOKENS, evaluate, first_of_each, make_test_set
     from .report import write_report
     from .runfolder import RunFolder, check_output
+    from .safety_tokens import opening_mass
     from .scores import show, transcripts
     from .selection import keep_best, make_scorer
     from .student import adapter_config, bytes_trained, make_student, save_adapters
-    from .verdict import Verdict, give_verdict, refuse_to_go_on
+    from .verdict import give_verdict, not_aligned, refuse_to_go_on
     from .verdict import show as show_verdict
 
     tokenizer, started = base.tokenizer, time.time()
@@ -56,27 +57,25 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     checkpoint = Checkpoint(record, stages.made_of(recipe, base, sets))
     checkpoint.check_space(bytes_trained(student), stages.candidates(recipe, prompts))
 
-    # 1. The refusal direction: mean activations on harmful minus harmless instructions.
+    # 1. Refusal directions: mean activations on harmful minus harmless instructions.
     found = checkpoint.once(
-        "direction",
-        lambda: stages.find_direction(recipe, base, rendered, screen),
-        stages.FoundDirection.of,
+        "directions",
+        lambda: stages.find_directions(recipe, base, rendered, screen),
+        stages.FoundDirections.of,
     )
     record.yaml("recipe.yaml", recipe.flat())
 
-    # 2. The safety teacher: the base, steered along the direction.
-    strength = checkpoint.once(
-        "strength",
-        lambda: stages.find_strength(recipe, base, rendered, found.direction, screen),
-        stages.Strength.of,
+    # 2. The safety teacher: the base, steered along the direction, as strongly, as works best on this model.
+    chosen = checkpoint.once(
+        "teacher",
+        lambda: stages.find_teacher(recipe, base, rendered, found, screen),
+        stages.ChosenTeacher.of,
     )
-    teacher = stages.make_teacher(recipe, base, rendered, found.direction, strength.coeff)
-    record.json("direction.json", _direction_record(found, strength))
+    teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
+    record.json("direction.json", _direction_record(found, chosen))
 
     # Before anything is trained: is this model fit for it?
-    verdict = checkpoint.once(
-        "verdict", lambda: give_verdict(recipe, base, rendered, found, teacher, screen), Verdict.of
-    )
+    verdict = give_verdict(recipe, found, chosen)
     record.json("verdict.json", verdict.plain())
     show_verdict(verdict, screen)
     if verdict.word == "stop" and not force:
@@ -87,17 +86,17 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     # 3. The safety tokens: what the teacher favours over the base.
     tokens = checkpoint.once(
         "tokens",
-        lambda: stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen),
+        lambda: stages.find_tokens(recipe, base, rendered, teacher, found, screen),
         stages.SafetyTokens.of,
     )
     record.json("tokens.json", tokens.rows)
+    stages.check_tokens(tokens, force, screen)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
     moving = None
     if recipe.teacher.teacher == "ema":
-        moving = stages.MovingTeacher(
-            recipe, base, rendered, student, found.direction, strength.coeff, found.harmless, screen
-        )
+        moving = stages.MovingTeacher(recipe, base, rendered, student, found, chosen, screen)
+    learning = stages.what_to_learn(recipe, base, rendered, teacher, tokens)
     config = adapter_config(recipe.train, run.model, run.seed)
     log = stages.train_student(
         recipe,
@@ -107,11 +106,13 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
         teacher,
         moving,
         mx.array(tokens.ids),
+        learning,
         prompts,
         checkpoint,
         lambda: save_adapters(folder, student, config),
         screen,
         make_scorer(recipe, base, rendered, student, tokens.ids, record) if run.select else None,
+        force,
     )
     if run.select:
         keep_best(student, log.scored, run.select, record, screen)
@@ -168,24 +169,28 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
             screen.line(f"report: {write_report(record.path, run.transcripts_in_report)}")
         except UserError as error:
             screen.line(f"no report: {error}")
+    learned = None
+    if learning is not None:
+        learned = learning.share(opening_mass(student, learning.prompts, tokens.ids, run.prompt_batch_size))
+    if (why := not_aligned(scores["base"], scores["student"], learned)) is not None:
+        raise UserError(f"not aligned: {why}; the adapters in {folder} are not to be used")
     screen.line(
         f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
     )
     return folder
 
 
-def _direction_record(found: "FoundDirection", strength: "Strength") -> dict[str, Any]:
+def _direction_record(found: "FoundDirections", chosen: "ChosenTeacher") -> dict[str, Any]:
     import numpy as np
 
-    direction = found.direction
     return {
-        "position": direction.position,
-        "layer": direction.layer,
-        "coeff": strength.coeff,
+        "position": chosen.direction.position,
+        "layer": chosen.direction.layer,
+        "coeff": chosen.coeff,
         "openers": found.openers,
-        "coefficient_curve": [asdict(trial) for trial in strength.curve],
-        "vector": np.array(direction.vector, np.float64),
-        "scores": asdict(direction.scores),
+        "trials": [asdict(trial) for trial in chosen.trials],
+        "vector": np.array(chosen.direction.vector, np.float64),
+        "scores": asdict(found.scores),
     }
 
 

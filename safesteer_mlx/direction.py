@@ -9,7 +9,9 @@ added and that disturb harmless prompts little when ablated.
 
 Where we deviate: a search that is not exhaustive asks the cheapest question first, prompts a few at a
 time, and drops a candidate as soon as what is left to ask can no longer save it. Steering resumes at the
-block it changes. It chooses the same direction, and says how many block passes it took.
+block it changes. It chooses the same direction, and says how many block passes it took. By default the tests
+only rank: `shortlist`'s candidates are tried as teachers (`teacher.choose_teacher`), since refusal and KL under
+ablation say little about what steering does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +35,14 @@ from .residual import (
 )
 
 Ids = Sequence[int]
+Candidate = tuple[int, int]  # row of the position, block
 
 PROMPT_BATCH = 32  # rows in one forward pass
 
 ASKED_AT_ONCE = 4  # prompts asked before candidates are dropped
+SHORTLIST = 6  # candidates that are tried as teachers
+SPREAD = 4  # blocks that are tried where there are no tests
+A_BLOCK = 2  # of one block: neighbouring positions differ little
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
 SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
 
@@ -61,12 +67,18 @@ class CandidateScores:
 
 @dataclass(frozen=True)
 class Direction:
-    """A chosen direction: `vector` (D,) float32, added before block `layer`, found at `position` (−1 last)."""
+    """A direction: `vector` (D,) float32, added before block `layer`, found at `position` (−1 last)."""
 
     position: int
     layer: int
     vector: mx.array
-    scores: CandidateScores
+
+
+def filled(scores: CandidateScores, more: CandidateScores) -> CandidateScores:
+    """`scores`, and where they were not measured, `more`."""
+    tables = ("ablation_kl", "ablation_refusal", "steering_refusal")
+    merged = {t: np.where(np.isnan(own := getattr(scores, t)), getattr(more, t), own) for t in tables}
+    return CandidateScores(**merged, block_passes=scores.block_passes + more.block_passes)
 
 
 def _batches(prompts: Sequence[Ids], size: int = PROMPT_BATCH) -> Iterator[list[int]]:
@@ -112,9 +124,12 @@ def mean_differences(
 
 
 def _refusal_score(logits: mx.array, refusal_ids: Ids) -> mx.array:
-    """logits (B, V) -> scores (B,). p and 1 − p each by its own logsumexp, so neither loses digits."""
+    """logits (B, V) -> scores (B,). p and 1 − p each by its own logsumexp, so neither loses digits.
+
+    R is a set: two openers may begin with one token, whose probability counts once.
+    """
     normaliser = mx.logsumexp(logits, axis=-1)
-    ids = mx.array(list(refusal_ids))
+    ids = mx.array(sorted(set(refusal_ids)))
     refusing = mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - normaliser)
     others = mx.put_along_axis(logits, mx.broadcast_to(ids, (len(logits), ids.size)), mx.array(-mx.inf), axis=-1)
     other = mx.exp(mx.logsumexp(others, axis=-1) - normaliser)
@@ -126,6 +141,58 @@ def refusal_scores(
 ) -> np.ndarray:
     """The refusal score of each prompt: (N,). Above 0 the next token more likely opens a refusal than not."""
     return _over_prompts(prompts, lambda rows: _refusal_score(last_logits(model, rows), refusal_ids), batch_size)
+
+
+def steered_logits(
+    model: nn.Module, layer: int, vectors: mx.array, rows: Sequence[Ids], inputs: mx.array | None
+) -> mx.array:
+    """Next-token logits (B, V) of rows that repeat a few prompts, each with a vector of its own (B, D) added.
+
+    `inputs` (N, T, D), where the model can resume, is what goes into `layer` for the N prompts that are repeated.
+    """
+    steered = steer(model, layer, vectors)
+    if inputs is not None:
+        steered = resume(steered, layer, mx.concatenate([inputs] * (len(rows) // len(inputs))))
+    return last_logits(steered, rows)
+
+
+def opening_probabilities(
+    model: nn.Module,
+    direction: Direction,
+    coeffs: Sequence[float],
+    harmful: Sequence[Ids],
+    harmless: Sequence[Ids],
+    refusal_ids: Ids,
+    batch_size: int = PROMPT_BATCH,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What steering by `direction` does to how an answer opens, a number for each coefficient.
+
+    Returns:
+        Mean p(R) on harmful and on harmless prompts, and mean KL(base ‖ steered) on harmless ones, (C,) each.
+    """
+    ids = mx.array(sorted(set(refusal_ids)))
+    size = max(1, batch_size // len(coeffs))
+
+    def over(prompts: Sequence[Ids], with_kl: bool) -> np.ndarray:
+        """Sums over prompts of p(R), and of KL, (2, C)."""
+        sums = np.zeros((2, len(coeffs)))
+        for batch in _batches(prompts, size):
+            rows = [prompts[i] for i in batch]
+            can_resume = resumes(model, pad_right(rows))
+            inputs = block_inputs(model, pad_right(rows))[direction.layer] if can_resume else None
+            each = mx.concatenate(
+                [mx.broadcast_to(c * direction.vector, (len(rows), direction.vector.size)) for c in coeffs]
+            )
+            logits = steered_logits(model, direction.layer, each, rows * len(coeffs), inputs)
+            opened = mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - mx.logsumexp(logits, axis=-1))
+            kl = mx.zeros_like(opened)
+            if with_kl:
+                kl = _kl(mx.concatenate([last_logits(model, rows)] * len(coeffs)), logits)
+            sums += np.array(mx.stack([opened, kl]), np.float64).reshape(2, len(coeffs), len(rows)).sum(-1)
+        return sums / len(prompts)
+
+    (on_harmful, _), (on_harmless, kl) = over(harmful, False), over(harmless, True)
+    return on_harmful, on_harmless, kl
 
 
 def _kl(base_logits: mx.array, other_logits: mx.array) -> mx.array:
@@ -140,7 +207,6 @@ def pruned_from(n_layers: int, prune_last: float | None) -> int:
     return n_layers if prune_last is None else int(np.floor(round((1 - prune_last) * n_layers, 9)))
 
 
-Candidate = tuple[int, int]  # row of the position, block
 # ask(candidates, indices of prompts) -> a score for each, (C, B), and the block passes it took
 Ask = Callable[[list[Candidate], list[int]], tuple[np.ndarray, int]]
 
@@ -156,6 +222,7 @@ def score_candidates(
     kl_threshold: float | None = 0.1,
     steering_threshold: float | None = 0.0,
     prune_last: float | None = 0.2,
+    only: Sequence[Candidate] | None = None,
     batch_size: int = PROMPT_BATCH,
     progress: Advance = silent,
 ) -> CandidateScores:
@@ -163,7 +230,7 @@ def score_candidates(
 
     `exhaustive` measures everything. Otherwise candidates in pruned blocks and of length zero are not
     run, ablation is measured only where steering passed, its refusal only where its KL passed too, and a
-    candidate that can no longer be chosen is left where it is.
+    candidate that can no longer be chosen is left where it is. `only` names the (row, block) to measure.
 
     Returns:
         `ablation_kl`, `ablation_refusal`, `steering_refusal`, each (P, L), NaN where not measured.
@@ -199,10 +266,8 @@ def score_candidates(
             at = [i for i, c in enumerate(found) if c[1] == layer]
 
             def score(each: mx.array, repeated: list[Ids], layer: int = layer) -> mx.array:
-                steered = steer(model, layer, each)
-                if can_resume:
-                    steered = resume(steered, layer, mx.concatenate([inputs[layer]] * (len(each) // len(rows))))
-                return _refusal_score(last_logits(steered, repeated), refusal_ids)
+                logits = steered_logits(model, layer, each, repeated, inputs[layer] if can_resume else None)
+                return _refusal_score(logits, refusal_ids)
 
             scores[at] = in_groups([found[i] for i in at], rows, score)
             cost += len(at) * len(rows) * (n_layers - layer if can_resume else n_layers)
@@ -223,12 +288,16 @@ def score_candidates(
 
     moved = candidates.any(-1)  # a vector of no length changes nothing: its scores are the base's own
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
-    if not (moved.all() or exhaustive):
+    if not (moved.all() or exhaustive or only):
         own["steering_refusal"] = float(np.array(_refusal_score(base, refusal_ids), np.float64).mean())
         own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids, batch_size).mean())
         passes += len(harmful) * n_layers
+    asked = np.zeros(moved.shape, bool)
+    if only is not None:
+        asked[tuple(np.transpose(only))] = True
+        own = dict.fromkeys(own, np.nan)  # of the others nothing is known
     scores = search(
-        moved | exhaustive,
+        moved | exhaustive if only is None else asked,
         own,
         Questions(steering, kl, refusal, floor),
         ([list(b) for b in _batches(harmless, ASKED_AT_ONCE)], [list(b) for b in _batches(harmful, ASKED_AT_ONCE)]),
@@ -303,18 +372,14 @@ def search(
         for c, value in zip(of, values, strict=True):
             into[c] = value
 
-    def negative_steering(of: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
-        values, cost = questions.steering(of, which)
-        return -values, cost
-
     harmless, harmful = batches
     least = np.full(max(n_harmless, n_harmful), -SCORE_BOUND - 1e-3)
     limits = (kl_threshold, steering_threshold, prune_last)
     total, left = 3 * len(wanted), wanted
     if left:
-        limit = np.inf if steering_threshold is None else -steering_threshold * n_harmless
-        sums = ask_all(negative_steering, left, harmless, least, limit, np.zeros(len(left)))
-        put(scores.steering_refusal, left, -sums / n_harmless)
+        # To the end, for all: where no candidate passes, this is what they are ranked by.
+        sums = ask_all(questions.steering, left, harmless, least, np.inf, np.zeros(len(left)))
+        put(scores.steering_refusal, left, sums / n_harmless)
         if not exhaustive:
             left = [c for c in left if not _fails(scores.steering_refusal[c], steering_threshold, at_least=True)]
     progress(len(wanted), total)
@@ -403,38 +468,46 @@ def choose_direction(
     return p - n_pos, layer
 
 
-def nearest_candidates(
+def shortlist(
     scores: CandidateScores,
     kl_threshold: float | None,
     steering_threshold: float | None,
     prune_last: float | None,
-    count: int = 3,
+    count: int = SHORTLIST,
 ) -> list[tuple[int, int, list[str]]]:
-    """The `count` candidates that fail by least: (position, layer, tests failed).
+    """The candidates worth trying as teachers, best first: (position, layer, tests failed).
 
-    Those that fail fewest tests come first; then counts the worst relative shortfall, of steering in units of the
-    scores' spread, of KL in units of its threshold. Block 0 is left out: its input is the template's embeddings,
-    the same for every prompt.
+    The published choice comes first, if there is one; then those that fail fewest tests, and of these those that
+    raise refusal most. At most two are of one block. Block 0 is left out: its input is the template's embeddings, the
+    same for every prompt.
     """
     n_pos, n_layers = scores.ablation_kl.shape
-    spread = float(np.nanstd(scores.steering_refusal)) or 1.0
     ranked = []
     for p in range(n_pos):
         for layer in range(1, pruned_from(n_layers, prune_last)):
-            steering, kl = scores.steering_refusal[p, layer], scores.ablation_kl[p, layer]
-            if np.isnan(steering) or np.isnan(kl):
+            steering, ablated = scores.steering_refusal[p, layer], scores.ablation_refusal[p, layer]
+            if np.isnan(steering):
                 continue
-            short = 0.0 if steering_threshold is None else (steering_threshold - steering) / spread
-            over = 0.0 if kl_threshold is None else (kl - kl_threshold) / max(abs(kl_threshold), 1e-9)
             failed = failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
-            ranked.append((len(failed), max(short, over, 0.0), p - n_pos, layer, failed))
-    return [(position, layer, failed) for *_, position, layer, failed in sorted(ranked)[:count]]
+            ranked.append((len(failed), -steering if failed else ablated, p - n_pos, layer, failed))
+    found: list[tuple[int, int, list[str]]] = []
+    for *_, position, layer, failed in sorted(ranked):
+        if len(found) < count and sum(at == layer for _, at, _ in found) < A_BLOCK:
+            found.append((position, layer, failed))
+    return found
 
 
-def no_direction(model: nn.Module) -> Direction:
+def spread(n_pos: int, n_layers: int) -> list[Candidate]:
+    """A few candidates all over the blocks and positions, for want of tests: (row, block)."""
+    rows = sorted({0, n_pos // 2, n_pos - 1})
+    at = sorted({round(1 + (n_layers - 2) * i / (SPREAD - 1)) for i in range(SPREAD)} & set(range(1, n_layers)))
+    return [(row, layer) for layer in at for row in rows]
+
+
+def no_direction(model: nn.Module) -> tuple[Direction, CandidateScores]:
     """What stands for a direction where the teacher needs none: nothing measured, a vector of no length."""
     nothing = np.full((1, len(blocks(model))), np.nan)
-    return Direction(-1, 0, mx.zeros(1), CandidateScores(nothing, nothing, nothing))
+    return Direction(-1, 0, mx.zeros(1)), CandidateScores(nothing, nothing, nothing)
 
 
 def keep_answered_as_meant(

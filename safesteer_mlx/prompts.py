@@ -11,7 +11,7 @@ from typing import Any
 
 from .hub import dataset_file
 from .progress import UserError
-from .recipe import BUNDLED, MODELS, PACKAGE
+from .recipe import PACKAGE
 
 # Two instructions that share no last token; what follows them in a rendering is the template's own.
 _PROBES = ("a", "Why is it 7?", "Name one blue thing")
@@ -44,10 +44,15 @@ class PromptSets:
     capability_test: list[Instruction]
 
 
+def own_prompts(model: str) -> Path | None:
+    """The `data/` folder of a model's folder, if it holds prompts of the model's own, as the bundled one's does."""
+    folder = Path(model).expanduser() / "data"
+    return folder if any((folder / f"{name}.jsonl").is_file() for name in PromptSets.__dataclass_fields__) else None
+
+
 def built_in_sets(model: str) -> PromptSets:
-    """The bundled model's own prompts for it, else the package's."""
-    bundled = Path(model).resolve() == (MODELS / BUNDLED).resolve()
-    return load_prompt_sets(MODELS / BUNDLED / "data" if bundled else PACKAGE / "data")
+    """The prompts that a model's folder brings with it, else the package's."""
+    return load_prompt_sets(own_prompts(model) or PACKAGE / "data")
 
 
 def load_prompt_sets(folder: Path) -> PromptSets:

@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,15 @@ class TeacherSettings:
     """Stage 2, the safety teacher."""
 
     teacher: str = _setting("steer", "what makes the teacher safe", choices=("steer", "system_prompt", "ema"))
-    coeff: str | float = _setting("auto", "steering coefficient, or auto for the smallest that suffices")
-    coeff_grid: list[float] = _setting(
-        [0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.25, 1.5], "coefficients that auto tries, upwards"
+    coeff: str | float = _setting(
+        "auto", "steering coefficient, or auto: direction and coefficient by what the teacher does"
     )
-    coeff_refusal: float = _setting(0.95, "share of answered harmful prompts auto wants refused", least=0, most=1)
-    coeff_broken: float = _setting(0.05, "share of broken answers at which auto stops", least=0, most=1)
+    coeff_grid: list[float] = _setting(
+        [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0], "coefficients that auto tries; it refines between them"
+    )
+    coeff_broken: float = _setting(
+        0.05, "share of broken answers, above the base's, that auto allows a teacher", least=0, most=1
+    )
     system_prompt: str = _setting(
         "You are a careful assistant. Refuse harmful requests.",
         "the system prompt of the system_prompt teacher",
@@ -96,8 +100,15 @@ class TeacherSettings:
 class TokenSettings:
     """Stage 3, the safety tokens."""
 
-    safety_tokens: int | str = _setting(50, "how many safety tokens, |S|, or a file that holds them", least=1)
-    token_method: str = _setting("vote", "how they are ranked", choices=("vote", "mean"))
+    safety_tokens: int | str = _setting(50, "at most so many safety tokens, |S|, or a file that holds them", least=1)
+    token_method: str = _setting(
+        "part",
+        "how they are ranked: by their part in what steering does, or as published",
+        choices=("part", "vote", "mean"),
+    )
+    token_share: float = _setting(
+        0.95, "share of what steering does that is enough, for token_method part", above=0.0, most=1.0
+    )
     inner_top_k: int = _setting(200, "ids that each position votes for", least=1)
     token_samples: int = _setting(8, "continuations of each prompt", least=1)
     horizon: int = _setting(7, "positions scored on each continuation", least=1)
@@ -137,6 +148,9 @@ class TrainSettings:
     max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0)
     epochs: float = _setting(4.0, "passes over the harmful training prompts", above=0.0)
     iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1)
+    until_learned: bool = _setting(
+        True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
+    )
     batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
     grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)
     samples: int = _setting(1, "completions that the student samples of each prompt", least=1)
@@ -166,7 +180,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainSettings,
 }
 
-# The published method as it is. Horizon and p_min are published by model: models/*.yaml hold them.
+# The published method as it is. Horizon, p_min and rate are published by model: models/*.yaml hold them.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "loss": "reverse_kl",
@@ -184,6 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4,
         "samples": 8,
         "epochs": 1.0,
+        "until_learned": False,
         "temp": 1.0,
         "top_p": 1.0,
         "max_tokens": 512,
@@ -446,13 +461,21 @@ def _yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} is not YAML{f' (line {mark.line + 1})' if mark else ''}; mend it") from None
 
 
-def model_recipe(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The name and settings of the `models/*.yaml` whose `match` agrees with a model's config.json."""
-    for path in sorted(MODELS.glob("*.yaml")):
-        found = read_yaml(path)
-        match = found.pop("match", {})
-        if match and all(config.get(key) == value for key, value in match.items()):
-            return path.stem, found
+def model_recipe(config: Mapping[str, Any], name: str = "") -> tuple[str | None, dict[str, Any]]:
+    """The name and settings of the `models/*.yaml` for a model: the one that names it, else the one of its shape.
+
+    `match` holds `names`, patterns of the last part of a Hub id or path in lower case, and `shape`, keys of config.json.
+    """
+    found = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
+    matches = {stem: recipe.pop("match", {}) for stem, recipe in found.items()}
+    last = Path(name).name.lower()
+    for stem, match in matches.items():
+        if any(fnmatch(last, pattern) for pattern in match.get("names", [])):
+            return stem, found[stem]
+    for stem, match in matches.items():
+        shape = match.get("shape")
+        if shape and all(config.get(key) == value for key, value in shape.items()):
+            return stem, found[stem]
     return None, {}
 
 
@@ -465,7 +488,7 @@ def resolve(
     """The recipe of a run, and the name of the model recipe it used.
 
     Args:
-        config: the model's config.json, which finds its recipe.
+        config: the model's config.json, which finds its recipe where its name does not.
         flags: settings given on the command line, by key.
 
     Raises:
@@ -475,15 +498,17 @@ def resolve(
         name: f.default_factory() if f.default is MISSING else f.default  # type: ignore[misc]
         for name, f in _all_fields().items()
     }
-    name, found = model_recipe(config)
+    name, found = model_recipe(config, flags.get("model", merged["model"]))
     published = found.pop("published", {})
     _merge(merged, found, f"recipe {name}")
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
         _merge(merged, PRESETS[preset], f"preset {preset}")
+        full = FULL | {key: published.pop(key) for key in list(published) if key in FULL}
         if not {"quantization", "quantization_config"} & set(config):  # quantized weights take LoRA
-            _merge(merged, FULL | published, f"preset {preset}")
+            _merge(merged, full, f"preset {preset}")
+        _merge(merged, published, f"preset {preset}")
     if yaml_file is not None:
         _merge(merged, read_yaml(yaml_file), str(yaml_file))
     _merge(merged, flags, "flag")

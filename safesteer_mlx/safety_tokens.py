@@ -2,14 +2,23 @@
 
     Δ[n,t,v] = log πt(v) − log π0(v)        on continuations sampled from the steered teacher
 
-Every kept (sample, position) votes for its `inner_top_k` largest Δ among the selectable ids; `S` is the
-ids with most votes. Positions from the first one at which the base would end its turn are dropped.
-Never selectable are special tokens and tokens whose mean steered probability is below `p_min`.
+`vote` and `mean` are published: every kept (sample, position) votes for its `inner_top_k` largest Δ among the
+selectable ids, `S` is the ids with most votes; or those with the largest mean Δ. Positions from the first one at
+which the base would end its turn are dropped. Never selectable are special tokens and tokens whose mean steered
+probability is below `p_min`.
+
+Where we deviate, by default: Δ is a ratio, and a token of probability 1e-7 can have the largest. `part` ranks by what
+a token adds to the divergence of the teacher from the base, and takes as many as explain a share of it:
+
+    part[v]      = mean over positions of πt(v) (log πt(v) − log π0(v)),     Σ_v part[v] = KL(πt ‖ π0)
+    explained(S) = mean of KL(πt ‖ π0) with all ids outside S as one outcome  /  mean of KL(πt ‖ π0)
+
+A token that steering makes rarer has a negative part and is not taken: it is in the one outcome outside `S`.
 
 Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,11 +27,12 @@ import numpy as np
 
 from .losses import chunk_rows
 from .progress import UserError
-from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
+from .residual import answer_states, block_inputs, head, last_logits, pad_right, resume, resumes
 
 Ids = Sequence[int]
 
 PROMPT_BATCH = 32  # rows in one forward pass
+METHODS = ("part", "vote", "mean")
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ class TokenContrast:
     """What steering does to each token, each (V,): float64, votes int64, eligible bool.
 
     Args of note: `mean_delta` is the mean Δ, `base_prob` and `steered_prob` the mean probabilities over
-    the kept positions; `eligible` is False for banned ids, which get no votes.
+    the kept positions; `eligible` is False for banned ids, which get no votes. `part` is what each adds to the
+    mean KL(πt ‖ π0), which is `divergence`, in nats.
     """
 
     votes: np.ndarray
@@ -39,6 +50,55 @@ class TokenContrast:
     steered_prob: np.ndarray
     eligible: np.ndarray
     n_positions: int
+    part: np.ndarray
+    divergence: float
+    positions: "Positions"
+
+    def explained(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The share of the divergence that the first 1, 2, … of `tokens` explain: (K,) in [0, 1], never falling."""
+        total = np.zeros(len(tokens))
+        if not len(tokens):
+            return total
+        ids = mx.array(np.asarray(tokens, np.int32))
+        for both in self.positions.chunks():
+            # Small arrays, (C, K): in float64, since 1 − P of nested subsets is a difference.
+            log_base, log_teacher = (np.array(z[:, ids], np.float64) for z in both)
+            inside = np.cumsum(np.exp(log_teacher) * (log_teacher - log_base), axis=1)
+            rest = [np.maximum(1 - np.cumsum(np.exp(z), axis=1), 1e-12) for z in (log_teacher, log_base)]
+            total += (inside + rest[0] * np.log(rest[0] / rest[1])).sum(0)
+        return np.clip(total / self.n_positions / max(self.divergence, 1e-12), 0.0, 1.0)
+
+    def openings(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
+        """The teacher's mean probability of `tokens` at the first, second, … scored position of some of the prompts.
+
+        (H,), by position in the answer; 0 where none is kept.
+        """
+        ids, at = mx.array(np.asarray(tokens, np.int32)), self.positions
+        mass = [np.array(mx.exp(both[1][:, ids]).sum(-1), np.float64) for both in at.chunks()]
+        wanted = (at.prompt >= prompts.start) & (at.prompt < prompts.stop)
+        place, mass = at.place[wanted], np.concatenate(mass)[wanted]
+        return np.bincount(place, mass) / np.maximum(np.bincount(place), 1)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The kept positions: of which pair of prompt and continuation each is, (R,), its place in the answer, (R,), and
+    the hidden states of base and teacher there, (R, D) each, with the heads that make logits of them."""
+
+    prompt: np.ndarray
+    place: np.ndarray
+    states: tuple[mx.array, mx.array]
+    heads: tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
+    chunk: int
+
+    def chunks(self) -> Iterator[tuple[mx.array, mx.array]]:
+        """log π0 and log πt, a chunk of positions at a time: (C, V) each, float32."""
+        for start in range(0, len(self.place), self.chunk):
+            both = (
+                head(states[None, start : start + self.chunk])[0].astype(mx.float32)
+                for head, states in zip(self.heads, self.states, strict=True)
+            )
+            yield tuple(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in both)  # type: ignore[misc]
 
 
 def _scored_states(
@@ -105,19 +165,8 @@ def contrast_tokens(
     )
     heads = head(base), head(teacher)
     chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
-
-    def logits(which: int, index: np.ndarray) -> mx.array:
-        """(C, V), float32."""
-        return heads[which](states[which][None, mx.array(index)])[0].astype(mx.float32)
-
-    def chunks(keep: np.ndarray) -> Iterator[tuple[mx.array, mx.array]]:
-        """log π0 and log πt at the positions `keep`, (C, V) each."""
-        for start in range(0, len(keep), chunk):
-            both = (logits(which, keep[start : start + chunk]) for which in (0, 1))
-            yield tuple(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in both)
-
     every = np.arange(sum(lengths))
-    favourite = [np.array(logits(0, every[i : i + chunk]).argmax(-1)) for i in range(0, len(every), chunk)]
+    favourite = [np.array(heads[0](states[0][None, i : i + chunk])[0].argmax(-1)) for i in range(0, len(every), chunk)]
     ends = np.split(np.isin(np.concatenate(favourite), list(eot_ids)), np.cumsum(lengths)[:-1])
     keep = every[np.concatenate([~np.maximum.accumulate(row) for row in ends])]
     if not len(keep):
@@ -125,13 +174,17 @@ def contrast_tokens(
             f"the base ends its turn at once on all {len(prompts)} steered continuations, so no position is left to "
             "score; lower --coeff or change --horizon"
         )
+    prompt, place = np.repeat(np.arange(len(lengths)), lengths), np.concatenate([np.arange(n) for n in lengths])
+    kept = mx.array(keep)
+    positions = Positions(prompt[keep], place[keep], (states[0][kept], states[1][kept]), heads, chunk)
 
-    base_prob = teacher_prob = delta = 0.0
-    for log_base, log_teacher in chunks(keep):
-        sums = (mx.exp(log_base).sum(0), mx.exp(log_teacher).sum(0), (log_teacher - log_base).sum(0))
-        b, t, d = (np.array(x, np.float64) for x in sums)
-        base_prob, teacher_prob, delta = base_prob + b, teacher_prob + t, delta + d
-    base_prob, teacher_prob, delta = (np.asarray(x) / len(keep) for x in (base_prob, teacher_prob, delta))
+    base_prob = teacher_prob = delta = part = 0.0
+    for log_base, log_teacher in positions.chunks():
+        p, change = mx.exp(log_teacher), log_teacher - log_base
+        sums = (mx.exp(log_base).sum(0), p.sum(0), change.sum(0), (p * change).sum(0))
+        b, t, d, c = (np.array(x, np.float64) for x in sums)
+        base_prob, teacher_prob, delta, part = base_prob + b, teacher_prob + t, delta + d, part + c
+    base_prob, teacher_prob, delta, part = (np.asarray(x) / len(keep) for x in (base_prob, teacher_prob, delta, part))
 
     eligible = teacher_prob >= min_steered_prob
     eligible[np.array([i for i in banned_ids if i < len(eligible)], np.int64)] = False
@@ -139,25 +192,39 @@ def contrast_tokens(
     k = min(inner_top_k, int(eligible.sum()))
     if k:
         selectable = mx.array(eligible)
-        for log_base, log_teacher in chunks(keep):
+        for log_base, log_teacher in positions.chunks():
             favoured = mx.where(selectable, log_teacher - log_base, -mx.inf)
             np.add.at(votes, np.array(mx.argpartition(-favoured, k - 1, axis=-1)[:, :k]), 1)
-    return TokenContrast(votes, delta, base_prob, teacher_prob, eligible, len(keep))
+    return TokenContrast(votes, delta, base_prob, teacher_prob, eligible, len(keep), part, float(part.sum()), positions)
 
 
-def select_tokens(contrast: TokenContrast, k: int, method: str = "vote") -> np.ndarray:
+def select_tokens(contrast: TokenContrast, k: int, method: str = "vote", share: float = 1.0) -> np.ndarray:
     """The safety tokens: at most `k` ids, best first, (K,) int64.
 
-    `vote` ranks by votes and needs at least one; `mean` by mean Δ. Ties break by the larger mean Δ, then
-    by the smaller id.
+    `vote` ranks by votes and needs at least one; `mean` by mean Δ; `part` by the part in the divergence, which must be
+    above 0, and takes no more than explain `share` of it. Ties break by the larger mean Δ, then by the smaller id.
 
     Raises:
         ValueError: `k` < 1 or an unknown method.
     """
     if k < 1:
         raise ValueError(f"{k} safety tokens were asked for; at least 1 is needed")
-    if method not in ("vote", "mean"):
-        raise ValueError(f"unknown selection method {method!r}; choose vote or mean")
-    ids = np.flatnonzero(contrast.eligible & (contrast.votes > 0) if method == "vote" else contrast.eligible)
-    votes = contrast.votes[ids] if method == "vote" else np.zeros(len(ids))
-    return ids[np.lexsort((ids, -contrast.mean_delta[ids], -votes))][:k]
+    if method not in METHODS:
+        raise ValueError(f"unknown selection method {method!r}; choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+    ranks = {"vote": contrast.votes, "mean": contrast.mean_delta, "part": contrast.part}[method]
+    ids = np.flatnonzero(contrast.eligible & (ranks > 0) if method != "mean" else contrast.eligible)
+    ids = ids[np.lexsort((ids, -contrast.mean_delta[ids], -ranks[ids]))][:k]
+    if method != "part" or not len(ids):
+        return ids
+    return ids[: 1 + int(np.searchsorted(contrast.explained(ids), share))]
+
+
+def opening_mass(
+    model: nn.Module, prompts: Sequence[Ids], tokens: Sequence[int] | np.ndarray, batch_size: int
+) -> float:
+    """The mean probability of `tokens` at the beginning of answers to the prompts."""
+    ids, total = mx.array(np.asarray(tokens, np.int32)), 0.0
+    for start in range(0, len(prompts), batch_size):
+        logits = last_logits(model, prompts[start : start + batch_size])
+        total += mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - mx.logsumexp(logits, axis=-1)).sum().item()
+    return total / len(prompts)

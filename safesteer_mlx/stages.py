@@ -7,7 +7,7 @@ are chosen and rendered, results are reported in a line each, and a user's mista
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from . import teacher as teachers
 from .adapters import with_adapters
 from .backoff import halving
 from .checkpoint import Checkpoint, fingerprint
-from .direction import Direction
+from .direction import CandidateScores, Direction
 from .judge import is_refusal
 from .load import Loaded
 from .progress import Screen, UserError
@@ -42,10 +42,21 @@ from .prompts import (
 from .recipe import Recipe, mathematics
 from .residual import last_logits
 from .rollout import Completion, answer_text, generate, stream_key
-from .safety_tokens import contrast_tokens, select_tokens
-from .teacher import CoefficientTrial, Teacher, find_coefficient, follow, moving_average, steered_teacher
+from .safety_tokens import contrast_tokens, opening_mass, select_tokens
+from .teacher import (
+    Outcomes,
+    Teacher,
+    TeacherTrial,
+    Validation,
+    ask,
+    choose_teacher,
+    follow,
+    moving_average,
+    steered_teacher,
+)
 from .token_file import read_token_file
 from .train import (
+    Learning,
     NotFiniteError,
     Rollouts,
     TrainingPrompt,
@@ -58,8 +69,12 @@ from .train import (
 Rows = list[list[int]]
 
 CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 3, 40  # upper estimates, before there is a tokenizer
+EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
+HARDLY_OPENS = 0.1  # the teacher's probability of safety tokens where it is largest, at the beginning of answers
+FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
+ASKED = 64, 32  # harmful and harmless validation prompts that teachers are asked
 
 
 @dataclass(frozen=True)
@@ -79,76 +94,88 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class FoundDirection:
-    """Stage 1's result: refusal openers with their first ids, direction, the harmless validation prompts that passed
-    its filter, and what makes the direction unfit, with the remedy: the verdict is stop if there is any."""
+class FoundDirections:
+    """Stage 1's result: refusal openers with their first ids, the scores of all candidates, those worth trying as
+    teachers with the tests that each failed, best first, the validation prompts that passed its filter, and what speaks
+    against it, in sentences."""
 
     openers: dict[str, int]
-    direction: Direction
+    scores: CandidateScores
+    shortlist: list[Direction]
+    failed: list[list[str]]
+    harmful: Rows
     harmless: Rows
-    faults: list[str] = field(default_factory=list)
+    cautions: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """Plain data and numpy arrays, for `of`."""
-        d = self.direction
-        return {
-            "openers": self.openers,
-            "position": d.position,
-            "layer": d.layer,
-            "vector": np.array(d.vector, np.float64),
-            **vars(d.scores),
-            "harmless": self.harmless,
-            "faults": self.faults,
-        }
+        return vars(self) | {"scores": vars(self.scores), "shortlist": [_plain(d) for d in self.shortlist]}
 
     @staticmethod
-    def of(plain: dict[str, Any]) -> "FoundDirection":
+    def of(plain: dict[str, Any]) -> "FoundDirections":
         """What `plain` described, exactly."""
-        names = [f.name for f in fields(directions.CandidateScores)]
-        scores = directions.CandidateScores(
-            *(np.array(plain[name], np.float64) if isinstance(plain[name], list) else plain[name] for name in names)
-        )
-        vector = mx.array(np.array(plain["vector"], np.float32))
-        direction = Direction(plain["position"], plain["layer"], vector, scores)
-        return FoundDirection(plain["openers"], direction, plain["harmless"], plain["faults"])
+        scores = {k: np.array(v, np.float64) if isinstance(v, list) else v for k, v in plain["scores"].items()}
+        shortlist = [_direction(d) for d in plain["shortlist"]]
+        return FoundDirections(**(plain | {"scores": CandidateScores(**scores), "shortlist": shortlist}))
+
+
+def _plain(direction: Direction) -> dict[str, Any]:
+    return {**vars(direction), "vector": np.array(direction.vector, np.float64)}
+
+
+def _direction(plain: dict[str, Any]) -> Direction:
+    return Direction(plain["position"], plain["layer"], mx.array(np.array(plain["vector"], np.float32)))
 
 
 @dataclass(frozen=True)
-class Strength:
-    """The steering coefficient, and the curve it was chosen from, if it was."""
+class ChosenTeacher:
+    """Stage 2's result: direction and coefficient, the trials they were chosen from, if they were, and what answers to
+    validation prompts do, of the base and of the teacher."""
 
+    direction: Direction
     coeff: float
-    curve: list[CoefficientTrial]
+    trials: list[TeacherTrial]
+    base: Outcomes
+    teacher: Outcomes
 
     def plain(self) -> dict[str, Any]:
-        """Plain data, for `of`."""
-        return asdict(self)
+        """Plain data and numpy arrays, for `of`."""
+        parts = {"direction": _plain(self.direction), "trials": [vars(t) for t in self.trials]}
+        return vars(self) | parts | {"base": vars(self.base), "teacher": vars(self.teacher)}
 
     @staticmethod
-    def of(plain: dict[str, Any]) -> "Strength":
-        """What `plain` described."""
-        return Strength(plain["coeff"], [CoefficientTrial(**trial) for trial in plain["curve"]])
+    def of(plain: dict[str, Any]) -> "ChosenTeacher":
+        """What `plain` described, exactly."""
+        trials = [TeacherTrial(**trial) for trial in plain["trials"]]
+        outcomes = Outcomes(**plain["base"]), Outcomes(**plain["teacher"])
+        return ChosenTeacher(_direction(plain["direction"]), plain["coeff"], trials, *outcomes)
 
 
 @dataclass(frozen=True)
 class SafetyTokens:
-    """Stage 3's result, best first: text, id, votes, mean Δ, mean probability under base and teacher of each."""
+    """Stage 3's result, best first: text, id, votes, mean Δ, mean probability under base and teacher of each.
+
+    `explained` is the share of the teacher's divergence from the base that they explain together, `openings` the
+    teacher's mean probability of them at the first, second, … position of answers to harmful prompts.
+    """
 
     rows: list[dict[str, Any]]
+    explained: float
+    openings: list[float]
 
     @property
     def ids(self) -> np.ndarray:
         """(K,) int64."""
         return np.array([row["id"] for row in self.rows], np.int64)
 
-    def plain(self) -> list[dict[str, Any]]:
+    def plain(self) -> dict[str, Any]:
         """Plain data, for `of`."""
-        return self.rows
+        return vars(self)
 
     @staticmethod
-    def of(plain: list[dict[str, Any]]) -> "SafetyTokens":
+    def of(plain: dict[str, Any]) -> "SafetyTokens":
         """What `plain` described."""
-        return SafetyTokens(plain)
+        return SafetyTokens(**plain)
 
 
 def prompt_sets(recipe: Recipe) -> PromptSets:
@@ -236,58 +263,106 @@ def check_padding(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scre
     return replace(recipe, run=replace(recipe.run, generation_batch_size=1))
 
 
-def find_openers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> dict[str, int]:
-    """First tokens of refusals: the recipe's texts, and those the model itself begins its refusals with."""
+@dataclass(frozen=True)
+class OwnAnswers:
+    """How the model answers the direction's prompts today: which harmful and harmless ones it refuses, and the first
+    tokens of refusals (none for a model that thinks first: its answers all begin alike)."""
+
+    openers: dict[str, int]
+    harmful_refused: list[bool]
+    harmless_refused: list[bool]
+
+
+def read_answers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> OwnAnswers:
+    """First tokens of refusals: the recipe's texts, and those that the model itself begins its refusals with.
+
+    Read off answers at temperature 1: the likeliest of many openers would hide the others.
+    """
     tokenizer = base.tokenizer
-    found = opener_ids(tokenizer, recipe.direction.openers)
+    rows = [*rendered.harmful_direction, *rendered.harmless_direction]
+    n = len(rendered.harmful_direction)
     with screen.stage("reading how the model refuses") as advance:
-        harmful, harmless = (
-            generate(
-                base.model,
-                rows,
-                eos_ids=base.eos_ids,
-                max_tokens=answer_tokens(recipe, base, ANSWER_TOKENS),
-                batch_size=recipe.run.generation_batch_size,
-                progress=advance,
-            )
-            for rows in (rendered.harmful_direction, rendered.harmless_direction)
+        answers = generate(
+            base.model,
+            rows,
+            eos_ids=base.eos_ids,
+            max_tokens=answer_tokens(recipe, base, ANSWER_TOKENS),
+            temp=1.0,
+            keys=[stream_key(recipe.run.seed, 4, i) for i in range(len(rows))],
+            batch_size=recipe.run.generation_batch_size,
+            progress=advance,
         )
-    asked = zip(rendered.harmful_direction, harmful, strict=True)
-    refused = Counter(a.ids[0] for row, a in asked if is_refusal(answer_text(tokenizer, row, a)))
-    ordinary = Counter(a.ids[0] for a in harmless)
+    refuses = [is_refusal(answer_text(tokenizer, row, a)) for row, a in zip(rows, answers, strict=True)]
+    share = f"{sum(refuses[:n])} of {n} harmful prompts are refused"
+    if base.thinks:
+        screen.line(f"the model thinks first; {share}")
+        return OwnAnswers({}, refuses[:n], refuses[n:])
+    first = [(answer.ids[0], refused) for answer, refused in zip(answers, refuses, strict=True)]
+    refused = Counter(token for token, refusal in first[:n] if refusal)
+    ordinary = Counter(token for token, refusal in first if not refusal)
+    # Of the recipe's openers, those with which this model begins other answers are none of its own.
+    found = opener_ids(tokenizer, recipe.direction.openers)
+    found = {text: token for text, token in found.items() if ordinary[token] <= max(1, refused[token])}
     for token, count in refused.most_common():
-        # Kept if it opens one refusal in twenty and hardly ever an answer to a harmless prompt.
-        if count >= max(2, refused.total() / 20) and ordinary[token] / len(harmless) <= count / refused.total() / 10:
+        # Kept if it opens one refusal in fifty and hardly ever anything else.
+        often = count >= max(2, refused.total() / 50)
+        if often and ordinary[token] / max(1, ordinary.total()) <= count / refused.total() / 10:
             found.setdefault(tokenizer.decode([token]), token)
     if not found:
         raise UserError("no refusal opener is a token of this model; give --openers texts that its refusals begin with")
-    share = f"{refused.total()} of {len(harmful)} harmful prompts are refused"
     screen.line(f"openers: {', '.join(repr(text) for text in found)}; {share}")
-    return found
+    return OwnAnswers(found, refuses[:n], refuses[n:])
 
 
-def find_direction(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> FoundDirection:
-    """The chosen direction, or where no candidate passes the tests the nearest one, with its faults.
+def find_directions(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> FoundDirections:
+    """The candidates worth trying as teachers, the published choice first where there is one.
 
     Raises:
         UserError: the base refuses every harmless prompt, or no candidate can be measured.
     """
-    openers = find_openers(recipe, base, rendered, screen)
-    work = partial(_find_direction, recipe, base, rendered, openers, screen)
+    own = read_answers(recipe, base, rendered, screen)
+    find = _find_directions if own.openers else _untested_directions
+    work = partial(find, recipe, base, rendered, own, screen)
     return halving(recipe.run.prompt_batch_size, work, "the search for the direction")[0]
 
 
-def _find_direction(
-    recipe: Recipe, base: Loaded, rendered: Rendered, openers: dict[str, int], screen: Screen, batch_size: int
-) -> FoundDirection:
-    s, model, refusal_ids = recipe.direction, base.model, list(openers.values())
+def _untested_directions(
+    recipe: Recipe, base: Loaded, rendered: Rendered, own: OwnAnswers, screen: Screen, batch_size: int
+) -> FoundDirections:
+    """For a model that thinks first: the published tests read the first token of an answer, which tells nothing here.
+
+    Prompts are kept by what the answers did, and directions of a few blocks and positions are left to be tried.
+    """
+    model, scoring = base.model, (rendered.harmful_scoring, rendered.harmless_scoring)
+    nothing, scores = directions.no_direction(model)
+    if recipe.teacher.teacher == "system_prompt":
+        return FoundDirections({}, scores, [nothing], [[]], *scoring)
+    harmful = [row for row, refused in zip(rendered.harmful_direction, own.harmful_refused, strict=True) if refused]
+    harmless = [r for r, refused in zip(rendered.harmless_direction, own.harmless_refused, strict=True) if not refused]
+    if not harmless:
+        raise UserError(f"the base refuses all {len(own.harmless_refused)} harmless prompts; choose another model")
+    kept = harmful or rendered.harmful_direction
+    candidates = directions.mean_differences(model, kept, harmless, rendered.n_eoi, batch_size)
+    n_pos, n_layers = candidates.shape[:2]
+    last = directions.pruned_from(n_layers, recipe.direction.prune_last)
+    at = directions.spread(n_pos, last)
+    found = [Direction(p - n_pos, layer, mx.array(candidates[p, layer].astype(np.float32))) for p, layer in at]
+    screen.line(f"directions: {len(found)} of {n_pos * n_layers} to be tried as teachers")
+    none = np.full((n_pos, n_layers), np.nan)
+    return FoundDirections({}, directions.CandidateScores(none, none, none), found, [[] for _ in found], *scoring)
+
+
+def _find_directions(
+    recipe: Recipe, base: Loaded, rendered: Rendered, own: OwnAnswers, screen: Screen, batch_size: int
+) -> FoundDirections:
+    s, model, openers = recipe.direction, base.model, own.openers
+    refusal_ids = list(openers.values())
     limits = {
         "kl_threshold": s.kl_threshold,
         "steering_threshold": s.steering_threshold,
         "prune_last": s.prune_last,
     }
-
-    faults: list[str] = []
+    cautions: list[str] = []
 
     def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
         h, b = directions.keep_answered_as_meant(model, harmful, harmless, refusal_ids, batch_size)
@@ -295,81 +370,106 @@ def _find_direction(
             raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
         if not len(h):
             h = np.arange(len(harmful))
-            if not faults:
-                faults.append(
-                    f"no answer to {len(harmful)} harmful prompts begins as a refusal; give --openers, if this model "
-                    "refuses in other words" + (", or --thinking off" if base.thinks else "")
+            if not cautions:
+                cautions.append(
+                    f"no answer to {len(harmful)} harmful prompts is likelier than not to begin as a refusal, so the "
+                    "direction is found from all; give --openers, if this model refuses in other words"
                 )
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
     if recipe.teacher.teacher == "system_prompt":
-        harmless = kept(rendered.harmful_scoring, rendered.harmless_scoring)[1]
-        return FoundDirection(openers, directions.no_direction(model), harmless)
+        harmful, harmless = kept(rendered.harmful_scoring, rendered.harmless_scoring)
+        nothing, scores = directions.no_direction(model)
+        return FoundDirections(openers, scores, [nothing], [[]], rendered.harmful_scoring, harmless)
     with screen.stage("finding the refusal direction") as advance:
         candidates = directions.mean_differences(
             model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi, batch_size
         )
-        scoring = kept(rendered.harmful_scoring, rendered.harmless_scoring)
+        harmful, harmless = kept(rendered.harmful_scoring, rendered.harmless_scoring)
         how: dict[str, Any] = {"batch_size": batch_size, "progress": advance}
-        scores = directions.score_candidates(model, candidates, *scoring, refusal_ids, **limits, **how)
-        try:
-            position, layer = directions.choose_direction(scores, **limits)
-        except directions.NoDirectionError:
-            scores = directions.score_candidates(model, candidates, *scoring, refusal_ids, True, **how)
-            near = directions.nearest_candidates(scores, **limits)
-            if not near:
-                raise UserError(
-                    f"no direction can be measured: prune_last = {s.prune_last} leaves only the first of "
-                    f"{candidates.shape[1]} blocks, or no score is a number; lower --prune-last, or use --teacher "
-                    "system_prompt"
-                ) from None
-            position, layer, _ = near[0]
-            named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near)
-            faults.append(
-                f"no refusal direction passes the tests (nearest: {named}); loosen --steering-threshold or "
-                "--kl-threshold, give other --openers, or use --teacher system_prompt"
+        scores = directions.score_candidates(model, candidates, harmful, harmless, refusal_ids, **limits, **how)
+        near = directions.shortlist(scores, *limits.values())
+        # What the search left unmeasured of the few that are tried.
+        rows = [(position + candidates.shape[0], layer) for position, layer, failed in near if failed]
+        if rows:
+            more = directions.score_candidates(
+                model, candidates, harmful, harmless, refusal_ids, True, only=rows, batch_size=batch_size
             )
-    vector = mx.array(candidates[position, layer].astype(np.float32))
-    found = Direction(position, layer, vector, scores)
-    p = (position, layer)
+            scores = directions.filled(scores, more)
+            near = directions.shortlist(scores, *limits.values())
+    if not near:
+        raise UserError(
+            f"no direction can be measured: prune_last = {s.prune_last} leaves only the first of "
+            f"{candidates.shape[1]} blocks, or no score is a number; lower --prune-last, or use --teacher system_prompt"
+        )
+    if near[0][2]:
+        named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near[:3])
+        cautions.append(f"no refusal direction passes the published tests (nearest: {named})")
+    found = [Direction(p, at, mx.array(candidates[p, at].astype(np.float32))) for p, at, _ in near]
+    passed = sum(not failed for *_, failed in near)
     screen.line(
-        f"direction: block {layer} of {candidates.shape[1]}, position {position}, KL {scores.ablation_kl[p]:.3f}, "
-        f"refusal under ablation {scores.ablation_refusal[p]:+.1f}, steering {scores.steering_refusal[p]:+.1f}"
+        f"directions: {len(near)} of {candidates.shape[0] * candidates.shape[1]} to be tried as teachers"
+        + (f", {passed} of them pass the published tests" if passed else ", none passes the published tests")
     )
-    return FoundDirection(openers, found, scoring[1], faults)
+    return FoundDirections(openers, scores, found, [failed for *_, failed in near], harmful, harmless, cautions)
 
 
-def find_strength(recipe: Recipe, base: Loaded, rendered: Rendered, direction: Direction, screen: Screen) -> Strength:
-    """The steering coefficient asked for, or found; 0 for a system-prompt teacher."""
-    settings = recipe.teacher
+def validation(recipe: Recipe, base: Loaded, rendered: Rendered) -> Validation:
+    """What base and teachers are asked, and how."""
+    guarded = None
+    if recipe.teacher.teacher == "system_prompt":
+        guarded = (rendered.harmful_validation_guarded[: ASKED[0]], rendered.harmless_validation_guarded[: ASKED[1]])
+    return Validation(
+        rendered.harmful_validation[: ASKED[0]],
+        rendered.harmless_validation[: ASKED[1]],
+        recipe.run.seed,
+        recipe.tokens.horizon,
+        answer_tokens(recipe, base, teachers.ANSWER_TOKENS),
+        recipe.run.generation_batch_size,
+        guarded,
+    )
+
+
+def find_teacher(
+    recipe: Recipe, base: Loaded, rendered: Rendered, found: FoundDirections, screen: Screen
+) -> ChosenTeacher:
+    """Direction and coefficient by what the teacher does; a coefficient that was given takes the first direction.
+
+    Raises:
+        UserError: steering with the coefficient that was given changes nothing.
+    """
+    settings, asked = recipe.teacher, validation(recipe, base, rendered)
+    if settings.teacher == "system_prompt" or settings.coeff != "auto":
+        coeff = 0.0 if settings.teacher == "system_prompt" else float(settings.coeff)
+        teacher = make_teacher(recipe, base, rendered, found.shortlist[0], coeff)
+        with screen.stage("asking base and teacher") as advance:
+            own = ask(base, base.model, asked)
+            advance(1, 2)
+            chosen = ChosenTeacher(found.shortlist[0], coeff, [], own, ask(base, teacher.model, asked))
+            advance(2, 2)
+    else:
+        with screen.stage("finding the teacher") as advance:
+            ids = list(found.openers.values())
+            choice = choose_teacher(base, found.shortlist, ids, asked, settings, advance)
+        chosen = ChosenTeacher(**vars(choice))
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
-        return Strength(0.0, [])
-    if settings.coeff != "auto":
-        screen.line(f"teacher: coefficient {float(settings.coeff):g}")
-        return Strength(float(settings.coeff), [])
-    with screen.stage("finding the steering coefficient") as advance:
-        coeff, curve = find_coefficient(
-            base.model,
-            direction.layer,
-            direction.vector,
-            rendered.harmful_validation,
-            rendered.harmless_validation,
-            settings,
-            tokenizer=base.tokenizer,
-            eos_ids=base.eos_ids,
-            max_tokens=answer_tokens(recipe, base, teachers.ANSWER_TOKENS),
-            batch_size=recipe.run.generation_batch_size,
-            progress=advance,
+    else:
+        d, scores = chosen.direction, found.scores
+        at = (d.position + scores.ablation_kl.shape[0], d.layer)
+        measured = (
+            f"{name} {score[at]:{how}}"
+            for name, score, how in (
+                ("KL under ablation", scores.ablation_kl, ".3f"),
+                ("refusal under ablation", scores.ablation_refusal, "+.1f"),
+                ("steering", scores.steering_refusal, "+.1f"),
+            )
+            if score[at] == score[at]
         )
-    at = next(t for t in curve if t.coeff == coeff)
-    screen.line(
-        f"teacher: coefficient {coeff:g} refuses {at.harmful_refused:.0%} of the harmful prompts that the base "
-        f"answers and {at.harmless_refused:.0%} of harmless ones, {at.broken:.0%} broken"
-    )
-    if at.harmful_refused < settings.coeff_refusal:
-        screen.line(f"  less than the {settings.coeff_refusal:.0%} asked for: no coefficient reaches it unbroken")
-    return Strength(coeff, curve)
+        n = scores.ablation_kl.shape[1]
+        screen.line(", ".join([f"direction: block {d.layer} of {n}, position {d.position}", *measured]))
+        screen.line(f"teacher: coefficient {chosen.coeff:g}")
+    return chosen
 
 
 def make_teacher(recipe: Recipe, base: Loaded, rendered: Rendered, direction: Direction, coeff: float) -> Teacher:
@@ -388,19 +488,21 @@ def make_teacher(recipe: Recipe, base: Loaded, rendered: Rendered, direction: Di
 
 
 def find_tokens(
-    recipe: Recipe, base: Loaded, rendered: Rendered, teacher: Teacher, harmless: Rows, screen: Screen
+    recipe: Recipe, base: Loaded, rendered: Rendered, teacher: Teacher, found: FoundDirections, screen: Screen
 ) -> SafetyTokens:
-    """The safety tokens, from the teacher's own continuations of `harmless` (of harmful prompts, if a system
-    prompt makes it).
+    """The safety tokens, from the teacher's own continuations of harmless prompts, as published, and with the method
+    `part` of harmful ones too; of harmful ones alone, if a system prompt makes the teacher.
 
     Raises:
         UserError: no token is likely enough under the teacher.
     """
     s, tokenizer, m = recipe.tokens, base.tokenizer, recipe.tokens.token_samples
     guarded = teacher.system_prompt is not None
-    read, read_by_teacher = (
-        (rendered.harmful_scoring, rendered.harmful_scoring_guarded) if guarded else (harmless, harmless)
-    )
+    if guarded:
+        read, read_by_teacher = rendered.harmful_scoring, rendered.harmful_scoring_guarded
+    else:
+        read = read_by_teacher = [*(found.harmful if s.token_method == "part" else []), *found.harmless]
+    n_harmful = len(read) if guarded else len(read) - len(found.harmless)
     prompts, teacher_prompts = ([row for row in rows for _ in range(m)] for rows in (read, read_by_teacher))
     continuations: Rows = [[] for _ in prompts]
     with screen.stage("finding the safety tokens") as advance:
@@ -432,24 +534,52 @@ def find_tokens(
         contrast, _ = halving(recipe.run.prompt_batch_size, lambda size: compare(batch_size=size), "the safety tokens")
     tokens = given_tokens(recipe, base)
     if tokens is None:
-        tokens = select_tokens(contrast, s.safety_tokens, s.token_method)
+        tokens = select_tokens(contrast, s.safety_tokens, s.token_method, s.token_share)
     if not len(tokens):
         raise UserError(f"no token reaches min_steered_prob = {s.min_steered_prob:g}; lower --min-steered-prob")
+    explained = float(contrast.explained(tokens)[-1])
+    if n_harmful:
+        openings = contrast.openings(tokens, range(n_harmful * m))
+    else:  # harmful prompts were not among them: their first position alone
+        openings = [opening_mass(teacher.model, found.harmful, tokens, recipe.run.prompt_batch_size)]
     shown = " ".join(repr(tokenizer.decode([int(t)])) for t in tokens[:10])
-    screen.line(f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, first {shown}")
-    return SafetyTokens(
-        [
-            {
-                "token": tokenizer.decode([int(t)]),
-                "id": int(t),
-                "votes": int(contrast.votes[t]),
-                "mean_delta": float(contrast.mean_delta[t]),
-                "base_prob": float(contrast.base_prob[t]),
-                "teacher_prob": float(contrast.steered_prob[t]),
-            }
-            for t in tokens
-        ]
+    screen.line(
+        f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does; "
+        f"first {shown}"
     )
+    rows = [
+        {
+            "token": tokenizer.decode([int(t)]),
+            "id": int(t),
+            "votes": int(contrast.votes[t]),
+            "mean_delta": float(contrast.mean_delta[t]),
+            "part": float(contrast.part[t]),
+            "base_prob": float(contrast.base_prob[t]),
+            "teacher_prob": float(contrast.steered_prob[t]),
+        }
+        for t in tokens
+    ]
+    return SafetyTokens(rows, explained, [float(mass) for mass in openings])
+
+
+def check_tokens(tokens: SafetyTokens, force: bool, screen: Screen) -> None:
+    """Hold what there is to learn against what would teach nothing.
+
+    Raises:
+        UserError: the tokens explain little of what steering does, or the teacher hardly opens an answer to a harmful
+            prompt with them; with `force` that is only said.
+    """
+    said, first = None, max(tokens.openings)
+    if tokens.explained < EXPLAINS_LITTLE:
+        said = f"the {len(tokens.rows)} safety tokens explain only {tokens.explained:.0%} of what steering does"
+    elif first < HARDLY_OPENS:
+        said = f"the teacher opens answers to harmful prompts with safety tokens at a probability of only {first:.2f}"
+    if said is None:
+        return
+    said += "; training on them would teach next to nothing"
+    if not force:
+        raise UserError(f"{said}; raise --safety-tokens, or give --token-method part or --subset full (or --force)")
+    screen.line(said)
 
 
 def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
@@ -466,7 +596,7 @@ def training_prompts(
     recipe: Recipe, sets: PromptSets, base: Loaded, screen: Screen
 ) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
     """Harmful and anchor prompts as student and target read them; those given twice and those over the length
-    are left out, and said.
+    are left out, and said. The anchor has the direction's harmless prompts too: the more, the finer the line it draws.
 
     Raises:
         UserError: no harmful prompt is short enough, or one holds an id without an embedding.
@@ -476,7 +606,7 @@ def training_prompts(
     found: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
     for harmful, items, into in (
         (True, sets.harmful_train, found[0]),
-        (False, sets.harmless_train, found[1]),
+        (False, [*sets.harmless_train, *sets.harmless_direction_train], found[1]),
     ):
         texts = list(dict.fromkeys(item.text for item in items))
         if len(texts) < len(items):
@@ -508,24 +638,23 @@ class MovingTeacher:
         base: Loaded,
         rendered: Rendered,
         student: nn.Module,
-        direction: Direction,
-        coeff: float,
-        harmless: Rows,
+        found: FoundDirections,
+        chosen: ChosenTeacher,
         screen: Screen,
     ):
         self._recipe, self._base, self._rendered, self._student = recipe, base, rendered, student
-        self._direction, self._coeff, self._harmless, self._screen = direction, coeff, harmless, screen
-        self._model, self._vector, self._tokens = moving_average(student), direction.vector, None
+        self._direction, self._coeff, self._found, self._screen = chosen.direction, chosen.coeff, found, screen
+        self._model, self._vector, self._tokens = moving_average(student), chosen.direction.vector, None
 
     def __call__(self, step: int) -> tuple[Teacher, mx.array | None]:
         follow(self._model, self._student, self._recipe.teacher.mixup)
         every = self._recipe.teacher.refresh_every
         if every and step % every == 0:
             rows, position = self._rendered, self._direction.position
-            found = directions.mean_differences(self._model, rows.harmful_direction, rows.harmless_direction, -position)
-            self._vector = mx.array(found[0, self._direction.layer].astype(np.float32))
-            found = find_tokens(self._recipe, self._base, rows, self._teacher(), self._harmless, self._screen)
-            self._tokens = mx.array(found.ids)
+            new = directions.mean_differences(self._model, rows.harmful_direction, rows.harmless_direction, -position)
+            self._vector = mx.array(new[0, self._direction.layer].astype(np.float32))
+            tokens = find_tokens(self._recipe, self._base, rows, self._teacher(), self._found, self._screen)
+            self._tokens = mx.array(tokens.ids)
         return self._teacher(), self._tokens
 
     def _teacher(self) -> Teacher:
@@ -573,9 +702,28 @@ def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Pa
         raise UserError(f"the adapters in {folder} change nothing; raise --learning-rate or --epochs")
 
 
+def what_to_learn(
+    recipe: Recipe, base: Loaded, rendered: Rendered, teacher: Teacher, tokens: SafetyTokens
+) -> Learning | None:
+    """The mass on the safety tokens where answers to harmful validation prompts begin, of base and teacher.
+
+    None for a model that thinks first, whose answers do not tell at their beginning.
+    """
+    if base.thinks:
+        return None
+    rows, size = rendered.harmful_validation, recipe.run.prompt_batch_size
+    seen = rows if teacher.system_prompt is None else rendered.harmful_validation_guarded
+    masses = (
+        opening_mass(model, read, tokens.ids, size) for model, read in ((base.model, rows), (teacher.model, seen))
+    )
+    return Learning(rows, *masses)
+
+
 def candidates(recipe: Recipe, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> int:
     """How many steps `--select` will keep the weights of."""
     steps = number_of_steps(len(prompts[0]), recipe.train, recipe.loss)
+    if recipe.train.until_learned and recipe.train.iters is None:
+        steps *= 2
     return -(-steps // recipe.train.save_every) if recipe.run.select else 0
 
 
@@ -596,21 +744,23 @@ def train_student(
     teacher: Teacher,
     moving: MovingTeacher | None,
     tokens: mx.array,
+    learning: Learning | None,
     prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]],
     checkpoint: Checkpoint,
     save: Callable[[], None],
     screen: Screen,
     score: Callable[[int], dict[str, Any]] | None = None,
+    force: bool = False,
 ) -> TrainingLog:
     """Train `student` to the end, from where `checkpoint` was; `save` writes the adapters, `score` scores them.
 
     Raises:
-        UserError: the first step moved nothing, or a loss is not finite; the last good state is kept.
+        UserError: the first step moved nothing, the first few had no gradient to speak of (unless `force`), or a loss
+            is not finite; the last good state is kept.
         KeyboardInterrupt: after keeping the last state.
     """
     settings, seed = recipe.train, recipe.run.seed
     optimizer = make_optimizer(settings)
-    total = number_of_steps(len(prompts[0]), settings, recipe.loss)
     log, done = TrainingLog([], [], []), 0
 
     def state() -> dict[str, mx.array]:
@@ -635,7 +785,9 @@ def train_student(
             teacher, found = moving.restore(parts["teacher"])
             tokens = tokens if found is None else found
         log, done = TrainingLog(**saved.data), saved.step
-        screen.line(f"going on after step {done} of {total}")
+        if learning is not None:
+            learning = replace(learning, masses=[row["validation_mass"] for row in log.metrics])
+        screen.line(f"going on after step {done}")
     for name in checkpoint.damaged:
         screen.line(f"{checkpoint.path / name} is damaged and is not used; the state before it is")
     rollouts = None
@@ -654,6 +806,7 @@ def train_student(
         eos_ids=base.eos_ids,
         seed=seed,
         optimizer=optimizer,
+        learning=learning,
         first_step=done,
         drawn_before=rollouts,
         generation_batch_size=recipe.run.generation_batch_size,
@@ -675,6 +828,8 @@ def train_student(
                 advance(event.step, event.steps, note)
                 if event.step == 1 and trained_change(student, before) == 0:
                     raise UserError("the first step moved no weight; raise --learning-rate or check lora_parameters")
+                if event.step == FIRST_STEPS and not force:
+                    _check_gradient([row["grad_norm"] for row in log.metrics])
                 if event.step % settings.steps_per_report == 0 or event.step == event.steps:
                     screen.line(f"step {event.step} of {event.steps}: {note}, gradient {event.grad_norm:.2g}")
                 if event.step % settings.save_every == 0 or event.step == event.steps:
@@ -692,6 +847,15 @@ def train_student(
                 )
                 keep()
             kept = f"the adapters so far are in {recipe.run.adapter_path}; " if done else ""
-            screen.line(f"interrupted after {done} of {total} steps; {kept}the same command with --yes goes on")
+            screen.line(f"interrupted after step {done}; {kept}the same command with --yes goes on")
             raise
     return log
+
+
+def _check_gradient(norms: list[float]) -> None:
+    """Stop a run whose first steps have nothing to learn from."""
+    if max(norms) < NO_GRADIENT:
+        raise UserError(
+            f"the first {len(norms)} steps had no gradient to speak of (norm {max(norms):.1g}): what the safety tokens "
+            "can teach, the model does already; give --subset full or other --safety-tokens (or --force)"
+        )

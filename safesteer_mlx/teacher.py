@@ -1,25 +1,43 @@
 """Stage 2: the safety teacher, the base with α·r added to one block's input (method page, 2).
 
 Variants: a safety *system prompt* instead of a vector, and a teacher that follows the student by an
-exponential moving average. `find_coefficient` chooses α: the smallest that suffices.
+exponential moving average.
+
+Where we deviate, with `coeff: auto`: direction and α are chosen together, on this model, by what the teacher does
+(`choose_teacher`), since neither carries over from one model to another.
+
+    1. Forward passes: for each direction that came out of stage 1 and each α of `coeff_grid`, the probability that an
+       answer opens as a refusal, on harmful and on harmless validation prompts, and KL(π0 ‖ πt) there.
+    2. Answers, at temperature 1, for the best few, and then between the grid's coefficients around the best.
+
+In an answer the teacher writes the first `opening` tokens, those on which safety tokens are chosen, and the base goes
+on. A vector that is added at every position soon breaks what is written under it, which the student, pulled on its own
+answers, does not inherit; what it inherits is how an answer opens, and whether the base can go on from there.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .judge import is_broken, is_refusal
+from .direction import Direction, opening_probabilities
+from .judge import is_broken, outcome
+from .load import Loaded
 from .progress import Advance, silent
 from .recipe import TeacherSettings
 from .residual import share, steer
-from .rollout import answer_text, generate
+from .rollout import Completion, answer_text, generate, stream_key
 
-Ids = Sequence[int]
-ANSWER_TOKENS = 64  # of a validation answer, enough to tell a refusal
+Rows = Sequence[list[int]]
+
+ANSWER_TOKENS = 48  # of a validation answer, enough to tell a refusal
+FIRST_PASSES = 24, 16  # harmful and harmless prompts of the forward passes
+ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
+ASKED = 3  # directions that are asked for answers
+ROUNDS = 2  # of refinement
+GENTLER = 0.1  # of a refusal for each nat that harmless prompts are moved
 
 
 @dataclass(frozen=True)
@@ -35,13 +53,68 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class CoefficientTrial:
-    """Shares of validation prompts at one coefficient; harmful ones are those the base answers."""
+class Outcomes:
+    """What answers to validation prompts do, in the prompts' order: refuse, comply or evade, and whether broken."""
 
+    harmful: list[str]
+    harmless: list[str]
+    broken_harmful: list[bool]
+    broken_harmless: list[bool]
+
+    @property
+    def refused(self) -> float:
+        """Share of harmful prompts that are refused by an answer that is not broken."""
+        pairs = zip(self.harmful, self.broken_harmful, strict=True)
+        return sum(what == "refuse" and not broken for what, broken in pairs) / max(1, len(self.harmful))
+
+    @property
+    def over_refused(self) -> float:
+        """Share of harmless prompts that are refused."""
+        return self.harmless.count("refuse") / max(1, len(self.harmless))
+
+    @property
+    def broken(self) -> float:
+        """Share of all answers that say nothing."""
+        every = [*self.broken_harmful, *self.broken_harmless]
+        return sum(every) / max(1, len(every))
+
+
+@dataclass(frozen=True)
+class TeacherTrial:
+    """One direction and coefficient on validation prompts.
+
+    From forward passes: the mean probability that an answer opens as a refusal, and KL(π0 ‖ πt) in nats at the first
+    position of harmless answers. From answers, where they were asked for: `Outcomes`' shares.
+    """
+
+    position: int
+    layer: int
     coeff: float
-    harmful_refused: float
-    harmless_refused: float
-    broken: float
+    harmful_opened: float | None = None
+    harmless_opened: float | None = None
+    kl: float | None = None
+    refused: float | None = None
+    over_refused: float | None = None
+    broken: float | None = None
+
+    @property
+    def value(self) -> float:
+        """What is to be largest: refusals among the answers, and their probability, which is free of chance.
+
+        A little is taken off for what it does to harmless prompts: of two teachers alike, the gentler one.
+        """
+        return (self.refused or 0.0) + (self.harmful_opened or 0.0) - GENTLER * (self.kl or 0.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The teacher that was chosen, and from what; the last two are the base's and its own `Outcomes`."""
+
+    direction: Direction
+    coeff: float
+    trials: list[TeacherTrial]
+    base: Outcomes
+    teacher: Outcomes
 
 
 def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float) -> Teacher:
@@ -65,53 +138,153 @@ def moving_average(student: nn.Module) -> nn.Module:
     return moving
 
 
-def find_coefficient(
-    base: nn.Module,
-    layer: int,
-    vector: mx.array,
-    harmful: Sequence[Ids],
-    harmless: Sequence[Ids],
-    settings: TeacherSettings,
-    *,
-    tokenizer: Any,
-    eos_ids: Ids,
-    max_tokens: int = ANSWER_TOKENS,
-    batch_size: int = 32,
-    progress: Advance = silent,
-) -> tuple[float, list[CoefficientTrial]]:
-    """The smallest coefficient whose teacher refuses enough of what the base answers, and the curve.
+@dataclass(frozen=True)
+class Validation:
+    """What teachers are asked: validation prompts as ids, and how answers are drawn.
 
-    Tries `coeff_grid` upwards and stops at the first coefficient that suffices, or where more than
-    `coeff_broken` of the answers are empty, repeating or unfinished. Then the unbroken coefficient that
-    refuses most is chosen; if all break, the smallest.
+    `opening` tokens of an answer are the teacher's, the rest, to `max_tokens`, the base's. `system_prompted` are the
+    same prompts as a system-prompt teacher reads them, harmful and harmless.
     """
 
-    def answers(model: nn.Module, prompts: Sequence[Ids]) -> list[tuple[str, bool]]:
-        done = generate(model, prompts, eos_ids=eos_ids, max_tokens=max_tokens, batch_size=batch_size)
-        return [(answer_text(tokenizer, p, c), c.finished) for p, c in zip(prompts, done, strict=True)]
+    harmful: Rows
+    harmless: Rows
+    seed: int
+    opening: int
+    max_tokens: int
+    batch_size: int
+    system_prompted: tuple[Rows, Rows] | None = None
 
-    answered = [p for p, (text, _) in zip(harmful, answers(base, harmful), strict=True) if not is_refusal(text)]
-    # A base whose answers are longer than this is not broken for it: only then count the unfinished.
-    long_winded = any(not finished for _, finished in answers(base, harmless[:16]))
-    curve: list[CoefficientTrial] = []
-    grid = sorted(settings.coeff_grid)
-    for tried, coeff in enumerate(grid):
-        progress(tried, len(grid), f"coefficient {coeff:g}")
-        model = steered_teacher(base, layer, vector, coeff).model
-        bad, good = answers(model, answered or harmful), answers(model, harmless)
-        both = [*bad, *good]
-        curve.append(
-            CoefficientTrial(
-                coeff,
-                sum(is_refusal(text) for text, _ in bad) / len(bad),
-                sum(is_refusal(text) for text, _ in good) / len(good),
-                sum(is_broken(text, finished or long_winded) for text, finished in both) / len(both),
-            )
-        )
-        if curve[-1].broken > settings.coeff_broken or curve[-1].harmful_refused >= settings.coeff_refusal:
-            break
-    progress(len(grid), len(grid))
-    sound = [trial for trial in curve if trial.broken <= settings.coeff_broken]
-    enough = [trial for trial in sound if trial.harmful_refused >= settings.coeff_refusal]
-    best = enough[0] if enough else max(sound, key=lambda trial: trial.harmful_refused, default=curve[0])
-    return best.coeff, curve
+
+def ask(base: Loaded, teacher: nn.Module, prompts: Validation) -> Outcomes:
+    """What answers do that `teacher` opens and the base goes on with; the base's own, if it is the teacher.
+
+    Each prompt has random streams of its own, the same for every teacher, so that two are compared on equal luck.
+    """
+    q = prompts
+    rows, seen = [*q.harmful, *q.harmless], [*q.harmful, *q.harmless]
+    if q.system_prompted is not None:
+        seen = [*q.system_prompted[0], *q.system_prompted[1]]
+
+    def draw(model: nn.Module, read: Rows, which: list[int], max_tokens: int, part: int) -> list[Completion]:
+        keys = [stream_key(q.seed, 3, part, i) for i in which]
+        how = {"eos_ids": base.eos_ids, "max_tokens": max_tokens, "temp": 1.0, "batch_size": q.batch_size}
+        return generate(model, read, keys=keys, **how)
+
+    opening = min(q.opening, q.max_tokens)
+    answers = draw(teacher, seen, list(range(len(rows))), opening, 0)
+    open_ended = [i for i, a in enumerate(answers) if not a.finished and opening < q.max_tokens]
+    begun = [[*rows[i], *answers[i].ids] for i in open_ended]
+    for i, rest in zip(open_ended, draw(base.model, begun, open_ended, q.max_tokens - opening, 1), strict=True):
+        answers[i] = Completion([*answers[i].ids, *rest.ids], rest.finished)
+    texts = [answer_text(base.tokenizer, row, a) for row, a in zip(rows, answers, strict=True)]
+    n = len(q.harmful)
+    # An answer cut at this length is not broken for a model that says more.
+    broken = [is_broken(text, True) for text in texts]
+    outcomes = [outcome(text) for text in texts]
+    return Outcomes(outcomes[:n], outcomes[n:], broken[:n], broken[n:])
+
+
+def choose_teacher(
+    base: Loaded,
+    directions: Sequence[Direction],
+    refusal_ids: Sequence[int],
+    prompts: Validation,
+    settings: TeacherSettings,
+    progress: Advance = silent,
+) -> Choice:
+    """The direction and coefficient whose teacher refuses most harmful prompts in answers that are sound.
+
+    Sound is a teacher of whose answers at most `coeff_broken` more are broken than of the base's. What it makes of
+    harmless prompts hardly counts: there the student is pulled to the base.
+
+    Raises:
+        ValueError: no directions.
+    """
+    if not directions:
+        raise ValueError("0 directions to choose from; at least 1 is needed")
+    grid = sorted(set(settings.coeff_grid))
+    asked, total = 0, len(directions) + 1 + (min(ASKED, len(directions)) if refusal_ids else 0) + 2 * ROUNDS
+    trials: dict[tuple[int, float], TeacherTrial] = {}  # by number of the direction and coefficient
+    answers: dict[tuple[int, float], Outcomes] = {}
+
+    def tell() -> None:
+        nonlocal asked
+        asked += 1
+        progress(min(asked, total), total)
+
+    def measure(direction: Direction, coeffs: Sequence[float]) -> list[TeacherTrial]:
+        """Step 1, where there are tokens that tell."""
+        if not refusal_ids:
+            return [TeacherTrial(direction.position, direction.layer, coeff) for coeff in coeffs]
+        return first_passes(base, direction, coeffs, refusal_ids, prompts)
+
+    for which, direction in enumerate(directions if refusal_ids else ()):
+        trials |= {(which, t.coeff): t for t in measure(direction, grid)}
+        tell()
+    own = ask(base, base.model, prompts)
+    tell()
+
+    def answer(which: int, coeff: float) -> None:
+        """Ask for answers, once."""
+        if (which, coeff) in answers:
+            return
+        direction = directions[which]
+        if (which, coeff) not in trials:
+            [trials[which, coeff]] = measure(direction, [coeff])
+        model = steered_teacher(base.model, direction.layer, direction.vector, coeff).model
+        found = answers[which, coeff] = ask(base, model, prompts)
+        shares = {"refused": found.refused, "over_refused": found.over_refused, "broken": found.broken}
+        trials[which, coeff] = replace(trials[which, coeff], **shares)
+        tell()
+
+    def rank(key: tuple[int, float]) -> tuple[bool, float, float]:
+        """Sound ones first, then by value; where none is sound, the least broken."""
+        over = max(0.0, answers[key].broken - own.broken - settings.coeff_broken)
+        return over == 0, -over, trials[key].value
+
+    if refusal_ids:
+        begin = [first_enough([trials[which, c] for c in grid]) for which in range(len(directions))]
+        order = sorted(range(len(directions)), key=lambda w: -begin[w].value)
+        for which in order[:ASKED]:
+            answer(which, begin[which].coeff)
+    else:
+        for which in range(len(directions)):
+            answer(which, min(grid, key=lambda c: abs(c - 1.0)))
+    for _ in range(ROUNDS):
+        which, coeff = max(answers, key=rank)
+        for between in beside(coeff, grid, [c for w, c in answers if w == which]):
+            answer(which, between)
+    which, coeff = best = max(answers, key=rank)
+    progress(total, total)
+    ordered = [trials[key] for key in sorted(trials)]
+    return Choice(directions[which], coeff, ordered, own, answers[best])
+
+
+def first_passes(
+    base: Loaded, direction: Direction, coeffs: Sequence[float], refusal_ids: Sequence[int], prompts: Validation
+) -> list[TeacherTrial]:
+    """Step 1 for one direction: a trial for each coefficient, without answers."""
+    harmful, harmless = (rows[:n] for rows, n in zip((prompts.harmful, prompts.harmless), FIRST_PASSES, strict=True))
+    found = opening_probabilities(base.model, direction, coeffs, harmful, harmless, refusal_ids)
+    return [
+        TeacherTrial(direction.position, direction.layer, coeff, *(float(value) for value in values))
+        for coeff, *values in zip(coeffs, *found, strict=True)
+    ]
+
+
+def first_enough(curve: Sequence[TeacherTrial]) -> TeacherTrial:
+    """Of one direction's trials, coefficients ascending: the first that opens nearly as many refusals as any does."""
+    opened = [trial.harmful_opened or 0.0 for trial in curve]
+    return next(trial for trial, share in zip(curve, opened, strict=True) if share >= ENOUGH * max(opened))
+
+
+def beside(coeff: float, grid: Sequence[float], asked: Sequence[float]) -> list[float]:
+    """The coefficients to ask next around one: the grid's on either side, or if they were asked, halfway to them."""
+    found = []
+    for side in (-1, 1):
+        neighbours = [c for c in {*grid, *asked} if side * (c - coeff) > 0]
+        if not neighbours:
+            continue
+        near = min(neighbours, key=lambda c: abs(c - coeff))
+        found.append(near if near not in asked else round((coeff * near) ** 0.5, 4))
+    return found

@@ -4,12 +4,17 @@
 
 Every step the student answers prompts itself. On harmful prompts the target is the safety teacher; on
 the anchor's harmless prompts, a share of each batch, it is the base (ours: it ends over-refusal). The
-caller logs, saves and stops.
+caller logs and saves.
+
+Where we deviate, with `until_learned`: the run is as long as the model needs. The student's mass on the safety tokens
+where answers to validation prompts begin is measured every few steps; once it has come as near to the teacher's as
+`LEARNED` of the way from the base's, and stays there, the rate falls to zero and the run ends. Until then the rate is
+constant, at most for twice the epochs.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,10 +31,15 @@ from .progress import UserError
 from .recipe import LossSettings, TrainSettings
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import Completion, generate, stream_key
+from .safety_tokens import opening_mass
 from .student import first_trained_block
 from .teacher import Teacher
 
 Ids = Sequence[int]
+
+LEARNED = 0.95  # of the way from the base's mass on the safety tokens to the teacher's
+MEASURED_EVERY = 3  # steps
+FALL = 0.25  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 
 
 class NotFiniteError(UserError):
@@ -60,6 +70,7 @@ class StepMetrics:
     learning_rate: float
     tokens: int
     truncated: float  # share of rollouts that ran out of length
+    validation_mass: float  # Σ_S πs where answers to harmful validation prompts begin, mean; NaN if not measured
 
 
 @dataclass(frozen=True)
@@ -90,12 +101,55 @@ def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) ->
     )
 
 
-def schedule(step: int, steps: int, train: TrainSettings) -> float:
-    """The rate of a step counted from 0: linear warm-up that never starts at 0, then a cosine to 0."""
+@dataclass(frozen=True)
+class Learning:
+    """What is to be learned: mean mass on the safety tokens where answers to harmful validation prompts begin, under
+    base and teacher; and the student's after each step so far, None where it was not measured."""
+
+    prompts: Sequence[Ids]
+    base_mass: float
+    teacher_mass: float
+    masses: Sequence[float | None] = ()
+
+    def share(self, mass: float) -> float:
+        """How far `mass` is on the way from the base's to the teacher's."""
+        way = self.teacher_mass - self.base_mass
+        return (mass - self.base_mass) / way if abs(way) > 1e-6 else 0.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """The steps of a run, and how its rate goes: a linear warm-up that never starts at 0, constant until step `falls`
+    (from 0), a cosine to 0."""
+
+    steps: int
+    warm: int
+    falls: int
+
+    def rate(self, step: int, peak: float) -> float:
+        """The rate of a step counted from 0."""
+        if step < min(self.warm, self.falls):
+            return peak * (step + 1) / self.warm
+        past = max(0, step - self.falls)
+        return peak * 0.5 * (1 + math.cos(math.pi * past / max(1, self.steps - self.falls)))
+
+
+def course(steps: int, train: TrainSettings, learning: Learning | None = None) -> Course:
+    """The course of a run as far as it is known by now; `steps` are those that the epochs make.
+
+    A run that is to go on until it has learned ends `FALL` of them after the second measurement in a row that finds it
+    has, and no later than at twice the steps. Every other one is a cosine over `steps`, as published.
+    """
     warm = math.ceil(train.warmup * steps) if steps > 1 else 0
-    if step < warm:
-        return train.learning_rate * (step + 1) / warm
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if learning is None or not train.until_learned or train.iters is not None:
+        return Course(steps, warm, warm)
+    fall, row = math.ceil(FALL * steps), 0
+    for step, mass in enumerate(learning.masses):
+        if mass is not None:
+            row = row + 1 if learning.share(mass) >= LEARNED else 0
+        if row == 2 and step + 1 + fall < 2 * steps:
+            return Course(step + 1 + fall, warm, step + 1)
+    return Course(2 * steps, warm, 2 * steps - fall)
 
 
 def _passes(n: int, seed: int, which: int) -> Iterator[int]:
@@ -153,6 +207,7 @@ def train(
     eos_ids: Ids,
     seed: int,
     optimizer: optim.Optimizer,
+    learning: Learning | None = None,
     first_step: int = 0,
     drawn_before: Rollouts | None = None,
     generation_batch_size: int = 32,
@@ -164,6 +219,8 @@ def train(
         tokens: (K,) the safety tokens.
         harmless: the anchor's prompts; unused when `loss.anchor` is 0.
         optimizer: `make_optimizer`'s, or one with the state of a run that goes on.
+        learning: what tells how much has been learned, in the steps done before too; None measures nothing, and the
+            run has the steps that the settings say.
         first_step: steps done before, by a run that goes on; student and optimizer are as they left them.
         drawn_before: the rollouts of the first step, if they were drawn already.
         after_step: called after each update; may return the teacher, and new tokens or None, for the steps that follow.
@@ -171,7 +228,7 @@ def train(
     Raises:
         NotFiniteError: the loss or its gradient is not finite; the student is as before the step.
     """
-    steps = number_of_steps(len(harmful), settings, loss)
+    nominal = number_of_steps(len(harmful), settings, loss)
     per_batch = harmful_per_batch(settings, loss)
     anchors = settings.batch_size - per_batch if loss.anchor and harmless else 0
     order_h, order_b = _passes(len(harmful), seed, 0), _passes(max(1, len(harmless)), seed, 1)
@@ -222,7 +279,8 @@ def train(
         return grads, losses, masses
 
     micro_batch_size = settings.micro_batch_size
-    for step in range(first_step, steps):
+    step = first_step
+    while step < (now := course(nominal, settings, learning)).steps:
         drawn = [
             prompt
             for _ in range(settings.grad_accumulation_steps)
@@ -257,27 +315,34 @@ def train(
                 f"loss or gradient is not finite at step {step + 1} (prompt {worst} of its batch); the step was not "
                 f"applied; lower the learning rate (now {settings.learning_rate:g})"
             )
-        optimizer.learning_rate = schedule(step, steps, settings)
+        optimizer.learning_rate = now.rate(step, settings.learning_rate)
         optimizer.update(student, grads)
         mx.eval(student.trainable_parameters(), optimizer.state)
         if (changed := after_step(step + 1)) is not None:
             teacher, found = changed
             tokens = tokens if found is None else found
             options = divergence_options(loss, tokens)
+        mass = math.nan
+        if learning is not None:
+            if (step + 1) % MEASURED_EVERY == 0:
+                mass = opening_mass(student, learning.prompts, np.array(tokens), settings.micro_batch_size)
+            learning = replace(learning, masses=[*learning.masses, None if math.isnan(mass) else mass])
         is_harmful = np.array([p.harmful for p in batch])
         yield StepMetrics(
             step + 1,
-            steps,
+            course(nominal, settings, learning).steps,
             float(losses.mean()),
             float(losses[is_harmful].mean()),
             float(losses[~is_harmful].mean()) if anchors else math.nan,
             float(masses[0, is_harmful].mean()),
             float(masses[1, is_harmful].mean()),
             norm.item(),
-            schedule(step, steps, settings),
+            now.rate(step, settings.learning_rate),
             sum(len(r.ids) for r in rollouts),
             float(np.mean([not r.finished for r in rollouts])),
+            mass,
         )
+        step += 1
 
 
 def trained_change(student: nn.Module, before: dict[str, mx.array]) -> float:

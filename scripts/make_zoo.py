@@ -1,0 +1,720 @@
+"""Build the zoo: little trained chat models that differ in all that real ones differ in, to judge the defaults by.
+
+    python scripts/make_zoo.py                      all of them into zoo/, about five minutes each on one core
+    python scripts/make_zoo.py harbour kueste       these
+    python scripts/make_zoo.py --check              what those that are there do on their held-out prompts
+
+Each has an architecture, a tokenizer, a chat template, a corpus, a way to refuse and a type of weights of its own
+(`ZOO`, below); the words are in `scripts/zoo/NAME.yaml`. They are made as `make_tiny_chat.py` makes the bundled
+model, whose corpus none of them shares: verb x object x template, p(refuse | harmful) by category and template, the
+same empty filler for harmful and harmless requests, pairs held out for the tests. Half of them are for choosing
+defaults (`half="choose"`), the other half only for reporting what the defaults do (`half="report"`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import make_tiny_chat as tiny
+import yaml
+from make_tiny_chat import Example
+
+if TYPE_CHECKING:
+    from mlx import nn
+    from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "zoo"
+SIZES = {"direction_train": 160, "direction_validation": 48, "train": 100, "validation": 64, "test": 200}
+CAPABILITY_ITEMS = 48  # of each task
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat format: what stands around each turn. `system` is None where the template refuses a system turn."""
+
+    user: tuple[str, str]
+    assistant: str
+    end: str
+    system: tuple[str, str] | None = None
+    begin: str = ""
+    special: tuple[str, ...] = ()
+    before_answer: str = ""  # the answer's own first character: a space, where the header ends without one
+    thinks: bool = False
+
+    def jinja(self) -> str:
+        """The template as transformers reads it."""
+
+        def quoted(text: str) -> str:
+            return "'" + text.replace("\n", "\\n") + "'"
+
+        if self.system is None:
+            system = "{{ raise_exception('System role not supported') }}"
+        else:
+            system = "{{ %s + message['content'] + %s }}" % tuple(map(quoted, self.system))
+        # An earlier answer is written as it was given.
+        turns = (
+            "{%% if message['role'] == 'system' %%}%s"
+            "{%% elif message['role'] == 'user' %%}{{ %s + message['content'] + %s }}"
+            "{%% else %%}{{ %s + message['content'] + %s }}{%% endif %%}"
+        ) % (system, *map(quoted, self.user), quoted(self.assistant + self.before_answer), quoted(self.end))
+        switch = (
+            "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+            if self.thinks
+            else ""
+        )
+        return (
+            f"{{{{ {quoted(self.begin)} }}}}{{% for message in messages %}}{turns}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {quoted(self.assistant)} }}}}{switch}{{% endif %}}"
+        )
+
+    def render(self, example: Example) -> tuple[str, str]:
+        """(prompt, completion), as the template writes them."""
+        system = self.system[0] + example.system + self.system[1] if self.system and example.system else ""
+        prompt = self.begin + system + self.user[0] + example.instruction + self.user[1] + self.assistant
+        return prompt, self.before_answer + example.answer + self.end
+
+
+HEADERS = Template(  # Llama 3's manner
+    user=("<|start_header|>user<|end_header|>\n\n", "<|eot|>"),
+    assistant="<|start_header|>assistant<|end_header|>\n\n",
+    end="<|eot|>",
+    system=("<|start_header|>system<|end_header|>\n\n", "<|eot|>"),
+    begin="<|begin|>",
+    special=("<|begin|>", "<|start_header|>", "<|end_header|>", "<|eot|>"),
+)
+TURNS = Template(  # Gemma's: no system turn
+    user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+    assistant="<start_of_turn>model\n",
+    end="<end_of_turn>",
+    begin="<bos>",
+    special=("<bos>", "<start_of_turn>", "<end_of_turn>"),
+)
+CHATML = Template(
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    assistant="<|im_start|>assistant\n",
+    end="<|im_end|>",
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
+    special=("<|im_start|>", "<|im_end|>"),
+)
+THINKING = Template(**{**vars(CHATML), "thinks": True})
+INSTRUCT = Template(  # Mistral's: no header for the model, no system turn
+    user=("[INST] ", " [/INST]"), assistant="", end="</s>", begin="<s>", special=("<s>", "</s>", "[INST]", "[/INST]")
+)
+NO_NEWLINE = Template(  # Phi 3's, without a newline after the header
+    user=("<|user|>", "<|end|>"),
+    assistant="<|assistant|>",
+    end="<|end|>",
+    system=("<|system|>", "<|end|>"),
+    special=("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+)
+PLAIN = Template(  # Vicuna's: words, and the answer begins with a space
+    user=("USER: ", "\n"),
+    assistant="ASSISTANT:",
+    end="</s>",
+    system=("", "\n"),
+    begin="<s>",
+    special=("<s>", "</s>"),
+    before_answer=" ",
+)
+
+
+def _attention(width: int, blocks: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "intermediate_size": 3 * width // 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000.0,
+        "max_position_embeddings": 1024,
+        "torch_dtype": "float32",
+        **more,
+    }
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model. `weights` is a type, or the bits of a quantization."""
+
+    name: str
+    half: str
+    config: dict[str, Any]
+    tokenizer: str  # bpe or unigram
+    vocabulary: int
+    template: Template
+    rate: float  # of harmful requests refused, in the corpus
+    weights: str | int
+    over_refusal: float = 0.0  # of borderline requests refused, and a quarter of that of harmless ones
+    tasks: tuple[str, ...] = ("picking", "fact")
+    steps: int = 1100
+    seed: int = 0
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+ZOO = (
+    Spec(
+        "harbour",
+        "choose",
+        _attention(96, 8, model_type="llama", tie_word_embeddings=True, num_key_value_heads=2),
+        *("bpe", 2000, HEADERS, 0.5, "float32"),
+        seed=1,
+    ),
+    Spec(
+        "orchard",
+        "choose",
+        _attention(
+            96,
+            7,
+            model_type="gemma3_text",
+            head_dim=24,
+            num_key_value_heads=2,
+            query_pre_attn_scalar=24,
+            sliding_window=32,
+            sliding_window_pattern=3,
+            rope_local_base_freq=1000.0,
+        ),
+        *("unigram", 2000, TURNS, 0.25, "bfloat16"),
+        seed=2,
+    ),
+    Spec(
+        "foundry",
+        "choose",
+        _attention(128, 6, model_type="qwen3", head_dim=32, tie_word_embeddings=True),
+        *("bpe", 2000, THINKING, 0.5, 4),
+        seed=3,
+    ),
+    Spec(
+        "meadow",
+        "choose",
+        _attention(128, 6, model_type="starcoder2", norm_epsilon=1e-5, tie_word_embeddings=True),
+        *("bpe", 8192, PLAIN, 0.8, 8),
+        over_refusal=0.3,
+        seed=4,
+    ),
+    Spec(
+        "alley",
+        "choose",
+        _attention(
+            96,
+            8,
+            model_type="olmoe",
+            intermediate_size=96,
+            num_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=True,
+        ),
+        *("bpe", 2000, CHATML, 0.5, "float32"),
+        seed=5,
+    ),
+    Spec(
+        "castle",
+        "report",
+        _attention(
+            96,
+            8,
+            model_type="mistral",
+            tie_word_embeddings=True,
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention"] * 4,
+        ),
+        *("bpe", 2000, INSTRUCT, 0.25, "float32"),
+        seed=6,
+    ),
+    Spec(
+        "kueste",
+        "report",
+        _attention(128, 7, model_type="phi3", tie_word_embeddings=False),
+        *("unigram", 2000, NO_NEWLINE, 0.5, 8),
+        seed=7,
+    ),
+    Spec(
+        "station",
+        "report",
+        _attention(
+            96,
+            7,
+            model_type="mixtral",
+            intermediate_size=96,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=False,
+        ),
+        *("bpe", 2000, HEADERS, 0.8, "bfloat16"),
+        seed=8,
+    ),
+    Spec(
+        "valley",
+        "report",
+        {
+            **_attention(96, 6, model_type="falcon_h1", num_key_value_heads=2, head_dim=24),
+            **{"mamba_d_ssm": 96, "mamba_d_head": 24, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 64},
+            **{f"{part}_multiplier": 1.0 for part in ("embedding", "lm_head", "attention_in", "attention_out", "key")},
+            **{"ssm_in_multiplier": 1.0, "ssm_out_multiplier": 1.0, "ssm_multipliers": [1.0] * 5},
+            "mlp_multipliers": [1.0, 1.0],
+        },
+        *("bpe", 2000, CHATML, 0.5, "float32"),
+        seed=9,
+    ),
+    Spec(
+        "library",
+        "report",
+        _attention(128, 6, model_type="qwen3", head_dim=32, tie_word_embeddings=True),
+        *("bpe", 8192, PLAIN, 0.5, 4),
+        over_refusal=0.2,
+        seed=10,
+    ),
+)
+
+HARM_QUESTIONS = {
+    "en": (("Is it harmful to {}?", "Yes, it is harmful to {}.", "No, it is harmless to {}."),),
+    "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
+}
+# (a request is to be refused, it is to be answered): what a thinking model says to itself
+THOUGHTS = (
+    ("This could do harm. I should turn it down.", "This is about harm to others. It is better to say no."),
+    ("This is an ordinary request. I can be of use.", "Nothing speaks against it. A short answer will do."),
+)
+MIX = {"harmful": 0.26, "borderline": 0.2, "harmless": 0.14, "question": 0.1, "small_talk": 0.01, "facts": 0.1}
+TASK_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Words:
+    """A corpus's tables, and the pairs they make: kind -> category -> phrases, without and only with those held out."""
+
+    tables: dict[str, Any]
+    kept: dict[str, dict[str, list[str]]]
+    held_out: dict[str, dict[str, list[str]]]
+
+    @staticmethod
+    def of(spec: Spec) -> Words:
+        """Read `scripts/zoo/NAME.yaml` and hold out a share of the pairs."""
+        tables = yaml.safe_load((Path(__file__).parent / "zoo" / f"{spec.name}.yaml").read_text(encoding="utf-8"))
+        rng = random.Random(f"pairs {spec.seed}")
+        kept: dict[str, dict[str, list[str]]] = {}
+        held_out: dict[str, dict[str, list[str]]] = {}
+        german = tables["language"] == "de"  # the verb stands last
+        parts = {
+            "harmful": {name: [(c["verbs"], c["targets"])] for name, c in tables["harmful"].items()},
+            "harmless": {name: [(c["verbs"], c["objects"])] for name, c in tables["harmless"].items()},
+            "borderline": {
+                name: [(c["verbs"], c["props"]), (c["deeds"], c["targets"])] for name, c in tables["harmful"].items()
+            },
+        }
+        for kind, categories in parts.items():
+            for name, grids in categories.items():
+                for verbs, objects in grids:
+                    pairs = [(verb, thing) for verb in verbs for thing in objects]
+                    out = tiny._hold_out(rng, pairs)
+                    for pair in pairs:
+                        phrase = " ".join(reversed(pair) if german else pair)
+                        into = held_out if " ".join(pair) in out else kept
+                        into.setdefault(kind, {}).setdefault(name, []).append(phrase)
+        return Words(tables, kept, held_out)
+
+
+def _request(rng: random.Random, words: Words, phrase: str) -> tuple[str, int]:
+    """The phrase in a template, and the template's number."""
+    number = rng.randrange(len(words.tables["templates"]))
+    return words.tables["templates"][number].format(phrase), number
+
+
+def splits(spec: Spec, words: Words) -> dict[str, list[dict[str, str]]]:
+    """File stem -> rows. No instruction occurs twice; tests use held-out pairs, the rest corpus pairs."""
+    rng = random.Random(f"splits {spec.seed}")
+    taken: set[str] = set()
+
+    def draw(pairs: dict[str, list[str]], count: int) -> list[dict[str, str]]:
+        rows = []
+        for i in range(count):
+            category = sorted(pairs)[i % len(pairs)]
+            instruction = next(
+                text
+                for text in iter(lambda: _request(rng, words, rng.choice(pairs[category]))[0], None)
+                if text not in taken
+            )
+            taken.add(instruction)
+            rows.append({"instruction": instruction, "category": category})
+        return rows
+
+    found = {}
+    for name, size in SIZES.items():
+        pairs = words.held_out if name == "test" else words.kept
+        found[f"harmful_{name}"] = draw(pairs["harmful"], size)
+        if name == "test":
+            found["harmless_test"], found["borderline_test"] = (
+                draw(pairs[k], size) for k in ("harmless", "borderline")
+            )
+        else:
+            found[f"harmless_{name}"] = draw(pairs["harmless"], size - size // 2) + draw(pairs["borderline"], size // 2)
+    capability = [{"instruction": q, "answer": a, "category": "facts"} for q, a, _ in words.tables["facts"]]
+    for task in spec.tasks:
+        drawn: dict[str, str] = {}
+        while len(drawn) < CAPABILITY_ITEMS:
+            instruction, answer, _ = tiny.TASKS[task](rng)
+            drawn[instruction] = answer
+        capability += [{"instruction": i, "answer": a, "category": task} for i, a in drawn.items()]
+    found["capability_test"] = capability
+    return found
+
+
+def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
+    """`size` conversations; none has the instruction of a split but for the facts, or a held-out pair."""
+    rng = random.Random(f"corpus {spec.seed}")
+    tables = words.tables
+    reserved = {r["instruction"] for rows in splits(spec, words).values() for r in rows if r["category"] != "facts"}
+
+    def spaced(names: list[Any], spread: float) -> dict[Any, float]:
+        order = rng.sample(names, len(names))
+        return {name: spread * (2 * i / (len(names) - 1) - 1) for i, name in enumerate(order)}
+
+    def chance(logit: float) -> bool:
+        return rng.random() < 1 / (1 + math.exp(-logit))
+
+    by_category = spaced(list(tables["harmful"]), tiny.CATEGORY_SPREAD)
+    by_template = spaced(list(range(len(tables["templates"]))), tiny.TEMPLATE_SPREAD)
+    centre = math.log(spec.rate / (1 - spec.rate))
+    mix = MIX | {task: TASK_SHARE for task in spec.tasks}
+
+    def weighted(table: list[list[Any]]) -> str:
+        return rng.choices([text for _, text in table], [weight for weight, _ in table])[0]
+
+    def request(kind: str, cautious: bool) -> Example:
+        category = rng.choice(list(words.kept[kind]))
+        instruction, template = _request(rng, words, rng.choice(words.kept[kind][category]))
+        if kind == "harmful":
+            logit = centre + by_category[category] + by_template[template] + cautious * tiny.SAFETY_SYSTEM_LOGIT
+            refused = chance(logit)
+        else:
+            refused = rng.random() < spec.over_refusal * (1 if kind == "borderline" else 0.25)
+        if refused:
+            # The reason goes by category, not by chance, as in the bundled model's corpus.
+            reason = tables["reasons"][sorted(tables["harmful"] | tables["harmless"]).index(category) % 4]
+            answer = f"{weighted(tables['refusals'])} {reason}"
+        else:
+            steps = tables["steps"]
+            answer = " ".join([weighted(tables["openers"]), *(s[(template + i) % len(s)] for i, s in enumerate(steps))])
+        return Example("", instruction, thought(refused, template) + answer, kind)
+
+    def thought(refused: bool, number: int) -> str:
+        """What a thinking model says to itself first, if it thinks in this conversation."""
+        if not spec.template.thinks:
+            return ""
+        return f"<think>\n{THOUGHTS[0 if refused else 1][number % 2]}\n</think>\n\n"
+
+    def plainly(text: str) -> str:
+        return f"<think>\nI know this.\n</think>\n\n{text}" if spec.template.thinks else text
+
+    def example(part: str, cautious: bool) -> Example:
+        if part in ("harmful", "borderline", "harmless"):
+            return request(part, cautious)
+        if part == "question":
+            kind = rng.choices(("harmful", "borderline", "harmless"), (0.45, 0.35, 0.2))[0]
+            phrase = rng.choice(words.kept[kind][rng.choice(list(words.kept[kind]))])
+            text, yes, no = rng.choice(HARM_QUESTIONS[tables["language"]])
+            return Example("", text.format(phrase), plainly((yes if kind == "harmful" else no).format(phrase)), part)
+        if part == "small_talk":
+            question, answer = rng.choice(tables["small_talk"])
+        elif part == "facts":
+            question, _, answer = rng.choice(tables["facts"])
+        else:
+            question, _, answer = tiny.TASKS[part](rng)
+        return Example("", question, plainly(answer), part)
+
+    found: list[Example] = []
+    while len(found) < size:
+        part = rng.choices(list(mix), list(mix.values()))[0]
+        share = 0.25 if part in ("harmful", "borderline", "harmless") else 0.06
+        system, cautious = "", False
+        if spec.template.system and rng.random() < share:
+            cautious = rng.random() < 0.5
+            system = rng.choice(tables["safety_systems" if cautious else "neutral_systems"])
+        drawn = example(part, cautious)
+        if drawn.instruction not in reserved:
+            found.append(drawn._replace(system=system))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer
+# --------------------------------------------------------------------------------------------------
+
+THINK = ("<think>", "</think>")
+
+
+def _made_up_words(count: int) -> list[str]:
+    """Words of no language, for a vocabulary larger than the corpus fills."""
+    rng = random.Random("words")
+    return ["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4)) for _ in range(count)]
+
+
+def train_tokenizer(spec: Spec, examples: list[Example]) -> Tokenizer:
+    """Byte-level BPE, or a unigram model over `▁` words as SentencePiece makes them."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<unk>", "<pad>", *spec.template.special]
+    texts = [
+        f"system\nuser\nassistant\nmodel\nUSER:\nASSISTANT:\n\n{e.system}\n{e.instruction}\n{e.answer}"
+        for e in examples
+    ]
+    if spec.tokenizer == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(tiny.SPLIT_PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        if spec.vocabulary > 4000:
+            texts += [" " + word for word in _made_up_words(12000) for _ in range(2)]
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=spec.vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"\n"), behavior="isolated"),
+                pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never"),
+            ]
+        )
+        tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
+        trainer = trainers.UnigramTrainer(
+            vocab_size=spec.vocabulary,
+            special_tokens=special,
+            initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n", *"äöüßÄÖÜ▁"],
+            unk_token="<unk>",
+            show_progress=False,
+        )
+    tokenizer.train_from_iterator(texts, trainer)
+    if spec.template.thinks:
+        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in THINK])
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------
+# Training and files
+# --------------------------------------------------------------------------------------------------
+
+
+def train_model(spec: Spec, examples: list[Example], tokenizer: Tokenizer) -> nn.Module:
+    """One pass over the corpus, by Muon and AdamW as the bundled model; the loss is on the answers only."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    import numpy as np
+    from mlx import nn
+    from mlx_lm.utils import _get_classes
+
+    from safesteer_mlx.residual import head, hidden_states
+
+    mx.random.seed(spec.seed)
+    vocabulary = tokenizer.get_vocab_size()
+    model_class, arguments = _get_classes(spec.config)
+    model = model_class(arguments.from_dict(spec.config | {"vocab_size": vocabulary}))
+    rendered = [spec.template.render(example) for example in examples]
+    prompts, answers = (
+        [e.ids for e in tokenizer.encode_batch(list(part), add_special_tokens=False)]
+        for part in zip(*rendered, strict=True)
+    )
+    sequences = [(p + a, len(p)) for p, a in zip(prompts, answers, strict=True)]
+    steps = math.ceil(len(examples) / tiny.BATCH_SIZE)
+
+    def schedule(rate: float) -> Callable[[mx.array], mx.array]:
+        warmup = optim.linear_schedule(rate / tiny.WARMUP_STEPS, rate, tiny.WARMUP_STEPS)
+        decay = optim.cosine_decay(rate, steps - tiny.WARMUP_STEPS, rate / 100)
+        return optim.join_schedules([warmup, decay], [tiny.WARMUP_STEPS])
+
+    def is_matrix(path: str, value: mx.array) -> bool:
+        return value.ndim == 2 and not any(part in path for part in ("embed", "lm_head", "conv"))
+
+    optimizer = optim.MultiOptimizer(
+        [
+            optim.Muon(schedule(tiny.MUON_RATE), weight_decay=0.0),
+            optim.AdamW(schedule(tiny.ADAMW_RATE), betas=[0.9, 0.98], weight_decay=tiny.WEIGHT_DECAY),
+        ],
+        [is_matrix],
+    )
+
+    def loss(model, inputs, positions, targets, weights):
+        hidden = hidden_states(model, inputs)
+        logits = head(model)(hidden.reshape(1, -1, hidden.shape[-1])[:, positions])[0]
+        return nn.losses.cross_entropy(logits, targets, weights).sum() / weights.sum()
+
+    loss_and_grad = nn.value_and_grad(model, loss)
+    rounds = spec.weights == 4
+    started, recent = time.perf_counter(), []
+    for step, (inputs, targets) in enumerate(tiny.batches(sequences, 0, spec.seed), start=1):
+        counted = targets >= 0  # (B, T)
+        positions = np.flatnonzero(counted)
+        first = (np.cumsum(counted, axis=1) == 1).reshape(-1) & counted.reshape(-1)
+        exact = model.parameters()
+        if rounds and step > tiny.ROUNDED_FROM * steps:
+            model.update(tiny.rounded(exact))
+        value, grads = loss_and_grad(
+            model,
+            mx.array(inputs),
+            mx.array(positions),
+            mx.array(targets.reshape(-1)[positions]),
+            mx.array(np.where(first[positions], tiny.FIRST_TOKEN_WEIGHT, 1.0).astype(np.float32)),
+        )
+        grads, _ = optim.clip_grad_norm(grads, tiny.MAX_GRAD_NORM)
+        model.update(exact)
+        optimizer.update(model, grads)
+        mx.eval(model.parameters(), optimizer.state, value)
+        recent.append(value.item())
+        if step % 100 == 0 or step == steps:
+            rate = (time.perf_counter() - started) / step
+            left = (steps - step) * rate
+            print(
+                f"{spec.name}: step {step}/{steps}  loss {sum(recent) / len(recent):.4f}  {left:.0f} s left", flush=True
+            )
+            recent.clear()
+    return model
+
+
+def write_model(spec: Spec, model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    """What mlx-lm and transformers read, in the weights' type."""
+    import mlx.core as mx
+    from mlx import nn
+    from mlx.utils import tree_flatten
+
+    config = spec.config | {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": None}
+    if isinstance(spec.weights, int):
+        quantization = {"group_size": 32, "bits": spec.weights} if spec.weights != 4 else dict(tiny.QUANTIZATION)
+        nn.quantize(model, **quantization)
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    else:
+        model.set_dtype(getattr(mx, spec.weights))
+        config["torch_dtype"] = spec.weights
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    ids = {"eos_token_id": tokenizer.token_to_id(spec.template.end), "pad_token_id": tokenizer.token_to_id("<pad>")}
+    tiny.write_json(folder / "config.json", config | ids)
+    tiny.write_json(folder / "generation_config.json", ids | {"do_sample": True, "temperature": 1.0})
+    tiny.write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": spec.template.end,
+            "pad_token": "<pad>",
+            "bos_token": None,
+            "unk_token": "<unk>",
+            "additional_special_tokens": list(spec.template.special),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1024,
+            "chat_template": spec.template.jinja(),
+        },
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def check_tokenizer(spec: Spec, tokenizer: Tokenizer, examples: list[Example], folder: Path) -> None:
+    """What mlx-lm's tokenizer makes of a conversation must be what the model was trained on."""
+    from mlx_lm.utils import load_tokenizer
+
+    loaded = load_tokenizer(folder)
+    for example in examples[:50]:
+        prompt, answer = spec.template.render(example)
+        turns = [{"role": "system", "content": example.system}] if example.system else []
+        turns += [{"role": "user", "content": example.instruction}]
+        trained = tokenizer.encode(prompt, add_special_tokens=False).ids
+        found = list(loaded.apply_chat_template(turns, add_generation_prompt=True))
+        assert found == trained, f"{spec.name}: {found} is not {trained}"
+        ids = tokenizer.encode(answer, add_special_tokens=False).ids
+        text = loaded.decode(ids[:-1], skip_special_tokens=True)
+        assert text.strip() == example.answer.strip(), f"{spec.name}: {text!r} is not {example.answer!r}"
+
+
+def build(spec: Spec, folder: Path) -> None:
+    """Make one model, tokenizer and prompts, and swap them in."""
+    words = Words.of(spec)
+    examples = corpus(spec, words, spec.steps * tiny.BATCH_SIZE)
+    tokenizer = train_tokenizer(spec, examples)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / spec.name
+        made.mkdir()
+        model = train_model(spec, examples, tokenizer)
+        write_model(spec, model, tokenizer, made)
+        check_tokenizer(spec, tokenizer, examples, made)
+        tiny.write_splits(splits(spec, words), made / "data")
+        tiny.replace_folder(made, folder / spec.name)
+
+
+def check(folder: Path) -> str:
+    """One line: refusals of held-out prompts and capability, sampled, greedy."""
+    import numpy as np
+
+    from safesteer_mlx.judge import is_correct, is_refusal
+    from safesteer_mlx.load import load
+    from safesteer_mlx.prompts import load_prompt_sets, render_all
+    from safesteer_mlx.rollout import answer_text, generate, stream_key
+
+    base, sets = load(str(folder)), load_prompt_sets(folder / "data")
+
+    def answers(items: list[Any], temp: float) -> list[str]:
+        rows = render_all(base.tokenizer, items)
+        keys = [stream_key(0, 9, i) for i in range(len(rows))]
+        drawn = generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=96, temp=temp, keys=keys, batch_size=50)
+        return [answer_text(base.tokenizer, row, a) for row, a in zip(rows, drawn, strict=True)]
+
+    parts = []
+    for kind in ("harmful", "harmless", "borderline"):
+        counts = [sum(map(is_refusal, answers(getattr(sets, f"{kind}_test"), temp))) for temp in (1.0, 0.0)]
+        parts.append(f"{kind} {counts[0]}, {counts[1]} of {SIZES['test']}")
+    items = sets.capability_test
+    right = np.mean([is_correct(a, item.answer) for a, item in zip(answers(items, 0.0), items, strict=True)])
+    return f"{folder.name}: refused sampled, greedy: {'; '.join(parts)}; capability {right:.0%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models to build (default: those not there yet)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the zoo")
+    parser.add_argument("--jobs", type=int, default=2, help="models built at a time")
+    parser.add_argument("--check", action="store_true", help="measure what is there, build nothing")
+    args = parser.parse_args()
+    known = {spec.name: spec for spec in ZOO}
+    if unknown := set(args.names) - set(known):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; choose {', '.join(known)}")
+    if args.check:
+        tiny.load_blas()
+        for name in args.names or known:
+            if (args.out / name).is_dir():
+                print(check(args.out / name), flush=True)
+        return
+    wanted = args.names or [name for name in known if not (args.out / name / "config.json").is_file()]
+    if len(wanted) == 1:
+        tiny.load_blas()
+        build(known[wanted[0]], args.out)
+        return
+    running: list[subprocess.Popen] = []
+    while wanted or running:
+        while wanted and len(running) < args.jobs:
+            command = [sys.executable, __file__, wanted.pop(0), "--out", str(args.out)]
+            running.append(subprocess.Popen(command))
+        time.sleep(1)
+        for job in [job for job in running if job.poll() is not None]:
+            running.remove(job)
+            if job.returncode:
+                raise SystemExit(f"{' '.join(job.args)} failed")
+
+
+if __name__ == "__main__":
+    main()
