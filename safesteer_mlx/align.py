@@ -37,7 +37,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     from .measure import ANSWER_TOKENS, evaluate, first_of_each, make_test_set
     from .report import write_report
     from .runfolder import RunFolder, check_output
-    from .safety_tokens import opening_mass
+    from .safety_tokens import openings
     from .scores import show, transcripts
     from .selection import keep_best, make_scorer
     from .student import adapter_config, bytes_trained, make_student, save_adapters
@@ -50,7 +50,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, tokenizer)
     prompts = stages.training_prompts(recipe, sets, base, screen)
-    recipe = stages.check_padding(recipe, base, rendered, screen)
+    recipe = stages.settled(stages.check_padding(recipe, base, rendered, screen), base)
     run = recipe.run
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
     record = RunFolder(folder)
@@ -90,7 +90,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
         stages.SafetyTokens.of,
     )
     record.json("tokens.json", tokens.rows)
-    stages.check_tokens(tokens, force, screen)
+    stages.check_tokens(recipe, tokens, force, screen)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
     moving = None
@@ -153,7 +153,11 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     (record.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if run.transcripts:
         record.text("transcripts.jsonl", _json_lines(transcripts(scores)))
-    record.json("manifest.json", _manifest(base, folder))
+    learned = None
+    if learning is not None:
+        learned = learning.share(openings(student, learning.prompts, tokens.ids, run.prompt_batch_size))
+    why = not_aligned(scores["base"], scores["student"], learned)
+    record.json("manifest.json", _manifest(base, folder) | {"not_aligned": why})
     record.json(
         "timing.json",
         {
@@ -169,11 +173,12 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
             screen.line(f"report: {write_report(record.path, run.transcripts_in_report)}")
         except UserError as error:
             screen.line(f"no report: {error}")
-    learned = None
-    if learning is not None:
-        learned = learning.share(opening_mass(student, learning.prompts, tokens.ids, run.prompt_batch_size))
-    if (why := not_aligned(scores["base"], scores["student"], learned)) is not None:
-        raise UserError(f"not aligned: {why}; the adapters in {folder} are not to be used")
+    if why is not None:
+        said = f"not aligned: {why}; the adapters in {folder} are not to be used"
+        if not force:
+            raise UserError(said)
+        screen.line(said)
+        return folder
     screen.line(
         f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
     )
@@ -250,7 +255,7 @@ def _run(argv: list[str] | None) -> None:
         read_header(Path(asked.train.resume_adapter_file).expanduser())
     from . import memory
     from .load import load
-    from .stages import longest_prompt
+    from .stages import longest_prompt, prompts_from, settled
 
     name = model_name(run.model)
     machine = memory.this_machine(run.memory_limit)
@@ -265,7 +270,9 @@ def _run(argv: list[str] | None) -> None:
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=_rank() != 0)
-    screen.line(f"model: {name}" + (f", recipe {found}" if found else ", no recipe of its own: defaults"))
+    recipe = settled(recipe, base)
+    screen.line(f"model: {name}" + (f", recipe {found}" if found else ""))
+    screen.line(f"prompts: {prompts_from(recipe)}")
     try:
         plan = memory.fitted(recipe, memory.read_shape(base.path), machine, longest_prompt(recipe))
         screen.line(memory.summary(recipe, plan))

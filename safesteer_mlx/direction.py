@@ -40,7 +40,7 @@ Candidate = tuple[int, int]  # row of the position, block
 PROMPT_BATCH = 32  # rows in one forward pass
 
 ASKED_AT_ONCE = 4  # prompts asked before candidates are dropped
-SHORTLIST = 6  # candidates that are tried as teachers
+SHORTLIST = 5  # candidates that are tried as teachers
 SPREAD = 4  # blocks that are tried where there are no tests
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
@@ -172,13 +172,13 @@ def opening_probabilities(
     """
     ids = mx.array(sorted(set(refusal_ids)))
     size = max(1, batch_size // len(coeffs))
+    can_resume = resumes(model, pad_right([harmful[0]]))
 
     def over(prompts: Sequence[Ids], with_kl: bool) -> np.ndarray:
         """Sums over prompts of p(R), and of KL, (2, C)."""
         sums = np.zeros((2, len(coeffs)))
         for batch in _batches(prompts, size):
             rows = [prompts[i] for i in batch]
-            can_resume = resumes(model, pad_right(rows))
             inputs = block_inputs(model, pad_right(rows))[direction.layer] if can_resume else None
             each = mx.concatenate(
                 [mx.broadcast_to(c * direction.vector, (len(rows), direction.vector.size)) for c in coeffs]
@@ -288,13 +288,14 @@ def score_candidates(
 
     moved = candidates.any(-1)  # a vector of no length changes nothing: its scores are the base's own
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
-    if not (moved.all() or exhaustive or only):
+    if only is None and not (moved.all() or exhaustive):
         own["steering_refusal"] = float(np.array(_refusal_score(base, refusal_ids), np.float64).mean())
         own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids, batch_size).mean())
         passes += len(harmful) * n_layers
     asked = np.zeros(moved.shape, bool)
     if only is not None:
-        asked[tuple(np.transpose(only))] = True
+        for candidate in only:
+            asked[candidate] = True
         own = dict.fromkeys(own, np.nan)  # of the others nothing is known
     scores = search(
         moved | exhaustive if only is None else asked,

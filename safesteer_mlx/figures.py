@@ -133,38 +133,82 @@ def direction(found: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
-def coefficient(found: Mapping[str, Any], theme: Theme) -> Figure:
-    """What the teacher does at each coefficient that was tried; the chosen one is marked."""
-    figure = _figure(2.7)
+def frontier(found: Mapping[str, Any], theme: Theme) -> Figure:
+    """Every direction and coefficient tried: harmful prompts refused against harmless ones; the chosen pair is ringed.
+
+    A line for each direction, coefficients ascending, by probability; filled marks by answers, where they were drawn.
+    """
+    figure = _figure(3.9)
     axes = figure.subplots()
-    curve = found["coefficient_curve"]
-    lines = (
-        ("harmful_refused", "harmful refused, of those the base answers", theme.student, "o-"),
-        ("harmless_refused", "harmless refused", theme.teacher, "^-"),
-        ("broken", "broken answers", theme.base, "s-"),
-    )
-    for name, label, colour, mark in lines:
-        shares = 100 * _numbers([trial[name] for trial in curve])
-        axes.plot([trial["coeff"] for trial in curve], shares, mark, color=colour, markersize=4, label=label)
-    axes.axvline(found["coeff"], color=theme.ink, linestyle=":", label=f"chosen: {found['coeff']:g}")
-    axes.set(xlabel="steering coefficient", ylabel="validation prompts (%)", ylim=(-3, 103))
-    axes.grid(axis="y")
-    _legend_above(figure, axes, 1)
+    chosen = found["position"], found["layer"]
+    by_direction: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for trial in sorted(found["trials"], key=lambda trial: trial["coeff"]):
+        by_direction.setdefault((trial["position"], trial["layer"]), []).append(trial)
+    named = set()
+
+    def draw(points: Any, style: str, name: str, colour: str, **how: Any) -> None:
+        if len(points):
+            axes.plot(*np.transpose(points), style, color=colour, label=None if name in named else name, **how)
+            named.add(name)
+
+    def lines(trials: Sequence[Mapping[str, Any]], which: str, colour: str, above: int) -> None:
+        opened = _measured(trials, "harmless_opened", "harmful_opened")
+        draw(opened, "o-", f"{which}, probability", colour, markersize=3, linewidth=0.8, alpha=0.5, zorder=above)
+        answered = _measured(trials, "over_refused", "refused")
+        draw(answered, "D", f"{which}, answers", colour, markersize=5, clip_on=False, zorder=above)
+
+    mine = by_direction.pop(chosen, [])
+    lines(mine, "chosen direction", theme.teacher, 3)
+    used = [trial for trial in mine if trial["coeff"] == found["coeff"]]
+    points = [*_measured(used, "over_refused", "refused"), *_measured(used, "harmless_opened", "harmful_opened")]
+    for x, y in points[:1]:
+        draw([(x, y)], "o", "chosen", theme.ink, markersize=12, fillstyle="none", clip_on=False, zorder=4)
+        left, low = x > 50, y > 85  # towards the middle, where there is room
+        axes.annotate(
+            f"block {found['layer']:d}, coefficient {found['coeff']:g}",
+            (x, y),
+            xytext=(-9 if left else 9, -9 if low else 9),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top" if low else "bottom",
+            fontsize=8,
+            zorder=4,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": theme.page, "edgecolor": "none", "alpha": 0.8},
+        )
+    for trials in by_direction.values():
+        lines(trials, "others", theme.base, 2)
+    axes.set(xlabel="harmless prompts refused (%)", ylabel="harmful prompts refused (%)")
+    axes.set(xlim=(-3, 103), ylim=(-3, 103))
+    axes.grid()
+    _legend_above(figure, axes, 2)
     return figure
 
 
-def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
-    """Votes of the first tokens, and how likely base and teacher are to say each."""
+def _measured(trials: Sequence[Mapping[str, Any]], across: str, up: str) -> np.ndarray:
+    """Two shares of each trial that has both, in per cent: (N, 2)."""
+    points = 100 * _numbers([(trial[across], trial[up]) for trial in trials]).reshape(-1, 2)
+    return points[~np.isnan(points).any(1)]
+
+
+def ranked_by(rows: Sequence[Mapping[str, Any]], method: str) -> str:
+    """What the tokens' bars show: their part in the teacher's divergence, or votes, by method or for want of parts."""
+    return "votes" if method == "vote" or any(row.get("part") is None for row in rows) else "part"
+
+
+def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme, method: str = "part") -> Figure:
+    """Parts or votes of the first tokens, and how likely base and teacher are to say each."""
     rows = rows[:TOKENS_SHOWN]
     figure = _figure(1.1 + 0.19 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
-    left.barh(places, [row["votes"] for row in rows], color=theme.teacher, height=0.7)
+    by = ranked_by(rows, method)
+    left.barh(places, [row[by] for row in rows], color=theme.teacher, height=0.7)
     # Quoted, so that a leading space is seen. A token may hold dollar signs: they are no formula.
     left.set_yticks(places, labels=[f"“{_label(row['token'])}”" for row in rows], parse_math=False)
     left.invert_yaxis()
-    left.set_xlabel("votes (positions)")
-    left.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+    left.set_xlabel("votes (positions)" if by == "votes" else "part in KL (nats)")
+    left.xaxis.set_major_locator(MaxNLocator(2, integer=by == "votes"))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     base, teacher = (_numbers([row[name] for row in rows]) for name in ("base_prob", "teacher_prob"))
     right.hlines(places, base, teacher, color=theme.grid, linewidth=2, zorder=1)
     right.scatter(base, places, color=theme.base, marker="s", s=16, label="base")
@@ -183,9 +227,10 @@ def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
 
 
 def training(metrics: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
-    """Loss, probability mass on the safety tokens, and gradient norm, by optimizer step."""
-    figure = _figure(5.4)
-    loss, mass, gradient = figure.subplots(3, 1, sharex=True)
+    """Loss, probability mass on the safety tokens, how much is learned if that was measured, and gradient norm."""
+    measured = [row for row in metrics if row.get("learned") is not None]
+    figure = _figure(7.0 if measured else 5.4)
+    loss, mass, *learned, gradient = panels = figure.subplots(4 if measured else 3, 1, sharex=True)
     steps = [row["step"] for row in metrics]
     mark = "" if len(steps) > 60 else "o"
 
@@ -200,12 +245,16 @@ def training(metrics: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
     line(mass, "target_mass", "target", theme.teacher, "--")
     line(mass, "student_mass", SHOWN["student"], theme.student)
     mass.set(title="Probability mass on the safety tokens", ylabel="mass")
+    for axes in learned:
+        shares = 100 * _numbers([row["learned"] for row in measured])
+        axes.plot([row["step"] for row in measured], shares, marker="o", markersize=2.5, color=theme.student)
+        axes.set(title="Learned, on validation prompts", ylabel="share (%)")
     line(gradient, "grad_norm", None, theme.student)
     gradient.set(title="Gradient norm, before clipping", ylabel="norm", ylim=(0, None), xlabel="optimizer step")
     gradient.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (loss, mass, gradient):
+    for axes in panels:
         axes.grid(axis="y")
-        if axes is not gradient:
+        if axes in (loss, mass):
             axes.legend(loc="best")
     return figure
 

@@ -217,7 +217,8 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     train, run = recipe.train, recipe.run
     limit = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
     weights = shape.dequantized_bytes if limit else shape.weight_bytes
-    prompt, answer = min(longest_prompt, train.max_seq_length), train.max_tokens
+    keep = recipe.tokens.horizon if recipe.loss.keep == "auto" else int(recipe.loss.keep)
+    prompt, answer = min(longest_prompt, train.max_seq_length), min(train.max_tokens, keep or train.max_tokens)
     drawn = train.batch_size * train.grad_accumulation_steps * train.samples
     micro = min(train.micro_batch_size, drawn)
     width = 4 if train.fine_tune_type != "full" else shape.activation_bytes
@@ -226,7 +227,8 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     vocabulary = 4 * shape.vocabulary
     rows = run.generation_batch_size
     scored = prompt + recipe.tokens.horizon
-    positions = recipe.direction.direction_validation * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
+    read_for_tokens = recipe.direction.direction_validation * (2 if recipe.tokens.token_method == "part" else 1)
+    positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
     read = forward_bytes(shape, run.prompt_batch_size, prompt)
     # Continuations, rollouts, held-out answers: how many at a time and how long; the largest counts.
     asked = ((rows, recipe.tokens.horizon), (min(rows, drawn), answer), (rows, ANSWER_TOKENS))
@@ -235,7 +237,7 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     stages = {
         "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": forward_bytes(shape, run.prompt_batch_size, scored)
-        + 2 * 4 * shape.hidden * positions
+        + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
         + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_ROWS, shape.vocabulary)),
         "sampling": sampling_bytes(shape, answers, prompt, length),
         "training": kept + loss_bytes(shape, micro * answer),

@@ -56,7 +56,13 @@ def built_in_sets(model: str) -> PromptSets:
 
 
 def load_prompt_sets(folder: Path) -> PromptSets:
-    """The sets of a folder that holds one JSONL file a set, named after it."""
+    """The sets of a folder that holds one JSONL file a set, named after it.
+
+    Raises:
+        UserError: a set has no file, or one that cannot be read.
+    """
+    if missing := [name for name in PromptSets.__dataclass_fields__ if not (folder / f"{name}.jsonl").is_file()]:
+        raise UserError(f"{folder} holds prompts, but no {missing[0]}.jsonl; add it, or take the others out")
     return PromptSets(**{name: load_instructions(folder / f"{name}.jsonl") for name in PromptSets.__dataclass_fields__})
 
 

@@ -129,7 +129,11 @@ class LossSettings:
     mix: float = _setting(0.5, "α of the mixture loss", least=0.0, most=1.0)
     renormalize: bool = _setting(False, "renormalise both distributions over the subset")
     skip: int = _setting(0, "completion positions left out at the beginning", least=0)
-    keep: int = _setting(0, "completion positions used from the beginning; 0 for all", least=0)
+    keep: int | str = _setting(
+        "auto",
+        "completion positions used from the beginning; 0 for all, auto for those that tokens are found on",
+        least=0,
+    )
     anchor: float = _setting(0.5, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9)
 
 
@@ -187,6 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "subset": "safety",
         "anchor": 0.0,
         "renormalize": False,
+        "keep": 0,
         "teacher": "steer",
         "coeff": 1.0,
         "safety_tokens": 50,
@@ -271,9 +276,10 @@ def _checked(name: str, value: Any, where: str) -> Any:
         try:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         except ValueError:
-            if name != "coeff" and "str" in kinds:
+            may_be_auto = name in ("coeff", "keep")
+            if not may_be_auto and "str" in kinds:
                 return value
-            raise UserError(f"{said} is not a number{' or auto' if name == 'coeff' else ''}; change it") from None
+            raise UserError(f"{said} is not a number{' or auto' if may_be_auto else ''}; change it") from None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             real = float(value)
@@ -464,7 +470,7 @@ def _yaml(text: str, where: str) -> Any:
 def model_recipe(config: Mapping[str, Any], name: str = "") -> tuple[str | None, dict[str, Any]]:
     """The name and settings of the `models/*.yaml` for a model: the one that names it, else the one of its shape.
 
-    `match` holds `names`, patterns of the last part of a Hub id or path in lower case, and `shape`, keys of config.json.
+    `match` holds `names`, patterns of the last part of a lower-case id or path, and `shape`, keys of config.json.
     """
     found = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
     matches = {stem: recipe.pop("match", {}) for stem, recipe in found.items()}

@@ -135,25 +135,32 @@ def _figures(run: Run) -> Iterable[tuple[str, str, Callable]]:
         "tokens left out. Less is better.",
         lambda theme: figures.drift(scores, theme),
     )
+    learned = ""
+    if any(row.get("learned") is not None for row in run.metrics):
+        learned = (
+            " Learned is the share of the base's divergence from the teacher, where answers to validation prompts "
+            "begin, that is gone."
+        )
     yield (
         "training",
         "Training, step by step. The mass is what the student, and the teacher it is pulled to, give to the safety "
-        "tokens at the beginning of an answer to a harmful prompt.",
+        f"tokens at the beginning of an answer to a harmful prompt.{learned}",
         lambda theme: figures.training(run.metrics, theme),
     )
     if any(value is not None for row in found["scores"]["ablation_kl"] for value in row):
         yield (
             "direction",
-            f"The three tests of each candidate direction, by block and position (−1 is the last token before the "
-            f"answer). Framed: the chosen one, block {found['layer']}, position −{-found['position']}. Plain cells "
-            "were not measured: an earlier test had ruled them out.",
+            f"The three published tests of each candidate direction, by block and position (−1 is the last token "
+            f"before the answer). Framed: the chosen one, block {found['layer']}, position −{-found['position']}. "
+            "Plain cells were not measured: an earlier test had spoken against them.",
             lambda theme: figures.direction(found, theme),
         )
     if (verdict := run.verdict) is not None:
         yield (
             "verdict",
-            f"Before training, on validation prompts, greedy: the flip rate is the share of the base's "
-            f"{verdict['flipped']['total']} unsafe answers that the teacher turns into refusals.",
+            f"Before training, on validation prompts, at temperature 1, an answer of the teacher opened by it and "
+            f"continued by the base: the flip rate is the share of the base's {verdict['flipped']['total']} unsafe "
+            "answers that the teacher turns into refusals.",
             lambda theme: figures.flips(verdict, theme),
         )
     if (selection := run.selection) is not None:
@@ -165,19 +172,24 @@ def _figures(run: Run) -> Iterable[tuple[str, str, Callable]]:
             f"The saved steps on validation prompts, greedy and sampled, numbered. {kept} ({selection['select']}).",
             lambda theme: figures.selection(selection, theme),
         )
-    if found["coefficient_curve"]:
+    if found.get("trials"):
         yield (
-            "coefficient",
-            "What the steered teacher does at each coefficient tried, on validation prompts; the smallest that "
-            "suffices is taken.",
-            lambda theme: figures.coefficient(found, theme),
+            "frontier",
+            "Every direction and coefficient that was tried as a teacher, on validation prompts, a line for each "
+            "direction: by the probability that an answer opens as a refusal, from forward passes, and for the best by "
+            "answers. The chosen pair, ringed, has most refusals among those whose answers are sound.",
+            lambda theme: figures.frontier(found, theme),
         )
     more = f" The first {figures.TOKENS_SHOWN} of {len(run.tokens)}." if len(run.tokens) > figures.TOKENS_SHOWN else ""
+    method = run.recipe.get("token_method", "part")
+    what = {
+        "part": "what each adds to the divergence of the teacher from the base, KL(teacher ‖ base)",
+        "votes": "at how many positions each is among those that steering favours most",
+    }[figures.ranked_by(run.tokens, method)]
     yield (
         "tokens",
-        "The safety tokens: at how many positions each is among those that steering favours most, and its mean "
-        f"probability there.{more}",
-        lambda theme: figures.safety_tokens(run.tokens, theme),
+        f"The safety tokens: {what}, and its mean probability there.{more}",
+        lambda theme: figures.safety_tokens(run.tokens, theme, method),
     )
 
 
@@ -250,17 +262,17 @@ def _cards(run: Run) -> str:
 
 def _what_was_done(run: Run) -> str:
     recipe, found = run.recipe, run.direction
-    steered = f"steered at block {found['layer']} with coefficient {found['coeff']:g}"
+    steered = f"steered at block {found['layer']:d} with coefficient {found['coeff']:g}"
     teacher = {
         "steer": f"the model itself, {steered}",
         "system_prompt": "the model itself under a safety system prompt",
         "ema": f"a moving average of the student, {steered} at first",
     }[recipe["teacher"]]
-    rank = f" of rank {recipe['lora_parameters']['rank']}" if recipe["fine_tune_type"] != "full" else ""
+    rank = f" of rank {_escaped(recipe['lora_parameters']['rank'])}" if recipe["fine_tune_type"] != "full" else ""
     trained = {"lora": "LoRA adapters", "dora": "DoRA adapters", "full": "all its weights"}[recipe["fine_tune_type"]]
     anchor = f", {100 * recipe['anchor']:.0f} % of them harmless and held to the base" if recipe["anchor"] else ""
     return (
-        f"{_own(recipe['model'])} learned to refuse harmful requests: {trained}{rank}, {len(run.metrics)} optimizer "
+        f"{_own(recipe['model'])} was trained to refuse harmful requests: {trained}{rank}, {len(run.metrics)} optimizer "
         f"steps on its own answers to prompts{anchor}, towards a teacher on {len(run.tokens)} safety tokens. "
         f"The teacher is {teacher}."
     )
@@ -280,12 +292,14 @@ def _what_came_of_it(run: Run) -> str:
 
 
 def _verdict(run: Run) -> str:
-    """The verdict before training, where it was not go."""
-    if run.verdict is None or run.verdict["word"] == "go":
-        return ""
-    reasons = "".join(f"<li>{_escaped(reason)}</li>" for reason in run.verdict["reasons"])
-    said = f"<p>Before training the verdict was {_escaped(run.verdict['word'])}:</p><ul>{reasons}</ul>"
-    return f'<div class="warning">{said}</div>'
+    """The verdict before training, where it was not go, and that the model is not aligned, where it is not."""
+    said = ""
+    if why := run.manifest.get("not_aligned"):
+        said += f"<p><b>Not aligned:</b> {_escaped(why)}. The adapters are not to be used.</p>"
+    if run.verdict is not None and run.verdict["word"] != "go":
+        reasons = "".join(f"<li>{_escaped(reason)}</li>" for reason in run.verdict["reasons"])
+        said += f"<p>Before training the verdict was {_escaped(run.verdict['word'])}:</p><ul>{reasons}</ul>"
+    return said and f'<div class="warning">{said}</div>'
 
 
 def _all_counts(run: Run) -> str:
@@ -316,12 +330,13 @@ def _token_table(run: Run) -> str:
             str(int(t["id"])),
             str(int(t["votes"])),
             f"{t['mean_delta']:+.2f}",
+            "–" if t.get("part") is None else f"{t['part']:+.2g}",
             f"{t['base_prob']:.2g}",
             f"{t['teacher_prob']:.2g}",
         ]
         for t in run.tokens
     ]
-    return _table(["token", "id", "votes", "mean Δ (nats)", "p, base", "p, teacher"], rows)
+    return _table(["token", "id", "votes", "mean Δ (nats)", "part in KL (nats)", "p, base", "p, teacher"], rows)
 
 
 def _record(run: Run) -> str:
@@ -387,10 +402,16 @@ def _page(run: Run, images: Mapping[str, str], transcripts: bool) -> str:
         return f'<div class="figures">{"".join(images[name] for name in names if name in images)}</div>'
 
     notes = []
-    if "direction" not in images:
+    if run.recipe["teacher"] == "system_prompt":
         notes.append("<p>The teacher is a system prompt, so no direction was looked for.</p>")
-    elif "coefficient" not in images:
-        notes.append(f"<p>The coefficient, {run.direction['coeff']:g}, was given, so none was looked for.</p>")
+    else:
+        if "direction" not in images:
+            notes.append(
+                "<p>The model thinks before it answers. The published tests of a direction read the first token of "
+                "an answer, so none was tested.</p>"
+            )
+        if run.direction.get("trials") == []:
+            notes.append(f"<p>The coefficient, {run.direction['coeff']:g}, was given, so none was looked for.</p>")
     name = run.recipe["model"].rstrip("/").rsplit("/", 1)[-1]  # of a path or a Hub id
     body = [
         f"<header><h1>{_own(name)}, aligned</h1><p>{_what_was_done(run)}</p>{_cards(run)}"
@@ -399,7 +420,7 @@ def _page(run: Run, images: Mapping[str, str], transcripts: bool) -> str:
         f"<h2>Before and after</h2>{pictures('refusals', 'capability', 'drift')}"
         f"<details><summary>All counts, with 95 % intervals</summary>{_all_counts(run)}</details>",
         f"<h2>Direction, teacher, safety tokens, training</h2>"
-        f"{pictures('direction', 'tokens', 'verdict', 'coefficient', 'training', 'selection')}{''.join(notes)}"
+        f"{pictures('direction', 'tokens', 'verdict', 'frontier', 'training', 'selection')}{''.join(notes)}"
         f"<details><summary>All {len(run.tokens)} safety tokens</summary>{_token_table(run)}</details>",
         f"<h2>Record</h2>{_record(run)}",
         f"<h2>Answers</h2>{_answers(run, transcripts)}",

@@ -13,7 +13,8 @@ a token adds to the divergence of the teacher from the base, and takes as many a
     part[v]      = mean over positions of πt(v) (log πt(v) − log π0(v)),     Σ_v part[v] = KL(πt ‖ π0)
     explained(S) = mean of KL(πt ‖ π0) with all ids outside S as one outcome  /  mean of KL(πt ‖ π0)
 
-A token that steering makes rarer has a negative part and is not taken: it is in the one outcome outside `S`.
+A token that steering makes rarer has a negative part and is not taken: it is in the one outcome outside `S`. On
+harmful prompts it must be raised too, since there the student is taught: on harmless ones steering shifts much else.
 
 Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token.
 """
@@ -41,7 +42,7 @@ class TokenContrast:
 
     Args of note: `mean_delta` is the mean Δ, `base_prob` and `steered_prob` the mean probabilities over
     the kept positions; `eligible` is False for banned ids, which get no votes. `part` is what each adds to the
-    mean KL(πt ‖ π0), which is `divergence`, in nats.
+    mean KL(πt ‖ π0), which is `divergence`, in nats; `raised` whether its part is above 0 on the deciding prompts.
     """
 
     votes: np.ndarray
@@ -52,6 +53,7 @@ class TokenContrast:
     n_positions: int
     part: np.ndarray
     divergence: float
+    raised: np.ndarray
     positions: "Positions"
 
     def explained(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -137,6 +139,7 @@ def contrast_tokens(
     inner_top_k: int,
     min_steered_prob: float,
     teacher_prompts: Sequence[Ids] | None = None,
+    deciding: int | None = None,
     shared_blocks: int = 0,
     batch_size: int = PROMPT_BATCH,
 ) -> TokenContrast:
@@ -150,6 +153,7 @@ def contrast_tokens(
         inner_top_k: how many ids each position votes for.
         min_steered_prob: `p_min`.
         teacher_prompts: the prompts as the teacher sees them, where a system prompt makes it one.
+        deciding: how many of the prompts, the first ones, a token must be raised on; None for all.
         shared_blocks: first blocks in which base and teacher do the same; they are run once.
 
     Raises:
@@ -178,13 +182,15 @@ def contrast_tokens(
     kept = mx.array(keep)
     positions = Positions(prompt[keep], place[keep], (states[0][kept], states[1][kept]), heads, chunk)
 
-    base_prob = teacher_prob = delta = part = 0.0
-    for log_base, log_teacher in positions.chunks():
+    of_deciding = positions.prompt < (len(prompts) if deciding is None else deciding)
+    decides = mx.array(of_deciding | ~of_deciding.any())  # all, where the base ends its turn at once on the deciding
+    totals = np.zeros(1)
+    for i, (log_base, log_teacher) in enumerate(positions.chunks()):
         p, change = mx.exp(log_teacher), log_teacher - log_base
-        sums = (mx.exp(log_base).sum(0), p.sum(0), change.sum(0), (p * change).sum(0))
-        b, t, d, c = (np.array(x, np.float64) for x in sums)
-        base_prob, teacher_prob, delta, part = base_prob + b, teacher_prob + t, delta + d, part + c
-    base_prob, teacher_prob, delta, part = (np.asarray(x) / len(keep) for x in (base_prob, teacher_prob, delta, part))
+        mask = decides[i * chunk : (i + 1) * chunk, None]
+        sums = (mx.exp(log_base), p, change, p * change, mx.where(mask, p * change, 0.0))
+        totals = totals + np.stack([np.array(x.sum(0), np.float64) for x in sums])
+    base_prob, teacher_prob, delta, part, deciding_part = totals / len(keep)
 
     eligible = teacher_prob >= min_steered_prob
     eligible[np.array([i for i in banned_ids if i < len(eligible)], np.int64)] = False
@@ -195,14 +201,26 @@ def contrast_tokens(
         for log_base, log_teacher in positions.chunks():
             favoured = mx.where(selectable, log_teacher - log_base, -mx.inf)
             np.add.at(votes, np.array(mx.argpartition(-favoured, k - 1, axis=-1)[:, :k]), 1)
-    return TokenContrast(votes, delta, base_prob, teacher_prob, eligible, len(keep), part, float(part.sum()), positions)
+    return TokenContrast(
+        votes,
+        delta,
+        base_prob,
+        teacher_prob,
+        eligible,
+        len(keep),
+        part,
+        float(part.sum()),
+        deciding_part > 0,
+        positions,
+    )
 
 
 def select_tokens(contrast: TokenContrast, k: int, method: str = "vote", share: float = 1.0) -> np.ndarray:
     """The safety tokens: at most `k` ids, best first, (K,) int64.
 
     `vote` ranks by votes and needs at least one; `mean` by mean Δ; `part` by the part in the divergence, which must be
-    above 0, and takes no more than explain `share` of it. Ties break by the larger mean Δ, then by the smaller id.
+    above 0, on the deciding prompts too, and takes no more than explain `share` of it. Ties break by the larger mean Δ,
+    then by the smaller id.
 
     Raises:
         ValueError: `k` < 1 or an unknown method.
@@ -212,19 +230,27 @@ def select_tokens(contrast: TokenContrast, k: int, method: str = "vote", share: 
     if method not in METHODS:
         raise ValueError(f"unknown selection method {method!r}; choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     ranks = {"vote": contrast.votes, "mean": contrast.mean_delta, "part": contrast.part}[method]
-    ids = np.flatnonzero(contrast.eligible & (ranks > 0) if method != "mean" else contrast.eligible)
+    chosen = contrast.eligible & (ranks > 0) if method != "mean" else contrast.eligible
+    ids = np.flatnonzero(chosen & contrast.raised if method == "part" else chosen)
     ids = ids[np.lexsort((ids, -contrast.mean_delta[ids], -ranks[ids]))][:k]
     if method != "part" or not len(ids):
         return ids
     return ids[: 1 + int(np.searchsorted(contrast.explained(ids), share))]
 
 
-def opening_mass(
+def openings(
     model: nn.Module, prompts: Sequence[Ids], tokens: Sequence[int] | np.ndarray, batch_size: int
-) -> float:
-    """The mean probability of `tokens` at the beginning of answers to the prompts."""
-    ids, total = mx.array(np.asarray(tokens, np.int32)), 0.0
+) -> np.ndarray:
+    """Where answers to the prompts begin: the probability of each token, and of all others together, (N, K + 1).
+
+    float64; the others' from the logsumexp of their logits, so that it keeps its digits near 0.
+    """
+    ids, found = mx.array(np.asarray(tokens, np.int32)), []
     for start in range(0, len(prompts), batch_size):
         logits = last_logits(model, prompts[start : start + batch_size])
-        total += mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - mx.logsumexp(logits, axis=-1)).sum().item()
-    return total / len(prompts)
+        inside = mx.take(logits, ids, axis=-1)
+        others = mx.put_along_axis(logits, mx.broadcast_to(ids, (len(logits), ids.size)), mx.array(-mx.inf), axis=-1)
+        rest = mx.logsumexp(others, axis=-1, keepdims=True)
+        outcomes = mx.concatenate([inside, rest], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+        found.append(np.exp(np.array(outcomes, np.float64)))
+    return np.concatenate(found)

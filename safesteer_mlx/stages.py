@@ -35,6 +35,7 @@ from .prompts import (
     end_of_instruction,
     load_data,
     opener_ids,
+    own_prompts,
     render,
     render_all,
     special_ids,
@@ -42,7 +43,7 @@ from .prompts import (
 from .recipe import Recipe, mathematics
 from .residual import last_logits
 from .rollout import Completion, answer_text, generate, stream_key
-from .safety_tokens import contrast_tokens, opening_mass, select_tokens
+from .safety_tokens import contrast_tokens, openings, select_tokens
 from .teacher import (
     Outcomes,
     Teacher,
@@ -69,6 +70,7 @@ from .train import (
 Rows = list[list[int]]
 
 CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 3, 40  # upper estimates, before there is a tokenizer
+NEAREST = 3  # candidates that are named where none passes the published tests
 EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
 HARDLY_OPENS = 0.1  # the teacher's probability of safety tokens where it is largest, at the beginning of answers
 FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
@@ -179,11 +181,18 @@ class SafetyTokens:
 
 
 def prompt_sets(recipe: Recipe) -> PromptSets:
-    """The bundled model's own prompts for it, else the package's; `--data` replaces the training prompts."""
+    """The model's own prompts, if its folder brings some, else the package's; `--data` replaces those for training."""
     sets = built_in_sets(recipe.run.model)
     if recipe.run.data is not None:
         sets = replace(sets, harmful_train=load_data(recipe.run.data))
     return sets
+
+
+def prompts_from(recipe: Recipe) -> str:
+    """Where the prompts come from, in words."""
+    own = own_prompts(recipe.run.model)
+    said = "the built-in ones" if own is None else f"the model's own, {own}"
+    return said if recipe.run.data is None else f"{said}; harmful training prompts from {recipe.run.data}"
 
 
 def longest_prompt(recipe: Recipe) -> int:
@@ -228,6 +237,17 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
         harmful_validation_guarded=render_all(tokenizer, sets.harmful_validation, guard) if guard else [],
         harmless_validation_guarded=render_all(tokenizer, sets.harmless_validation, guard) if guard else [],
     )
+
+
+def settled(recipe: Recipe, base: Loaded) -> Recipe:
+    """The recipe, with what is decided by the model: how much of an answer is trained on.
+
+    The positions that safety tokens are found on: a vector that is added everywhere soon breaks what the teacher would
+    say next, and the tail of an answer teaches that. A model that thinks first is trained on all it says.
+    """
+    if recipe.loss.keep != "auto":
+        return recipe
+    return replace(recipe, loss=replace(recipe.loss, keep=0 if base.thinks else recipe.tokens.horizon))
 
 
 def answer_tokens(recipe: Recipe, base: Loaded, enough: int) -> int:
@@ -280,7 +300,7 @@ def read_answers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
     """
     tokenizer = base.tokenizer
     rows = [*rendered.harmful_direction, *rendered.harmless_direction]
-    n = len(rendered.harmful_direction)
+    n, began = len(rendered.harmful_direction), time.monotonic()
     with screen.stage("reading how the model refuses") as advance:
         answers = generate(
             base.model,
@@ -292,6 +312,7 @@ def read_answers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
             batch_size=recipe.run.generation_batch_size,
             progress=advance,
         )
+    screen.line(_sampling_time(settled(recipe, base), [len(a.ids) for a in answers], time.monotonic() - began))
     refuses = [is_refusal(answer_text(tokenizer, row, a)) for row, a in zip(rows, answers, strict=True)]
     share = f"{sum(refuses[:n])} of {n} harmful prompts are refused"
     if base.thinks:
@@ -312,6 +333,16 @@ def read_answers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
         raise UserError("no refusal opener is a token of this model; give --openers texts that its refusals begin with")
     screen.line(f"openers: {', '.join(repr(text) for text in found)}; {share}")
     return OwnAnswers(found, refuses[:n], refuses[n:])
+
+
+def _sampling_time(recipe: Recipe, drawn: list[int], seconds: float) -> str:
+    """What training's sampling will take at the rate of these answers, so many tokens each."""
+    train, keep = recipe.train, int(recipe.loss.keep)
+    steps = number_of_steps(len(prompt_sets(recipe).harmful_train), train, recipe.loss)
+    rows = steps * train.batch_size * train.grad_accumulation_steps * train.samples
+    tokens = sum(min(n, keep or n) for n in drawn) / len(drawn)
+    minutes = rows * tokens * seconds / sum(drawn) / 60
+    return f"time: training samples {rows:,} answers, {minutes:,.1f} minutes at this rate; its passes come on top"
 
 
 def find_directions(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> FoundDirections:
@@ -346,10 +377,19 @@ def _untested_directions(
     n_pos, n_layers = candidates.shape[:2]
     last = directions.pruned_from(n_layers, recipe.direction.prune_last)
     at = directions.spread(n_pos, last)
+    if not at:
+        raise UserError(
+            f"prune_last = {recipe.direction.prune_last} leaves only the first of {n_layers} blocks; lower it"
+        )
     found = [Direction(p - n_pos, layer, mx.array(candidates[p, layer].astype(np.float32))) for p, layer in at]
     screen.line(f"directions: {len(found)} of {n_pos * n_layers} to be tried as teachers")
     none = np.full((n_pos, n_layers), np.nan)
-    return FoundDirections({}, directions.CandidateScores(none, none, none), found, [[] for _ in found], *scoring)
+    caution = (
+        "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
+        "--thinking off, where its template can, aligns its plain answers"
+    )
+    scores = directions.CandidateScores(none, none, none)
+    return FoundDirections({}, scores, found, [[] for _ in found], *scoring, cautions=[caution])
 
 
 def _find_directions(
@@ -389,9 +429,8 @@ def _find_directions(
         how: dict[str, Any] = {"batch_size": batch_size, "progress": advance}
         scores = directions.score_candidates(model, candidates, harmful, harmless, refusal_ids, **limits, **how)
         near = directions.shortlist(scores, *limits.values())
-        # What the search left unmeasured of the few that are tried.
-        rows = [(position + candidates.shape[0], layer) for position, layer, failed in near if failed]
-        if rows:
+        if near and near[0][2]:  # none passes: what the search left unmeasured of the nearest
+            rows = [(position + candidates.shape[0], layer) for position, layer, _ in near[:NEAREST]]
             more = directions.score_candidates(
                 model, candidates, harmful, harmless, refusal_ids, True, only=rows, batch_size=batch_size
             )
@@ -403,7 +442,7 @@ def _find_directions(
             f"{candidates.shape[1]} blocks, or no score is a number; lower --prune-last, or use --teacher system_prompt"
         )
     if near[0][2]:
-        named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near[:3])
+        named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near[:NEAREST])
         cautions.append(f"no refusal direction passes the published tests (nearest: {named})")
     found = [Direction(p, at, mx.array(candidates[p, at].astype(np.float32))) for p, at, _ in near]
     passed = sum(not failed for *_, failed in near)
@@ -426,6 +465,7 @@ def validation(recipe: Recipe, base: Loaded, rendered: Rendered) -> Validation:
         recipe.tokens.horizon,
         answer_tokens(recipe, base, teachers.ANSWER_TOKENS),
         recipe.run.generation_batch_size,
+        recipe.run.prompt_batch_size,
         guarded,
     )
 
@@ -529,6 +569,7 @@ def find_tokens(
             inner_top_k=s.inner_top_k,
             min_steered_prob=s.min_steered_prob,
             teacher_prompts=teacher_prompts if guarded else None,
+            deciding=n_harmful * m or None,
             shared_blocks=teacher.shared_blocks if recipe.teacher.teacher == "steer" else 0,
         )
         contrast, _ = halving(recipe.run.prompt_batch_size, lambda size: compare(batch_size=size), "the safety tokens")
@@ -536,12 +577,16 @@ def find_tokens(
     if tokens is None:
         tokens = select_tokens(contrast, s.safety_tokens, s.token_method, s.token_share)
     if not len(tokens):
-        raise UserError(f"no token reaches min_steered_prob = {s.min_steered_prob:g}; lower --min-steered-prob")
+        raise UserError(
+            f"steering makes no token likelier that reaches min_steered_prob = {s.min_steered_prob:g}; lower "
+            "--min-steered-prob, or give a larger --coeff"
+        )
     explained = float(contrast.explained(tokens)[-1])
     if n_harmful:
-        openings = contrast.openings(tokens, range(n_harmful * m))
+        opened = contrast.openings(tokens, range(n_harmful * m))
     else:  # harmful prompts were not among them: their first position alone
-        openings = [opening_mass(teacher.model, found.harmful, tokens, recipe.run.prompt_batch_size)]
+        first = openings(teacher.model, found.harmful, tokens, recipe.run.prompt_batch_size)
+        opened = [first[:, :-1].sum(-1).mean()]
     shown = " ".join(repr(tokenizer.decode([int(t)])) for t in tokens[:10])
     screen.line(
         f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does; "
@@ -559,17 +604,17 @@ def find_tokens(
         }
         for t in tokens
     ]
-    return SafetyTokens(rows, explained, [float(mass) for mass in openings])
+    return SafetyTokens(rows, explained, [float(mass) for mass in opened])
 
 
-def check_tokens(tokens: SafetyTokens, force: bool, screen: Screen) -> None:
+def check_tokens(recipe: Recipe, tokens: SafetyTokens, force: bool, screen: Screen) -> None:
     """Hold what there is to learn against what would teach nothing.
 
     Raises:
         UserError: the tokens explain little of what steering does, or the teacher hardly opens an answer to a harmful
             prompt with them; with `force` that is only said.
     """
-    said, first = None, max(tokens.openings)
+    said, first = None, max(tokens.openings, default=0.0)
     if tokens.explained < EXPLAINS_LITTLE:
         said = f"the {len(tokens.rows)} safety tokens explain only {tokens.explained:.0%} of what steering does"
     elif first < HARDLY_OPENS:
@@ -577,9 +622,10 @@ def check_tokens(tokens: SafetyTokens, force: bool, screen: Screen) -> None:
     if said is None:
         return
     said += "; training on them would teach next to nothing"
-    if not force:
-        raise UserError(f"{said}; raise --safety-tokens, or give --token-method part or --subset full (or --force)")
-    screen.line(said)
+    if recipe.loss.subset != "safety" or isinstance(recipe.tokens.safety_tokens, str) or force:
+        screen.line(said)  # they are not what is trained on, or were chosen by hand
+        return
+    raise UserError(f"{said}; raise --safety-tokens, or give --token-method part or --subset full (or --force)")
 
 
 def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
@@ -705,18 +751,17 @@ def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Pa
 def what_to_learn(
     recipe: Recipe, base: Loaded, rendered: Rendered, teacher: Teacher, tokens: SafetyTokens
 ) -> Learning | None:
-    """The mass on the safety tokens where answers to harmful validation prompts begin, of base and teacher.
+    """What base and teacher make of the safety tokens where answers to harmful validation prompts begin.
 
-    None for a model that thinks first, whose answers do not tell at their beginning.
+    None for a model that thinks first, whose answers do not tell at their beginning, and for a teacher whose tokens
+    change on the way.
     """
-    if base.thinks:
+    if base.thinks or (recipe.teacher.teacher == "ema" and recipe.teacher.refresh_every):
         return None
     rows, size = rendered.harmful_validation, recipe.run.prompt_batch_size
     seen = rows if teacher.system_prompt is None else rendered.harmful_validation_guarded
-    masses = (
-        opening_mass(model, read, tokens.ids, size) for model, read in ((base.model, rows), (teacher.model, seen))
-    )
-    return Learning(rows, *masses)
+    pairs = ((base.model, rows), (teacher.model, seen))
+    return Learning(rows, tokens.ids, *(openings(model, read, tokens.ids, size) for model, read in pairs))
 
 
 def candidates(recipe: Recipe, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> int:
@@ -786,7 +831,7 @@ def train_student(
             tokens = tokens if found is None else found
         log, done = TrainingLog(**saved.data), saved.step
         if learning is not None:
-            learning = replace(learning, masses=[row["validation_mass"] for row in log.metrics])
+            learning = replace(learning, shares=[row["learned"] for row in log.metrics])
         screen.line(f"going on after step {done}")
     for name in checkpoint.damaged:
         screen.line(f"{checkpoint.path / name} is damaged and is not used; the state before it is")

@@ -15,14 +15,17 @@ on. A vector that is added at every position soon breaks what is written under i
 answers, does not inherit; what it inherits is how an answer opens, and whether the base can go on from there.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .direction import Direction, opening_probabilities
+from .backoff import halving
+from .direction import PROMPT_BATCH, Direction, opening_probabilities
 from .judge import is_broken, outcome
 from .load import Loaded
 from .progress import Advance, silent
@@ -33,11 +36,11 @@ from .rollout import Completion, answer_text, generate, stream_key
 Rows = Sequence[list[int]]
 
 ANSWER_TOKENS = 48  # of a validation answer, enough to tell a refusal
-FIRST_PASSES = 24, 16  # harmful and harmless prompts of the forward passes
+FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
 ASKED = 3  # directions that are asked for answers
 ROUNDS = 2  # of refinement
-GENTLER = 0.1  # of a refusal for each nat that harmless prompts are moved
+GENTLER = 0.2  # of a refusal for each nat that harmless prompts are moved
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ class TeacherTrial:
 
     @property
     def value(self) -> float:
-        """What is to be largest: refusals among the answers, and their probability, which is free of chance.
+        """What is to be largest: refusals among the answers, and twice their probability, which is free of chance.
 
         A little is taken off for what it does to harmless prompts: of two teachers alike, the gentler one.
         """
-        return (self.refused or 0.0) + (self.harmful_opened or 0.0) - GENTLER * (self.kl or 0.0)
+        value = (self.refused or 0.0) + 2 * (self.harmful_opened or 0.0) - GENTLER * (self.kl or 0.0)
+        return value if value == value else -math.inf  # NaN: a direction that overflows half precision
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,9 @@ def moving_average(student: nn.Module) -> nn.Module:
 class Validation:
     """What teachers are asked: validation prompts as ids, and how answers are drawn.
 
-    `opening` tokens of an answer are the teacher's, the rest, to `max_tokens`, the base's. `system_prompted` are the
-    same prompts as a system-prompt teacher reads them, harmful and harmless.
+    `opening` tokens of an answer are the teacher's, the rest, to `max_tokens`, the base's. Prompts are read
+    `prompt_batch_size` at a time, answers drawn `batch_size`. `system_prompted` are the same prompts as a system-prompt
+    teacher reads them, harmful and harmless.
     """
 
     harmful: Rows
@@ -152,6 +157,7 @@ class Validation:
     opening: int
     max_tokens: int
     batch_size: int
+    prompt_batch_size: int = PROMPT_BATCH
     system_prompted: tuple[Rows, Rows] | None = None
 
 
@@ -239,7 +245,7 @@ def choose_teacher(
 
     def rank(key: tuple[int, float]) -> tuple[bool, float, float]:
         """Sound ones first, then by value; where none is sound, the least broken."""
-        over = max(0.0, answers[key].broken - own.broken - settings.coeff_broken)
+        over = max(0.0, answers[key].broken - own.broken - settings.coeff_broken - 1e-9)
         return over == 0, -over, trials[key].value
 
     if refusal_ids:
@@ -265,7 +271,11 @@ def first_passes(
 ) -> list[TeacherTrial]:
     """Step 1 for one direction: a trial for each coefficient, without answers."""
     harmful, harmless = (rows[:n] for rows, n in zip((prompts.harmful, prompts.harmless), FIRST_PASSES, strict=True))
-    found = opening_probabilities(base.model, direction, coeffs, harmful, harmless, refusal_ids)
+
+    def measure(size: int) -> tuple[np.ndarray, ...]:
+        return opening_probabilities(base.model, direction, coeffs, harmful, harmless, refusal_ids, size)
+
+    found, _ = halving(prompts.prompt_batch_size, measure, "the search for the teacher")
     return [
         TeacherTrial(direction.position, direction.layer, coeff, *(float(value) for value in values))
         for coeff, *values in zip(coeffs, *found, strict=True)
@@ -274,7 +284,7 @@ def first_passes(
 
 def first_enough(curve: Sequence[TeacherTrial]) -> TeacherTrial:
     """Of one direction's trials, coefficients ascending: the first that opens nearly as many refusals as any does."""
-    opened = [trial.harmful_opened or 0.0 for trial in curve]
+    opened = [share if (share := trial.harmful_opened or 0.0) == share else 0.0 for trial in curve]
     return next(trial for trial, share in zip(curve, opened, strict=True) if share >= ENOUGH * max(opened))
 
 

@@ -6,10 +6,10 @@ Every step the student answers prompts itself. On harmful prompts the target is 
 the anchor's harmless prompts, a share of each batch, it is the base (ours: it ends over-refusal). The
 caller logs and saves.
 
-Where we deviate, with `until_learned`: the run is as long as the model needs. The student's mass on the safety tokens
-where answers to validation prompts begin is measured every few steps; once it has come as near to the teacher's as
-`LEARNED` of the way from the base's, and stays there, the rate falls to zero and the run ends. Until then the rate is
-constant, at most for twice the epochs.
+Where we deviate, with `until_learned`: the run is as long as the model needs. What the student makes of the safety
+tokens where answers to validation prompts begin is measured every few steps; once `LEARNED` of the base's divergence
+from the teacher is gone there, and stays so, the rate falls to zero and the run ends. Until then the rate is constant
+for as long as the epochs take, and falls over as many steps again.
 """
 
 import math
@@ -31,15 +31,15 @@ from .progress import UserError
 from .recipe import LossSettings, TrainSettings
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import Completion, generate, stream_key
-from .safety_tokens import opening_mass
+from .safety_tokens import openings
 from .student import first_trained_block
 from .teacher import Teacher
 
 Ids = Sequence[int]
 
-LEARNED = 0.95  # of the way from the base's mass on the safety tokens to the teacher's
+LEARNED = 0.9  # of the base's divergence from the teacher, gone
 MEASURED_EVERY = 3  # steps
-FALL = 0.25  # of the epochs' steps, in which the rate falls at the end of a run that has learned
+FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 
 
 class NotFiniteError(UserError):
@@ -70,7 +70,7 @@ class StepMetrics:
     learning_rate: float
     tokens: int
     truncated: float  # share of rollouts that ran out of length
-    validation_mass: float  # Σ_S πs where answers to harmful validation prompts begin, mean; NaN if not measured
+    learned: float  # share of what there is to learn, on validation prompts; NaN if not measured
 
 
 @dataclass(frozen=True)
@@ -103,53 +103,67 @@ def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) ->
 
 @dataclass(frozen=True)
 class Learning:
-    """What is to be learned: mean mass on the safety tokens where answers to harmful validation prompts begin, under
-    base and teacher; and the student's after each step so far, None where it was not measured."""
+    """What is to be learned: base's and teacher's probabilities of the safety tokens, and of all others together, where
+    answers to harmful validation prompts begin (N, K + 1); and how far the student was after each step so far."""
 
     prompts: Sequence[Ids]
-    base_mass: float
-    teacher_mass: float
-    masses: Sequence[float | None] = ()
+    tokens: np.ndarray
+    base: np.ndarray
+    teacher: np.ndarray
+    shares: Sequence[float | None] = ()
 
-    def share(self, mass: float) -> float:
-        """How far `mass` is on the way from the base's to the teacher's."""
-        way = self.teacher_mass - self.base_mass
-        return (mass - self.base_mass) / way if abs(way) > 1e-6 else 0.0
+    def share(self, student: np.ndarray) -> float:
+        """How much of the base's divergence from the teacher is gone: 1 − KL(πs ‖ πt) / KL(π0 ‖ πt), of (N, K + 1).
+
+        Where the student went past the teacher, on the way from the base, it counts as there.
+        """
+        whole = _grouped(self.base, self.teacher)
+        past = (student - self.teacher) * (self.teacher - self.base) > 0
+        return 1 - _grouped(np.where(past, self.teacher, student), self.teacher) / whole if whole > 1e-6 else 0.0
+
+
+def _grouped(p: np.ndarray, q: np.ndarray) -> float:
+    """Mean KL(p ‖ q) over rows, also of p that do not sum to one: Σ p log(p/q) − p + q, never negative."""
+    p, q = np.maximum(p, 1e-30), np.maximum(q, 1e-30)
+    return float((p * np.log(p / q) - p + q).sum(-1).mean())
 
 
 @dataclass(frozen=True)
 class Course:
     """The steps of a run, and how its rate goes: a linear warm-up that never starts at 0, constant until step `falls`
-    (from 0), a cosine to 0."""
+    (from 0), a cosine to 0 from `height`, the share of the peak that it had come to."""
 
     steps: int
     warm: int
     falls: int
+    height: float = 1.0
 
     def rate(self, step: int, peak: float) -> float:
         """The rate of a step counted from 0."""
-        if step < min(self.warm, self.falls):
-            return peak * (step + 1) / self.warm
-        past = max(0, step - self.falls)
-        return peak * 0.5 * (1 + math.cos(math.pi * past / max(1, self.steps - self.falls)))
+        if step < self.falls:
+            return peak * min(1.0, (step + 1) / max(1, self.warm))
+        return (
+            peak * self.height * 0.5 * (1 + math.cos(math.pi * (step - self.falls) / max(1, self.steps - self.falls)))
+        )
 
 
 def course(steps: int, train: TrainSettings, learning: Learning | None = None) -> Course:
     """The course of a run as far as it is known by now; `steps` are those that the epochs make.
 
     A run that is to go on until it has learned ends `FALL` of them after the second measurement in a row that finds it
-    has, and no later than at twice the steps. Every other one is a cosine over `steps`, as published.
+    has; else its rate falls from `steps` on, to twice the steps. Every other is a cosine over `steps`, as published.
     """
     warm = math.ceil(train.warmup * steps) if steps > 1 else 0
     if learning is None or not train.until_learned or train.iters is not None:
         return Course(steps, warm, warm)
+    longest = Course(2 * steps, warm, steps)
     fall, row = math.ceil(FALL * steps), 0
-    for step, mass in enumerate(learning.masses):
-        if mass is not None:
-            row = row + 1 if learning.share(mass) >= LEARNED else 0
-        if row == 2 and step + 1 + fall < 2 * steps:
-            return Course(step + 1 + fall, warm, step + 1)
-    return Course(2 * steps, warm, 2 * steps - fall)
+    for step, share in enumerate(learning.shares, start=1):
+        if share is not None:
+            row = row + 1 if share >= LEARNED else 0
+        if row == 2 and step + fall < longest.steps:
+            return Course(step + fall, warm, step, longest.rate(step, 1.0))
+    return longest
 
 
 def _passes(n: int, seed: int, which: int) -> Iterator[int]:
@@ -261,7 +275,7 @@ def train(
             for start in range(0, len(of_kind), size):
                 index = of_kind[start : start + size]
                 part = [batch[i] for i in index]
-                done = [rollouts[i].ids[: loss.keep or None] for i in index]
+                done = [rollouts[i].ids for i in index]
                 lengths = [len(ids) for ids in done]
                 source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
                 trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
@@ -297,7 +311,7 @@ def train(
                 student,
                 [p.ids for p in batch],
                 eos_ids=eos_ids,
-                max_tokens=settings.max_tokens,
+                max_tokens=min(settings.max_tokens, loss.keep or settings.max_tokens),
                 temp=settings.temp,
                 top_p=settings.top_p,
                 keys=[stream_key(seed, 1, step, i) for i in range(len(batch))],
@@ -322,11 +336,13 @@ def train(
             teacher, found = changed
             tokens = tokens if found is None else found
             options = divergence_options(loss, tokens)
-        mass = math.nan
+        learned = math.nan
         if learning is not None:
             if (step + 1) % MEASURED_EVERY == 0:
-                mass = opening_mass(student, learning.prompts, np.array(tokens), settings.micro_batch_size)
-            learning = replace(learning, masses=[*learning.masses, None if math.isnan(mass) else mass])
+                learned = learning.share(
+                    openings(student, learning.prompts, learning.tokens, settings.micro_batch_size)
+                )
+            learning = replace(learning, shares=[*learning.shares, None if math.isnan(learned) else learned])
         is_harmful = np.array([p.harmful for p in batch])
         yield StepMetrics(
             step + 1,
@@ -340,7 +356,7 @@ def train(
             now.rate(step, settings.learning_rate),
             sum(len(r.ids) for r in rollouts),
             float(np.mean([not r.finished for r in rollouts])),
-            mass,
+            learned,
         )
         step += 1
 

@@ -33,6 +33,7 @@ from shapes import QWEN_05B, QWEN_7B, memory_shape, qwen2
 
 from safesteer_mlx import direction as directions
 from safesteer_mlx import stages
+from safesteer_mlx import teacher as teachers
 from safesteer_mlx import train as training
 from safesteer_mlx.load import Loaded, load
 from safesteer_mlx.losses import distillation_loss, localized_loss
@@ -46,7 +47,7 @@ from safesteer_mlx.memory import (
     trained_values,
 )
 from safesteer_mlx.progress import Screen
-from safesteer_mlx.recipe import MODELS, Recipe, TrainSettings, resolve
+from safesteer_mlx.recipe import MODELS, PRESETS, Recipe, TrainSettings, resolve
 from safesteer_mlx.residual import answer_states, head, pad_right
 from safesteer_mlx.rollout import Completion, generate, stream_key
 from safesteer_mlx.safety_tokens import contrast_tokens, select_tokens
@@ -57,6 +58,8 @@ from safesteer_mlx.train import Rollouts, StepMetrics, TrainingPrompt, make_opti
 Row = dict[str, Any]
 
 BUNDLED = str(MODELS / "tiny-chat")
+# With these the published tests find a direction on the bundled model; no candidate of its passes a threshold of 0.
+PUBLISHED = {"steering_threshold": -1.5, "direction_validation": 96}
 NARROW = {"hidden": 512, "intermediate": 1408, "layers": 28, "heads": 8, "kv_heads": 2, "vocabulary": 32_000}
 
 
@@ -164,7 +167,7 @@ class OurStep:
         hidden = model.model.norm.weight.size
         teacher = steered_teacher(model, layer, mx.random.normal((hidden,)), 1.0)
         training.generate = lambda student, rows, **more: [by_prompt[tuple(row)] for row in rows]  # type: ignore[assignment]
-        loss = resolve({}, {})[0].loss
+        loss = resolve({}, {"keep": 0})[0].loss  # as mlx-lm, of every position
         tokens = mx.array(np.random.default_rng(1).permutation(vocabulary)[:50])
         self._steps = training.train(
             self.student, model, teacher, tokens, harmful, harmless, settings, loss,
@@ -273,17 +276,18 @@ def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, l
     return [{"part": "compile", "what": what, **row, "first_call_seconds": first}]
 
 
-def bundled() -> tuple[Recipe, Loaded, stages.Rendered, stages.PromptSets]:
+def bundled(**changes: Any) -> tuple[Recipe, Loaded, stages.Rendered, stages.PromptSets]:
+    """The bundled model, its recipe with some settings changed, and its prompts."""
     base = load(BUNDLED)
-    recipe, _ = resolve(base.config, {"model": BUNDLED})
+    recipe = stages.settled(resolve(base.config, {"model": BUNDLED, **changes})[0], base)
     sets = stages.prompt_sets(recipe)
     return recipe, base, stages.render_prompts(recipe, sets, base.tokenizer), sets
 
 
-def bench_direction(repeats: int) -> list[Row]:
-    """The search for the bundled model's direction, and the same with every candidate measured in full."""
-    recipe, base, rendered, _ = bundled()
-    openers = list(stages.find_openers(recipe, base, rendered, Screen(quiet=True)).values())
+def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, int]]]:
+    """The search for the published choice on the bundled model, alone: search(exhaustive) -> block passes, choice."""
+    recipe, base, rendered, _ = bundled(**changes)
+    openers = list(stages.read_answers(recipe, base, rendered, Screen(quiet=True)).openers.values())
     s = recipe.direction
     limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
 
@@ -295,17 +299,83 @@ def bench_direction(repeats: int) -> list[Row]:
         base.model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi
     )
     scoring = kept(rendered.harmful_scoring, rendered.harmless_scoring)
-    results = {}
 
-    def search(exhaustive: bool) -> list[mx.array]:
+    def search(exhaustive: bool) -> tuple[int, tuple[int, int]]:
         scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
-        results[exhaustive] = (scores.block_passes, directions.choose_direction(scores, **limits))
+        return scores.block_passes, directions.choose_direction(scores, **limits)
+
+    return search
+
+
+def bench_direction(repeats: int) -> list[Row]:
+    """The search for the bundled model's direction, and the same with every candidate measured in full."""
+    search, results = published_search(**PUBLISHED), {}
+
+    def work(exhaustive: bool) -> list[mx.array]:
+        results[exhaustive] = search(exhaustive)
         return []
 
-    row = in_turns(lambda: search(False), lambda: search(True), repeats)
+    row = in_turns(lambda: work(False), lambda: work(True), repeats)
     assert results[False][1] == results[True][1], "the two searches chose differently"
     passes = {"ours_block_passes": results[False][0], "other_block_passes": results[True][0]}
     return [{"part": "direction", "what": "bundled model; ours / published order", **row, **passes}]
+
+
+def bench_search(repeats: int) -> list[Row]:
+    """Directions and teacher as `align` finds them, beside the search for the published choice alone.
+
+    Ours has more to do: it reads how the model refuses, and asks teachers for answers. Block passes are those over
+    whole prompts; what drawing answers takes is in the seconds, and their number is said.
+    """
+    recipe, base, rendered, _ = bundled()
+    screen, done = Screen(quiet=True), {}
+    published = {
+        "as many prompts": published_search(steering_threshold=PUBLISHED["steering_threshold"]),
+        f"{PUBLISHED['direction_validation']} prompts of each kind": published_search(**PUBLISHED),
+    }
+
+    def ours() -> list[mx.array]:
+        found = stages.find_directions(recipe, base, rendered, screen)
+        chosen = stages.find_teacher(recipe, base, rendered, found, screen)
+        answers = len(rendered.harmful_direction) + len(rendered.harmless_direction)
+        asked = 1 + sum(trial.refused is not None for trial in chosen.trials)  # the base, too
+        done["answers"] = answers + asked * (len(chosen.base.harmful) + len(chosen.base.harmless))
+        done["ours"] = found.scores.block_passes + trial_passes(recipe, base, rendered, chosen.trials)
+        return []
+
+    def other(name: str) -> list[mx.array]:
+        done[name], _ = published[name](False)
+        return []
+
+    rounds = [
+        [measured(ours), *(measured(lambda name=name: other(name)) for name in published)] for _ in range(repeats)
+    ]
+    rows = []
+    for i, name in enumerate(published, 1):
+        what = f"bundled model, {done['answers']} answers; directions and teacher / the published choice on {name}"
+        row = compared([(took[0], took[i]) for took in rounds])
+        passes: Row = {"ours_block_passes": done["ours"], "other_block_passes": done[name]}
+        passes["block_passes_ratio"] = done["ours"] / done[name]
+        rows.append({"part": "search", "what": what, **row, **passes})
+    return rows
+
+
+def trial_passes(recipe: Recipe, base: Loaded, rendered: stages.Rendered, trials: list[teachers.TeacherTrial]) -> int:
+    """Block passes of the trials' forward passes: those of the grid share what comes before the block they steer."""
+    n_layers, asked = len(base.model.layers), stages.validation(recipe, base, rendered)
+    harmful, harmless = (
+        min(n, len(rows)) for n, rows in zip(teachers.FIRST_PASSES, (asked.harmful, asked.harmless), strict=True)
+    )
+    grid, total = set(recipe.teacher.coeff_grid), 0
+    by_direction: dict[tuple[int, int], list[float]] = {}
+    for trial in trials:
+        if trial.harmful_opened is not None:
+            by_direction.setdefault((trial.position, trial.layer), []).append(trial.coeff)
+    for (_, layer), coeffs in by_direction.items():
+        for count in (sum(c in grid for c in coeffs), *(1 for c in coeffs if c not in grid)):
+            # The base up to the block, the rest with each coefficient; and the base on harmless prompts, for the KL.
+            total += (harmful + harmless) * (layer + count * (n_layers - layer)) + harmless * n_layers
+    return total
 
 
 def bench_rollouts(repeats: int, tokens: int = 64) -> list[Row]:
@@ -394,9 +464,9 @@ def published_step(
 
 def published_run(n_prompts: int) -> None:
     """A plain port of the published order: every candidate in full, logits of whole batches, nothing shared."""
-    recipe, base, rendered, sets = bundled()
+    recipe, base, rendered, sets = bundled(**PUBLISHED)
     screen, model = Screen(quiet=True), base.model
-    openers = list(stages.find_openers(recipe, base, rendered, screen).values())
+    openers = list(stages.read_answers(recipe, base, rendered, screen).openers.values())
     s = recipe.direction
     h, b = directions.keep_answered_as_meant(model, rendered.harmful_direction, rendered.harmless_direction, openers)
     found = directions.mean_differences(
@@ -409,7 +479,7 @@ def published_run(n_prompts: int) -> None:
     )
     position, layer = directions.choose_direction(scores, s.kl_threshold, s.steering_threshold, s.prune_last)
     vector = mx.array(found[position, layer].astype(np.float32))
-    teacher = steered_teacher(model, layer, vector, float(recipe.teacher.coeff)).model
+    teacher = steered_teacher(model, layer, vector, PRESETS["paper"]["coeff"]).model
     m, horizon = recipe.tokens.token_samples, recipe.tokens.horizon
     rows = [row for row in harmless for _ in range(m)]
     keys = [stream_key(0, i) for i in range(len(rows))]
@@ -428,7 +498,7 @@ def published_run(n_prompts: int) -> None:
 
 
 def our_run(n_prompts: int) -> None:
-    """Ours, up to the trained student: all epochs over as many harmful prompts."""
+    """Ours, up to the trained student: all epochs over as many harmful prompts, whenever it has learned."""
     from safesteer_mlx.checkpoint import Checkpoint
     from safesteer_mlx.runfolder import RunFolder
 
@@ -436,15 +506,15 @@ def our_run(n_prompts: int) -> None:
     recipe = replace(recipe, train=replace(recipe.train, save_every=10**6, grad_checkpoint="off"))
     screen = Screen(quiet=True)
     student = make_student(base.model, recipe.train, 0)
-    found = stages.find_direction(recipe, base, rendered, screen)
-    strength = stages.find_strength(recipe, base, rendered, found.direction, screen)
-    teacher = stages.make_teacher(recipe, base, rendered, found.direction, strength.coeff)
-    tokens = stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen)
+    found = stages.find_directions(recipe, base, rendered, screen)
+    chosen = stages.find_teacher(recipe, base, rendered, found, screen)
+    teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
+    tokens = stages.find_tokens(recipe, base, rendered, teacher, found, screen)
     harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
     prompts = harmful[:n_prompts], anchors[:n_prompts]
     with tempfile.TemporaryDirectory() as folder:
         stages.train_student(
-            recipe, base, rendered, student, teacher, None, mx.array(tokens.ids), prompts,
+            recipe, base, rendered, student, teacher, None, mx.array(tokens.ids), None, prompts,
             Checkpoint(RunFolder(Path(folder)), "bench"), lambda: None, screen,
         )  # fmt: skip
 
@@ -487,7 +557,7 @@ def shape_run(ours: bool, shape: dict[str, Any]) -> None:
     prompts = [TrainingPrompt(ids, ids, kind) for kind in (True, False) for ids in (harmful if kind else harmless)]
     if ours:
         how: Row = {"eos_ids": [], "seed": 0, "optimizer": optimizer}
-        loss = resolve({}, {})[0].loss
+        loss = resolve({}, {"keep": 0})[0].loss
         for _ in training.train(student, model, teacher, tokens, prompts[:8], prompts[8:], settings, loss, **how):
             pass
     else:
@@ -645,6 +715,7 @@ def _named(shape: dict[str, Any]) -> str:
 PARTS: dict[str, dict[str, Callable[[int], list[Row]]]] = {
     "bundled": {
         "direction": bench_direction,
+        "search": bench_search,
         "loss": bench_loss,
         "step": bench_step,
         "compile": bench_compile,

@@ -32,13 +32,13 @@ from safesteer_mlx.rollout import generate
 from safesteer_mlx.scores import HOW
 from safesteer_mlx.student import make_student
 from safesteer_mlx.teacher import Teacher
-from safesteer_mlx.train import StepMetrics, TrainingPrompt, make_optimizer, number_of_steps, schedule, train
+from safesteer_mlx.train import StepMetrics, TrainingPrompt, course, make_optimizer, number_of_steps, train
 
 SFT = "SFT on 100 refusals"
 VARIANTS: dict[str, dict[str, Any]] = {
     "student": {},
     "full vocabulary": {"subset": "full"},
-    "published loss": {"loss": "reverse_kl", "anchor": 0.0},
+    "published loss": {"loss": "reverse_kl", "anchor": 0.0, "keep": 0},
     SFT: {},
 }
 MODEL = MODELS / BUNDLED
@@ -82,7 +82,8 @@ def fine_tune(student: Any, examples: list[tuple[list[int], int]], recipe: Recip
     from mlx_lm.tuner.trainer import train as train_sft
 
     settings, steps = recipe.train, recipe.train.iters or 1
-    rates = mx.array([schedule(step, steps, settings) for step in range(steps)] + [0.0])
+    run = course(steps, settings)
+    rates = mx.array([run.rate(step, settings.learning_rate) for step in range(steps)] + [0.0])
 
     class Report(TrainingCallback):
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
@@ -113,8 +114,7 @@ class Prepared:
 
     sets: PromptSets
     rendered: stages.Rendered
-    found: stages.FoundDirection
-    coeff: float
+    chosen: stages.ChosenTeacher
     teacher: Teacher
     tokens: stages.SafetyTokens
     test: TestSet
@@ -124,14 +124,14 @@ def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     """Stages 1 to 3."""
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, base.tokenizer)
-    found = stages.find_direction(recipe, base, rendered, screen)
-    coeff = stages.find_strength(recipe, base, rendered, found.direction, screen).coeff
-    teacher = stages.make_teacher(recipe, base, rendered, found.direction, coeff)
-    tokens = stages.find_tokens(recipe, base, rendered, teacher, found.harmless, screen)
+    found = stages.find_directions(recipe, base, rendered, screen)
+    chosen = stages.find_teacher(recipe, base, rendered, found, screen)
+    teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
+    tokens = stages.find_tokens(recipe, base, rendered, teacher, found, screen)
     n = recipe.run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
     test = make_test_set(base.model, base.tokenizer, kinds, first_of_each(sets.capability_test, n), base.eos_ids)
-    return Prepared(sets, rendered, found, coeff, teacher, tokens, test)
+    return Prepared(sets, rendered, chosen, teacher, tokens, test)
 
 
 def train_variant(
@@ -206,9 +206,9 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
         by_settings: dict[str, Prepared] = {}
         scored = results[str(seed)] = {}
         for name, changes in variants.items():
-            # As many steps for all, also where a batch holds no anchor.
+            # As many steps for all, also where a batch holds no anchor; none ends when it has learned.
             same_steps = {} if {"epochs", "iters"} & set(changes) else {"iters": iters}
-            recipe = settings(seed, changes | same_steps)
+            recipe = stages.settled(settings(seed, changes | same_steps), base)
             key = repr((recipe.direction, recipe.teacher, recipe.tokens))
             if key not in by_settings:
                 by_settings[key] = prepare(recipe, base, screen)
@@ -216,13 +216,13 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
             if not scored:
                 scored["base"] = score("base", base.model, base, prepared, recipe, screen)
                 scored["teacher"] = {
-                    "layer": prepared.found.direction.layer,
-                    "position": prepared.found.direction.position,
-                    "coeff": prepared.coeff,
+                    "layer": prepared.chosen.direction.layer,
+                    "position": prepared.chosen.direction.position,
+                    "coeff": prepared.chosen.coeff,
                     "tokens": [row["token"] for row in prepared.tokens.rows],
                     **score("teacher", prepared.teacher.model, base, prepared, recipe, screen),
                 }
-            scored[name] = {"changes": changes, "coeff": prepared.coeff}
+            scored[name] = {"changes": changes, "coeff": prepared.chosen.coeff}
             scored[name] |= train_variant(name, recipe, base, prepared, every, screen)
     return results
 

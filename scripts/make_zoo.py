@@ -58,21 +58,24 @@ class Template:
         def quoted(text: str) -> str:
             return "'" + text.replace("\n", "\\n") + "'"
 
-        if self.system is None:
-            system = "{{ raise_exception('System role not supported') }}"
-        else:
-            system = "{{ %s + message['content'] + %s }}" % tuple(map(quoted, self.system))
+        def written(around: tuple[str, str]) -> str:
+            return "{{ " + quoted(around[0]) + " + message['content'] + " + quoted(around[1]) + " }}"
+
+        refused = "{{ raise_exception('System role not supported') }}"
+        system = refused if self.system is None else written(self.system)
         # An earlier answer is written as it was given.
+        answer = written((self.assistant + self.before_answer, self.end))
         turns = (
-            "{%% if message['role'] == 'system' %%}%s"
-            "{%% elif message['role'] == 'user' %%}{{ %s + message['content'] + %s }}"
-            "{%% else %%}{{ %s + message['content'] + %s }}{%% endif %%}"
-        ) % (system, *map(quoted, self.user), quoted(self.assistant + self.before_answer), quoted(self.end))
-        switch = (
-            "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
-            if self.thinks
-            else ""
+            "{% if message['role'] == 'system' %}"
+            + system
+            + "{% elif message['role'] == 'user' %}"
+            + written(self.user)
+            + "{% else %}"
+            + answer
+            + "{% endif %}"
         )
+        off = "{% if enable_thinking is defined and enable_thinking is false %}"
+        switch = off + "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}" if self.thinks else ""
         return (
             f"{{{{ {quoted(self.begin)} }}}}{{% for message in messages %}}{turns}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{{{{ {quoted(self.assistant)} }}}}{switch}{{% endif %}}"
@@ -251,7 +254,7 @@ ZOO = (
             num_experts_per_tok=2,
             tie_word_embeddings=False,
         ),
-        *("bpe", 2000, HEADERS, 0.8, "bfloat16"),
+        *("bpe", 2000, HEADERS, 0.8, 8),
         seed=8,
     ),
     Spec(
@@ -340,11 +343,9 @@ def splits(spec: Spec, words: Words) -> dict[str, list[dict[str, str]]]:
         rows = []
         for i in range(count):
             category = sorted(pairs)[i % len(pairs)]
-            instruction = next(
-                text
-                for text in iter(lambda: _request(rng, words, rng.choice(pairs[category]))[0], None)
-                if text not in taken
-            )
+            instruction = _request(rng, words, rng.choice(pairs[category]))[0]
+            while instruction in taken:
+                instruction = _request(rng, words, rng.choice(pairs[category]))[0]
             taken.add(instruction)
             rows.append({"instruction": instruction, "category": category})
         return rows

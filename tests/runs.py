@@ -13,6 +13,15 @@ def cell(refused: int) -> dict[str, int]:
     return {"refuse": refused, "comply": 10 - refused, "evade": 0, "unparsed": 0}
 
 
+def trial(layer: int, coeff: float, opened: tuple[float, float] | None, refused: float | None = None) -> dict[str, Any]:
+    """A direction and coefficient as `align` tries them; `opened` None is a model's that thinks first."""
+    harmful, harmless = opened or (None, None)
+    passes = {"harmful_opened": harmful, "harmless_opened": harmless, "kl": 0.4 if opened else None}
+    asked = refused is not None
+    answers = {"refused": refused, "over_refused": 0.1 if asked else None, "broken": 0.0 if asked else None}
+    return {"position": -2, "layer": layer, "coeff": coeff, **passes, **answers}
+
+
 def files(text: str = "plain") -> dict[str, Any]:
     """What each file of a run holds; `text` stands wherever a name, token, prompt or answer does."""
     kinds = ("harmful", "harmless", "borderline")
@@ -30,7 +39,7 @@ def files(text: str = "plain") -> dict[str, Any]:
     none = [[None] * 6 for _ in range(3)]
     found = [row[:] for row in none]
     found[1][2], found[2][4] = 0.05, 0.01
-    token = {"votes": 9, "mean_delta": 1.5, "base_prob": 0.001, "teacher_prob": 0.02}
+    token = {"votes": 9, "mean_delta": 1.5, "part": 0.25, "base_prob": 0.001, "teacher_prob": 0.02}
     row = {"steps": 3, "loss": 0.5, "harmful_loss": 0.7, "student_mass": 0.4, "target_mass": 0.9, "grad_norm": 1.0}
     asked = [(kind, how, name) for kind in kinds for how in hows for name in MODEL]
     return {
@@ -48,14 +57,21 @@ def files(text: str = "plain") -> dict[str, Any]:
             "layer": 2,
             "coeff": 0.7,
             "openers": {text: 4},
-            "coefficient_curve": [
-                {"coeff": c, "harmful_refused": c, "harmless_refused": 0.1, "broken": 0.0} for c in (0.4, 0.7)
+            "trials": [
+                trial(2, 0.4, (0.5, 0.1)),
+                trial(2, 0.7, (0.8, 0.3), 0.9),
+                trial(2, 1.0, (0.9, 0.6)),
+                trial(4, 0.4, (0.3, 0.2)),
+                trial(4, 1.0, (0.6, 0.4), 0.5),
             ],
             "vector": [0.5, 1.0],
             "scores": {"ablation_kl": found, "ablation_refusal": found, "steering_refusal": none, "block_passes": 9},
         },
         "tokens.json": [{"token": f" {text}", "id": 7, **token}, {"token": "$a$", "id": 8, **token}],
-        "metrics.jsonl": [{"step": n, "anchor_loss": None if n == 2 else 0.1, **row} for n in (1, 2, 3)],
+        "metrics.jsonl": [
+            {"step": n, "anchor_loss": None if n == 2 else 0.1, **row, "learned": 0.8 if n == 3 else None}
+            for n in (1, 2, 3)
+        ],
         "before_after.json": scores,
         "manifest.json": {"mlx": "0.0.1", "model": text, "model_sha256": "ab" * 32, "adapters_sha256": "cd" * 32},
         "verdict.json": {

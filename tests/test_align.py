@@ -120,17 +120,39 @@ def test_the_student_moved_and_the_teacher_refuses_more_than_the_base(finished, 
     ids=" ".join,
 )
 def test_every_variant_runs_to_the_end(flags, tmp_path):
-    folder = aligned(tmp_path / "adapters", *flags)
+    folder = aligned(tmp_path / "adapters", *flags, "--force")  # two steps of some of them make nothing safer
     assert (folder / "adapters.safetensors").stat().st_size > 0
 
 
-def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_the_curve(tmp_path):
+def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(tmp_path):
     folder = aligned(tmp_path / "adapters", "--coeff", "auto")
     found = json.loads((folder / "run" / "direction.json").read_text())
-    curve = {trial["coeff"]: trial for trial in found["coefficient_curve"]}
-    chosen = curve[found["coeff"]]
-    assert chosen["harmful_refused"] >= 0.95 and chosen["broken"] <= 0.05
-    assert all(t["harmful_refused"] < 0.95 for c, t in curve.items() if c < found["coeff"])
+    trials = {(t["layer"], t["position"], t["coeff"]): t for t in found["trials"]}
+    chosen = trials[found["layer"], found["position"], found["coeff"]]
+    asked = [t for t in trials.values() if t["refused"] is not None]
+    assert len(asked) >= 4 and len(trials) > len(asked)
+    assert chosen["refused"] >= 0.8 and chosen["broken"] <= 0.1
+    assert max(t["refused"] for t in asked) - chosen["refused"] <= 0.15
+    # Between the grid's coefficients, steering refuses as between them.
+    line = sorted((t["coeff"], t["harmful_opened"]) for t in trials.values() if t["layer"] == chosen["layer"])
+    line = [share for coeff, share in line if coeff <= 1.0]
+    assert line == sorted(line)
+
+
+def test_a_run_that_learns_nothing_says_so_last_and_recommends_no_adapter(tmp_path, capsys):
+    folder = tmp_path / "adapters"
+    command = ["--adapter-path", str(folder), *SHORT, "--learning-rate", "1e-7"]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert "not aligned: the student came 0% of the way" in err and "are not to be used" in err
+    assert "mlx_lm.generate" not in out
+    # What was trained and scored is there all the same, and a forced run ends with the same words.
+    assert (folder / "run" / "before_after.json").is_file()
+    assert "0% of the way" in json.loads((folder / "run" / "manifest.json").read_text())["not_aligned"]
+    assert main([*command, "--force", "--report"]) == 0
+    assert "<b>Not aligned:</b> the student came 0%" in (folder / "run" / "report.html").read_text()
+    out = capsys.readouterr().out
+    assert "not aligned" in out.splitlines()[-1] and "mlx_lm.generate" not in out
 
 
 def test_help_is_quick_to_import():

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import bench
+import pytest
+
+from safesteer_mlx.teacher import TeacherTrial
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench.py"
@@ -51,3 +54,40 @@ def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
         assert row["seconds_ratio"] > 0 and row["ours_bytes"] > 0 and row["other_bytes"] > 0
     assert [row["goal"] for row in rows[4:]] == [1.3, 1.4]
     assert all(row["planned_ratio"] == row["planned_bytes"] / row["ours_bytes"] for row in rows[4:])
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """The bundled model with as little of everything as its stages take."""
+    few = {"direction_train": 16, "direction_validation": 8, "kl_threshold": None, "steering_threshold": -99.0}
+    few |= {"coeff_grid": [0.5, 1.0], "token_samples": 1, "iters": 1, "batch_size": 4, "max_tokens": 8}
+    bundled = bench.bundled
+    monkeypatch.setattr(bench, "bundled", lambda **changes: bundled(**changes | few))
+    monkeypatch.setattr(bench.stages, "ASKED", (4, 4))
+    monkeypatch.setattr(bench.stages, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(bench.teachers, "ANSWER_TOKENS", 8)
+
+
+def test_the_search_is_counted_beside_the_published_choice(little):
+    rows = bench.bench_search(1)
+    assert [row["what"].split(" / ")[1] for row in rows] == [
+        "the published choice on as many prompts",
+        "the published choice on 96 prompts of each kind",
+    ]
+    for row in rows:
+        assert row["seconds_ratio"] > 0 and row["ours_block_passes"] > row["other_block_passes"] > 0
+        assert row["block_passes_ratio"] == row["ours_block_passes"] / row["other_block_passes"]
+        assert "answers; " in row["what"]
+
+
+def test_passes_of_trials_by_hand():
+    trials = [TeacherTrial(-1, 6, coeff, 0.5, 0.1, 0.2) for coeff in (0.5, 0.6, 1.0)] + [TeacherTrial(-1, 2, 1.0)]
+    recipe, base, rendered, _ = bench.bundled(coeff_grid=[0.5, 1.0])
+    # Eight blocks, 24 harmful and 16 harmless prompts: six blocks shared by two coefficients, then one alone; each time
+    # the base on harmless prompts.
+    assert bench.trial_passes(recipe, base, rendered, trials) == 40 * (6 + 2 * 2) + 40 * 8 + 2 * 16 * 8
+
+
+@pytest.mark.parametrize("run", [bench.our_run, bench.published_run])
+def test_both_whole_runs_come_to_their_end(little, run):
+    run(8)

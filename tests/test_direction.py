@@ -11,21 +11,29 @@ from hypothesis import strategies as st
 
 from safesteer_mlx.direction import (
     ASKED_AT_ONCE,
+    SCORE_BOUND,
+    SHORTLIST,
     CandidateScores,
+    Direction,
     NoDirectionError,
     Questions,
     _refusal_score,
     choose_direction,
     failed_tests,
+    filled,
     keep_answered_as_meant,
     mean_differences,
-    nearest_candidates,
     no_direction,
+    opening_probabilities,
     pruned_from,
     refusal_scores,
     score_candidates,
     search,
+    shortlist,
+    spread,
+    steered_logits,
 )
+from safesteer_mlx.residual import block_inputs, last_logits, pad_right, steer
 
 NAN = float("nan")
 RNG = np.random.default_rng(7)
@@ -136,6 +144,40 @@ def test_prompts_are_kept_where_they_are_answered_as_meant(model):
     assert kept[1].tolist() == np.flatnonzero(harmless < 0).tolist() and len(kept[1])
 
 
+TWICE = [9, *REFUSAL, 7, 7]  # REFUSAL as a set
+
+
+def test_refusal_ids_are_a_set():
+    # counted twice, 0.6 would become 1.2, more than there is
+    logits = mx.log(mx.array([[0.1, 0.6, 0.3]]))
+    assert _refusal_score(logits, [1, 1]).item() == pytest.approx(math.log(0.6 / 0.4), abs=1e-5)
+    assert _refusal_score(logits, [2, 0, 2]).item() == pytest.approx(math.log(0.4 / 0.6), abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.integers(0, 7), min_size=1, max_size=20), st.sampled_from([1.0, 10.0]))
+def test_a_repeated_id_changes_nothing_and_the_probability_of_a_refusal_never_passes_1(seed, ids, scale):
+    z = scale * mx.random.normal((3, 8), key=mx.random.key(seed))
+    found = np.array(_refusal_score(z, ids), np.float64)
+    np.testing.assert_array_equal(found, np.array(_refusal_score(z, sorted(set(ids)))))
+    mass = softmax(np.array(z))[:, sorted(set(ids))].sum(-1)
+    np.testing.assert_allclose(1 / (1 + np.exp(-found)), mass, atol=1e-5)  # score = log(p / (1 − p)): p ≤ 1
+    assert np.abs(found).max() <= SCORE_BOUND + 1e-5
+
+
+def test_a_repeated_id_changes_no_score_no_prompt_that_is_kept_and_no_candidate(model):
+    np.testing.assert_array_equal(*(refusal_scores(model, HARMLESS, ids) for ids in (TWICE, REFUSAL)))
+    third = [*range(17)]  # of 50 ids: they are likelier than not only if they count twice
+    mass = [[softmax(walk(model, row)[1][-1])[third].sum() for row in rows] for rows in (HARMFUL, HARMLESS)]
+    assert np.all(np.concatenate(mass) > 0.25) and np.all(np.concatenate(mass) < 0.5)
+    kept = keep_answered_as_meant(model, HARMFUL, HARMLESS, third * 2)
+    assert [k.tolist() for k in kept] == [[], [0, 1, 2, 3, 4]]
+    sets = (mean_differences(model, HARMFUL, HARMLESS, 2), HARMFUL, HARMLESS)
+    twice, once = (score_candidates(model, *sets, ids, exhaustive=True) for ids in (TWICE, REFUSAL))
+    for key in TABLES:
+        np.testing.assert_array_equal(getattr(twice, key), getattr(once, key))
+
+
 # Scoring and searching
 
 
@@ -202,8 +244,41 @@ def test_the_short_search_chooses_what_the_exhaustive_one_does(name, seed):
     strict = {**limits, "steering_threshold": float(whole.steering_refusal.max()) + 1}
     early = score_candidates(model, *sets, **strict)
     assert np.isnan(early.ablation_kl[candidates.any(-1)]).all()  # never run once steering has failed
+    for steered in (short.steering_refusal, early.steering_refusal):  # which is measured for all, to the end
+        assert not np.isnan(steered[:, : pruned_from(3, 0.2)]).any()
     with pytest.raises(NoDirectionError):
         choose_direction(early, **strict)
+
+
+def test_only_the_candidates_that_are_named_are_measured(model):
+    sets = (mean_differences(model, HARMFUL, HARMLESS, 3), HARMFUL, HARMLESS, REFUSAL)
+    whole, only = score_candidates(model, *sets, exhaustive=True), [(0, 1), (2, 2)]
+    found = score_candidates(model, *sets, exhaustive=True, only=only)
+    named = np.zeros((3, 3), bool)
+    named[[0, 2], [1, 2]] = True
+    for key in TABLES:
+        np.testing.assert_array_equal(~np.isnan(getattr(found, key)), named)
+        np.testing.assert_allclose(getattr(found, key)[named], getattr(whole, key)[named], atol=1e-4)
+    assert found.block_passes < whole.block_passes
+    none = CandidateScores(*(np.full((3, 3), NAN) for _ in range(3)))
+    merged = filled(filled(none, found), whole)
+    for key in TABLES:
+        np.testing.assert_allclose(getattr(merged, key), getattr(whole, key), atol=1e-4)
+
+
+def test_steering_is_measured_to_the_end_however_low_it_is():
+    # 2 positions, 10 blocks of which 8 are allowed, 12 prompts: every score is the lowest there is.
+    draw, shape, n = np.random.default_rng(1), (2, 10), 12
+    steering = np.full((*shape, n), -18.0) + draw.random((*shape, n))
+    tables = steering, np.zeros((*shape, n)), np.zeros((*shape, n))
+    parts = [list(range(i, i + 4)) for i in (0, 4, 8)]
+    own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
+    limits = {"kl_threshold": 0.1, "steering_threshold": 0.0, "prune_last": 0.2}
+    found = search(np.ones(shape, bool), own, asked(tables, 10), (parts, parts), **limits)
+    np.testing.assert_allclose(found.steering_refusal[:, :8], steering.mean(-1)[:, :8])
+    assert np.isnan(found.steering_refusal[:, 8:]).all()
+    assert np.isnan(found.ablation_kl).all() and np.isnan(found.ablation_refusal).all()
+    assert found.block_passes == 2 * 12 * sum(10 - layer for layer in range(8))
 
 
 def asked(tables, n_layers=28):
@@ -285,6 +360,48 @@ def test_the_first_pruned_block(n_layers, prune_last, first):
     assert pruned_from(n_layers, prune_last) == first
 
 
+# What steering does to how answers open
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_steered_logits_of_rows_with_a_vector_each(tiny_model, name):
+    model, rows = tiny_model(name), HARMLESS[:2]
+    vectors = mx.random.normal((4, 32), key=mx.random.key(2))
+    inputs = block_inputs(model, pad_right(rows))[1]
+    expected = np.stack([walk(model, rows[i % 2], add={1: vectors[i]})[1][-1] for i in range(4)])
+    for known in (inputs, None):
+        found = np.array(steered_logits(model, 1, vectors, rows * 2, known))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_opening_probabilities_are_those_of_the_model_steered_by_each_coefficient(tiny_model, name, batch_size):
+    model, coeffs = tiny_model(name), [0.0, 0.5, 3.0]
+    direction = Direction(-1, 1, 2 * mx.random.normal((32,), key=mx.random.key(4)))
+    found = opening_probabilities(model, direction, coeffs, HARMFUL, HARMLESS, TWICE, batch_size)
+
+    def last(rows, coeff):
+        steered = steer(model, 1, direction.vector, coeff)
+        return np.concatenate([softmax(last_logits(steered, [row])) for row in rows])
+
+    base = last(HARMLESS, 0.0)
+    for i, coeff in enumerate(coeffs):
+        q = last(HARMLESS, coeff)
+        kl = (base * (np.log(base + 1e-6) - np.log(q + 1e-6))).sum(-1).mean()
+        by_hand = last(HARMFUL, coeff)[:, REFUSAL].sum(-1).mean(), q[:, REFUSAL].sum(-1).mean(), kl
+        assert [float(values[i]) for values in found] == pytest.approx(by_hand, abs=1e-5)
+    own = [1 / (1 + np.exp(-refusal_scores(model, rows, REFUSAL))) for rows in (HARMFUL, HARMLESS)]
+    assert [found[0][0], found[1][0]] == pytest.approx([p.mean() for p in own], abs=1e-5)
+    assert abs(found[2][0]) < 1e-6 < found[2][1]
+
+
+def test_openings_of_all_tokens_have_probability_1(model):
+    direction = Direction(-1, 1, mx.ones(32))
+    on_harmful, on_harmless, _ = opening_probabilities(model, direction, [1.0], HARMFUL, HARMLESS, [*range(50)] * 2)
+    assert [on_harmful[0], on_harmless[0]] == pytest.approx([1.0, 1.0], abs=1e-6)
+
+
 # Choosing
 
 grid = st.integers(-2000, 2000).map(lambda x: x / 1000)
@@ -329,41 +446,65 @@ def test_the_choice_is_the_brute_force_one(scores, kl_threshold, steering_thresh
 
 
 @settings(max_examples=100, deadline=None)
-@given(table, threshold, threshold, part)
-@pytest.mark.filterwarnings("ignore:Degrees of freedom")
-def test_nearest_candidates_are_in_order(scores, kl_threshold, steering_threshold, prune_last):
+@given(table, threshold, threshold, part, st.integers(1, 8))
+def test_the_shortlist_is_the_sorted_list_with_two_of_a_block(scores, kl_threshold, steering_threshold, prune_last, n):
     limits = (kl_threshold, steering_threshold, prune_last)
-    near = nearest_candidates(scores, *limits, count=10)
-    spread = float(np.nanstd(scores.steering_refusal)) or 1.0
-
-    def distance(p, layer):
-        steered, kl = scores.steering_refusal[p, layer], scores.ablation_kl[p, layer]
-        short = 0.0 if steering_threshold is None else (steering_threshold - steered) / spread
-        over = 0.0 if kl_threshold is None else (kl - kl_threshold) / max(abs(kl_threshold), 1e-9)
-        return max(short, over, 0.0)
-
-    ranks = [(len(failed), distance(p, layer)) for p, layer, failed in near]
-    assert ranks == sorted(ranks) and not np.isnan(ranks).any()
-    assert all(-2 <= p < 0 for p, _, _ in near) and len({(p, layer) for p, layer, _ in near}) == len(near)
-    measured = ~np.isnan(scores.steering_refusal + scores.ablation_kl)[:, 1 : pruned_from(5, prune_last)]
-    assert len(near) == measured.sum()
-    for p, layer, failed in near:
-        assert failed == failed_tests(scores, p + 2, layer, *limits)
-        assert bool(failed) == (distance(p, layer) > 0 or np.isnan(scores.ablation_refusal[p, layer]))
-    assert nearest_candidates(scores, *limits) == near[:3]
+    near = shortlist(scores, *limits, count=n)
+    every = []
+    for layer in range(1, pruned_from(5, prune_last)):
+        for p in (0, 1):
+            if not math.isnan(scores.steering_refusal[p, layer]):
+                failed = failed_tests(scores, p, layer, *limits)
+                by = -scores.steering_refusal[p, layer] if failed else scores.ablation_refusal[p, layer]
+                every.append((len(failed), by, p - 2, layer, failed))
+    assert near == [(p, layer, failed) for _, _, p, layer, failed in sorted(every)][:n]  # two positions: none is third
+    if (best := by_brute_force(scores, *limits)) and best[1] > 0:
+        assert near[0][:2] == best and near[0][2] == []
+    assert shortlist(scores, *limits) == shortlist(scores, *limits, count=SHORTLIST)
 
 
-def test_nearest_candidates_by_hand():
-    # spread of steering (1, 3, −1, −1): √2.75. Shortfalls of blocks 1 to 3: (0.4 − 0.1)/0.1 = 3; 1/√2.75 = 0.60; 0.60
-    # and 0.5. The last fails by less than block 1, but two tests. Block 0 is never a direction.
-    kl, steered = np.array([[0.0, 0.4, 0.1, 0.15]]), np.array([[1.0, 3.0, -1.0, -1.0]])
-    scores = CandidateScores(kl, np.zeros((1, 4)), steered)
-    assert nearest_candidates(scores, 0.1, 0.0, None) == [
+def test_the_shortlist_by_hand():
+    kl, steered = np.array([[0.0, 0.4, 0.1, 0.15, 0.05]]), np.array([[9.0, 3.0, -1.0, -1.0, 1.0]])
+    scores = CandidateScores(kl, np.zeros((1, 5)), steered)
+    expected = [
+        (-1, 4, []),
+        (-1, 1, ["KL when ablated +0.400 > 0.1"]),  # fails one test, as block 2 does, but raises refusal more
         (-1, 2, ["refusal when steered -1.000 < 0"]),
-        (-1, 1, ["KL when ablated +0.400 > 0.1"]),
         (-1, 3, ["refusal when steered -1.000 < 0", "KL when ablated +0.150 > 0.1"]),
-    ]
-    assert nearest_candidates(scores, 0.1, 0.0, None, count=1)[0][:2] == (-1, 2)
+    ]  # block 0 is never a direction
+    assert shortlist(scores, 0.1, 0.0, None) == expected
+    assert shortlist(scores, 0.1, 0.0, None, count=2) == expected[:2]
+    assert [at for _, at, _ in shortlist(scores, 0.1, 0.0, 0.2)] == [1, 2, 3]  # block 4 is pruned
+
+
+def test_the_shortlist_begins_with_the_published_choice_and_takes_two_of_a_block():
+    # All pass: by refusal under ablation, the smallest first. Block 1 has the three smallest.
+    refusal = np.array([[0.0, -9.0, 3.0], [0.0, -7.0, 1.0], [0.0, -8.0, 2.0]])
+    scores = CandidateScores(np.zeros((3, 3)), refusal, np.ones((3, 3)))
+    near = shortlist(scores, 0.1, 0.0, None)
+    assert near == [(-3, 1, []), (-1, 1, []), (-2, 2, []), (-1, 2, [])]
+    assert near[0][:2] == choose_direction(scores, 0.1, 0.0, None)
+
+
+def test_what_was_not_measured_is_filled():
+    some = CandidateScores(*(np.array([[1.0, NAN, NAN]]) for _ in range(3)), block_passes=5)
+    more = CandidateScores(*(np.array([[7.0, 2.0, NAN]]) + i for i in range(3)), block_passes=3)
+    found = filled(some, more)
+    for i, key in enumerate(("ablation_kl", "ablation_refusal", "steering_refusal")):
+        np.testing.assert_array_equal(getattr(found, key), [[1.0, 2.0 + i, NAN]])
+    assert found.block_passes == 8
+
+
+@pytest.mark.parametrize(
+    ("n_pos", "n_layers", "expected"),
+    [
+        (5, 10, [(row, at) for at in (1, 4, 6, 9) for row in (0, 2, 4)]),
+        (2, 3, [(0, 1), (1, 1), (0, 2), (1, 2)]),
+        (1, 2, [(0, 1)]),
+    ],
+)
+def test_candidates_spread_over_blocks_and_positions_but_for_the_first_block(n_pos, n_layers, expected):
+    assert spread(n_pos, n_layers) == expected
 
 
 def test_every_failed_test_is_named():
@@ -379,7 +520,9 @@ def test_every_failed_test_is_named():
 
 
 def test_no_direction_can_never_be_chosen(model):
-    nothing = no_direction(model)
-    assert not nothing.vector.any().item()
+    nothing, scores = no_direction(model)
+    assert isinstance(nothing, Direction) and not nothing.vector.any().item()
+    assert scores.ablation_kl.shape == (1, 3)
     with pytest.raises(NoDirectionError):
-        choose_direction(nothing.scores, None, None, None)
+        choose_direction(scores, None, None, None)
+    assert shortlist(scores, None, None, None) == []

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 from matplotlib.patches import Rectangle
-from runs import files
+from runs import HOSTILE, files, trial
 
 from safesteer_mlx import figures
 from safesteer_mlx.figures import DARK, LIGHT, picture
@@ -35,6 +35,103 @@ def test_the_chosen_candidate_is_framed_in_all_three_and_gaps_are_left_empty(fou
     scores = panels[2].collections[0].get_array()
     assert scores[1, 2] == 0.05  # under the frame: row 1 of positions −3, −2, −1
     assert panels[0].get_ylim() == (-3, 0)
+
+
+def lines(drawn, axes=0):
+    """What is drawn, by its name in the legend: points as (x, y)."""
+    return {
+        line.get_label(): [tuple(map(float, p)) for p in line.get_xydata().round(6)]
+        for line in drawn.axes[axes].lines
+        if not line.get_label().startswith("_")
+    }
+
+
+def test_every_trial_is_on_the_frontier_and_the_chosen_one_is_ringed_and_named(found):
+    found["direction.json"]["trials"].reverse()  # lines go by coefficient, not by the order of the file
+    drawn = figures.frontier(found["direction.json"], LIGHT)
+    assert lines(drawn) == {
+        "chosen direction, probability": [(10, 50), (30, 80), (60, 90)],
+        "chosen direction, answers": [(10, 90)],
+        "others, probability": [(20, 30), (40, 60)],
+        "others, answers": [(10, 50)],
+        "chosen": [(10, 90)],  # where answers were drawn, by them
+    }
+    [label] = drawn.axes[0].texts
+    assert label.get_text() == "block 2, coefficient 0.7" and label.xy == (10, 90)
+    assert {t.get_text() for t in drawn.legends[0].get_texts()} == set(lines(drawn))
+
+
+def test_two_directions_that_were_not_chosen_are_two_lines_with_one_name(found):
+    found["direction.json"]["trials"] += [trial(3, 0.4, (0.3, 0.2)), trial(3, 1.0, (0.6, 0.4))]
+    axes = figures.frontier(found["direction.json"], LIGHT).axes[0]
+    assert [len(line.get_xdata()) for line in axes.lines if line.get_color() == LIGHT.base] == [2, 1, 2]
+    names = [t.get_text() for t in axes.figure.legends[0].get_texts()]
+    assert len(names) == len(set(names)) == 5
+
+
+def test_the_frontier_of_a_model_that_thinks_first_is_by_answers_alone(found):
+    found["direction.json"]["trials"] = [trial(4, 1.0, None, 0.4), trial(2, 0.7, None, 0.9), trial(2, 1.0, None)]
+    drawn = figures.frontier(found["direction.json"], LIGHT)
+    assert lines(drawn) == {
+        "others, answers": [(10, 40)],
+        "chosen direction, answers": [(10, 90)],
+        "chosen": [(10, 90)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("tried", "ring"),
+    [
+        ([], None),
+        ([trial(2, 0.7, None)], None),  # nothing was measured
+        ([trial(2, 0.7, (1.0, 1.0))], (100, 100)),
+        ([trial(2, 0.7, (0.0, 0.0), 0.0)], (10, 0)),
+        ([trial(4, 0.7, (0.5, 0.5))], None),  # the chosen one is none of them
+    ],
+    ids=["none", "not measured", "no answers", "no refusals", "another"],
+)
+def test_a_frontier_of_one_trial_or_none_is_drawn(found, tried, ring):
+    found["direction.json"]["trials"] = tried
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture(lambda theme: figures.frontier(found["direction.json"], theme))
+    assert lines(figures.frontier(found["direction.json"], LIGHT)).get("chosen", [None]) == [ring]
+
+
+def test_no_text_of_a_model_is_on_the_frontier():
+    runs = files()["direction.json"], files(HOSTILE)["direction.json"]
+    plain, hostile = (picture(lambda theme, found=found: figures.frontier(found, theme)) for found in runs)
+    assert plain == hostile
+
+
+def test_text_for_a_number_is_never_drawn(found):
+    for name in ("layer", "coeff"):
+        bad = found["direction.json"] | {name: HOSTILE, "trials": [trial(2, 0.7, (0.5, 0.1)) | {name: HOSTILE}]}
+        with pytest.raises((ValueError, TypeError)):
+            figures.frontier(bad, LIGHT)
+
+
+def test_what_is_learned_has_a_panel_where_it_was_measured(found):
+    rows = found["metrics.jsonl"]
+    drawn = figures.training(rows, LIGHT)
+    titles = [axes.get_title() for axes in drawn.axes]
+    assert titles[2] == "Learned, on validation prompts" and len(titles) == 4
+    assert [tuple(p) for p in drawn.axes[2].lines[0].get_xydata()] == [(3, 80)]
+    assert [axes.get_xlabel() for axes in drawn.axes] == ["", "", "", "optimizer step"]
+    never = [row | {"learned": None} for row in rows]
+    before = [{key: value for key, value in row.items() if key != "learned"} for row in rows]  # an older run
+    assert all(len(figures.training(without, LIGHT).axes) == 3 for without in (never, before))
+
+
+def test_the_tokens_bars_are_what_they_are_ranked_by(found):
+    rows = found["tokens.json"]
+    without = [{k: v for k, v in row.items() if k != "part"} for row in rows]
+    for drawn, width in (
+        (figures.safety_tokens(rows, LIGHT), 0.25),
+        (figures.safety_tokens(rows, LIGHT, "vote"), 9),
+        (figures.safety_tokens(without, LIGHT), 9),
+    ):
+        assert [bar.get_width() for bar in drawn.axes[0].patches] == [width] * 2
 
 
 def test_a_deep_model_has_every_block_on_the_axis(found):
@@ -91,8 +188,9 @@ def test_axes_say_what_they_measure_and_in_which_unit(found):
         "refused (% of prompts)": figures.outcomes(scores, LIGHT),
         "right (% of tasks)": figures.capability(scores, LIGHT),
         "KL(base ‖ model) a token, harmless prompts (nats)": figures.drift(scores, LIGHT),
-        "steering coefficient": figures.coefficient(direction, LIGHT),
-        "votes (positions)": figures.safety_tokens(found["tokens.json"], LIGHT),
+        "harmless prompts refused (%)": figures.frontier(direction, LIGHT),
+        "part in KL (nats)": figures.safety_tokens(found["tokens.json"], LIGHT),
+        "votes (positions)": figures.safety_tokens(found["tokens.json"], LIGHT, "vote"),
         "optimizer step": figures.training(found["metrics.jsonl"], LIGHT),
         "block": figures.direction(direction, LIGHT),
     }

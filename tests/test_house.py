@@ -11,12 +11,13 @@ LEVELS = {
     **dict.fromkeys(("__init__", "progress", "judge", "intervals"), 0),
     **dict.fromkeys(("recipe", "scores", "hub", "checks", "backoff"), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout", "memory"), 2),
-    **dict.fromkeys(("direction", "student", "teacher", "safety_tokens", "checkpoint"), 3),
+    **dict.fromkeys(("direction", "student", "safety_tokens", "checkpoint"), 3),
     **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file"), 3),
-    **dict.fromkeys(("train", "measure", "report", "chat"), 4),
-    **dict.fromkeys(("stages", "evaluate", "tokens"), 5),
-    **dict.fromkeys(("verdict", "selection"), 6),
-    "align": 7,
+    **dict.fromkeys(("teacher", "measure", "report", "chat"), 4),
+    **dict.fromkeys(("train", "evaluate", "tokens"), 5),
+    "stages": 6,
+    **dict.fromkeys(("verdict", "selection"), 7),
+    "align": 8,
 }
 
 

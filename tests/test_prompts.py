@@ -4,8 +4,17 @@ import pytest
 
 from safesteer_mlx.load import load
 from safesteer_mlx.progress import UserError
-from safesteer_mlx.prompts import end_of_instruction, load_prompt_sets, opener_ids, render, special_ids
-from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.prompts import (
+    PromptSets,
+    built_in_sets,
+    end_of_instruction,
+    load_prompt_sets,
+    opener_ids,
+    own_prompts,
+    render,
+    special_ids,
+)
+from safesteer_mlx.recipe import MODELS, PACKAGE
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -84,3 +93,34 @@ def test_no_set_of_prompts_overlaps_another():
         texts = {name: {item.text for item in items} for name, items in sets.items() if name != "capability_test"}
         for name, own in texts.items():
             assert not any(own & other for other_name, other in texts.items() if other_name != name), name
+
+
+def test_a_models_own_prompts_are_used_and_else_the_packages(tmp_path):
+    package = load_prompt_sets(PACKAGE / "data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.jsonl").write_text('{"instruction": "not a set of ours"}\n')
+    for model in ("org/name", str(tmp_path), str(tmp_path / "none")):
+        assert own_prompts(model) is None and built_in_sets(model) == package
+    for name in PromptSets.__dataclass_fields__:
+        (tmp_path / "data" / f"{name}.jsonl").write_text(f'{{"instruction": "{name} of mine"}}\n')
+    assert own_prompts(str(tmp_path)) == tmp_path / "data"
+    own = built_in_sets(str(tmp_path))
+    assert {name: [item.text for item in items] for name, items in vars(own).items()} == {
+        name: [f"{name} of mine"] for name in PromptSets.__dataclass_fields__
+    }
+    bundled = built_in_sets(str(MODELS / "tiny-chat"))
+    assert bundled == load_prompt_sets(MODELS / "tiny-chat" / "data") != package
+
+
+def test_a_set_that_is_missing_from_a_models_own_prompts_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "harmful_train.jsonl").write_text('{"instruction": "a"}\n')
+    with pytest.raises(UserError, match=r"harmful_direction_train.jsonl does not exist"):
+        built_in_sets(str(tmp_path))
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m" / "data").mkdir(parents=True)
+    (tmp_path / "m" / "data" / "harmful_test.jsonl").write_text('{"instruction": "a"}\n')
+    assert own_prompts("~/m") == tmp_path / "m" / "data"

@@ -1,72 +1,179 @@
 """Settings: where each value comes from, which source wins, and what the published recipe is."""
 
+import json
+
 import pytest
 
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.recipe import MODELS, mathematics, model_name, model_recipe, parse, read_yaml, resolve
 
 RECIPES = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
-LLAMA = RECIPES["llama-3-8b"]["match"]
+SHAPES = {name: recipe["match"]["shape"] for name, recipe in RECIPES.items() if "shape" in recipe["match"]}
+LLAMA = SHAPES["llama-3-8b"]
+OTHER = {"model": "org/other"}  # the model of nobody's recipe
+PUBLISHED = {"llama-3-8b": (5, 1e-7), "llama-3.2-3b": (5, 1e-7), "qwen2.5-7b": (7, 1e-8), "qwen3-4b-2507": (7, 1e-8)}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_is_found_by_its_configuration_and_by_no_other(name):
-    match = RECIPES[name]["match"]
-    found, settings = model_recipe({**match, "rope_theta": 1})
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_recipe_is_found_by_its_shape_and_by_no_other(name):
+    shape = SHAPES[name]
+    found, settings = model_recipe({**shape, "rope_theta": 1}, "org/other")
     assert found == name and "match" not in settings
-    for key, value in match.items():
-        changed = {**match, key: value + 1 if isinstance(value, int) else f"{value}x"}
-        assert model_recipe(changed)[0] is None
+    for key, value in shape.items():
+        changed = {**shape, key: value + 1 if isinstance(value, int) else f"{value}x"}
+        assert model_recipe(changed, "org/other") == (None, {})
 
 
 @pytest.mark.parametrize(
-    ("name", "horizon", "least"), [("qwen2.5-7b", 7, 1e-8), ("llama-3-8b", 5, 1e-7), ("llama-3.2-3b", 5, 1e-7)]
+    ("model", "expected"),
+    [
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("mlx-community/Meta-Llama-3-8B-Instruct-4bit", "llama-3-8b"),
+        ("meta-llama/Llama-3.2-3B-Instruct", "llama-3.2-3b"),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
+        ("/home/me/models/Qwen3-4B-Instruct-2507-8bit/", "qwen3-4b-2507"),
+        (str(MODELS / "tiny-chat"), "tiny-chat"),
+        ("Qwen/Qwen2.5-14B-Instruct", None),
+        ("tiny-chat/other", None),  # a folder above the model's own does not name it
+    ],
 )
-def test_the_published_token_settings(name, horizon, least):
-    recipe, found = resolve(RECIPES[name]["match"], {})
-    assert found == name
-    assert (recipe.tokens.horizon, recipe.tokens.min_steered_prob) == (horizon, least)
-    assert (recipe.tokens.safety_tokens, recipe.tokens.inner_top_k, recipe.tokens.token_samples) == (50, 200, 8)
+def test_a_recipe_is_found_by_name_whatever_the_shape(model, expected):
+    assert model_recipe({}, model)[0] == expected
+    for name, shape in SHAPES.items():
+        assert model_recipe(shape, model)[0] == (expected or name)
+
+
+def test_a_model_of_the_bundled_ones_shape_has_no_recipe():
+    config = json.loads((MODELS / "tiny-chat" / "config.json").read_text())
+    assert model_recipe(config, "org/tiny-chat-of-mine") == (None, {})
+    recipe, name = resolve(config, {"model": "org/tiny-chat-of-mine"})
+    assert name is None and (recipe.train.max_tokens, recipe.run.test_prompts) == (512, 100)
+    recipe, name = resolve(config, {})  # the bundled one is meant
+    assert name == "tiny-chat" and (recipe.train.max_tokens, recipe.run.test_prompts) == (64, 364)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_holds_no_strength_and_no_threshold(name):
+    assert set(RECIPES[name]) <= {"match", "published", "max_tokens", "test_prompts"}
+    assert set(RECIPES[name].get("published", {})) <= {"horizon", "min_steered_prob", "learning_rate"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_settings_of_a_model_are_those_of_the_preset_alone(name):
+    plain, found = resolve(SHAPES[name], OTHER)
+    assert found == name and plain == resolve({}, OTHER)[0]
+    paper, _ = resolve(SHAPES[name], OTHER, "paper")
+    assert (paper.tokens.horizon, paper.tokens.min_steered_prob) == PUBLISHED[name]
+    assert (paper.train.fine_tune_type, paper.train.learning_rate) == ("full", 1e-6 if "llama" in name else 1e-5)
 
 
 def test_the_paper_preset_is_what_was_published():
-    recipe, _ = resolve({}, {}, "paper")
-    assert (recipe.loss.loss, recipe.loss.subset, recipe.loss.anchor, recipe.loss.renormalize) == (
-        "reverse_kl",
-        "safety",
-        0.0,
-        False,
-    )
-    assert (recipe.teacher.teacher, recipe.teacher.coeff) == ("steer", 1.0)
-    train = recipe.train
-    assert (train.batch_size, train.samples, train.epochs, train.temp, train.max_tokens) == (4, 8, 1.0, 1.0, 512)
-    assert (train.warmup, train.max_grad_norm) == (0.1, 1.0)
-    assert (train.fine_tune_type, train.learning_rate) == ("full", 1e-5)
+    recipe, _ = resolve({}, OTHER, "paper")
+    published = {
+        "loss": "reverse_kl",
+        "subset": "safety",
+        "anchor": 0.0,
+        "renormalize": False,
+        "skip": 0,
+        "keep": 0,
+        "teacher": "steer",
+        "coeff": 1.0,
+        "direction_train": 128,
+        "direction_validation": 32,
+        "kl_threshold": 0.1,
+        "steering_threshold": 0.0,
+        "prune_last": 0.2,
+        "safety_tokens": 50,
+        "token_method": "vote",
+        "inner_top_k": 200,
+        "token_samples": 8,
+        "horizon": 7,
+        "min_steered_prob": 1e-8,
+        "batch_size": 4,
+        "samples": 8,
+        "epochs": 1.0,
+        "iters": None,
+        "until_learned": False,
+        "temp": 1.0,
+        "top_p": 1.0,
+        "max_tokens": 512,
+        "warmup": 0.1,
+        "max_grad_norm": 1.0,
+        "fine_tune_type": "full",
+        "learning_rate": 1e-5,
+        "seed": 42,
+    }
+    assert {name: recipe.flat()[name] for name in published} == published
+    assert resolve({}, {}, "paper")[0].train == recipe.train  # nothing is left of the bundled model's own
+
+
+def test_by_default_what_can_be_is_decided_on_the_model():
+    recipe, _ = resolve({}, OTHER)
+    assert (recipe.teacher.coeff, recipe.loss.keep, recipe.train.until_learned) == ("auto", "auto", True)
+    assert (recipe.tokens.token_method, recipe.tokens.token_share) == ("part", 0.95)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--keep 3", "keep", 3),
+        ("--keep auto", "keep", "auto"),
+        ("--coeff auto", "coeff", "auto"),
+        ("--coeff 0.5", "coeff", 0.5),
+        ("--no-until-learned", "until_learned", False),
+        ("--token-share 1", "token_share", 1.0),
+        ("--token-method part", "token_method", "part"),
+    ],
+)
+def test_what_is_decided_on_the_model_can_be_given(words, key, value):
+    flags, *_ = parse(words.split())
+    assert resolve({}, flags)[0].flat()[key] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("keep", "soon", "keep = 'soon' is not a number or auto"),
+        ("keep", -1, "at least 0"),
+        ("keep", 2.5, "keep = 2.5 is not a int or str"),
+        ("token_share", 0, "above 0"),
+        ("token_share", 1.1, "at most 1"),
+        ("token_method", "parts", "did you mean part"),
+        ("coeff_refusal", 0.95, "unknown key 'coeff_refusal'"),
+    ],
+)
+def test_what_none_of_them_can_be_is_said(key, value, message):
+    with pytest.raises(UserError, match=message):
+        resolve({}, {key: value})
 
 
 def test_the_paper_trains_llama_more_slowly_and_quantized_weights_by_lora(tmp_path):
-    assert resolve(LLAMA, {}, "paper")[0].train.learning_rate == 1e-6
-    assert resolve(LLAMA, {})[0].train.learning_rate == 3e-4  # the published rate is for all weights
-    quantized, _ = resolve({**LLAMA, "quantization": {"bits": 4}}, {}, "paper")
+    assert resolve(LLAMA, OTHER, "paper")[0].train.learning_rate == 1e-6
+    assert resolve(LLAMA, OTHER)[0].train.learning_rate == 3e-4  # the published rate is for all weights
+    quantized, _ = resolve({**LLAMA, "quantization": {"bits": 4}}, OTHER, "paper")
     assert (quantized.train.fine_tune_type, quantized.train.learning_rate) == ("lora", 3e-4)
+    assert (quantized.tokens.horizon, quantized.tokens.min_steered_prob) == (5, 1e-7)
     (tmp_path / "c.yaml").write_text("fine_tune_type: lora\nlearning_rate: 2e-4\n")
-    mine, _ = resolve(LLAMA, {"learning_rate": 1e-3}, "paper", tmp_path / "c.yaml")
+    mine, _ = resolve(LLAMA, OTHER | {"learning_rate": 1e-3}, "paper", tmp_path / "c.yaml")
     assert (mine.train.fine_tune_type, mine.train.learning_rate) == ("lora", 1e-3)
 
 
 def test_later_sources_win(tmp_path):
-    config = RECIPES["tiny-chat"]["match"]
-    (tmp_path / "c.yaml").write_text("horizon: 3\ncoeff: 0.5\n")
+    (tmp_path / "c.yaml").write_text("max_tokens: 99\ncoeff: 0.5\n")
 
     def found(flags, preset=None, yaml_file=None):
-        recipe, _ = resolve(config, flags, preset, yaml_file)
-        return recipe.teacher.coeff, recipe.tokens.horizon
+        recipe, _ = resolve({}, flags, preset, yaml_file)
+        return recipe.teacher.coeff, recipe.train.max_tokens
 
-    assert resolve({}, {})[0].teacher.coeff == "auto"  # default
-    assert found({}) == (0.85, 8)  # the model's recipe
-    assert found({}, "paper") == (1.0, 8)
-    assert found({}, "paper", tmp_path / "c.yaml") == (0.5, 3)
-    assert found({"coeff": 0.7}, "paper", tmp_path / "c.yaml") == (0.7, 3)
+    assert found(OTHER) == ("auto", 512)  # default
+    assert found({}) == ("auto", 64)  # the model's recipe
+    assert found({}, "paper") == (1.0, 512)
+    assert found({}, "paper", tmp_path / "c.yaml") == (0.5, 99)
+    assert found({"coeff": 0.7}, "paper", tmp_path / "c.yaml") == (0.7, 99)
+    # What a model's recipe says is published comes behind the preset, before what the user says.
+    (tmp_path / "h.yaml").write_text("horizon: 3\n")
+    assert resolve(LLAMA, OTHER, "paper")[0].tokens.horizon == 5
+    assert resolve(LLAMA, OTHER, "paper", tmp_path / "h.yaml")[0].tokens.horizon == 3
 
 
 def test_an_unknown_key_names_the_nearest():

@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 
 import chromium
 import pytest
-from runs import HOSTILE, files, write_run
+from runs import HOSTILE, files, trial, write_run
 
 from safesteer_mlx import report
 from safesteer_mlx.progress import UserError
 from safesteer_mlx.report import main, write_report
 
-FIGURES = {"refusals", "capability", "drift", "training", "direction", "coefficient", "tokens", "verdict", "selection"}
+FIGURES = {"refusals", "capability", "drift", "training", "direction", "frontier", "tokens", "verdict", "selection"}
 ACTS_UNSEEN = "\x1b\x07\u202e\u2066\u200b\ud800"
 
 
@@ -139,20 +139,52 @@ def test_the_command_repeats_the_run(plain):
     assert path == plain.parent / "recipe.yaml" and flags == {"adapter_path": "adapters plain-again"}
 
 
-def test_a_run_without_direction_or_curve_says_why_pictures_are_missing(tmp_path):
+def drawn(page):
+    return {a["id"].removeprefix("figure-") for tag, a in page.tags if tag == "figure"}
+
+
+def test_a_run_without_direction_or_trials_says_why_pictures_are_missing(tmp_path):
     found = files()
     found["recipe.yaml"]["teacher"] = "system_prompt"
     scores = {test: [[None] * 6] for test in ("ablation_kl", "ablation_refusal", "steering_refusal")}
-    found["direction.json"] |= {"scores": scores, "coefficient_curve": [], "coeff": 0.0, "position": -1, "layer": 0}
+    found["direction.json"] |= {"scores": scores, "trials": [], "coeff": 0.0, "position": -1, "layer": 0}
     page = Page(write_report(write_run(tmp_path / "a", found)))
-    assert {a["id"].removeprefix("figure-") for tag, a in page.tags if tag == "figure"} == FIGURES - {
-        "direction",
-        "coefficient",
-    }
-    assert "The teacher is a system prompt" in page.text
+    assert drawn(page) == FIGURES - {"direction", "frontier"}
+    assert "The teacher is a system prompt" in page.text and "was given" not in page.text
     found = files()
-    found["direction.json"]["coefficient_curve"] = []
-    assert "The coefficient, 0.7, was given" in Page(write_report(write_run(tmp_path / "b", found))).text
+    found["direction.json"]["trials"] = []
+    page = Page(write_report(write_run(tmp_path / "b", found)))
+    assert drawn(page) == FIGURES - {"frontier"} and "The coefficient, 0.7, was given" in page.text
+
+
+def test_a_model_that_thinks_first_has_its_trials_by_answers_alone(tmp_path):
+    found = files()
+    scores = {test: [[None] * 6] for test in ("ablation_kl", "ablation_refusal", "steering_refusal")}
+    found["direction.json"] |= {"scores": scores, "trials": [trial(2, 0.7, None, 0.9), trial(3, 1.0, None, 0.5)]}
+    page = Page(write_report(write_run(tmp_path, found)))
+    assert drawn(page) == FIGURES - {"direction"}
+    assert "The model thinks before it answers" in page.text and "was given" not in page.text
+
+
+def test_captions_say_what_is_drawn(plain):
+    text = Page(plain).text
+    assert "an answer of the teacher opened by it and continued by the base" in text
+    assert "most refusals among those whose answers are sound" in text
+    assert "KL(teacher ‖ base)" in text and "part in KL (nats)" in text and "+0.25" in text
+    assert "Learned is the share" in text
+
+
+def test_an_older_run_is_drawn_without_what_it_did_not_record(tmp_path):
+    found = files()
+    del found["direction.json"]["trials"]
+    for row in found["tokens.json"]:
+        del row["part"]
+    for row in found["metrics.jsonl"]:
+        del row["learned"]
+    page = Page(write_report(write_run(tmp_path, found)))
+    assert drawn(page) == FIGURES - {"frontier"} and "was given" not in page.text
+    assert "those that steering favours most" in page.text and "KL(teacher ‖ base)" not in page.text
+    assert "Learned is the share" not in page.text
 
 
 def test_the_same_run_gives_the_same_page(plain, tmp_path):
@@ -172,6 +204,12 @@ BAD = {
     "no recipe": (damaged("recipe.yaml", lambda _: None), "recipe.yaml"),
     "another shape": (damaged("direction.json", lambda _: {"layer": 1}), "KeyError"),
     "text for a number": (damaged("tokens.json", lambda rows: [rows[0] | {"votes": "many"}]), "is not as align"),
+    "text for a block": (damaged("direction.json", lambda found: found | {"layer": HOSTILE}), "is not as align"),
+    "text for a share": (
+        damaged("direction.json", lambda found: found | {"trials": [trial(2, 0.7, ("$x^{", 0.1))]}),
+        "is not as align",
+    ),
+    "trial without a coefficient": (damaged("direction.json", lambda found: found | {"trials": [{}]}), "KeyError"),
     "step without a loss": (damaged("metrics.jsonl", lambda _: [{"step": 1}]), "KeyError"),
     "more right than asked": (
         damaged(

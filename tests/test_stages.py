@@ -1,9 +1,11 @@
 """The checks a run makes of itself."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -13,6 +15,7 @@ from safesteer_mlx.load import load
 from safesteer_mlx.progress import Screen, UserError
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
 from safesteer_mlx.residual import _override, blocks
+from safesteer_mlx.runfolder import as_json
 from safesteer_mlx.student import adapter_config, make_student, save_adapters
 
 
@@ -47,7 +50,7 @@ def test_saved_adapters_are_held_against_the_student_and_the_base(run, tmp_path)
 
 def test_a_teacher_that_is_the_base_is_refused(run):
     recipe, base, rendered = run
-    nothing = Direction(-1, 3, mx.zeros(128), None)  # type: ignore[arg-type]
+    nothing = Direction(-1, 3, mx.zeros(128))
     with pytest.raises(UserError, match=r"coeff = 0.85 changes nothing"):
         stages.make_teacher(recipe, base, rendered, nothing, 0.85)
 
@@ -65,7 +68,7 @@ def test_a_student_that_says_nothing_or_only_refuses_is_noticed(run):
 
     silent.__class__ = Silent
     assert "16 empty answers to 16" in (stages.collapsed(recipe, base, rendered, silent) or "")
-    direction = stages.find_direction(recipe, base, rendered, Screen(quiet=True)).direction
+    direction = stages.find_directions(recipe, base, rendered, Screen(quiet=True)).shortlist[0]
     teacher = stages.make_teacher(recipe, base, rendered, direction, 2.0)
     assert "refuses" in (stages.collapsed(recipe, base, rendered, teacher.model) or "")
 
@@ -90,3 +93,61 @@ def test_a_forward_pass_that_padding_changes_is_refused(run, model):
     base = SimpleNamespace(model=model, eos_ids=[49], config={"model_type": "leaky"})
     with pytest.raises(UserError, match="padding changes what model_type leaky computes"):
         stages.check_padding(recipe, base, rendered, Screen())  # type: ignore[arg-type]
+
+
+def tokens(explained=0.9, openings=(0.5, 0.2)):
+    return stages.SafetyTokens([{"id": 3}], explained, list(openings))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"explained": 0.49}, "explain only 49% of what steering does"),
+        ({"openings": [0.05, 0.09]}, "at a probability of only 0.09"),
+    ],
+)
+def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, change, said, capsys):
+    recipe = run[0]
+    stages.check_tokens(recipe, tokens(), False, Screen())
+    stages.check_tokens(recipe, tokens(explained=0.5, openings=[0.0, 0.1]), False, Screen())  # at the limits
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match=said) as error:
+        stages.check_tokens(recipe, tokens(**change), False, Screen())
+    assert "--token-method part" in str(error.value) and "--force" in str(error.value)
+    by_hand = replace(recipe, tokens=replace(recipe.tokens, safety_tokens="mine.json"))
+    for given, force in (
+        (recipe, True),
+        (by_hand, False),
+        (replace(recipe, loss=replace(recipe.loss, subset="full")), False),
+    ):
+        stages.check_tokens(given, tokens(**change), force, Screen())
+        assert said in capsys.readouterr().out
+
+
+def test_first_steps_without_a_gradient_are_noticed():
+    stages._check_gradient([1e-5, 2e-4, 0.0])
+    with pytest.raises(UserError, match=r"first 3 steps had no gradient to speak of \(norm 9e-05\)"):
+        stages._check_gradient([1e-5, 9e-5, 0.0])
+
+
+def test_what_is_trained_on_is_where_tokens_are_found_and_all_for_a_model_that_thinks(run):
+    recipe, base, _ = run
+    assert recipe.loss.keep == "auto" and stages.settled(recipe, base).loss.keep == recipe.tokens.horizon
+    assert stages.settled(recipe, replace(base, thinks=True)).loss.keep == 0
+    given = replace(recipe, loss=replace(recipe.loss, keep=3))
+    assert stages.settled(given, base).loss.keep == 3
+
+
+def test_what_was_found_is_read_back_exactly(run):
+    recipe, base, rendered = run
+    found = stages.find_directions(recipe, base, rendered, Screen(quiet=True))
+    again = stages.FoundDirections.of(json.loads(as_json(found.plain())))
+    assert again.openers == found.openers and again.failed == found.failed and again.harmless == found.harmless
+    for a, b in zip(found.shortlist, again.shortlist, strict=True):
+        assert (a.position, a.layer) == (b.position, b.layer) and mx.array_equal(a.vector, b.vector)
+    assert np.array_equal(again.scores.steering_refusal, found.scores.steering_refusal, equal_nan=True)
+    fixed = replace(recipe, teacher=replace(recipe.teacher, coeff=0.5))
+    chosen = stages.find_teacher(fixed, base, rendered, found, Screen(quiet=True))
+    read = stages.ChosenTeacher.of(json.loads(as_json(chosen.plain())))
+    assert (read.coeff, read.trials, read.base, read.teacher) == (0.5, [], chosen.base, chosen.teacher)
+    assert mx.array_equal(read.direction.vector, found.shortlist[0].vector)

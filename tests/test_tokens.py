@@ -35,7 +35,7 @@ def run_of(tmp_path, words):
     folder = tmp_path / "adapters" / "run"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(f"model: {TINY}\n")
-    measured = {"votes": 12, "mean_delta": 1.25, "base_prob": 0.00125, "teacher_prob": 0.5}
+    measured = {"votes": 12, "mean_delta": 1.25, "part": 0.5, "base_prob": 0.00125, "teacher_prob": 0.5}
     (folder / "tokens.json").write_text(json.dumps([row | measured for row in words]))
     return folder.parent
 
@@ -146,7 +146,7 @@ def test_align_uses_the_file_as_it_is_and_writes_nothing_for_another_models(word
     (tmp_path / "t.json").write_text(json.dumps(chosen))
     flags = ["--safety-tokens", str(tmp_path / "t.json"), "--adapter-path", str(tmp_path / "a"), "--iters", "1"]
     flags += ["--test-prompts", "2", "--direction-train", "64", "--token-samples", "1", "--coeff", "0.7", "--no-report"]
-    assert align(flags) == 0
+    assert align([*flags, "--force"]) == 0  # two words are little of what steering does, one step teaches little
     rows = json.loads((tmp_path / "a" / "run" / "tokens.json").read_text())
     assert [{"token": row["token"], "id": row["id"]} for row in rows] == chosen  # its order, too
     assert all(row["votes"] >= 0 and row["teacher_prob"] > 0 for row in rows)  # measured all the same
