@@ -272,8 +272,8 @@ def _what_was_done(run: Run) -> str:
     trained = {"lora": "LoRA adapters", "dora": "DoRA adapters", "full": "all its weights"}[recipe["fine_tune_type"]]
     anchor = f", {100 * recipe['anchor']:.0f} % of them harmless and held to the base" if recipe["anchor"] else ""
     return (
-        f"{_own(recipe['model'])} was trained to refuse harmful requests: {trained}{rank}, {len(run.metrics)} optimizer "
-        f"steps on its own answers to prompts{anchor}, towards a teacher on {len(run.tokens)} safety tokens. "
+        f"{_own(recipe['model'])} was trained to refuse harmful requests: {trained}{rank}, {len(run.metrics)} "
+        f"optimizer steps on its own answers to prompts{anchor}, towards a teacher on {len(run.tokens)} safety tokens. "
         f"The teacher is {teacher}."
     )
 

@@ -61,6 +61,7 @@ from .train import (
     NotFiniteError,
     Rollouts,
     TrainingPrompt,
+    course,
     make_optimizer,
     number_of_steps,
     train,
@@ -462,7 +463,7 @@ def validation(recipe: Recipe, base: Loaded, rendered: Rendered) -> Validation:
         rendered.harmful_validation[: ASKED[0]],
         rendered.harmless_validation[: ASKED[1]],
         recipe.run.seed,
-        recipe.tokens.horizon,
+        recipe.tokens.horizon if base.thinks else teachers.OPENING,
         answer_tokens(recipe, base, teachers.ANSWER_TOKENS),
         recipe.run.generation_batch_size,
         recipe.run.prompt_batch_size,
@@ -806,6 +807,8 @@ def train_student(
     """
     settings, seed = recipe.train, recipe.run.seed
     optimizer = make_optimizer(settings)
+    nominal = number_of_steps(len(prompts[0]), settings, recipe.loss)
+    total = course(nominal, settings, learning).steps
     log, done = TrainingLog([], [], []), 0
 
     def state() -> dict[str, mx.array]:
@@ -832,7 +835,8 @@ def train_student(
         log, done = TrainingLog(**saved.data), saved.step
         if learning is not None:
             learning = replace(learning, shares=[row["learned"] for row in log.metrics])
-        screen.line(f"going on after step {done}")
+        total = course(nominal, settings, learning).steps
+        screen.line(f"going on after step {done} of {total}")
     for name in checkpoint.damaged:
         screen.line(f"{checkpoint.path / name} is damaged and is not used; the state before it is")
     rollouts = None
@@ -868,7 +872,7 @@ def train_student(
                 now = time.monotonic()
                 log.metrics.append({k: None if v != v else v for k, v in asdict(event).items()})  # NaN is not JSON
                 log.seconds.append(round(now - began, 3))
-                began, done, last = now, event.step, state()
+                began, done, total, last = now, event.step, event.steps, state()
                 note = f"loss {event.loss:.4f}, safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
                 advance(event.step, event.steps, note)
                 if event.step == 1 and trained_change(student, before) == 0:
@@ -892,7 +896,7 @@ def train_student(
                 )
                 keep()
             kept = f"the adapters so far are in {recipe.run.adapter_path}; " if done else ""
-            screen.line(f"interrupted after step {done}; {kept}the same command with --yes goes on")
+            screen.line(f"interrupted after {done} of {total} steps; {kept}the same command with --yes goes on")
             raise
     return log
 

@@ -10,9 +10,9 @@ Where we deviate, with `coeff: auto`: direction and α are chosen together, on t
        answer opens as a refusal, on harmful and on harmless validation prompts, and KL(π0 ‖ πt) there.
     2. Answers, at temperature 1, for the best few, and then between the grid's coefficients around the best.
 
-In an answer the teacher writes the first `opening` tokens, those on which safety tokens are chosen, and the base goes
-on. A vector that is added at every position soon breaks what is written under it, which the student, pulled on its own
-answers, does not inherit; what it inherits is how an answer opens, and whether the base can go on from there.
+In an answer the teacher writes the first `opening` tokens and the base goes on. A vector that is added at every
+position soon breaks what is written under it, which the student, pulled on its own answers, does not inherit; what it
+inherits is how an answer opens, and whether the base can go on from there.
 """
 
 import math
@@ -36,6 +36,7 @@ from .rollout import Completion, answer_text, generate, stream_key
 Rows = Sequence[list[int]]
 
 ANSWER_TOKENS = 48  # of a validation answer, enough to tell a refusal
+OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
 FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
 ASKED = 3  # directions that are asked for answers

@@ -223,7 +223,7 @@ ZOO = (
     ),
     Spec(
         "castle",
-        "report",
+        "choose",
         _attention(
             96,
             8,
@@ -277,6 +277,20 @@ ZOO = (
         *("bpe", 8192, PLAIN, 0.5, 4),
         over_refusal=0.2,
         seed=10,
+    ),
+    Spec(
+        "market",
+        "report",
+        _attention(96, 7, model_type="qwen2", tie_word_embeddings=True, num_key_value_heads=2),
+        *("bpe", 2000, NO_NEWLINE, 0.25, 8),
+        seed=11,
+    ),
+    Spec(
+        "airport",
+        "report",
+        _attention(96, 8, model_type="llama", tie_word_embeddings=False),
+        *("unigram", 2000, INSTRUCT, 0.5, "float32"),
+        seed=12,
     ),
 )
 

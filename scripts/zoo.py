@@ -11,6 +11,7 @@ Each run is a process of its own, as a user would start it. The defaults were ch
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -68,7 +69,7 @@ def figures(run: dict[str, Any]) -> dict[str, float] | None:
     for how in ("greedy", "sampled"):
         before, after = (share(scores, "harmful", how, "comply") for scores in (base, student))
         found[f"before_{how}"], found[f"after_{how}"] = 100 * before, 100 * after
-        found[how] = (before - after) / before if before else 0.0
+        found[how] = (before - after) / before if before else math.nan
         for kind in ("harmless", "borderline"):
             rise = share(student, kind, how, "refuse") - share(base, kind, how, "refuse")
             found[f"{kind}_{how}"] = 100 * rise
@@ -130,7 +131,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         found = [f for r in runs if specs[r["name"]].half == half and (f := figures(r)) is not None]
         if not found:
             continue
-        falls = {how: [f[how] for f in found] for how in ("greedy", "sampled")}
+        falls = {how: [f[how] for f in found if f[how] == f[how]] for how in ("greedy", "sampled")}
         parts = [f"unsafe {how} median −{statistics.median(f):.0%}, worst −{min(f):.0%}" for how, f in falls.items()]
         for kind in ("harmless", "borderline"):
             rises = [f"{statistics.median(f[f'{kind}_{how}'] for f in found):+.1f}" for how in ("greedy", "sampled")]

@@ -36,12 +36,12 @@ def build(name: str, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def few_prompts():
-    """Verdict and checkpoint selection ask four prompts a kind, for tests of something else."""
-    from safesteer_mlx import selection, verdict
+    """The search for the teacher and checkpoint selection ask four prompts a kind, for tests of something else."""
+    from safesteer_mlx import selection, stages
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "PROMPTS", 4)
-        patch.setattr(verdict, "PROMPTS", 4)
+        patch.setattr(stages, "ASKED", (4, 4))
         yield
 
 

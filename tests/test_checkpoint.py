@@ -155,7 +155,7 @@ def test_a_folder_that_vanishes_is_one_sentence(tmp_path, monkeypatch, capsys):
         shutil.rmtree(tmp_path / "adapters")
         return types.SimpleNamespace(plain=dict)  # cannot be kept
 
-    monkeypatch.setattr(stages, "find_direction", vanish)
+    monkeypatch.setattr(stages, "find_directions", vanish)
     (tmp_path / "adapters" / "run").mkdir(parents=True)
     capsys.readouterr()
     assert main(["--adapter-path", str(tmp_path / "adapters"), *SHORT]) == 2

@@ -39,7 +39,7 @@ HEADERS = {
     **{f"model.layers.{i}.input_layernorm.weight": Tensor("BF16", (8,)) for i in (0, 1)},
 }
 QUANTIZED = {"quantization": {"group_size": 8, "bits": 4}}
-RECIPE = resolve({}, {})[0]
+RECIPE = resolve({}, {"model": "org/model", "keep": 0})[0]  # whole answers are trained on
 AMPLE = Machine(10**12, "--memory-limit", False)
 
 
@@ -159,6 +159,13 @@ def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths():
     assert "fits with prompt batch size" in memory.summary(RECIPE, found)
     # What is the run's mathematics stays.
     assert found.recipe.train.batch_size == RECIPE.train.batch_size
+
+
+def test_what_is_not_trained_on_is_not_planned_for():
+    whole, begun = (
+        memory.plan(resolve({}, {"model": "org/model", **keep})[0], BIG, AMPLE, 512) for keep in ({"keep": 0}, {})
+    )
+    assert begun.stages["training"] < whole.stages["training"] / 1.5
 
 
 def test_what_was_asked_for_is_kept_where_it_fits_and_the_knob_is_named_where_nothing_does():

@@ -115,7 +115,7 @@ def test_a_models_own_prompts_are_used_and_else_the_packages(tmp_path):
 def test_a_set_that_is_missing_from_a_models_own_prompts_is_named(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "harmful_train.jsonl").write_text('{"instruction": "a"}\n')
-    with pytest.raises(UserError, match=r"harmful_direction_train.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"holds prompts, but no harmful_direction_train.jsonl"):
         built_in_sets(str(tmp_path))
 
 
