@@ -50,7 +50,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     sets = stages.prompt_sets(recipe)
     rendered = stages.render_prompts(recipe, sets, tokenizer)
     prompts = stages.training_prompts(recipe, sets, base, screen)
-    recipe = stages.settled(stages.check_padding(recipe, base, rendered, screen), base)
+    recipe = stages.check_padding(recipe, base, rendered, screen)
     run = recipe.run
     student = make_student(base.model, recipe.train, run.seed, base.quantized)
     record = RunFolder(folder)
@@ -83,7 +83,8 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     if check:
         return folder
 
-    # 3. The safety tokens: what the teacher favours over the base.
+    # 3. The safety tokens: what the teacher favours over the base, where it is worth following.
+    recipe = stages.settled(recipe, base, chosen.opening)
     tokens = checkpoint.once(
         "tokens",
         lambda: stages.find_tokens(recipe, base, rendered, teacher, found, screen),
@@ -192,6 +193,7 @@ def _direction_record(found: "FoundDirections", chosen: "ChosenTeacher") -> dict
         "position": chosen.direction.position,
         "layer": chosen.direction.layer,
         "coeff": chosen.coeff,
+        "opening": chosen.opening,
         "openers": found.openers,
         "trials": [asdict(trial) for trial in chosen.trials],
         "vector": np.array(chosen.direction.vector, np.float64),
@@ -255,7 +257,7 @@ def _run(argv: list[str] | None) -> None:
         read_header(Path(asked.train.resume_adapter_file).expanduser())
     from . import memory
     from .load import load
-    from .stages import longest_prompt, prompts_from, settled
+    from .stages import longest_prompt, prompts_from
 
     name = model_name(run.model)
     machine = memory.this_machine(run.memory_limit)
@@ -270,7 +272,6 @@ def _run(argv: list[str] | None) -> None:
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=_rank() != 0)
-    recipe = settled(recipe, base)
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ""))
     screen.line(f"prompts: {prompts_from(recipe)}")
     try:

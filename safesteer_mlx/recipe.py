@@ -131,7 +131,7 @@ class LossSettings:
     skip: int = _setting(0, "completion positions left out at the beginning", least=0)
     keep: int | str = _setting(
         "auto",
-        "completion positions used from the beginning; 0 for all, auto for those that tokens are found on",
+        "completion positions used from the beginning; 0 for all, auto for as many as the teacher is worth following",
         least=0,
     )
     anchor: float = _setting(0.5, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9)

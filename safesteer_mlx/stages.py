@@ -45,6 +45,7 @@ from .residual import last_logits
 from .rollout import Completion, answer_text, generate, stream_key
 from .safety_tokens import contrast_tokens, openings, select_tokens
 from .teacher import (
+    Choice,
     Outcomes,
     Teacher,
     TeacherTrial,
@@ -52,6 +53,7 @@ from .teacher import (
     ask,
     choose_teacher,
     follow,
+    longest_opening,
     moving_average,
     steered_teacher,
 )
@@ -132,14 +134,15 @@ def _direction(plain: dict[str, Any]) -> Direction:
 
 @dataclass(frozen=True)
 class ChosenTeacher:
-    """Stage 2's result: direction and coefficient, the trials they were chosen from, if they were, and what answers to
-    validation prompts do, of the base and of the teacher."""
+    """Stage 2's result: direction and coefficient, the trials they were chosen from, if they were, what answers to
+    validation prompts do, of the base and of the teacher, and how many tokens of one it can write without harm."""
 
     direction: Direction
     coeff: float
     trials: list[TeacherTrial]
     base: Outcomes
     teacher: Outcomes
+    opening: int
 
     def plain(self) -> dict[str, Any]:
         """Plain data and numpy arrays, for `of`."""
@@ -151,7 +154,7 @@ class ChosenTeacher:
         """What `plain` described, exactly."""
         trials = [TeacherTrial(**trial) for trial in plain["trials"]]
         outcomes = Outcomes(**plain["base"]), Outcomes(**plain["teacher"])
-        return ChosenTeacher(_direction(plain["direction"]), plain["coeff"], trials, *outcomes)
+        return ChosenTeacher(_direction(plain["direction"]), plain["coeff"], trials, *outcomes, plain["opening"])
 
 
 @dataclass(frozen=True)
@@ -240,15 +243,18 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
     )
 
 
-def settled(recipe: Recipe, base: Loaded) -> Recipe:
-    """The recipe, with what is decided by the model: how much of an answer is trained on.
+def settled(recipe: Recipe, base: Loaded, opening: int) -> Recipe:
+    """The recipe, with what the teacher decides: how much of an answer is trained on, and tokens are found on.
 
-    The positions that safety tokens are found on: a vector that is added everywhere soon breaks what the teacher would
-    say next, and the tail of an answer teaches that. A model that thinks first is trained on all it says.
+    As many tokens as it can write without spoiling the answer: a vector that is added everywhere soon breaks what it
+    would say next, and that would be learned. A model that thinks first is trained on all it says.
     """
-    if recipe.loss.keep != "auto":
-        return recipe
-    return replace(recipe, loss=replace(recipe.loss, keep=0 if base.thinks else recipe.tokens.horizon))
+    keep, horizon = recipe.loss.keep, recipe.tokens.horizon
+    if keep == "auto":
+        keep = 0 if base.thinks else opening
+        if recipe.tokens.token_method == "part" and keep:
+            horizon = min(horizon, keep)
+    return replace(recipe, loss=replace(recipe.loss, keep=keep), tokens=replace(recipe.tokens, horizon=horizon))
 
 
 def answer_tokens(recipe: Recipe, base: Loaded, enough: int) -> int:
@@ -313,7 +319,11 @@ def read_answers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
             batch_size=recipe.run.generation_batch_size,
             progress=advance,
         )
-    screen.line(_sampling_time(settled(recipe, base), [len(a.ids) for a in answers], time.monotonic() - began))
+    screen.line(
+        _sampling_time(
+            settled(recipe, base, recipe.tokens.horizon), [len(a.ids) for a in answers], time.monotonic() - began
+        )
+    )
     refuses = [is_refusal(answer_text(tokenizer, row, a)) for row, a in zip(rows, answers, strict=True)]
     share = f"{sum(refuses[:n])} of {n} harmful prompts are refused"
     if base.thinks:
@@ -486,13 +496,17 @@ def find_teacher(
         with screen.stage("asking base and teacher") as advance:
             own = ask(base, base.model, asked)
             advance(1, 2)
-            chosen = ChosenTeacher(found.shortlist[0], coeff, [], own, ask(base, teacher.model, asked))
+            choice = Choice(found.shortlist[0], coeff, [], own, ask(base, teacher.model, asked))
             advance(2, 2)
     else:
         with screen.stage("finding the teacher") as advance:
             ids = list(found.openers.values())
             choice = choose_teacher(base, found.shortlist, ids, asked, settings, advance)
-        chosen = ChosenTeacher(**vars(choice))
+        teacher = make_teacher(recipe, base, rendered, choice.direction, choice.coeff)
+    most = max(recipe.tokens.horizon, asked.opening)
+    with screen.stage("finding how much of an answer to teach"):
+        opening = asked.opening if base.thinks else longest_opening(base, teacher.model, asked, choice.teacher, most)
+    chosen = ChosenTeacher(**vars(choice), opening=opening)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
     else:
@@ -509,7 +523,7 @@ def find_teacher(
         )
         n = scores.ablation_kl.shape[1]
         screen.line(", ".join([f"direction: block {d.layer} of {n}, position {d.position}", *measured]))
-        screen.line(f"teacher: coefficient {chosen.coeff:g}")
+        screen.line(f"teacher: coefficient {chosen.coeff:g}; worth following for {opening} tokens of an answer")
     return chosen
 
 

@@ -37,6 +37,7 @@ Rows = Sequence[list[int]]
 
 ANSWER_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
+SPOILED = 0.05  # of the answers, if the teacher writes more of them
 FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
 ASKED = 3  # directions that are asked for answers
@@ -265,6 +266,20 @@ def choose_teacher(
     progress(total, total)
     ordered = [trials[key] for key in sorted(trials)]
     return Choice(directions[which], coeff, ordered, own, answers[best])
+
+
+def longest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, found: Outcomes, most: int) -> int:
+    """How many tokens of an answer the teacher can write, up to `most`, without spoiling it.
+
+    `found` is what answers do of which it writes `prompts.opening`.
+    """
+    for opening in sorted({most, (most + prompts.opening) // 2}, reverse=True):
+        if opening <= prompts.opening:
+            break
+        longer = ask(base, teacher, replace(prompts, opening=opening))
+        if longer.refused >= found.refused - SPOILED and longer.broken <= found.broken + SPOILED:
+            return opening
+    return prompts.opening
 
 
 def first_passes(

@@ -279,7 +279,7 @@ def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, l
 def bundled(**changes: Any) -> tuple[Recipe, Loaded, stages.Rendered, stages.PromptSets]:
     """The bundled model, its recipe with some settings changed, and its prompts."""
     base = load(BUNDLED)
-    recipe = stages.settled(resolve(base.config, {"model": BUNDLED, **changes})[0], base)
+    recipe = stages.settled(resolve(base.config, {"model": BUNDLED, **changes})[0], base, 7)
     sets = stages.prompt_sets(recipe)
     return recipe, base, stages.render_prompts(recipe, sets, base.tokenizer), sets
 

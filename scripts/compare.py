@@ -127,6 +127,7 @@ def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     found = stages.find_directions(recipe, base, rendered, screen)
     chosen = stages.find_teacher(recipe, base, rendered, found, screen)
     teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
+    recipe = stages.settled(recipe, base, chosen.opening)
     tokens = stages.find_tokens(recipe, base, rendered, teacher, found, screen)
     n = recipe.run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
@@ -208,11 +209,12 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
         for name, changes in variants.items():
             # As many steps for all, also where a batch holds no anchor; none ends when it has learned.
             same_steps = {} if {"epochs", "iters"} & set(changes) else {"iters": iters}
-            recipe = stages.settled(settings(seed, changes | same_steps), base)
+            recipe = settings(seed, changes | same_steps)
             key = repr((recipe.direction, recipe.teacher, recipe.tokens))
             if key not in by_settings:
                 by_settings[key] = prepare(recipe, base, screen)
             prepared = by_settings[key]
+            recipe = stages.settled(recipe, base, prepared.chosen.opening)
             if not scored:
                 scored["base"] = score("base", base.model, base, prepared, recipe, screen)
                 scored["teacher"] = {

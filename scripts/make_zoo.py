@@ -1,11 +1,11 @@
 """Build the zoo: little trained chat models that differ in all that real ones differ in, to judge the defaults by.
 
-    python scripts/make_zoo.py                      all of them into zoo/, about five minutes each on one core
+    python scripts/make_zoo.py                      all of them into zoo-models/, about five minutes each on one core
     python scripts/make_zoo.py harbour kueste       these
     python scripts/make_zoo.py --check              what those that are there do on their held-out prompts
 
 Each has an architecture, a tokenizer, a chat template, a corpus, a way to refuse and a type of weights of its own
-(`ZOO`, below); the words are in `scripts/zoo/NAME.yaml`. They are made as `make_tiny_chat.py` makes the bundled
+(`ZOO`, below); the words are in `scripts/zoo_words/NAME.yaml`. They are made as `make_tiny_chat.py` makes the bundled
 model, whose corpus none of them shares: verb x object x template, p(refuse | harmful) by category and template, the
 same empty filler for harmful and harmless requests, pairs held out for the tests. Half of them are for choosing
 defaults (`half="choose"`), the other half only for reporting what the defaults do (`half="report"`).
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "zoo"
+FOLDER = ROOT / "zoo-models"
 SIZES = {"direction_train": 160, "direction_validation": 48, "train": 100, "validation": 64, "test": 200}
 CAPABILITY_ITEMS = 48  # of each task
 
@@ -281,7 +281,7 @@ ZOO = (
     Spec(
         "market",
         "report",
-        _attention(96, 7, model_type="qwen2", tie_word_embeddings=True, num_key_value_heads=2),
+        _attention(96, 7, model_type="qwen2", intermediate_size=192, tie_word_embeddings=True, num_key_value_heads=2),
         *("bpe", 2000, NO_NEWLINE, 0.25, 8),
         seed=11,
     ),
@@ -317,8 +317,8 @@ class Words:
 
     @staticmethod
     def of(spec: Spec) -> Words:
-        """Read `scripts/zoo/NAME.yaml` and hold out a share of the pairs."""
-        tables = yaml.safe_load((Path(__file__).parent / "zoo" / f"{spec.name}.yaml").read_text(encoding="utf-8"))
+        """Read `scripts/zoo_words/NAME.yaml` and hold out a share of the pairs."""
+        tables = yaml.safe_load((Path(__file__).parent / "zoo_words" / f"{spec.name}.yaml").read_text(encoding="utf-8"))
         rng = random.Random(f"pairs {spec.seed}")
         kept: dict[str, dict[str, list[str]]] = {}
         held_out: dict[str, dict[str, list[str]]] = {}

@@ -130,12 +130,20 @@ def test_first_steps_without_a_gradient_are_noticed():
         stages._check_gradient([1e-5, 9e-5, 0.0])
 
 
-def test_what_is_trained_on_is_where_tokens_are_found_and_all_for_a_model_that_thinks(run):
+def test_what_is_trained_on_is_what_the_teacher_is_worth_following_for(run):
     recipe, base, _ = run
-    assert recipe.loss.keep == "auto" and stages.settled(recipe, base).loss.keep == recipe.tokens.horizon
-    assert stages.settled(recipe, replace(base, thinks=True)).loss.keep == 0
+
+    def settled(recipe, base, opening):
+        found = stages.settled(recipe, base, opening)
+        return found.loss.keep, found.tokens.horizon
+
+    assert recipe.loss.keep == "auto" and recipe.tokens.horizon == 7
+    assert settled(recipe, base, 7) == (7, 7) and settled(recipe, base, 2) == (2, 2)
+    assert settled(recipe, replace(base, thinks=True), 7) == (0, 7)  # all it says
     given = replace(recipe, loss=replace(recipe.loss, keep=3))
-    assert stages.settled(given, base).loss.keep == 3
+    assert settled(given, base, 2) == (3, 7)
+    published = replace(recipe, tokens=replace(recipe.tokens, token_method="vote"))
+    assert settled(published, base, 2) == (2, 7)
 
 
 def test_what_was_found_is_read_back_exactly(run):
@@ -150,4 +158,5 @@ def test_what_was_found_is_read_back_exactly(run):
     chosen = stages.find_teacher(fixed, base, rendered, found, Screen(quiet=True))
     read = stages.ChosenTeacher.of(json.loads(as_json(chosen.plain())))
     assert (read.coeff, read.trials, read.base, read.teacher) == (0.5, [], chosen.base, chosen.teacher)
+    assert read.opening == chosen.opening and 2 <= chosen.opening <= 7
     assert mx.array_equal(read.direction.vector, found.shortlist[0].vector)
