@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from safesteer_mlx import stages
 from safesteer_mlx.align import main
 from safesteer_mlx.recipe import MODELS
+
+pytestmark = pytest.mark.usefixtures("few_prompts")
 
 TINY = MODELS / "tiny-chat"
 SHORT = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--direction-validation", "32"]
@@ -124,7 +127,8 @@ def test_every_variant_runs_to_the_end(flags, tmp_path):
     assert (folder / "adapters.safetensors").stat().st_size > 0
 
 
-def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(tmp_path):
+def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "ASKED", (32, 16))
     folder = aligned(tmp_path / "adapters", "--coeff", "auto")
     found = json.loads((folder / "run" / "direction.json").read_text())
     trials = {(t["layer"], t["position"], t["coeff"]): t for t in found["trials"]}

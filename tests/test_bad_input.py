@@ -22,6 +22,8 @@ from safesteer_mlx.progress import Screen, UserError, visible
 from safesteer_mlx.prompts import load_instructions
 from safesteer_mlx.recipe import MODELS, parse, read_yaml, resolve
 
+pytestmark = pytest.mark.usefixtures("few_prompts")
+
 TINY = MODELS / "tiny-chat"
 
 

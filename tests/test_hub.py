@@ -23,6 +23,8 @@ from safesteer_mlx.progress import UserError
 from safesteer_mlx.prompts import load_data
 from safesteer_mlx.recipe import MODELS
 
+pytestmark = pytest.mark.usefixtures("few_prompts")
+
 TINY = MODELS / "tiny-chat"
 FILES = {path.name: path.read_bytes() for path in TINY.iterdir() if path.is_file()}
 NAME = "someone/chat"

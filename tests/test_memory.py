@@ -21,6 +21,8 @@ from safesteer_mlx.rollout import generate, stream_key
 from safesteer_mlx.student import make_student
 from safesteer_mlx.teacher import steered_teacher
 
+pytestmark = pytest.mark.usefixtures("few_prompts")
+
 CONFIG = {
     "hidden_size": 8,
     "num_hidden_layers": 2,

@@ -14,6 +14,8 @@ from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.token_file import read_token_file
 from safesteer_mlx.tokens import main
 
+pytestmark = pytest.mark.usefixtures("few_prompts")
+
 TINY = str(MODELS / "tiny-chat")
 
 
