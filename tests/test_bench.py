@@ -83,9 +83,9 @@ def test_the_search_is_counted_beside_the_published_choice(little):
 def test_passes_of_trials_by_hand():
     trials = [TeacherTrial(-1, 6, coeff, 0.5, 0.1, 0.2) for coeff in (0.5, 0.6, 1.0)] + [TeacherTrial(-1, 2, 1.0)]
     recipe, base, rendered, _ = bench.bundled(coeff_grid=[0.5, 1.0])
-    # Eight blocks, 24 harmful and 16 harmless prompts: six blocks shared by two coefficients, then one alone; each time
+    # Eight blocks, 16 harmful and 8 harmless prompts: six blocks shared by two coefficients, then one alone; each time
     # the base on harmless prompts.
-    assert bench.trial_passes(recipe, base, rendered, trials) == 40 * (6 + 2 * 2) + 40 * 8 + 2 * 16 * 8
+    assert bench.trial_passes(recipe, base, rendered, trials) == 24 * (6 + 2 * 2) + 24 * 8 + 2 * 8 * 8
 
 
 @pytest.mark.parametrize("run", [bench.our_run, bench.published_run])
