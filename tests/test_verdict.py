@@ -141,7 +141,10 @@ def entangled(folder: Path) -> Path:
 def test_directions_that_fail_the_kl_test_are_a_caution_and_the_model_is_aligned(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
     folder, out = entangled(tmp_path / "model"), tmp_path / "adapters"
-    short = ["--direction-train", "64", "--token-samples", "2", "--test-prompts", "40", "--adapter-path", str(out)]
+    short = ["--direction-train", "64", "--token-samples", "2", "--test-prompts", "100", "--adapter-path", str(out)]
+    short += ["--steering-threshold", "-5"]  # so that the KL test is the one that is failed
+    # Its own word, a special token, takes half of what steering does, which is another alarm than the verdict's.
+    short += ["--force"]
     assert main([str(folder), *short]) == 0
     said = capsys.readouterr().out
     assert "none passes the published tests" in said and "verdict: caution" in said and "(chosen)" in said
