@@ -503,9 +503,10 @@ def find_teacher(
             ids = list(found.openers.values())
             choice = choose_teacher(base, found.shortlist, ids, asked, settings, advance)
         teacher = make_teacher(recipe, base, rendered, choice.direction, choice.coeff)
-    most = max(recipe.tokens.horizon, asked.opening)
-    with screen.stage("finding how much of an answer to teach"):
-        opening = asked.opening if base.thinks else longest_opening(base, teacher.model, asked, choice.teacher, most)
+    opening, most = asked.opening, max(recipe.tokens.horizon, asked.opening)
+    if recipe.loss.keep == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
+        with screen.stage("finding how much of an answer to teach"):
+            opening = longest_opening(base, teacher.model, asked, choice.teacher, most)
     chosen = ChosenTeacher(**vars(choice), opening=opening)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
@@ -523,7 +524,8 @@ def find_teacher(
         )
         n = scores.ablation_kl.shape[1]
         screen.line(", ".join([f"direction: block {d.layer} of {n}, position {d.position}", *measured]))
-        screen.line(f"teacher: coefficient {chosen.coeff:g}; worth following for {opening} tokens of an answer")
+        followed = f"; worth following for {opening} tokens of an answer" if recipe.loss.keep == "auto" else ""
+        screen.line(f"teacher: coefficient {chosen.coeff:g}{'' if base.thinks else followed}")
     return chosen
 
 
