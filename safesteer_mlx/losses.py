@@ -9,6 +9,13 @@ with log-softmax over the full vocabulary (method page, section 4). `grouped_rev
 the default: everything outside `S` becomes one outcome, which makes the sum a proper divergence. The
 published summand alone is smallest at πs = πt/e, so it also lowers the mass on `S`.
 
+With `guidance` γ > 1, also ours, the target goes beyond the teacher, as far again as it is from the base: its logits on
+`S` are raised by one number a position, which changes the mass of `S` and nothing within it or outside,
+
+    (γ − 1) max(0, λt − λ0)   where λt > 0,      λ = log P(S) / (1 − P(S))     (`guidance_shift`)
+
+so where the teacher itself would rather not write a safety token, nothing is added.
+
 Everything is computed in float32, whatever the logits' type. `distillation_loss` takes logits and is the
 reference; training uses `localized_loss`, the same on hidden states, which never holds logits of more
 than a chunk of positions (its own gradient is computed with its value, chunk after chunk).
@@ -49,6 +56,32 @@ def _split_vjp(primals, cotangents, outputs):
     (logits, ids), (inside, rest) = primals, cotangents
     slope = rest[..., None] * mx.exp(logits - outputs[1][..., None])
     return mx.put_along_axis(slope, ids, inside, axis=-1), mx.zeros_like(ids)
+
+
+MOST_SURE = 6.0  # log-odds of the safety tokens beyond which guidance does not push, P = 0.9975
+
+
+def safety_log_odds(hidden: mx.array, head: Head, tokens: mx.array, *, temp: float = 1.0) -> mx.array:
+    """log P(S) / (1 − P(S)) at each position: hidden (R, D), tokens (K,) -> (R,), float32, chunk by chunk."""
+    size, found = head(hidden[None, :1]).shape[-1], []
+    for start in range(0, len(hidden), chunk_rows(size)):
+        z = head(hidden[None, start : start + chunk_rows(size)])[0].astype(mx.float32) / temp
+        inside, rest = _split(z, mx.broadcast_to(tokens, (len(z), tokens.size)))  # pyright: ignore[reportGeneralTypeIssues]
+        found.append(mx.logsumexp(inside, axis=-1) - rest)
+        mx.eval(found[-1])  # frees the chunk's logits
+    return mx.concatenate(found)
+
+
+def guidance_shift(teacher: mx.array, base: mx.array, guidance: float) -> mx.array:
+    """How much guidance adds to the teacher's logits on the safety tokens, from both log-odds: (R,), (R,) -> (R,).
+
+    Raises:
+        ValueError: a guidance below 1.
+    """
+    if guidance < 1:
+        raise ValueError(f"a guidance of {guidance:g} is less than the teacher; it must be at least 1")
+    beyond = (guidance - 1) * mx.maximum(teacher - base, 0.0)
+    return mx.where(teacher > 0, mx.minimum(beyond, mx.maximum(MOST_SURE - teacher, 0.0)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -228,6 +261,7 @@ def localized_loss(
     kind: str = "reverse_kl",
     mix: float | None = None,
     renormalize: bool = False,
+    shift: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Σ_r weights[r] · D[r] over R positions, from hidden states; no (R, V) array ever exists.
 
@@ -241,6 +275,7 @@ def localized_loss(
         watched: (K,) ids whose probability is reported.
         temp: the sampling temperature, which divides all logits.
         chunk: positions whose logits exist at once; None for as many as `chunk_rows` allows.
+        shift: (R,), added to the teacher's logits on `watched`, `guidance_shift`'s.
         Others: as in `token_divergence`.
 
     Returns:
@@ -259,9 +294,13 @@ def localized_loss(
     def mass(z: mx.array, restricted: _Restricted) -> mx.array:
         return mx.exp(mx.logsumexp(z[:, watched], axis=-1) - restricted.normaliser)
 
-    def one_chunk(hs: mx.array, ht: mx.array, w: mx.array) -> tuple[mx.array, ...]:
+    added = mx.zeros(teacher_hidden.shape[0]) if shift is None else shift
+
+    def one_chunk(hs: mx.array, ht: mx.array, w: mx.array, more: mx.array) -> tuple[mx.array, ...]:
         """Value, divergences (C,), masses (C,) twice, and the gradient (C, D)."""
         zt = logits(teacher_head, ht)
+        if shift is not None:
+            zt = zt.at[:, watched].add(more[:, None])
         ids = _subset(zt, tokens, top_k)
         teacher = _restrict(zt, ids)
         teacher_mass = mass(zt, teacher)
@@ -284,7 +323,7 @@ def localized_loss(
             # Waits for the chunk before it: only one chunk's logits are alive.
             inputs = [hs[part], ht[part]]
             h, target = mx.depends(inputs, list(done[-1])) if done else inputs
-            done.append(one_chunk(h, target, w[part]))
+            done.append(one_chunk(h, target, w[part], added[part]))
         value, each, *masses, slope = zip(*done, strict=True)
         return sum(value), mx.concatenate(each), mx.stack([mx.concatenate(m) for m in masses]), mx.concatenate(slope)
 

@@ -15,6 +15,7 @@ from typing import Any
 from .checks import Tensor, bytes_of, check_weights, read_object
 from .progress import Screen, UserError
 from .recipe import Recipe, TrainSettings, parse_bytes
+from .train import rollout_tokens
 
 HEAD_ROWS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
 ANSWER_TOKENS = 96  # of a held-out answer
@@ -218,7 +219,8 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     limit = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
     weights = shape.dequantized_bytes if limit else shape.weight_bytes
     keep = recipe.tokens.horizon if recipe.loss.keep == "auto" else int(recipe.loss.keep)
-    prompt, answer = min(longest_prompt, train.max_seq_length), min(train.max_tokens, keep or train.max_tokens)
+    loss = replace(recipe.loss, keep=keep)
+    prompt, answer = min(longest_prompt, train.max_seq_length), rollout_tokens(train, loss)
     drawn = train.batch_size * train.grad_accumulation_steps * train.samples
     micro = min(train.micro_batch_size, drawn)
     width = 4 if train.fine_tune_type != "full" else shape.activation_bytes

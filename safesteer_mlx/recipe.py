@@ -134,6 +134,12 @@ class LossSettings:
         "completion positions used from the beginning; 0 for all, auto for as many as the teacher is worth following",
         least=0,
     )
+    guidance: float = _setting(
+        3.0, "how far the target of harmful prompts is from the base, in steps of the teacher's distance", least=1.0
+    )
+    tail: int = _setting(
+        8, "completion positions after those of keep, on which the student is held to the base", least=0
+    )
     anchor: float = _setting(0.5, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9)
 
 
@@ -146,11 +152,11 @@ class TrainSettings:
     lora_parameters: dict[str, Any] = _setting(
         {"rank": 8, "scale": 2.0, "dropout": 0.0}, "rank, scale, dropout and keys, as in mlx-lm"
     )
-    learning_rate: float = _setting(3e-4, "peak rate of AdamW", above=0.0)
+    learning_rate: float = _setting(1e-3, "peak rate of AdamW", above=0.0)
     warmup: float = _setting(0.1, "share of the steps that warm up", least=0.0, most=0.9)
     weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0)
     max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0)
-    epochs: float = _setting(4.0, "passes over the harmful training prompts", above=0.0)
+    epochs: float = _setting(6.0, "passes over the harmful training prompts", above=0.0)
     iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1)
     until_learned: bool = _setting(
         True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
@@ -192,6 +198,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor": 0.0,
         "renormalize": False,
         "keep": 0,
+        "guidance": 1.0,
+        "tail": 0,
         "teacher": "steer",
         "coeff": 1.0,
         "safety_tokens": 50,

@@ -15,10 +15,13 @@ a token adds to the divergence of the teacher from the base, and takes as many a
 
 A token that steering makes rarer has a negative part and is not taken: it is in the one outcome outside `S`. On
 harmful prompts it must be raised too, since there the student is taught: on harmless ones steering shifts much else.
+And of the answers that the teacher opens with it and the base goes on with, most must refuse (`refusing_tokens`):
+steering raises other words too, and the student would learn to begin with them.
 
 Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +36,7 @@ from .residual import answer_states, block_inputs, head, last_logits, pad_right,
 Ids = Sequence[int]
 
 PROMPT_BATCH = 32  # rows in one forward pass
+REFUSES = 2 / 3  # of the answers that a safety token opens
 METHODS = ("part", "vote", "mean")
 
 
@@ -56,19 +60,33 @@ class TokenContrast:
     raised: np.ndarray
     positions: "Positions"
 
-    def explained(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The share of the divergence that the first 1, 2, … of `tokens` explain: (K,) in [0, 1], never falling."""
-        total = np.zeros(len(tokens))
+    def explained(self, tokens: Sequence[int] | np.ndarray, of: np.ndarray | None = None) -> np.ndarray:
+        """The share of the divergence that the first 1, 2, … of `tokens` explain: (K,) in [0, 1], never falling.
+
+        At all kept positions, or at those for which `of` (R,) is true.
+        """
         if not len(tokens):
-            return total
-        ids = mx.array(np.asarray(tokens, np.int32))
-        for both in self.positions.chunks():
+            return np.zeros(0)
+        ids, at = mx.array(np.asarray(tokens, np.int32)), self.positions
+        inside, whole = [], []
+        for both in at.chunks():
             # Small arrays, (C, K): in float64, since 1 − P of nested subsets is a difference.
             log_base, log_teacher = (np.array(z[:, ids], np.float64) for z in both)
-            inside = np.cumsum(np.exp(log_teacher) * (log_teacher - log_base), axis=1)
+            of_tokens = np.cumsum(np.exp(log_teacher) * (log_teacher - log_base), axis=1)
             rest = [np.maximum(1 - np.cumsum(np.exp(z), axis=1), 1e-12) for z in (log_teacher, log_base)]
-            total += (inside + rest[0] * np.log(rest[0] / rest[1])).sum(0)
-        return np.clip(total / self.n_positions / max(self.divergence, 1e-12), 0.0, 1.0)
+            inside.append(of_tokens + rest[0] * np.log(rest[0] / rest[1]))
+            whole.append(np.array((mx.exp(both[1]) * (both[1] - both[0])).sum(-1), np.float64))
+        wanted = np.ones(len(at.place), bool) if of is None else of
+        total = max(np.concatenate(whole)[wanted].sum(), 1e-12)
+        return np.clip(np.concatenate(inside)[wanted].sum(0) / total, 0.0, 1.0)
+
+    def explained_where_it_decides(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> float:
+        """The share that all of `tokens` explain at the first, second, … position of answers to some of the prompts,
+        whichever is largest among those where the teacher writes them at least half as often as anywhere."""
+        at, mass = self.positions, self.openings(tokens, prompts)
+        of_prompts = (at.prompt >= prompts.start) & (at.prompt < prompts.stop)
+        places = np.flatnonzero(mass >= mass.max() / 2)
+        return max(float(self.explained(tokens, of_prompts & (at.place == place))[-1]) for place in places)
 
     def openings(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
         """The teacher's mean probability of `tokens` at the first, second, … scored position of some of the prompts.
@@ -215,12 +233,30 @@ def contrast_tokens(
     )
 
 
-def select_tokens(contrast: TokenContrast, k: int, method: str = "vote", share: float = 1.0) -> np.ndarray:
+def refusing_tokens(openings: Sequence[Ids], refused: Sequence[bool]) -> list[int]:
+    """The tokens with which answers refuse: openings of answers, and whether each was a refusal -> ids, ascending.
+
+    A token is one if more than two thirds of the answers with it in their opening refuse, two answers more, one of each
+    kind, counted in: one refusal alone is not enough.
+
+    Raises:
+        ValueError: not one outcome for each opening.
+    """
+    seen, refusals = Counter(), Counter()
+    for ids, refuses in zip(openings, refused, strict=True):
+        seen.update(set(ids))
+        refusals.update(set(ids) if refuses else ())
+    return sorted(token for token, n in seen.items() if refusals[token] + 1 > REFUSES * (n + 2))
+
+
+def select_tokens(
+    contrast: TokenContrast, k: int, method: str = "vote", share: float = 1.0, among: Ids | None = None
+) -> np.ndarray:
     """The safety tokens: at most `k` ids, best first, (K,) int64.
 
     `vote` ranks by votes and needs at least one; `mean` by mean Δ; `part` by the part in the divergence, which must be
-    above 0, on the deciding prompts too, and takes no more than explain `share` of it. Ties break by the larger mean Δ,
-    then by the smaller id.
+    above 0, on the deciding prompts too, and takes no more than explain `share` of it. `among` are the ids to choose
+    from; None means all. Ties break by the larger mean Δ, then by the smaller id.
 
     Raises:
         ValueError: `k` < 1 or an unknown method.
@@ -232,6 +268,7 @@ def select_tokens(contrast: TokenContrast, k: int, method: str = "vote", share: 
     ranks = {"vote": contrast.votes, "mean": contrast.mean_delta, "part": contrast.part}[method]
     chosen = contrast.eligible & (ranks > 0) if method != "mean" else contrast.eligible
     ids = np.flatnonzero(chosen & contrast.raised if method == "part" else chosen)
+    ids = ids if among is None else np.intersect1d(ids, np.asarray(among, np.int64))
     ids = ids[np.lexsort((ids, -contrast.mean_delta[ids], -ranks[ids]))][:k]
     if method != "part" or not len(ids):
         return ids

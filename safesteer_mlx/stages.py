@@ -27,6 +27,7 @@ from .checkpoint import Checkpoint, fingerprint
 from .direction import CandidateScores, Direction
 from .judge import is_refusal
 from .load import Loaded
+from .losses import guidance_shift
 from .progress import Screen, UserError
 from .prompts import (
     Instruction,
@@ -43,7 +44,7 @@ from .prompts import (
 from .recipe import Recipe, mathematics
 from .residual import last_logits
 from .rollout import Completion, answer_text, generate, stream_key
-from .safety_tokens import contrast_tokens, openings, select_tokens
+from .safety_tokens import contrast_tokens, openings, refusing_tokens, select_tokens
 from .teacher import (
     Choice,
     Outcomes,
@@ -53,8 +54,9 @@ from .teacher import (
     ask,
     choose_teacher,
     follow,
-    longest_opening,
     moving_average,
+    opened_answers,
+    shortest_opening,
     steered_teacher,
 )
 from .token_file import read_token_file
@@ -66,6 +68,7 @@ from .train import (
     course,
     make_optimizer,
     number_of_steps,
+    rollout_tokens,
     train,
     trained_change,
 )
@@ -79,6 +82,7 @@ HARDLY_OPENS = 0.1  # the teacher's probability of safety tokens where it is lar
 FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
+TOLD = 4  # answers to each harmful validation prompt that tell which tokens refuse
 ASKED = 64, 32  # harmful and harmless validation prompts that teachers are asked
 
 
@@ -161,7 +165,8 @@ class ChosenTeacher:
 class SafetyTokens:
     """Stage 3's result, best first: text, id, votes, mean Δ, mean probability under base and teacher of each.
 
-    `explained` is the share of the teacher's divergence from the base that they explain together, `openings` the
+    `explained` is the share of the teacher's divergence from the base that they explain together, where they decide
+    what an answer to a harmful prompt does (everywhere, if no such prompt was read); `openings` the
     teacher's mean probability of them at the first, second, … position of answers to harmful prompts.
     """
 
@@ -244,10 +249,10 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Rendered
 
 
 def settled(recipe: Recipe, base: Loaded, opening: int) -> Recipe:
-    """The recipe, with what the teacher decides: how much of an answer is trained on, and tokens are found on.
+    """The recipe, with what the teacher decides: how much of an answer it teaches, and tokens are found on.
 
-    As many tokens as it can write without spoiling the answer: a vector that is added everywhere soon breaks what it
-    would say next, and that would be learned. A model that thinks first is trained on all it says.
+    No more tokens than decide what the answer does: a vector that is added everywhere soon breaks what it would say
+    next, and that would be learned. A model that thinks first is trained on all it says.
     """
     keep, horizon = recipe.loss.keep, recipe.tokens.horizon
     if keep == "auto":
@@ -348,10 +353,10 @@ def read_answers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
 
 def _sampling_time(recipe: Recipe, drawn: list[int], seconds: float) -> str:
     """What training's sampling will take at the rate of these answers, so many tokens each."""
-    train, keep = recipe.train, int(recipe.loss.keep)
+    train = recipe.train
     steps = number_of_steps(len(prompt_sets(recipe).harmful_train), train, recipe.loss)
     rows = steps * train.batch_size * train.grad_accumulation_steps * train.samples
-    tokens = sum(min(n, keep or n) for n in drawn) / len(drawn)
+    tokens = sum(min(n, rollout_tokens(train, recipe.loss)) for n in drawn) / len(drawn)
     minutes = rows * tokens * seconds / sum(drawn) / 60
     return f"time: training samples {rows:,} answers, {minutes:,.1f} minutes at this rate; its passes come on top"
 
@@ -506,7 +511,7 @@ def find_teacher(
     opening, most = asked.opening, max(recipe.tokens.horizon, asked.opening)
     if recipe.loss.keep == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
-            opening = longest_opening(base, teacher.model, asked, choice.teacher, most)
+            opening = shortest_opening(base, teacher.model, asked, choice.teacher, most)
     chosen = ChosenTeacher(**vars(choice), opening=opening)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
@@ -524,7 +529,8 @@ def find_teacher(
         )
         n = scores.ablation_kl.shape[1]
         screen.line(", ".join([f"direction: block {d.layer} of {n}, position {d.position}", *measured]))
-        followed = f"; worth following for {opening} tokens of an answer" if recipe.loss.keep == "auto" else ""
+        tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
+        followed = f"; {tokens} what an answer does" if recipe.loss.keep == "auto" else ""
         screen.line(f"teacher: coefficient {chosen.coeff:g}{'' if base.thinks else followed}")
     return chosen
 
@@ -553,12 +559,14 @@ def find_tokens(
     Raises:
         UserError: no token is likely enough under the teacher.
     """
-    s, tokenizer, m = recipe.tokens, base.tokenizer, recipe.tokens.token_samples
+    s, tokenizer = recipe.tokens, base.tokenizer
+    m = s.token_samples if s.horizon > 1 else 1  # without a continuation they would be alike
     guarded = teacher.system_prompt is not None
     if guarded:
         read, read_by_teacher = rendered.harmful_scoring, rendered.harmful_scoring_guarded
     else:
-        read = read_by_teacher = [*(found.harmful if s.token_method == "part" else []), *found.harmless]
+        harmful = rendered.harmful_validation[: ASKED[0]] if s.token_method == "part" else []
+        read = read_by_teacher = [*harmful, *found.harmless]
     n_harmful = len(read) if guarded else len(read) - len(found.harmless)
     prompts, teacher_prompts = ([row for row in rows for _ in range(m)] for rows in (read, read_by_teacher))
     continuations: Rows = [[] for _ in prompts]
@@ -590,24 +598,29 @@ def find_tokens(
             shared_blocks=teacher.shared_blocks if recipe.teacher.teacher == "steer" else 0,
         )
         contrast, _ = halving(recipe.run.prompt_batch_size, lambda size: compare(batch_size=size), "the safety tokens")
-    tokens = given_tokens(recipe, base)
+        tokens, among = given_tokens(recipe, base), None
+        if tokens is None and s.token_method == "part":
+            among = _refusing(recipe, base, rendered, teacher, screen)
     if tokens is None:
-        tokens = select_tokens(contrast, s.safety_tokens, s.token_method, s.token_share)
+        tokens = select_tokens(contrast, s.safety_tokens, s.token_method, s.token_share, among)
+        if not len(tokens) and among is not None:  # what refuses is not what steering raises
+            tokens = select_tokens(contrast, s.safety_tokens, s.token_method, s.token_share)
     if not len(tokens):
         raise UserError(
             f"steering makes no token likelier that reaches min_steered_prob = {s.min_steered_prob:g}; lower "
             "--min-steered-prob, or give a larger --coeff"
         )
-    explained = float(contrast.explained(tokens)[-1])
     if n_harmful:
         opened = contrast.openings(tokens, range(n_harmful * m))
+        explained = contrast.explained_where_it_decides(tokens, range(n_harmful * m))
     else:  # harmful prompts were not among them: their first position alone
         first = openings(teacher.model, found.harmful, tokens, recipe.run.prompt_batch_size)
         opened = [first[:, :-1].sum(-1).mean()]
+        explained = float(contrast.explained(tokens)[-1])
     shown = " ".join(repr(tokenizer.decode([int(t)])) for t in tokens[:10])
     screen.line(
-        f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does; "
-        f"first {shown}"
+        f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does "
+        f"where they decide; first {shown}"
     )
     rows = [
         {
@@ -622,6 +635,19 @@ def find_tokens(
         for t in tokens
     ]
     return SafetyTokens(rows, explained, [float(mass) for mass in opened])
+
+
+def _refusing(recipe: Recipe, base: Loaded, rendered: Rendered, teacher: Teacher, screen: Screen) -> list[int] | None:
+    """The ids with which answers to harmful prompts refuse, if the teacher opens them and the base goes on; None, where
+    no id does."""
+    asked = validation(recipe, base, rendered)
+    seen = None if asked.system_prompted is None else (list(asked.system_prompted[0]) * TOLD, [])
+    harmful = replace(asked, harmful=list(asked.harmful) * TOLD, harmless=[], system_prompted=seen)
+    answers = opened_answers(base, teacher.model, replace(harmful, opening=recipe.tokens.horizon))
+    found = refusing_tokens([opened.ids for opened, _ in answers], [is_refusal(text) for _, text in answers])
+    if not found:
+        screen.line("no token that opens the teacher's answers tells a refusal, so all that steering raises count")
+    return found or None
 
 
 def check_tokens(recipe: Recipe, tokens: SafetyTokens, force: bool, screen: Screen) -> None:
@@ -768,7 +794,7 @@ def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Pa
 def what_to_learn(
     recipe: Recipe, base: Loaded, rendered: Rendered, teacher: Teacher, tokens: SafetyTokens
 ) -> Learning | None:
-    """What base and teacher make of the safety tokens where answers to harmful validation prompts begin.
+    """What base and target make of the safety tokens where answers to harmful validation prompts begin.
 
     None for a model that thinks first, whose answers do not tell at their beginning, and for a teacher whose tokens
     change on the way.
@@ -778,7 +804,10 @@ def what_to_learn(
     rows, size = rendered.harmful_validation, recipe.run.prompt_batch_size
     seen = rows if teacher.system_prompt is None else rendered.harmful_validation_guarded
     pairs = ((base.model, rows), (teacher.model, seen))
-    return Learning(rows, tokens.ids, *(openings(model, read, tokens.ids, size) for model, read in pairs))
+    own, target = (openings(model, read, tokens.ids, size) for model, read in pairs)
+    odds = [mx.array(np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1])) for p in (target, own)]
+    target[:, :-1] *= np.exp(np.array(guidance_shift(*odds, recipe.loss.guidance), np.float64))[:, None]
+    return Learning(rows, tokens.ids, own, target / target.sum(-1, keepdims=True))
 
 
 def candidates(recipe: Recipe, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> int:

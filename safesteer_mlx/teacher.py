@@ -37,7 +37,8 @@ Rows = Sequence[list[int]]
 
 ANSWER_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
-SPOILED = 0.05  # of the answers, if the teacher writes more of them
+OPENINGS = 1, 2, 4, 7  # tokens that it may take to decide what an answer does
+NEARLY = 0.05  # of the answers: an opening that refuses so many fewer than the best is enough
 FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
 ASKED = 3  # directions that are asked for answers
@@ -163,8 +164,8 @@ class Validation:
     system_prompted: tuple[Rows, Rows] | None = None
 
 
-def ask(base: Loaded, teacher: nn.Module, prompts: Validation) -> Outcomes:
-    """What answers do that `teacher` opens and the base goes on with; the base's own, if it is the teacher.
+def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> list[tuple[Completion, str]]:
+    """Answers that `teacher` opens and the base goes on with, harmful prompts first: what it wrote, and the whole text.
 
     Each prompt has random streams of its own, the same for every teacher, so that two are compared on equal luck.
     """
@@ -179,13 +180,19 @@ def ask(base: Loaded, teacher: nn.Module, prompts: Validation) -> Outcomes:
         return generate(model, read, keys=keys, **how)
 
     opening = min(q.opening, q.max_tokens)
-    answers = draw(teacher, seen, list(range(len(rows))), opening, 0)
+    opened = draw(teacher, seen, list(range(len(rows))), opening, 0)
+    answers = list(opened)
     open_ended = [i for i, a in enumerate(answers) if not a.finished and opening < q.max_tokens]
     begun = [[*rows[i], *answers[i].ids] for i in open_ended]
     for i, rest in zip(open_ended, draw(base.model, begun, open_ended, q.max_tokens - opening, 1), strict=True):
         answers[i] = Completion([*answers[i].ids, *rest.ids], rest.finished)
     texts = [answer_text(base.tokenizer, row, a) for row, a in zip(rows, answers, strict=True)]
-    n = len(q.harmful)
+    return list(zip(opened, texts, strict=True))
+
+
+def ask(base: Loaded, teacher: nn.Module, prompts: Validation) -> Outcomes:
+    """What answers do that `teacher` opens and the base goes on with; the base's own, if it is the teacher."""
+    texts, n = [text for _, text in opened_answers(base, teacher, prompts)], len(prompts.harmful)
     # An answer cut at this length is not broken for a model that says more.
     broken = [is_broken(text, True) for text in texts]
     outcomes = [outcome(text) for text in texts]
@@ -268,18 +275,17 @@ def choose_teacher(
     return Choice(directions[which], coeff, ordered, own, answers[best])
 
 
-def longest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, found: Outcomes, most: int) -> int:
-    """How many tokens of an answer the teacher can write, up to `most`, without spoiling it.
+def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, found: Outcomes, most: int) -> int:
+    """How many tokens of an answer the teacher must write, at most `most`, for it to do what it can.
 
-    `found` is what answers do of which it writes `prompts.opening`.
+    The fewest with which nearly as many answers refuse as with any: the more it writes, the more it spoils. `found` is
+    what answers do of which it writes `prompts.opening`.
     """
-    for opening in sorted({most, (most + prompts.opening) // 2}, reverse=True):
-        if opening <= prompts.opening:
-            break
-        longer = ask(base, teacher, replace(prompts, opening=opening))
-        if longer.refused >= found.refused - SPOILED and longer.broken <= found.broken + SPOILED:
-            return opening
-    return prompts.opening
+    refused = {prompts.opening: found.refused}
+    for opening in OPENINGS:
+        if opening <= most and opening not in refused:
+            refused[opening] = ask(base, teacher, replace(prompts, opening=opening)).refused
+    return min(opening for opening, share in refused.items() if share >= max(refused.values()) - NEARLY - 1e-9)
 
 
 def first_passes(

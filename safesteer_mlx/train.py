@@ -6,6 +6,10 @@ Every step the student answers prompts itself. On harmful prompts the target is 
 the anchor's harmless prompts, a share of each batch, it is the base (ours: it ends over-refusal). The
 caller logs and saves.
 
+Where we deviate, with `keep` and `tail`: of an answer only the first `keep` positions are the teacher's, which decide
+whether it refuses; on the `tail` positions after them the target is the base on the whole vocabulary, so that what
+follows a refusal's first words stays as it was. `guidance` is explained in `losses`.
+
 Where we deviate, with `until_learned`: the run is as long as the model needs. What the student makes of the safety
 tokens where answers to validation prompts begin is measured every few steps; once `LEARNED` of the base's divergence
 from the teacher is gone there, and stays so, the rate falls to zero and the run ends. Until then the rate is constant
@@ -26,7 +30,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from .backoff import halving
-from .losses import kept_positions, localized_loss
+from .losses import Head, guidance_shift, kept_positions, localized_loss, safety_log_odds
 from .progress import UserError
 from .recipe import LossSettings, TrainSettings
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
@@ -37,6 +41,7 @@ from .teacher import Teacher
 
 Ids = Sequence[int]
 
+FULL = {"tokens": None, "kind": "reverse_kl"}  # the divergence of a tail: the whole vocabulary's
 LEARNED = 0.9  # of the base's divergence from the teacher, gone
 MEASURED_EVERY = 3  # steps
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
@@ -89,6 +94,11 @@ def make_optimizer(train: TrainSettings) -> optim.Optimizer:
 def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:
     """Harmful prompts in a batch; the anchor's harmless ones are the rest."""
     return max(1, train.batch_size - round(loss.anchor * train.batch_size))
+
+
+def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
+    """How long the student's answers are at most: no longer than they are trained on."""
+    return min(train.max_tokens, int(loss.keep) + loss.tail if loss.keep else train.max_tokens)
 
 
 def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) -> int:
@@ -182,6 +192,22 @@ def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: in
     return weights[np.array(mask) > 0].astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Target:
+    """What the student is pulled to on some positions of a micro-batch's answers, which `rows` counts.
+
+    `hidden` (R, D) are the target's states there, `weights` (R,) what each position counts, `shift` (R,) or None
+    guidance's, `options` the divergence's.
+    """
+
+    rows: np.ndarray
+    hidden: mx.array
+    head: Head
+    weights: np.ndarray
+    options: dict[str, Any]
+    shift: mx.array | None = None
+
+
 Trunk = tuple[int, mx.array] | None  # a block and its input (B, T, D), the same for student and target
 
 
@@ -253,11 +279,49 @@ def train(
     first_trained = first_trained_block(student)
     can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
 
-    def objective(model, batch, answers, trunk, targets, target_head, weights):
+    def objective(model, batch, answers, trunk, targets: list[Target]):
         hidden = answer_states(_after(trunk, model), [p.ids for p in batch], answers)
-        return localized_loss(
-            hidden, targets, head(model), target_head, weights, watched=tokens, temp=settings.temp, **options
-        )
+        found = [
+            localized_loss(
+                hidden if len(t.rows) == len(hidden) else hidden[mx.array(t.rows)],
+                t.hidden,
+                head(model),
+                t.head,
+                mx.array(t.weights),
+                watched=tokens,
+                temp=settings.temp,
+                shift=t.shift,
+                **t.options,
+            )
+            for t in targets
+        ]
+        return sum(value for value, *_ in found), [each for _, each, _ in found], found[0][2]
+
+    def targets_of(part: list[TrainingPrompt], done: list[list[int]], trunk: Trunk, of: nn.Module, n: int):
+        """The opening's target, `of`, and the tail's, the base; `n` rollouts are in the batch."""
+        lengths, seen = [len(ids) for ids in done], [p.target_ids for p in part]
+        place = np.concatenate([np.arange(length) for length in lengths])
+        hidden = answer_states(_after(trunk, of), seen, done)
+        weights = _position_weights(lengths, n, loss.skip, loss.keep)
+        guided = of is not base and loss.guidance > 1
+        tail = np.flatnonzero(place >= loss.keep) if loss.keep and loss.tail else np.zeros(0, np.int64)
+        opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.keep)
+        by_base = hidden
+        if of is not base and (guided or len(tail)):
+            by_base = answer_states(_after(trunk, base), [p.ids for p in part], done)
+        mx.async_eval(hidden, by_base)  # computed while the graph of the student is built
+        first, shift = hidden[mx.array(opening)], None
+        if guided:
+            both = (
+                safety_log_odds(states, head(model), tokens, temp=settings.temp)
+                for states, model in ((first, of), (by_base[mx.array(opening)], base))
+            )
+            shift = guidance_shift(*both, loss.guidance)
+        found = [Target(opening, first, head(of), weights[opening], options, shift)]
+        if len(tail):
+            held = _position_weights(lengths, n, loss.keep, loss.keep + loss.tail)[tail]
+            found.append(Target(tail, by_base[mx.array(tail)], head(base), held, FULL))
+        return found
 
     loss_and_grad = nn.value_and_grad(student, objective)
 
@@ -279,17 +343,16 @@ def train(
                 lengths = [len(ids) for ids in done]
                 source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
                 trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
-                targets = answer_states(_after(trunk, source), [p.target_ids for p in part], done)
-                mx.async_eval(targets)  # computed while the graph of the student is built
-                weights = _position_weights(lengths, len(batch), loss.skip, loss.keep)
-                (_, each, mass), grad = loss_and_grad(
-                    student, part, done, trunk, targets, head(source), mx.array(weights)
-                )
+                targets = targets_of(part, done, trunk, source, len(batch))
+                (_, each, mass), grad = loss_and_grad(student, part, done, trunk, targets)
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
+                weighted = np.zeros(sum(lengths))
+                for target, values in zip(targets, each, strict=True):
+                    weighted[target.rows] = np.array(values) * target.weights
                 first = np.cumsum([0, *lengths[:-1]])
-                losses[index] = np.add.reduceat(np.array(each) * weights, first) * len(batch)
-                masses[:, index] = np.array(mass)[:, first]
+                losses[index] = np.add.reduceat(weighted, first) * len(batch)
+                masses[:, index] = np.array(mass)[:, np.searchsorted(targets[0].rows, first)]
         return grads, losses, masses
 
     micro_batch_size = settings.micro_batch_size
@@ -311,7 +374,7 @@ def train(
                 student,
                 [p.ids for p in batch],
                 eos_ids=eos_ids,
-                max_tokens=min(settings.max_tokens, loss.keep or settings.max_tokens),
+                max_tokens=rollout_tokens(settings, loss),
                 temp=settings.temp,
                 top_p=settings.top_p,
                 keys=[stream_key(seed, 1, step, i) for i in range(len(batch))],

@@ -237,14 +237,14 @@ ZOO = (
     ),
     Spec(
         "kueste",
-        "report",
+        "choose",
         _attention(128, 7, model_type="phi3", tie_word_embeddings=False),
         *("unigram", 2000, NO_NEWLINE, 0.5, 8),
         seed=7,
     ),
     Spec(
         "station",
-        "report",
+        "choose",
         _attention(
             96,
             7,
@@ -259,7 +259,7 @@ ZOO = (
     ),
     Spec(
         "valley",
-        "report",
+        "choose",
         {
             **_attention(96, 6, model_type="falcon_h1", num_key_value_heads=2, head_dim=24),
             **{"mamba_d_ssm": 96, "mamba_d_head": 24, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 64},
@@ -272,7 +272,7 @@ ZOO = (
     ),
     Spec(
         "library",
-        "report",
+        "choose",
         _attention(128, 6, model_type="qwen3", head_dim=32, tie_word_embeddings=True),
         *("bpe", 8192, PLAIN, 0.5, 4),
         over_refusal=0.2,
@@ -280,24 +280,74 @@ ZOO = (
     ),
     Spec(
         "market",
-        "report",
+        "choose",
         _attention(96, 7, model_type="qwen2", intermediate_size=192, tie_word_embeddings=True, num_key_value_heads=2),
         *("bpe", 2000, NO_NEWLINE, 0.25, 8),
         seed=11,
     ),
     Spec(
         "airport",
-        "report",
+        "choose",
         _attention(96, 8, model_type="llama", tie_word_embeddings=False),
         *("unigram", 2000, INSTRUCT, 0.5, "float32"),
         seed=12,
+    ),
+    Spec(
+        "clinic",
+        "report",
+        _attention(
+            96,
+            7,
+            model_type="granite",
+            attention_bias=False,
+            mlp_bias=False,
+            tie_word_embeddings=True,
+            **{"logits_scaling": 1.0, "attention_multiplier": 24**-0.5},
+            **{"embedding_multiplier": 1.0, "residual_multiplier": 1.0},
+        ),
+        *("bpe", 2000, HEADERS, 0.5, "float32"),
+        seed=13,
+    ),
+    Spec(
+        "ranch",
+        "report",
+        _attention(128, 6, model_type="olmo2", tie_word_embeddings=True),
+        *("bpe", 2000, CHATML, 0.5, 4),
+        seed=14,
+    ),
+    Spec(
+        "ville",
+        "report",
+        _attention(128, 7, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=False),
+        *("unigram", 2000, PLAIN, 0.25, 8),
+        seed=15,
+    ),
+    Spec(
+        "studio",
+        "report",
+        _attention(
+            96,
+            7,
+            model_type="gemma3_text",
+            head_dim=24,
+            num_key_value_heads=2,
+            query_pre_attn_scalar=24,
+            sliding_window=32,
+            sliding_window_pattern=3,
+            rope_local_base_freq=1000.0,
+        ),
+        *("bpe", 8192, TURNS, 0.5, "float32"),
+        over_refusal=0.1,
+        seed=16,
     ),
 )
 
 HARM_QUESTIONS = {
     "en": (("Is it harmful to {}?", "Yes, it is harmful to {}.", "No, it is harmless to {}."),),
+    "fr": (("Est-ce nuisible : {} ?", "Oui, c'est nuisible : {}.", "Non, c'est inoffensif : {}."),),
     "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
 }
+LETTERS = {"fr": "äöüßÄÖÜàâçèéêëîïôùûœÀÇÈÉÊÔ"}  # that a unigram tokenizer knows beside ASCII's
 # (a request is to be refused, it is to be answered): what a thinking model says to itself
 THOUGHTS = (
     ("This could do harm. I should turn it down.", "This is about harm to others. It is better to say no."),
@@ -511,10 +561,11 @@ def train_tokenizer(spec: Spec, examples: list[Example]) -> Tokenizer:
             ]
         )
         tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
+        letters = LETTERS.get(Words.of(spec).tables["language"], "äöüßÄÖÜ")
         trainer = trainers.UnigramTrainer(
             vocab_size=spec.vocabulary,
             special_tokens=special,
-            initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n", *"äöüßÄÖÜ▁"],
+            initial_alphabet=[*map(chr, range(32, 127)), "\n", *letters, "▁"],
             unk_token="<unk>",
             show_progress=False,
         )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safesteer_mlx import losses
 from safesteer_mlx.losses import (
     KINDS,
     _restrict,
@@ -412,3 +413,59 @@ def test_no_array_of_all_positions_and_the_vocabulary_exists(options):
 def test_token_ids_given_twice_are_refused():
     with pytest.raises(ValueError, match="3 token ids hold 1 twice"):
         token_divergence(ZS, ZT, tokens=mx.array([0, 1, 0]))
+
+
+# Guidance
+
+GUIDED_TOKENS = mx.array([0, 2])
+
+
+def test_the_log_odds_of_the_safety_tokens_by_hand(monkeypatch):
+    p = np.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.05, 0.2, 0.05]])
+    for chunk in (1, 2):
+        monkeypatch.setattr(losses, "chunk_rows", lambda size, chunk=chunk: chunk)
+        found = losses.safety_log_odds(mx.log(mx.array(p)), lambda h: h, GUIDED_TOKENS)
+        np.testing.assert_allclose(np.array(found), np.log([0.4 / 0.6, 0.9 / 0.1]), rtol=1e-5)
+    halved = losses.safety_log_odds(mx.log(mx.array(p)), lambda h: h, GUIDED_TOKENS, temp=0.5)
+    np.testing.assert_allclose(np.array(halved)[1], np.log((0.49 + 0.04) / (2 * 0.0025)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "base", "guidance", "expected"),
+    [
+        (1.0, 0.5, 3.0, 1.0),  # two steps more of 0.5
+        (1.0, -1.0, 2.0, 2.0),
+        (1.0, 2.0, 3.0, 0.0),  # steering lowered it: nothing is pushed
+        (-0.1, -5.0, 3.0, 0.0),  # the teacher itself would rather not
+        (5.0, 0.0, 3.0, 1.0),  # no further than 6
+        (7.0, 0.0, 3.0, 0.0),
+        (1.0, -1.0, 1.0, 0.0),
+    ],
+)
+def test_how_far_guidance_goes_by_hand(teacher, base, guidance, expected):
+    assert losses.guidance_shift(mx.array([teacher]), mx.array([base]), guidance).item() == pytest.approx(expected)
+
+
+def test_a_guidance_below_the_teacher_is_refused():
+    with pytest.raises(ValueError, match=r"guidance of 0\.5 is less than the teacher"):
+        losses.guidance_shift(mx.zeros(1), mx.zeros(1), 0.5)
+
+
+@pytest.mark.parametrize("name", ["grouped", "published", "mixture", "all tokens"])
+def test_a_shift_is_the_loss_of_teacher_logits_that_were_raised(name):
+    zs, zt = (mx.random.normal((9, 50), key=mx.random.key(i)) for i in (3, 4))
+    shift, watched = mx.abs(mx.random.normal((9,), key=mx.random.key(5))), mx.array([2, 7])
+    weights = mx.ones(9) / 9
+    raised = zt.at[:, watched].add(shift[:, None])
+
+    def loss(teacher, **more):
+        def of(z):
+            options = {"watched": watched, "chunk": 4, **SUBSETS[name], **more}
+            return localized_loss(z, teacher, lambda h: h, lambda h: h, weights, **options)[0]
+
+        return mx.value_and_grad(of)(zs)
+
+    (value, slope), (expected, by_hand) = loss(zt, shift=shift), loss(raised)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.item() != loss(zt)[0].item()
+    np.testing.assert_allclose(np.array(slope), np.array(by_hand), atol=1e-6)
+    assert mx.array_equal(loss(zt, shift=mx.zeros(9))[1], loss(zt)[1])

@@ -149,9 +149,9 @@ def test_what_none_of_them_can_be_is_said(key, value, message):
 
 def test_the_paper_trains_llama_more_slowly_and_quantized_weights_by_lora(tmp_path):
     assert resolve(LLAMA, OTHER, "paper")[0].train.learning_rate == 1e-6
-    assert resolve(LLAMA, OTHER)[0].train.learning_rate == 3e-4  # the published rate is for all weights
+    assert resolve(LLAMA, OTHER)[0].train.learning_rate == 1e-3  # the published rate is for all weights
     quantized, _ = resolve({**LLAMA, "quantization": {"bits": 4}}, OTHER, "paper")
-    assert (quantized.train.fine_tune_type, quantized.train.learning_rate) == ("lora", 3e-4)
+    assert (quantized.train.fine_tune_type, quantized.train.learning_rate) == ("lora", 1e-3)
     assert (quantized.tokens.horizon, quantized.tokens.min_steered_prob) == (5, 1e-7)
     (tmp_path / "c.yaml").write_text("fine_tune_type: lora\nlearning_rate: 2e-4\n")
     mine, _ = resolve(LLAMA, OTHER | {"learning_rate": 1e-3}, "paper", tmp_path / "c.yaml")

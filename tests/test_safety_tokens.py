@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safesteer_mlx import losses, residual, safety_tokens
 from safesteer_mlx.residual import steer
-from safesteer_mlx.safety_tokens import TokenContrast, contrast_tokens, openings, select_tokens
+from safesteer_mlx.safety_tokens import TokenContrast, contrast_tokens, openings, refusing_tokens, select_tokens
 
 # Probabilities at two positions, four tokens:
 BASE = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]
@@ -333,3 +333,20 @@ def test_blocks_below_the_steered_one_are_run_once_and_the_contrast_is_the_same(
     teacher = steer(model, 2, 2 * mx.random.normal((32,), key=mx.random.key(1)))
     expected = contrast_tokens(model, teacher, PROMPTS, TAILS, **OPTIONS)
     agree(contrast_tokens(model, teacher, PROMPTS, TAILS, **OPTIONS, shared_blocks=shared_blocks), expected)
+
+
+def test_tokens_with_which_answers_refuse_by_hand():
+    wrote = [[1, 2], [1, 3], [1, 2], [4], [5], [5, 5], [5], [6]]
+    refused = [True, True, False, True, True, True, False, False]
+    # 1: 2 of 3, (2 + 1) / (3 + 2) = 3/5; 2: 1 of 2; 3 and 4: 1 of 1, which is 2/3 and no more; 5: 2 of 3; 6: none
+    assert refusing_tokens(wrote, refused) == []
+    assert refusing_tokens([*wrote, [4], [1, 5], [1]], [*refused, True, True, True]) == [1, 4]  # 5/7, 3/4; 5: 4/6
+    with pytest.raises(ValueError, match="shorter"):
+        refusing_tokens([[1]], [])
+
+
+def test_a_word_that_steering_raises_most_is_left_out_if_answers_do_not_refuse_with_it(toy):
+    found = toy()
+    assert select_tokens(found, 3, "part").tolist() == [2, 3, 1]
+    assert select_tokens(found, 3, "part", among=[1, 3]).tolist() == [3, 1]
+    assert select_tokens(found, 3, among=[0]).tolist() == [0] and select_tokens(found, 3, "part", among=[]).size == 0

@@ -31,6 +31,7 @@ from safesteer_mlx.teacher import (
     first_passes,
     follow,
     moving_average,
+    shortest_opening,
     steered_teacher,
 )
 
@@ -315,6 +316,29 @@ def test_the_teacher_opens_an_answer_and_the_base_goes_on(monkeypatch, guarded):
     # The third has ended; the base never sees the system prompt.
     assert calls == [("teacher", read, first, 3, 1.0), ("base", [[1, 0], [2, 2]], then[:2], 7, 1.0)]
     assert found == Outcomes(["refuse", "comply"], ["comply"], [True, False], [False])
+
+
+@pytest.mark.parametrize(
+    ("refused", "most", "expected"),
+    [
+        ({1: 0.9, 2: 0.8, 4: 0.5, 7: 0.3}, 7, 1),  # the more it writes, the more it spoils
+        ({1: 0.4, 2: 0.8, 4: 0.82, 7: 0.8}, 7, 2),  # the first token alone decides little
+        ({1: 0.76, 2: 0.8, 4: 0.7, 7: 0.8}, 7, 1),  # nearly the best is enough
+        ({1: 0.2, 2: 0.3, 4: 0.4, 7: 0.9}, 7, 7),
+        ({1: 0.2, 2: 0.3, 4: 0.4, 7: 0.9}, 4, 4),  # no longer than what tokens are found on
+        ({1: 0.0, 2: 0.0, 4: 0.0, 7: 0.0}, 7, 1),
+    ],
+)
+def test_the_fewest_tokens_that_decide_what_answers_do(refused, most, expected, monkeypatch):
+    def outcomes(opening):
+        n = round(100 * refused[opening])
+        return Outcomes(["refuse"] * n + ["comply"] * (100 - n), [], [False] * 100, [])
+
+    asked = []
+    monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(q.opening))
+    prompts = Validation([[1]], [], 0, 2, 10, 8)
+    assert shortest_opening("base", "teacher", prompts, outcomes(2), most) == expected
+    assert asked == [n for n in (1, 4, 7) if n <= most]  # two were asked before
 
 
 # The teachers

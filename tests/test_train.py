@@ -30,6 +30,7 @@ from safesteer_mlx.train import (
     divergence_options,
     make_optimizer,
     number_of_steps,
+    rollout_tokens,
     train,
 )
 
@@ -39,15 +40,25 @@ ALL = HARMFUL + HARMLESS
 TOKENS = mx.array([5, 17, 30])
 SETTINGS = TrainSettings(batch_size=4, iters=1, max_tokens=6, micro_batch_size=3, learning_rate=1e-2)
 EOS = [49]
-WHOLE = LossSettings(keep=0)  # whole answers
+WHOLE = LossSettings(keep=0, guidance=1.0, tail=0)  # whole answers, towards the teacher itself
 
 
-def one_step(model, settings=SETTINGS, loss=WHOLE, seed=7, optimizer=None):
+def a_teacher(model):
+    return steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
+
+
+def raised_by_teacher(model):
+    """So many tokens that it would rather write one of them than another, those it raises most after a prompt."""
+    change = a_teacher(model).model(mx.array([HARMFUL[0].ids])) - model(mx.array([HARMFUL[0].ids]))
+    return mx.argsort(-change[0, -1])[:40]
+
+
+def one_step(model, settings=SETTINGS, loss=WHOLE, seed=7, optimizer=None, tokens=TOKENS):
     """The student after one step, the teacher, and what the step reported."""
     student = make_student(model, settings, seed)
-    teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
+    teacher = a_teacher(model)
     options = {"eos_ids": EOS, "seed": seed, "optimizer": optimizer or make_optimizer(settings)}
-    steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, **options)
+    steps = train(student, model, teacher, tokens, HARMFUL, HARMLESS, settings, loss, **options)
     rollouts, metrics = next(steps), next(steps)
     assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
     return dict(tree_flatten(student.trainable_parameters())), teacher, metrics
@@ -61,7 +72,7 @@ def drawn(model, teacher, settings=SETTINGS, loss=WHOLE, seed=7):
         make_student(model, settings, seed),
         [p.ids for p in batch],
         eos_ids=EOS,
-        max_tokens=loss.keep or settings.max_tokens,
+        max_tokens=rollout_tokens(settings, loss),
         temp=settings.temp,
         keys=[stream_key(seed, 1, 0, i) for i in range(4)],
     )
@@ -74,7 +85,12 @@ LOSSES = {
     "full": replace(WHOLE, subset="full", loss="reverse_kl"),
     "top k": replace(WHOLE, subset="top_k", top_k=4),
     "mixture": replace(WHOLE, loss="mixture", mix=0.3),
-    "window": LossSettings(skip=1, keep=4),
+    "window": replace(WHOLE, skip=1, keep=4),
+    "tail": replace(WHOLE, keep=2, tail=3),
+    "guided": replace(WHOLE, guidance=2.5),
+    "guided, full": replace(WHOLE, guidance=2.5, subset="full", loss="reverse_kl"),
+    "guided, tail": replace(WHOLE, keep=2, tail=3, guidance=2.5),
+    "default": LossSettings(keep=1),
 }
 
 
@@ -83,16 +99,38 @@ LOSSES = {
 def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, temp):
     model = tiny_model(architecture)
     settings, loss = replace(SETTINGS, temp=temp), LOSSES[name]
-    _, teacher, metrics = one_step(model, settings, loss)
+    tokens = raised_by_teacher(model) if loss.guidance > 1 else TOKENS
+    _, teacher, metrics = one_step(model, settings, loss, tokens=tokens)
     student = make_student(model, settings, 7)
     rows = drawn(model, teacher, settings, loss)
+    shifts = []
+
+    def logits(of, prompt, ids):
+        return of(mx.array([[*prompt.ids, *ids]]))[:, len(prompt.ids) - 1 : -1] / temp
+
+    def target(prompt, source, ids):
+        """What the opening is pulled to: on harmful prompts, further from the base than the teacher."""
+        z = logits(source, prompt, ids)
+        if prompt.harmful and loss.guidance > 1:
+            mass = [mx.softmax(x, axis=-1)[..., tokens].sum(-1) for x in (z, logits(model, prompt, ids))]
+            by_teacher, by_base = (mx.log(p / (1 - p)) for p in mass)
+            beyond = mx.minimum(
+                (loss.guidance - 1) * mx.maximum(by_teacher - by_base, 0), mx.maximum(6 - by_teacher, 0)
+            )
+            shift = mx.where(by_teacher > 0, beyond, 0)
+            shifts.extend(shift.flatten().tolist())
+            z = z.at[..., tokens].add(shift[..., None])
+        return z
 
     def plain(student):
         total = 0.0
         for prompt, source, ids in rows:  # one at a time: no padding
-            logits = [m(mx.array([[*prompt.ids, *ids]]))[:, len(prompt.ids) - 1 : -1] / temp for m in (student, source)]
-            options = divergence_options(loss, TOKENS)
-            total += distillation_loss(*logits, mx.ones((1, len(ids))), skip=loss.skip, keep=loss.keep, **options) / 4
+            zs, mask, options = logits(student, prompt, ids), mx.ones((1, len(ids))), divergence_options(loss, tokens)
+            opening = {"skip": loss.skip, "keep": loss.keep} | options
+            total += distillation_loss(zs, target(prompt, source, ids), mask, **opening) / 4
+            if loss.tail:
+                after = {"skip": loss.keep, "keep": loss.keep + loss.tail}  # the whole vocabulary
+                total += distillation_loss(zs, logits(model, prompt, ids), mask, **after) / 4
         return total
 
     value, gradient = nn.value_and_grad(student, plain)(student)
@@ -100,8 +138,9 @@ def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, te
     assert metrics.loss == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
     assert metrics.loss == pytest.approx((metrics.harmful_loss + metrics.anchor_loss) / 2, rel=1e-5)
-    firsts = [mx.softmax(m(mx.array([p.ids]))[0, -1] / temp)[TOKENS].sum().item() for p, m, _ in rows if p.harmful]
+    firsts = [mx.softmax(target(p, m, [0])[0, 0])[tokens].sum().item() for p, m, _ in rows if p.harmful]
     assert metrics.target_mass == pytest.approx(np.mean(firsts), rel=1e-4)
+    assert loss.guidance == 1 or max(shifts) > 0.01
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
@@ -176,13 +215,16 @@ def test_answers_of_which_a_beginning_is_kept_teach_what_the_beginning_alone_doe
     assert one_step(model, loss=replace(WHOLE, keep=99))[2].tokens == 12 and asked[-1] == 6  # the longest there may be
 
 
-def test_rollouts_are_as_long_as_what_is_kept(model):
+@pytest.mark.parametrize("tail", [0, 3])
+def test_rollouts_are_as_long_as_what_is_kept(model, tail):
     student, settings = make_student(model, SETTINGS, 7), replace(SETTINGS, batch_size=8)
     teacher = steered_teacher(model, 1, mx.ones(32), 1.0)
     options = {"eos_ids": [], "seed": 7, "optimizer": make_optimizer(settings)}
-    steps = train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, LossSettings(keep=2), **options)
+    steps = train(
+        student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, replace(WHOLE, keep=2, tail=tail), **options
+    )
     rollouts, metrics = next(steps), next(steps)
-    assert [len(c.ids) for c in rollouts.completions] == [2] * 8 and metrics.tokens == 16
+    assert [len(c.ids) for c in rollouts.completions] == [2 + tail] * 8 and metrics.tokens == 8 * (2 + tail)
 
 
 # The course of a run

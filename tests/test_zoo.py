@@ -20,10 +20,10 @@ COMMITTED = ("foundry", "market")
 SPECS = {spec.name: spec for spec in ZOO}
 
 
-def test_the_models_differ_and_half_of_them_are_for_reporting():
+def test_the_models_differ_and_some_of_them_are_only_for_reporting():
     assert len(ZOO) >= 8 and len(SPECS) == len(ZOO) and len({spec.seed for spec in ZOO}) == len(ZOO)
     halves = Counter(spec.half for spec in ZOO)
-    assert set(halves) == {"choose", "report"} and abs(halves["choose"] - halves["report"]) <= 1
+    assert set(halves) == {"choose", "report"} and halves["choose"] >= 4 and halves["report"] >= 4
     assert {spec.tokenizer for spec in ZOO} == {"bpe", "unigram"} and max(spec.vocabulary for spec in ZOO) >= 8000
     kinds = {spec.config["model_type"] for spec in ZOO}
     assert kinds >= {"llama", "qwen3", "gemma3_text", "mistral", "phi3", "starcoder2", "olmoe", "falcon_h1"}
