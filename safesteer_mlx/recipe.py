@@ -135,7 +135,7 @@ class LossSettings:
         least=0,
     )
     guidance: float = _setting(
-        3.0, "how far the target of harmful prompts is from the base, in steps of the teacher's distance", least=1.0
+        2.5, "how far the target of harmful prompts is from the base, in steps of the teacher's distance", least=1.0
     )
     tail: int = _setting(
         8, "completion positions after those of keep, on which the student is held to the base", least=0
@@ -156,7 +156,7 @@ class TrainSettings:
     warmup: float = _setting(0.1, "share of the steps that warm up", least=0.0, most=0.9)
     weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0)
     max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0)
-    epochs: float = _setting(6.0, "passes over the harmful training prompts", above=0.0)
+    epochs: float = _setting(8.0, "passes over the harmful training prompts", above=0.0)
     iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1)
     until_learned: bool = _setting(
         True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"

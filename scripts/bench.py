@@ -167,7 +167,7 @@ class OurStep:
         hidden = model.model.norm.weight.size
         teacher = steered_teacher(model, layer, mx.random.normal((hidden,)), 1.0)
         training.generate = lambda student, rows, **more: [by_prompt[tuple(row)] for row in rows]  # type: ignore[assignment]
-        loss = resolve({}, {"keep": 0})[0].loss  # as mlx-lm, of every position
+        loss = resolve({}, {"keep": 0, "guidance": 1.0})[0].loss  # as mlx-lm, of every position
         tokens = mx.array(np.random.default_rng(1).permutation(vocabulary)[:50])
         self._steps = training.train(
             self.student, model, teacher, tokens, harmful, harmless, settings, loss,
@@ -557,7 +557,7 @@ def shape_run(ours: bool, shape: dict[str, Any]) -> None:
     prompts = [TrainingPrompt(ids, ids, kind) for kind in (True, False) for ids in (harmful if kind else harmless)]
     if ours:
         how: Row = {"eos_ids": [], "seed": 0, "optimizer": optimizer}
-        loss = resolve({}, {"keep": 0})[0].loss
+        loss = resolve({}, {"keep": 0, "guidance": 1.0})[0].loss
         for _ in training.train(student, model, teacher, tokens, prompts[:8], prompts[8:], settings, loss, **how):
             pass
     else:

@@ -38,7 +38,7 @@ SFT = "SFT on 100 refusals"
 VARIANTS: dict[str, dict[str, Any]] = {
     "student": {},
     "full vocabulary": {"subset": "full"},
-    "published loss": {"loss": "reverse_kl", "anchor": 0.0, "keep": 0},
+    "published loss": {"loss": "reverse_kl", "anchor": 0.0, "keep": 0, "guidance": 1.0},
     SFT: {},
 }
 MODEL = MODELS / BUNDLED

@@ -319,7 +319,7 @@ ZOO = (
         "ville",
         "report",
         _attention(128, 7, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=False),
-        *("unigram", 2000, PLAIN, 0.25, 8),
+        *("unigram", 2000, NO_NEWLINE, 0.25, 8),
         seed=15,
     ),
     Spec(

@@ -350,3 +350,21 @@ def test_a_word_that_steering_raises_most_is_left_out_if_answers_do_not_refuse_w
     assert select_tokens(found, 3, "part").tolist() == [2, 3, 1]
     assert select_tokens(found, 3, "part", among=[1, 3]).tolist() == [3, 1]
     assert select_tokens(found, 3, among=[0]).tolist() == [0] and select_tokens(found, 3, "part", among=[]).size == 0
+
+
+def test_what_tokens_explain_is_told_where_the_teacher_writes_them(toy):
+    found = toy()
+    places = [
+        np.sum([p * np.log(p / q) for p, q in zip(t, b, strict=True)]) for t, b in zip(STEERED, BASE, strict=True)
+    ]
+
+    def alone(token, place):
+        p, q = STEERED[place][token], BASE[place][token]
+        return (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))) / places[place]
+
+    # Token 1: 0.4 at the first position, and 0.1 at the second, less than half of it; token 3: 0.2 and 0.3.
+    assert found.explained_where_it_decides([1], range(1)) == pytest.approx(alone(1, 0), rel=1e-5)
+    assert found.explained_where_it_decides([3], range(1)) == pytest.approx(max(alone(3, 0), alone(3, 1)), rel=1e-5)
+    assert alone(1, 1) > alone(1, 0)  # so it matters which are looked at
+    second = found.explained([3], found.positions.place == 1)
+    np.testing.assert_allclose(second, [alone(3, 1)], rtol=1e-5)

@@ -14,9 +14,12 @@ from safesteer_mlx.direction import Direction
 from safesteer_mlx.load import load
 from safesteer_mlx.progress import Screen, UserError
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
-from safesteer_mlx.residual import _override, blocks
+from safesteer_mlx.residual import _override, blocks, last_logits
+from safesteer_mlx.rollout import Completion
 from safesteer_mlx.runfolder import as_json
+from safesteer_mlx.safety_tokens import openings
 from safesteer_mlx.student import adapter_config, make_student, save_adapters
+from safesteer_mlx.teacher import Teacher, steered_teacher
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,53 @@ def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, c
     ):
         stages.check_tokens(given, tokens(**change), force, Screen())
         assert said in capsys.readouterr().out
+
+
+def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(run):
+    recipe, base, rendered = run
+    few = replace(rendered, harmful_validation=rendered.harmful_validation[:8])
+    vector = 60 * mx.random.normal((base.config["hidden_size"],), key=mx.random.key(3))
+    teacher, rows = steered_teacher(base.model, 2, vector, 1.0), few.harmful_validation
+    change = last_logits(teacher.model, rows) - last_logits(base.model, rows)
+    ids = np.array(mx.argsort(-change.mean(0)))[: base.vocabulary // 2]
+    raised = stages.SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9])
+
+    def target(guidance):
+        given = replace(recipe, loss=replace(recipe.loss, guidance=guidance))
+        return stages.what_to_learn(given, base, few, teacher, raised)
+
+    plain, guided = target(1.0), target(2.0)
+    np.testing.assert_allclose(plain.teacher, openings(teacher.model, rows, ids, 8), rtol=1e-6)
+    np.testing.assert_allclose(guided.base, plain.base)
+    np.testing.assert_allclose(guided.teacher.sum(1), 1, rtol=1e-6)
+    odds = [np.log(p[:, :-1].sum(1) / p[:, -1]) for p in (plain.base, plain.teacher, guided.teacher)]
+    sure = (odds[1] > 0) & (odds[1] > odds[0])
+    assert sure.any()
+    beyond = np.where(sure, np.minimum(odds[1] - odds[0], np.maximum(6 - odds[1], 0)), 0)
+    np.testing.assert_allclose(odds[2] - odds[1], beyond, atol=1e-3)
+    within = guided.teacher[:, :-1] / guided.teacher[:, :-1].sum(1, keepdims=True)
+    np.testing.assert_allclose(within, plain.teacher[:, :-1] / plain.teacher[:, :-1].sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, capsys):
+    recipe, base, rendered = run
+    asked = []
+
+    def opened(base, teacher, prompts):
+        asked.append(prompts)
+        return [
+            (Completion([5, i % 2], False), "I cannot help with that." if i % 2 else "Of course.") for i in range(8)
+        ]
+
+    monkeypatch.setattr(stages, "opened_answers", opened)
+    short = replace(recipe, tokens=replace(recipe.tokens, horizon=3))
+    assert stages._refusing(short, base, rendered, Teacher(base.model), Screen()) == [1]
+    [prompts] = asked
+    assert prompts.opening == 3 and not len(prompts.harmless)
+    assert prompts.harmful == rendered.harmful_validation[: stages.ASKED[0]] * stages.TOLD
+    monkeypatch.setattr(stages, "opened_answers", lambda *_: [(Completion([5], False), "Of course.")])
+    assert stages._refusing(short, base, rendered, Teacher(base.model), Screen()) is None
+    assert "no token that opens the teacher's answers tells a refusal" in capsys.readouterr().out
 
 
 def test_first_steps_without_a_gradient_are_noticed():
