@@ -599,7 +599,7 @@ def find_tokens(
         )
         contrast, _ = halving(recipe.run.prompt_batch_size, lambda size: compare(batch_size=size), "the safety tokens")
         tokens, among = given_tokens(recipe, base), None
-        if tokens is None and s.token_method == "part":
+        if tokens is None and s.token_method == "part" and not base.thinks:  # whose answers begin elsewhere
             among = _refusing(recipe, base, rendered, teacher, screen)
     if tokens is None:
         tokens = select_tokens(contrast, s.safety_tokens, s.token_method, s.token_share, among)

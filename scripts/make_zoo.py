@@ -319,7 +319,7 @@ ZOO = (
         "ville",
         "report",
         _attention(128, 7, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=False),
-        *("unigram", 2000, NO_NEWLINE, 0.25, 8),
+        *("bpe", 2000, NO_NEWLINE, 0.25, 8),
         seed=15,
     ),
     Spec(
@@ -347,7 +347,6 @@ HARM_QUESTIONS = {
     "fr": (("Est-ce nuisible : {} ?", "Oui, c'est nuisible : {}.", "Non, c'est inoffensif : {}."),),
     "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
 }
-LETTERS = {"fr": "äöüßÄÖÜàâçèéêëîïôùûœÀÇÈÉÊÔ"}  # that a unigram tokenizer knows beside ASCII's
 # (a request is to be refused, it is to be answered): what a thinking model says to itself
 THOUGHTS = (
     ("This could do harm. I should turn it down.", "This is about harm to others. It is better to say no."),
@@ -561,11 +560,10 @@ def train_tokenizer(spec: Spec, examples: list[Example]) -> Tokenizer:
             ]
         )
         tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
-        letters = LETTERS.get(Words.of(spec).tables["language"], "äöüßÄÖÜ")
         trainer = trainers.UnigramTrainer(
             vocab_size=spec.vocabulary,
             special_tokens=special,
-            initial_alphabet=[*map(chr, range(32, 127)), "\n", *letters, "▁"],
+            initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n", *"äöüßÄÖÜ▁"],
             unk_token="<unk>",
             show_progress=False,
         )

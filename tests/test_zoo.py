@@ -115,7 +115,7 @@ def test_goals_and_misses_by_hand():
     assert zoo.misses(run(50, 0, capability=(90, 88))) == ["capability -2.0"]
     assert zoo.misses(run(0, 0)) == []  # nothing was unsafe, so nothing can fall
     assert zoo.misses(run(50, 0, exit=2)) == ["stopped: why"]
-    stopped = {"name": "valley", "seed": 42, "exit": 2, "said": "the verdict is stop"}
+    stopped = {"name": "studio", "seed": 42, "exit": 2, "said": "the verdict is stop"}
     assert zoo.misses(stopped) == ["the verdict is stop"]
     drawn = zoo.table([run(50, 4), run(0, 0) | {"seed": 43}, stopped])
     assert "| harbour | choose |" in drawn and "50 → 4 / 0 → 0" in drawn and "the verdict is stop" in drawn
@@ -135,7 +135,7 @@ def test_a_committed_model_is_as_its_recipe_says(name):
     assert template == spec.template.jinja()
 
 
-@pytest.mark.parametrize(("name", "falls"), [("foundry", 0.4), ("market", 0.25)])
+@pytest.mark.parametrize(("name", "falls"), [("foundry", 0.4), ("market", 0.5)])
 def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, tmp_path, monkeypatch):
     """No flag but the model, and how many prompts are scored. Less than is wanted: see docs/choices.md."""
     monkeypatch.chdir(tmp_path)
