@@ -14,8 +14,7 @@ from typing import Any
 
 from .checks import Tensor, bytes_of, check_weights, read_object
 from .progress import Screen, UserError
-from .recipe import Recipe, TrainSettings, parse_bytes
-from .train import rollout_tokens
+from .recipe import Recipe, TrainSettings, parse_bytes, rollout_tokens
 
 HEAD_ROWS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
 ANSWER_TOKENS = 96  # of a held-out answer

@@ -242,6 +242,11 @@ class Recipe:
         return {f.name: getattr(getattr(self, s), f.name) for s, cls in SECTIONS.items() for f in fields(cls)}
 
 
+def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
+    """How long the student's answers are at most: no longer than they are trained on."""
+    return min(train.max_tokens, int(loss.keep) + loss.tail if loss.keep else train.max_tokens)
+
+
 def mathematics(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a run's result; the others may change when a run goes on."""
     return {name: value for name, value in recipe.flat().items() if not _all_fields()[name].metadata.get("free")}

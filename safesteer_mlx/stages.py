@@ -41,7 +41,7 @@ from .prompts import (
     render_all,
     special_ids,
 )
-from .recipe import Recipe, mathematics
+from .recipe import Recipe, mathematics, rollout_tokens
 from .residual import last_logits
 from .rollout import Completion, answer_text, generate, stream_key
 from .safety_tokens import contrast_tokens, openings, refusing_tokens, select_tokens
@@ -68,7 +68,6 @@ from .train import (
     course,
     make_optimizer,
     number_of_steps,
-    rollout_tokens,
     train,
     trained_change,
 )

@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten, tree_map
 from .backoff import halving
 from .losses import Head, guidance_shift, kept_positions, localized_loss, safety_log_odds
 from .progress import UserError
-from .recipe import LossSettings, TrainSettings
+from .recipe import LossSettings, TrainSettings, rollout_tokens
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import Completion, generate, stream_key
 from .safety_tokens import openings
@@ -94,11 +94,6 @@ def make_optimizer(train: TrainSettings) -> optim.Optimizer:
 def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:
     """Harmful prompts in a batch; the anchor's harmless ones are the rest."""
     return max(1, train.batch_size - round(loss.anchor * train.batch_size))
-
-
-def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
-    """How long the student's answers are at most: no longer than they are trained on."""
-    return min(train.max_tokens, int(loss.keep) + loss.tail if loss.keep else train.max_tokens)
 
 
 def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) -> int:

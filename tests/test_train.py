@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from safesteer_mlx import train as stage
 from safesteer_mlx.losses import distillation_loss
 from safesteer_mlx.progress import UserError
-from safesteer_mlx.recipe import LossSettings, TrainSettings
+from safesteer_mlx.recipe import LossSettings, TrainSettings, rollout_tokens
 from safesteer_mlx.residual import blocks, hidden_states
 from safesteer_mlx.rollout import Completion, generate, stream_key
 from safesteer_mlx.safety_tokens import openings
@@ -30,7 +30,6 @@ from safesteer_mlx.train import (
     divergence_options,
     make_optimizer,
     number_of_steps,
-    rollout_tokens,
     train,
 )
 
