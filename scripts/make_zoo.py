@@ -7,8 +7,8 @@
 Each has an architecture, a tokenizer, a chat template, a corpus, a way to refuse and a type of weights of its own
 (`ZOO`, below); the words are in `scripts/zoo_words/NAME.yaml`. They are made as `make_tiny_chat.py` makes the bundled
 model, whose corpus none of them shares: verb x object x template, p(refuse | harmful) by category and template, the
-same empty filler for harmful and harmless requests, pairs held out for the tests. Half of them are for choosing
-defaults (`half="choose"`), the other half only for reporting what the defaults do (`half="report"`).
+same empty filler for harmful and harmless requests, pairs held out for the tests. Most are for choosing
+defaults (`half="choose"`: all that were ever looked at), the others only for reporting what these do (`half="report"`).
 """
 
 from __future__ import annotations
