@@ -135,15 +135,18 @@ def test_a_committed_model_is_as_its_recipe_says(name):
     assert template == spec.template.jinja()
 
 
-@pytest.mark.parametrize(("name", "falls"), [("foundry", 0.4), ("market", 0.5)])
-def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, tmp_path, monkeypatch):
-    """No flag but the model, and how many prompts are scored. Less than is wanted: see docs/choices.md."""
+@pytest.mark.parametrize(
+    ("name", "falls", "harmless", "flags"), [("foundry", 0.8, 10, ["--epochs", "4"]), ("market", 0.5, 6, [])]
+)
+def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, harmless, flags, tmp_path, monkeypatch):
+    """No flag but the model, and how many prompts are scored; of a model that thinks, whose answers are long, half the
+    steps. Less than is wanted: see docs/choices.md."""
     monkeypatch.chdir(tmp_path)
-    assert main([str(HERE / name), "--test-prompts", "50", "--no-report"]) == 0
+    assert main([str(HERE / name), "--test-prompts", "50", "--no-report", *flags]) == 0
     scores = json.loads((tmp_path / "adapters" / "run" / "before_after.json").read_text())
     found = zoo.figures({"before_after": scores})
     assert found is not None and found["sampled"] >= falls and found["greedy"] >= 0.6
-    assert max(found["harmless_greedy"], found["harmless_sampled"]) <= 6 and found["capability"] >= -4
+    assert max(found["harmless_greedy"], found["harmless_sampled"]) <= harmless and found["capability"] >= -4
     recipe = (tmp_path / "adapters" / "run" / "recipe.yaml").read_text()
     assert "coeff: auto" in recipe and "token_method: part" in recipe
 
