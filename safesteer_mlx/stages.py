@@ -251,14 +251,16 @@ def settled(recipe: Recipe, base: Loaded, opening: int) -> Recipe:
     """The recipe, with what the teacher decides: how much of an answer it teaches, and tokens are found on.
 
     No more tokens than decide what the answer does: a vector that is added everywhere soon breaks what it would say
-    next, and that would be learned. A model that thinks first is trained on all it says.
+    next, and that would be learned. A model that thinks first is trained on all it says, no further than its teacher goes.
     """
-    keep, horizon = recipe.loss.keep, recipe.tokens.horizon
-    if keep == "auto":
-        keep = 0 if base.thinks else opening
-        if recipe.tokens.token_method == "part" and keep:
-            horizon = min(horizon, keep)
-    return replace(recipe, loss=replace(recipe.loss, keep=keep), tokens=replace(recipe.tokens, horizon=horizon))
+    loss, tokens = recipe.loss, recipe.tokens
+    if loss.keep == "auto" and base.thinks:
+        loss = replace(loss, keep=0, guidance=1.0)  # guidance is for how an answer opens
+    elif loss.keep == "auto":
+        loss = replace(loss, keep=opening)
+        if tokens.token_method == "part":
+            tokens = replace(tokens, horizon=min(tokens.horizon, opening))
+    return replace(recipe, loss=loss, tokens=tokens)
 
 
 def answer_tokens(recipe: Recipe, base: Loaded, enough: int) -> int:

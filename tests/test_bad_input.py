@@ -20,7 +20,7 @@ from safesteer_mlx.align import main
 from safesteer_mlx.checks import check_model_folder, read_header
 from safesteer_mlx.progress import Screen, UserError, visible
 from safesteer_mlx.prompts import load_instructions
-from safesteer_mlx.recipe import MODELS, parse, read_yaml, resolve
+from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -212,7 +212,8 @@ def test_yaml_that_is_a_folder(tmp_path, capsys):
 def test_yaml_that_is_accepted(text, tmp_path):
     (tmp_path / "run.yaml").write_bytes(text.encode())
     recipe, _ = resolve({}, {}, None, tmp_path / "run.yaml")
-    assert recipe.run.seed == (7 if "seed" in text else 42) and recipe.train.learning_rate == 3e-4
+    assert recipe.run.seed == (7 if "seed" in text else 42)
+    assert recipe.train.learning_rate == (3e-4 if "learning_rate" in text else TrainSettings().learning_rate)
 
 
 # Data
@@ -566,7 +567,6 @@ def test_a_tokenizer_with_more_words_than_the_embedding_is_refused(copied, tmp_p
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     from safesteer_mlx.load import load
-    from safesteer_mlx.recipe import TrainSettings
     from safesteer_mlx.student import adapter_config, make_student, save_adapters
 
     folder = tmp_path_factory.mktemp("adapters")
