@@ -97,7 +97,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     moving = None
     if recipe.teacher.teacher == "ema":
         moving = stages.MovingTeacher(recipe, base, rendered, student, found, chosen, screen)
-    learning = stages.what_to_learn(recipe, base, rendered, teacher, tokens)
+    recipe, learning = stages.what_to_learn(recipe, base, rendered, teacher, tokens)
     config = adapter_config(recipe.train, run.model, run.seed)
     log = stages.train_student(
         recipe,

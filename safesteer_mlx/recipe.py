@@ -40,6 +40,9 @@ class RunSettings:
     data: str | None = _setting(
         None, "harmful training prompts: .jsonl, .json, .txt, an mlx-lm data folder, or hf://datasets/ORG/NAME/FILE"
     )
+    reuse_direction_prompts: bool = _setting(
+        True, "train on the direction's prompts too, the harmful ones beside those of --data, the harmless ones as anchor"
+    )
     adapter_path: str = _setting("adapters", "where adapters and the run's record are written", free=True)
     seed: int = _setting(42, "seed of everything that is drawn", least=0, most=2**32 - 1)
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
@@ -81,7 +84,7 @@ class TeacherSettings:
         "auto", "steering coefficient, or auto: direction and coefficient by what the teacher does"
     )
     coeff_grid: list[float] = _setting(
-        [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0], "coefficients that auto tries; it refines between them"
+        [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0], "coefficients that auto tries; it refines between them"
     )
     coeff_broken: float = _setting(
         0.05, "share of broken answers, above the base's, that auto allows a teacher", least=0, most=1
@@ -134,13 +137,16 @@ class LossSettings:
         "completion positions used from the beginning; 0 for all, auto for as many as the teacher is worth following",
         least=0,
     )
-    guidance: float = _setting(
-        2.5, "how far the target of harmful prompts is from the base, in steps of the teacher's distance", least=1.0
+    guidance: str | float = _setting(
+        "auto",
+        "how far the target of harmful prompts is from the base, in steps of the teacher's distance; auto for as far "
+        "as it takes to begin nearly all answers with safety tokens",
+        least=1.0,
     )
     tail: int = _setting(
         8, "completion positions after those of keep, on which the student is held to the base", least=0
     )
-    anchor: float = _setting(0.5, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9)
+    anchor: float = _setting(0.66, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class TrainSettings:
     warmup: float = _setting(0.1, "share of the steps that warm up", least=0.0, most=0.9)
     weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0)
     max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0)
-    epochs: float = _setting(8.0, "passes over the harmful training prompts", above=0.0)
+    epochs: float = _setting(3.0, "passes over the harmful training prompts", above=0.0)
     iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1)
     until_learned: bool = _setting(
         True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
@@ -196,6 +202,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": "reverse_kl",
         "subset": "safety",
         "anchor": 0.0,
+        "reuse_direction_prompts": False,
         "renormalize": False,
         "keep": 0,
         "guidance": 1.0,
@@ -289,7 +296,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
         try:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         except ValueError:
-            may_be_auto = name in ("coeff", "keep")
+            may_be_auto = name in ("coeff", "keep", "guidance")
             if not may_be_auto and "str" in kinds:
                 return value
             raise UserError(f"{said} is not a number{' or auto' if may_be_auto else ''}; change it") from None

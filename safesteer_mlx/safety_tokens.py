@@ -267,7 +267,7 @@ def select_tokens(
         raise ValueError(f"unknown selection method {method!r}; choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     ranks = {"vote": contrast.votes, "mean": contrast.mean_delta, "part": contrast.part}[method]
     chosen = contrast.eligible & (ranks > 0) if method != "mean" else contrast.eligible
-    ids = np.flatnonzero(chosen & contrast.raised if method == "part" else chosen)
+    ids = np.flatnonzero(chosen & contrast.raised if method == "part" and among is None else chosen)
     ids = ids if among is None else np.intersect1d(ids, np.asarray(among, np.int64))
     ids = ids[np.lexsort((ids, -contrast.mean_delta[ids], -ranks[ids]))][:k]
     if method != "part" or not len(ids):

@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint, fingerprint
 from .direction import CandidateScores, Direction
 from .judge import is_refusal
 from .load import Loaded
-from .losses import guidance_shift
+from .losses import far_enough, guidance_shift
 from .progress import Screen, UserError
 from .prompts import (
     Instruction,
@@ -254,8 +254,10 @@ def settled(recipe: Recipe, base: Loaded, opening: int) -> Recipe:
     next, and that would be learned. A model that thinks first is trained on all it says, no further than its teacher goes.
     """
     loss, tokens = recipe.loss, recipe.tokens
+    if base.thinks and loss.guidance == "auto":
+        loss = replace(loss, guidance=1.0)  # guidance is for how an answer opens
     if loss.keep == "auto" and base.thinks:
-        loss = replace(loss, keep=0, guidance=1.0)  # guidance is for how an answer opens
+        loss = replace(loss, keep=0)
     elif loss.keep == "auto":
         loss = replace(loss, keep=opening)
         if tokens.token_method == "part":
@@ -355,7 +357,8 @@ def read_answers(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Scree
 def _sampling_time(recipe: Recipe, drawn: list[int], seconds: float) -> str:
     """What training's sampling will take at the rate of these answers, so many tokens each."""
     train = recipe.train
-    steps = number_of_steps(len(prompt_sets(recipe).harmful_train), train, recipe.loss)
+    prompts = instructions_to_train_on(recipe, prompt_sets(recipe), harmful=True)
+    steps = number_of_steps(len(prompts), train, recipe.loss)
     rows = steps * train.batch_size * train.grad_accumulation_steps * train.samples
     tokens = sum(min(n, rollout_tokens(train, recipe.loss)) for n in drawn) / len(drawn)
     minutes = rows * tokens * seconds / sum(drawn) / 60
@@ -682,11 +685,20 @@ def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
     return np.array(read_token_file(Path(given), base.tokenizer, base.vocabulary)) if isinstance(given, str) else None
 
 
+def instructions_to_train_on(recipe: Recipe, sets: PromptSets, harmful: bool) -> list[Instruction]:
+    """Those of one kind, the direction's after the others."""
+    own = sets.harmful_train if harmful else sets.harmless_train
+    more = sets.harmful_direction_train if harmful else sets.harmless_direction_train
+    return [*own, *more] if recipe.run.reuse_direction_prompts else own
+
+
 def training_prompts(
     recipe: Recipe, sets: PromptSets, base: Loaded, screen: Screen
 ) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
     """Harmful and anchor prompts as student and target read them; those given twice and those over the length
-    are left out, and said. The anchor has the direction's harmless prompts too: the more, the finer the line it draws.
+    are left out, and said.
+
+    Ours: the direction's prompts are among them. The more there are of either kind, the finer the line between them.
 
     Raises:
         UserError: no harmful prompt is short enough, or one holds an id without an embedding.
@@ -694,10 +706,8 @@ def training_prompts(
     limit, tokenizer = recipe.train.max_seq_length, base.tokenizer
     guard = recipe.teacher.system_prompt if recipe.teacher.teacher == "system_prompt" else None
     found: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
-    for harmful, items, into in (
-        (True, sets.harmful_train, found[0]),
-        (False, [*sets.harmless_train, *sets.harmless_direction_train], found[1]),
-    ):
+    for harmful, into in ((True, found[0]), (False, found[1])):
+        items = instructions_to_train_on(recipe, sets, harmful)
         texts = list(dict.fromkeys(item.text for item in items))
         if len(texts) < len(items):
             screen.line(f"{len(items) - len(texts)} prompts are there twice and are used once")
@@ -794,21 +804,30 @@ def check_saved(base: Loaded, rendered: Rendered, student: nn.Module, folder: Pa
 
 def what_to_learn(
     recipe: Recipe, base: Loaded, rendered: Rendered, teacher: Teacher, tokens: SafetyTokens
-) -> Learning | None:
-    """What base and target make of the safety tokens where answers to harmful validation prompts begin.
+) -> tuple[Recipe, Learning | None]:
+    """The recipe with the guidance that this model needs, and what base and target make of the safety tokens where
+    answers to validation prompts begin; the target of harmless ones is the base.
 
     None for a model that thinks first, whose answers do not tell at their beginning, and for a teacher whose tokens
     change on the way.
     """
-    if base.thinks or (recipe.teacher.teacher == "ema" and recipe.teacher.refresh_every):
-        return None
+    if base.thinks:
+        return recipe, None
     rows, size = rendered.harmful_validation, recipe.run.prompt_batch_size
     seen = rows if teacher.system_prompt is None else rendered.harmful_validation_guarded
     pairs = ((base.model, rows), (teacher.model, seen))
     own, target = (openings(model, read, tokens.ids, size) for model, read in pairs)
-    odds = [mx.array(np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1])) for p in (target, own)]
-    target[:, :-1] *= np.exp(np.array(guidance_shift(*odds, recipe.loss.guidance), np.float64))[:, None]
-    return Learning(rows, tokens.ids, own, target / target.sum(-1, keepdims=True))
+    odds = [np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own)]
+    if recipe.loss.guidance == "auto":
+        recipe = replace(recipe, loss=replace(recipe.loss, guidance=far_enough(*odds)))
+    if recipe.teacher.teacher == "ema" and recipe.teacher.refresh_every:
+        return recipe, None
+    shift = guidance_shift(*map(mx.array, odds), float(recipe.loss.guidance))
+    target[:, :-1] *= np.exp(np.array(shift, np.float64))[:, None]
+    target /= target.sum(-1, keepdims=True)
+    held = openings(base.model, rendered.harmless_validation, tokens.ids, size)
+    prompts = [*rows, *rendered.harmless_validation]
+    return recipe, Learning(prompts, tokens.ids, np.concatenate([own, held]), np.concatenate([target, held]))
 
 
 def candidates(recipe: Recipe, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> int:

@@ -42,7 +42,7 @@ from .teacher import Teacher
 Ids = Sequence[int]
 
 FULL = {"tokens": None, "kind": "reverse_kl"}  # the divergence of a tail: the whole vocabulary's
-LEARNED = 0.9  # of the base's divergence from the teacher, gone
+LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 
@@ -108,8 +108,8 @@ def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) ->
 
 @dataclass(frozen=True)
 class Learning:
-    """What is to be learned: base's and teacher's probabilities of the safety tokens, and of all others together, where
-    answers to harmful validation prompts begin (N, K + 1); and how far the student was after each step so far."""
+    """What is to be learned: base's and target's probabilities of the safety tokens, and of all others together, where
+    answers to validation prompts begin (N, K + 1); and how far the student was after each step so far."""
 
     prompts: Sequence[Ids]
     tokens: np.ndarray
@@ -118,9 +118,10 @@ class Learning:
     shares: Sequence[float | None] = ()
 
     def share(self, student: np.ndarray) -> float:
-        """How much of the base's divergence from the teacher is gone: 1 − KL(πs ‖ πt) / KL(π0 ‖ πt), of (N, K + 1).
+        """How much of the base's divergence from the target is gone: 1 − KL(πs ‖ πt) / KL(π0 ‖ πt), of (N, K + 1).
 
-        Where the student went past the teacher, on the way from the base, it counts as there.
+        Where the student went past the target, on the way from the base, it counts as there; where the base is the
+        target, on harmless prompts, all that it moved counts against it.
         """
         whole = _grouped(self.base, self.teacher)
         past = (student - self.teacher) * (self.teacher - self.base) > 0
@@ -270,7 +271,7 @@ def train(
     skipped = first_step * settings.grad_accumulation_steps
     for order, each in ((order_h, per_batch), (order_b, anchors)):
         next(islice(order, skipped * each, skipped * each), None)
-    options = divergence_options(loss, tokens)
+    options, guidance = divergence_options(loss, tokens), float(loss.guidance)
     first_trained = first_trained_block(student)
     can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
 
@@ -298,7 +299,7 @@ def train(
         place = np.concatenate([np.arange(length) for length in lengths])
         hidden = answer_states(_after(trunk, of), seen, done)
         weights = _position_weights(lengths, n, loss.skip, loss.keep)
-        guided = of is not base and loss.guidance > 1
+        guided = of is not base and guidance > 1
         tail = np.flatnonzero(place >= loss.keep) if loss.keep and loss.tail else np.zeros(0, np.int64)
         opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.keep)
         by_base = hidden
@@ -311,7 +312,7 @@ def train(
                 safety_log_odds(states, head(model), tokens, temp=settings.temp)
                 for states, model in ((first, of), (by_base[mx.array(opening)], base))
             )
-            shift = guidance_shift(*both, loss.guidance)
+            shift = guidance_shift(*both, guidance, mx.array(place[opening] == 0))
         found = [Target(opening, first, head(of), weights[opening], options, shift)]
         if len(tail):
             held = _position_weights(lengths, n, loss.keep, loss.keep + loss.tail)[tail]

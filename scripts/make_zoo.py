@@ -340,12 +340,51 @@ ZOO = (
         over_refusal=0.1,
         seed=16,
     ),
+    Spec(
+        "theatre",
+        "report",
+        _attention(96, 8, model_type="qwen3", head_dim=24, num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 2000, HEADERS, 0.35, "float32"),
+        seed=17,
+    ),
+    Spec(
+        "playa",
+        "report",
+        _attention(96, 8, model_type="llama", intermediate_size=192, tie_word_embeddings=False),
+        *("bpe", 2000, CHATML, 0.5, 8),
+        seed=18,
+    ),
+    Spec(
+        "circus",
+        "report",
+        _attention(128, 6, model_type="starcoder2", norm_epsilon=1e-5, tie_word_embeddings=True),
+        *("bpe", 4096, PLAIN, 0.65, "float32"),
+        seed=19,
+    ),
+    Spec(
+        "polar",
+        "report",
+        _attention(
+            128,
+            6,
+            model_type="gemma3_text",
+            head_dim=32,
+            num_key_value_heads=2,
+            query_pre_attn_scalar=32,
+            sliding_window=32,
+            sliding_window_pattern=3,
+            rope_local_base_freq=1000.0,
+        ),
+        *("bpe", 2000, TURNS, 0.4, 4),
+        seed=20,
+    ),
 )
 
 HARM_QUESTIONS = {
     "en": (("Is it harmful to {}?", "Yes, it is harmful to {}.", "No, it is harmless to {}."),),
     "fr": (("Est-ce nuisible : {} ?", "Oui, c'est nuisible : {}.", "Non, c'est inoffensif : {}."),),
     "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
+    "es": (("¿Es dañino {}?", "Sí, es dañino {}.", "No, es inofensivo {}."),),
 }
 # (a request is to be refused, it is to be answered): what a thinking model says to itself
 THOUGHTS = (
