@@ -15,8 +15,8 @@ With `guidance` γ > 1, also ours, the target goes beyond the teacher, as far ag
     (γ − 1) max(0, λt − λ0),      λ = log P(S) / (1 − P(S))     (`guidance_shift`)
 
 where an answer begins; after that only where λt > 0, the teacher itself would rather write a safety token. A vector
-saturates, some at a mass of 0.7 whatever the coefficient, so γ is found on the model: the least with which three answers
-in four begin with a safety token at a probability of `SURE` (`far_enough`).
+saturates, some at a mass of 0.7 whatever the coefficient, so γ is found on the model: the least with which three
+answers in four begin with a safety token at a probability of `SURE` (`far_enough`).
 
 Everything is computed in float32, whatever the logits' type. `distillation_loss` takes logits and is the
 reference; training uses `localized_loss`, the same on hidden states, which never holds logits of more
@@ -93,7 +93,7 @@ def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, first: mx
 def far_enough(teacher: np.ndarray, base: np.ndarray) -> float:
     """The least guidance with which `MOST_OF` answers begin with a safety token at a probability of `SURE`.
 
-    From both log-odds where they begin, (N,) and (N,). Between 1 and `FARTHEST`: what the teacher hardly raises is noise.
+    From both log-odds where they begin, (N,) and (N,). From 1 to `FARTHEST`: what the teacher hardly raises is noise.
     """
     beyond, least = np.maximum(teacher - base, 0.0), np.log(SURE / (1 - SURE))
     needed = np.where(teacher >= least, 1.0, 1 + (least - teacher) / np.maximum(beyond, 1e-9))

@@ -41,7 +41,8 @@ class RunSettings:
         None, "harmful training prompts: .jsonl, .json, .txt, an mlx-lm data folder, or hf://datasets/ORG/NAME/FILE"
     )
     reuse_direction_prompts: bool = _setting(
-        True, "train on the direction's prompts too, the harmful ones beside those of --data, the harmless ones as anchor"
+        True,
+        "train on the direction's prompts too, the harmful ones beside those of --data, the harmless ones as anchor",
     )
     adapter_path: str = _setting("adapters", "where adapters and the run's record are written", free=True)
     seed: int = _setting(42, "seed of everything that is drawn", least=0, most=2**32 - 1)

@@ -14,9 +14,9 @@ a token adds to the divergence of the teacher from the base, and takes as many a
     explained(S) = mean of KL(πt ‖ π0) with all ids outside S as one outcome  /  mean of KL(πt ‖ π0)
 
 A token that steering makes rarer has a negative part and is not taken: it is in the one outcome outside `S`. On
-harmful prompts it must be raised too, since there the student is taught: on harmless ones steering shifts much else.
-And of the answers that the teacher opens with it and the base goes on with, most must refuse (`refusing_tokens`):
-steering raises other words too, and the student would learn to begin with them.
+harmful prompts, where the student is taught, steering raises other words too, and the student would learn to begin with
+them. So of the answers that the teacher opens with a token and the base goes on with, most must refuse
+(`refusing_tokens`); where that cannot be told, the token must be raised on harmful prompts.
 
 Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token.
 """
@@ -255,8 +255,8 @@ def select_tokens(
     """The safety tokens: at most `k` ids, best first, (K,) int64.
 
     `vote` ranks by votes and needs at least one; `mean` by mean Δ; `part` by the part in the divergence, which must be
-    above 0, on the deciding prompts too, and takes no more than explain `share` of it. `among` are the ids to choose
-    from; None means all. Ties break by the larger mean Δ, then by the smaller id.
+    above 0, and takes no more than explain `share` of it. `among` are the ids to choose from; None means all, for
+    `part` those that are raised on the deciding prompts. Ties break by the larger mean Δ, then by the smaller id.
 
     Raises:
         ValueError: `k` < 1 or an unknown method.

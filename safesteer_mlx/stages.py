@@ -251,7 +251,7 @@ def settled(recipe: Recipe, base: Loaded, opening: int) -> Recipe:
     """The recipe, with what the teacher decides: how much of an answer it teaches, and tokens are found on.
 
     No more tokens than decide what the answer does: a vector that is added everywhere soon breaks what it would say
-    next, and that would be learned. A model that thinks first is trained on all it says, no further than its teacher goes.
+    next, and that would be learned. A model that thinks first is trained on all it says, no further than its teacher.
     """
     loss, tokens = recipe.loss, recipe.tokens
     if base.thinks and loss.guidance == "auto":

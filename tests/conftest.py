@@ -1,5 +1,10 @@
 """Tiny random models, built in place: no tokenizer, no files."""
 
+import os
+
+# A process a core runs the tests; OpenBLAS's own threads would fight over them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import safesteer_mlx  # isort: skip  # noqa: F401  before MLX, so that OpenBLAS takes precedence
 
 import importlib

@@ -431,19 +431,34 @@ def test_the_log_odds_of_the_safety_tokens_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "base", "guidance", "expected"),
+    ("teacher", "base", "guidance", "first", "expected"),
     [
-        (1.0, 0.5, 3.0, 1.0),  # two steps more of 0.5
-        (1.0, -1.0, 2.0, 2.0),
-        (1.0, 2.0, 3.0, 0.0),  # steering lowered it: nothing is pushed
-        (-0.1, -5.0, 3.0, 0.0),  # the teacher itself would rather not
-        (5.0, 0.0, 3.0, 1.0),  # no further than 6
-        (7.0, 0.0, 3.0, 0.0),
-        (1.0, -1.0, 1.0, 0.0),
+        (1.0, 0.5, 3.0, False, 1.0),  # two steps more of 0.5
+        (1.0, -1.0, 2.0, False, 2.0),
+        (1.0, 2.0, 3.0, True, 0.0),  # steering lowered it: nothing is pushed
+        (-0.5, -1.5, 3.0, False, 0.0),  # within an answer the teacher itself would rather not
+        (-0.5, -1.5, 3.0, True, 2.0),
+        (5.0, 0.0, 3.0, True, 1.0),  # no further than 6
+        (7.0, 0.0, 3.0, True, 0.0),
+        (1.0, -1.0, 1.0, True, 0.0),
     ],
 )
-def test_how_far_guidance_goes_by_hand(teacher, base, guidance, expected):
-    assert losses.guidance_shift(mx.array([teacher]), mx.array([base]), guidance).item() == pytest.approx(expected)
+def test_how_far_guidance_goes_by_hand(teacher, base, guidance, first, expected):
+    shift = losses.guidance_shift(mx.array([teacher]), mx.array([base]), guidance, mx.array([first]))
+    assert shift.item() == pytest.approx(expected)
+
+
+def test_guidance_is_as_far_as_it_takes_on_most_prompts():
+    sure = np.log(losses.SURE / (1 - losses.SURE))
+    base, teacher = np.zeros(4), np.array([sure, 1.0, 0.5, -0.5])
+    # One in four needs more: the third needs (sure − 0.5) / 0.5 steps beyond the teacher's one.
+    assert losses.far_enough(teacher[:3].repeat(4), base[:3].repeat(4)) == pytest.approx(sure / 0.5, abs=1e-3)
+    for found, expected in ((teacher + 9, 1.0), (base - 1, losses.FARTHEST), (np.full(4, 1e-3), losses.FARTHEST)):
+        assert losses.far_enough(found, base) == expected
+    guidance = losses.far_enough(np.array([2.0, 1.5, 1.0, 1.0]), np.array([0.0, 0.5, 0.0, -1.0]))
+    odds = np.array([2.0, 1.5, 1.0, 1.0])
+    odds += np.array(losses.guidance_shift(mx.array(odds), mx.array([0.0, 0.5, 0.0, -1.0]), guidance))
+    assert (odds >= sure - 1e-2).sum() == 3
 
 
 def test_a_guidance_below_the_teacher_is_refused():

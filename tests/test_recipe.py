@@ -73,6 +73,9 @@ def test_the_paper_preset_is_what_was_published():
         "loss": "reverse_kl",
         "subset": "safety",
         "anchor": 0.0,
+        "guidance": 1.0,
+        "tail": 0,
+        "reuse_direction_prompts": False,
         "renormalize": False,
         "skip": 0,
         "keep": 0,
@@ -109,7 +112,8 @@ def test_the_paper_preset_is_what_was_published():
 
 def test_by_default_what_can_be_is_decided_on_the_model():
     recipe, _ = resolve({}, OTHER)
-    assert (recipe.teacher.coeff, recipe.loss.keep, recipe.train.until_learned) == ("auto", "auto", True)
+    assert (recipe.teacher.coeff, recipe.loss.keep, recipe.loss.guidance) == ("auto", "auto", "auto")
+    assert recipe.train.until_learned
     assert (recipe.tokens.token_method, recipe.tokens.token_share) == ("part", 0.95)
 
 
@@ -119,6 +123,8 @@ def test_by_default_what_can_be_is_decided_on_the_model():
         ("--keep 3", "keep", 3),
         ("--keep auto", "keep", "auto"),
         ("--coeff auto", "coeff", "auto"),
+        ("--guidance auto", "guidance", "auto"),
+        ("--guidance 2", "guidance", 2.0),
         ("--coeff 0.5", "coeff", 0.5),
         ("--no-until-learned", "until_learned", False),
         ("--token-share 1", "token_share", 1.0),

@@ -1,6 +1,7 @@
 """Stage 3 on probabilities written down by hand, and on random models against a restatement in numpy."""
 
 import types
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -349,6 +350,10 @@ def test_a_word_that_steering_raises_most_is_left_out_if_answers_do_not_refuse_w
     found = toy()
     assert select_tokens(found, 3, "part").tolist() == [2, 3, 1]
     assert select_tokens(found, 3, "part", among=[1, 3]).tolist() == [3, 1]
+    # One with which answers refuse counts though steering makes another of them likelier in its place.
+    lowered = replace(found, raised=np.array([False] * len(found.raised)))
+    assert select_tokens(lowered, 3, "part", among=[1, 3]).tolist() == [3, 1]
+    assert not select_tokens(lowered, 3, "part").size
     assert select_tokens(found, 3, among=[0]).tolist() == [0] and select_tokens(found, 3, "part", among=[]).size == 0
 
 

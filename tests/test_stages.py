@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safesteer_mlx import stages
 from safesteer_mlx.direction import Direction
 from safesteer_mlx.load import load
+from safesteer_mlx.losses import far_enough
 from safesteer_mlx.progress import Screen, UserError
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
 from safesteer_mlx.residual import _override, blocks, last_logits
@@ -129,7 +130,11 @@ def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, c
 
 def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(run):
     recipe, base, rendered = run
-    few = replace(rendered, harmful_validation=rendered.harmful_validation[:8])
+    few = replace(
+        rendered,
+        harmful_validation=rendered.harmful_validation[:8],
+        harmless_validation=rendered.harmless_validation[:3],
+    )
     vector = 60 * mx.random.normal((base.config["hidden_size"],), key=mx.random.key(3))
     teacher, rows = steered_teacher(base.model, 2, vector, 1.0), few.harmful_validation
     change = last_logits(teacher.model, rows) - last_logits(base.model, rows)
@@ -138,19 +143,43 @@ def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(r
 
     def target(guidance):
         given = replace(recipe, loss=replace(recipe.loss, guidance=guidance))
-        return stages.what_to_learn(given, base, few, teacher, raised)
+        settled, learning = stages.what_to_learn(given, base, few, teacher, raised)
+        assert learning is not None and learning.prompts == [*rows, *few.harmless_validation]
+        return settled.loss.guidance, learning
 
-    plain, guided = target(1.0), target(2.0)
-    np.testing.assert_allclose(plain.teacher, openings(teacher.model, rows, ids, 8), rtol=1e-6)
+    (_, plain), (_, guided) = target(1.0), target(2.0)
+    np.testing.assert_allclose(plain.teacher[:8], openings(teacher.model, rows, ids, 8), rtol=1e-6)
     np.testing.assert_allclose(guided.base, plain.base)
-    np.testing.assert_allclose(guided.teacher.sum(1), 1, rtol=1e-6)
-    odds = [np.log(p[:, :-1].sum(1) / p[:, -1]) for p in (plain.base, plain.teacher, guided.teacher)]
-    sure = (odds[1] > 0) & (odds[1] > odds[0])
-    assert sure.any()
-    beyond = np.where(sure, np.minimum(odds[1] - odds[0], np.maximum(6 - odds[1], 0)), 0)
+    np.testing.assert_allclose(guided.teacher.sum(1), 1, rtol=1e-4)
+    odds = [np.log(p[:8, :-1].sum(1) / p[:8, -1]) for p in (plain.base, plain.teacher, guided.teacher)]
+    assert (odds[1] > odds[0]).any()
+    beyond = np.maximum(np.minimum(odds[1] - odds[0], np.maximum(6 - odds[1], 0)), 0)
     np.testing.assert_allclose(odds[2] - odds[1], beyond, atol=1e-3)
     within = guided.teacher[:, :-1] / guided.teacher[:, :-1].sum(1, keepdims=True)
     np.testing.assert_allclose(within, plain.teacher[:, :-1] / plain.teacher[:, :-1].sum(1, keepdims=True), rtol=1e-5)
+    # Harmless prompts are held to the base.
+    held = openings(base.model, few.harmless_validation, ids, 8)
+    np.testing.assert_allclose(guided.base[8:], held, rtol=1e-6)
+    np.testing.assert_allclose(guided.teacher[8:], held, rtol=1e-6)
+    # Left to the model, it is what the model needs.
+    guidance, found = target("auto")
+    assert guidance == far_enough(odds[1], odds[0])
+    np.testing.assert_allclose(found.teacher, target(guidance)[1].teacher)
+    thinks = replace(base, thinks=True)
+    assert stages.settled(recipe, thinks, 2).loss.guidance == 1.0
+    assert stages.what_to_learn(recipe, thinks, few, teacher, raised)[1] is None
+
+
+def test_the_directions_prompts_are_trained_on_too_unless_not_wanted(run):
+    recipe, base, _ = run
+    sets = stages.prompt_sets(recipe)
+    screen = Screen(quiet=True)
+    harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
+    assert len(harmful) == len(sets.harmful_train) + len(sets.harmful_direction_train)
+    assert len(anchors) == len(sets.harmless_train) + len(sets.harmless_direction_train)
+    alone = replace(recipe, run=replace(recipe.run, reuse_direction_prompts=False))
+    fewer = stages.training_prompts(alone, sets, base, screen)
+    assert (harmful[: len(fewer[0])], anchors[: len(fewer[1])]) == fewer and len(fewer[0]) == len(sets.harmful_train)
 
 
 def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, capsys):

@@ -39,7 +39,7 @@ ALL = HARMFUL + HARMLESS
 TOKENS = mx.array([5, 17, 30])
 SETTINGS = TrainSettings(batch_size=4, iters=1, max_tokens=6, micro_batch_size=3, learning_rate=1e-2)
 EOS = [49]
-WHOLE = LossSettings(keep=0, guidance=1.0, tail=0)  # whole answers, towards the teacher itself
+WHOLE = LossSettings(keep=0, guidance=1.0, tail=0, anchor=0.5)  # whole answers, towards the teacher itself
 
 
 def a_teacher(model):
@@ -89,7 +89,7 @@ LOSSES = {
     "guided": replace(WHOLE, guidance=2.5),
     "guided, full": replace(WHOLE, guidance=2.5, subset="full", loss="reverse_kl"),
     "guided, tail": replace(WHOLE, keep=2, tail=3, guidance=2.5),
-    "default": LossSettings(keep=1),
+    "default": LossSettings(keep=1, guidance=2.5, anchor=0.5),
 }
 
 
@@ -116,7 +116,8 @@ def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, te
             beyond = mx.minimum(
                 (loss.guidance - 1) * mx.maximum(by_teacher - by_base, 0), mx.maximum(6 - by_teacher, 0)
             )
-            shift = mx.where(by_teacher > 0, beyond, 0)
+            first = mx.arange(z.shape[1]) == 0
+            shift = mx.where((by_teacher > 0) | first, beyond, 0)
             shifts.extend(shift.flatten().tolist())
             z = z.at[..., tokens].add(shift[..., None])
         return z
@@ -330,6 +331,16 @@ def test_the_share_is_of_the_sum_over_prompts_and_stands_a_probability_of_0():
     assert known.share(base) == 0.0 and known.share(teacher) == 1.0
 
 
+def test_what_a_harmless_prompt_was_moved_counts_against_what_was_learned():
+    base, target = np.array([[0.2, 0.8], [0.3, 0.7]]), np.array([[0.9, 0.1], [0.3, 0.7]])  # the second is held
+    known = replace(learning(), base=base, teacher=target)
+    assert known.share(target) == 1.0
+    whole = 0.2 * math.log(2 / 9) + 0.8 * math.log(8)
+    moved = 0.6 * math.log(2) + 0.4 * math.log(4 / 7)
+    assert known.share(np.array([[0.9, 0.1], [0.6, 0.4]])) == pytest.approx(1 - moved / whole)
+    assert known.share(np.array([[0.95, 0.05], [0.2, 0.8]])) < 1
+
+
 def run(model, settings=EIGHT, known=None, first=None, stop=99):
     """The steps of a run, from a state after some of them, and the states after each."""
     teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
@@ -338,8 +349,9 @@ def run(model, settings=EIGHT, known=None, first=None, stop=99):
         done, weights, optimizer.state = first
         student.update(weights)
     options = {"eos_ids": EOS, "seed": 7, "optimizer": optimizer, "learning": known, "first_step": done}
+    loss = replace(WHOLE, keep=2, tail=8, guidance=2.5)
     found, states = [], {}
-    for event in train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, LossSettings(keep=2), **options):
+    for event in train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, **options):
         if isinstance(event, StepMetrics):
             found.append(event)
             state = (student.trainable_parameters(), optimizer.state)
