@@ -159,7 +159,7 @@ class TrainSettings:
     lora_parameters: dict[str, Any] = _setting(
         {"rank": 8, "scale": 2.0, "dropout": 0.0}, "rank, scale, dropout and keys, as in mlx-lm"
     )
-    learning_rate: float = _setting(1e-3, "peak rate of AdamW", above=0.0)
+    learning_rate: float = _setting(5e-4, "peak rate of AdamW", above=0.0)
     warmup: float = _setting(0.1, "share of the steps that warm up", least=0.0, most=0.9)
     weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0)
     max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0)

@@ -200,7 +200,10 @@ def prompts_from(recipe: Recipe) -> str:
     """Where the prompts come from, in words."""
     own = own_prompts(recipe.run.model)
     said = "the built-in ones" if own is None else f"the model's own, {own}"
-    return said if recipe.run.data is None else f"{said}; harmful training prompts from {recipe.run.data}"
+    if recipe.run.data is None:
+        return said
+    beside = " and the direction's" if recipe.run.reuse_direction_prompts else ""
+    return f"{said}; harmful training prompts from {recipe.run.data}{beside}"
 
 
 def longest_prompt(recipe: Recipe) -> int:
@@ -723,8 +726,8 @@ def training_prompts(
                 into.append(TrainingPrompt(ids, seen, harmful))
         if len(into) < len(texts):
             screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
-    if not found[0]:
-        raise UserError(f"every training prompt is longer than max_seq_length = {limit}; raise --max-seq-length")
+        if harmful and all(len(render(tokenizer, item.text)) > limit for item in sets.harmful_train):
+            raise UserError(f"every training prompt is longer than max_seq_length = {limit}; raise --max-seq-length")
     return found
 
 

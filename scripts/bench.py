@@ -509,7 +509,9 @@ def our_run(n_prompts: int) -> None:
     found = stages.find_directions(recipe, base, rendered, screen)
     chosen = stages.find_teacher(recipe, base, rendered, found, screen)
     teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
+    recipe = stages.settled(recipe, base, chosen.opening)
     tokens = stages.find_tokens(recipe, base, rendered, teacher, found, screen)
+    recipe, _ = stages.what_to_learn(recipe, base, rendered, teacher, tokens)
     harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
     prompts = harmful[:n_prompts], anchors[:n_prompts]
     with tempfile.TemporaryDirectory() as folder:

@@ -309,7 +309,8 @@ def test_prompts_given_twice_or_too_long_are_left_out_and_said(tmp_path, capsys)
 
     base = load(str(TINY))
     (tmp_path / "data.txt").write_text("add the lamp\nadd the lamp\n" + "lamp " * 600 + "\nmove the box\n")
-    recipe, _ = resolve({}, {"model": str(TINY), "data": str(tmp_path / "data.txt")})
+    alone = {"reuse_direction_prompts": False}
+    recipe, _ = resolve({}, {"model": str(TINY), "data": str(tmp_path / "data.txt"), **alone})
     sets = prompt_sets(recipe)
     harmful, _ = training_prompts(recipe, sets, base, Screen())
     said = capsys.readouterr().out

@@ -100,7 +100,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_p
     before = {p: p.read_bytes() for p in (tmp_path / "adapters").rglob("*") if p.is_file()}
     for flags, said in (
         ([], "unfinished; add --yes to go on"),
-        (["--yes", "--learning-rate", "3e-4"], "other settings: learning_rate (0.001, now 0.0003)"),
+        (["--yes", "--learning-rate", "3e-4"], "other settings: learning_rate (0.0005, now 0.0003)"),
         (["--resume", str(tmp_path / "adapters"), "--seed", "1"], "other settings: seed (42, now 1)"),
         (["--resume", str(tmp_path / "nowhere")], "holds no run"),
     ):

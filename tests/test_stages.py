@@ -180,6 +180,9 @@ def test_the_directions_prompts_are_trained_on_too_unless_not_wanted(run):
     alone = replace(recipe, run=replace(recipe.run, reuse_direction_prompts=False))
     fewer = stages.training_prompts(alone, sets, base, screen)
     assert (harmful[: len(fewer[0])], anchors[: len(fewer[1])]) == fewer and len(fewer[0]) == len(sets.harmful_train)
+    for given, said in ((recipe, "mine.txt and the direction's"), (alone, "mine.txt")):
+        mine = replace(given, run=replace(given.run, data="mine.txt"))
+        assert stages.prompts_from(mine).endswith(f"harmful training prompts from {said}")
 
 
 def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, capsys):
