@@ -147,6 +147,20 @@ def _attention(width: int, blocks: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def _gemma(width: int, blocks: int) -> dict[str, Any]:
+    return _attention(
+        width,
+        blocks,
+        model_type="gemma3_text",
+        head_dim=width // 4,
+        num_key_value_heads=2,
+        query_pre_attn_scalar=width // 4,
+        sliding_window=32,
+        sliding_window_pattern=3,
+        rope_local_base_freq=1000.0,
+    )
+
+
 @dataclass(frozen=True)
 class Spec:
     """One model. `weights` is a type, or the bits of a quantization."""
@@ -177,17 +191,7 @@ ZOO = (
     Spec(
         "orchard",
         "choose",
-        _attention(
-            96,
-            7,
-            model_type="gemma3_text",
-            head_dim=24,
-            num_key_value_heads=2,
-            query_pre_attn_scalar=24,
-            sliding_window=32,
-            sliding_window_pattern=3,
-            rope_local_base_freq=1000.0,
-        ),
+        _gemma(96, 7),
         *("unigram", 2000, TURNS, 0.25, "bfloat16"),
         seed=2,
     ),
@@ -325,17 +329,7 @@ ZOO = (
     Spec(
         "studio",
         "report",
-        _attention(
-            96,
-            7,
-            model_type="gemma3_text",
-            head_dim=24,
-            num_key_value_heads=2,
-            query_pre_attn_scalar=24,
-            sliding_window=32,
-            sliding_window_pattern=3,
-            rope_local_base_freq=1000.0,
-        ),
+        _gemma(96, 7),
         *("bpe", 8192, TURNS, 0.5, "float32"),
         over_refusal=0.1,
         seed=16,
@@ -364,17 +358,7 @@ ZOO = (
     Spec(
         "polar",
         "report",
-        _attention(
-            128,
-            6,
-            model_type="gemma3_text",
-            head_dim=32,
-            num_key_value_heads=2,
-            query_pre_attn_scalar=32,
-            sliding_window=32,
-            sliding_window_pattern=3,
-            rope_local_base_freq=1000.0,
-        ),
+        _gemma(128, 6),
         *("bpe", 2000, TURNS, 0.4, 4),
         seed=20,
     ),

@@ -139,8 +139,8 @@ def test_a_committed_model_is_as_its_recipe_says(name):
     ("name", "falls", "harmless", "flags"), [("foundry", 0.4, 4, ["--iters", "25"]), ("market", 0.7, 4, [])]
 )
 def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, harmless, flags, tmp_path, monkeypatch):
-    """No flag but the model, and how many prompts are scored; of a model that thinks, whose answers are long, a third of
-    the steps. Less than is wanted: see docs/choices.md."""
+    """No flag but the model, and how many prompts are scored; of a model that thinks, whose answers are long, a third
+    of the steps. Less than is wanted: see docs/choices.md."""
     monkeypatch.chdir(tmp_path)
     assert main([str(HERE / name), "--test-prompts", "50", "--no-report", *flags]) == 0
     scores = json.loads((tmp_path / "adapters" / "run" / "before_after.json").read_text())
