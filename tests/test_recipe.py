@@ -5,7 +5,16 @@ import json
 import pytest
 
 from safesteer_mlx.progress import UserError
-from safesteer_mlx.recipe import MODELS, mathematics, model_name, model_recipe, parse, read_yaml, resolve
+from safesteer_mlx.recipe import (
+    MODELS,
+    TrainSettings,
+    mathematics,
+    model_name,
+    model_recipe,
+    parse,
+    read_yaml,
+    resolve,
+)
 
 RECIPES = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
 SHAPES = {name: recipe["match"]["shape"] for name, recipe in RECIPES.items() if "shape" in recipe["match"]}
@@ -155,9 +164,11 @@ def test_what_none_of_them_can_be_is_said(key, value, message):
 
 def test_the_paper_trains_llama_more_slowly_and_quantized_weights_by_lora(tmp_path):
     assert resolve(LLAMA, OTHER, "paper")[0].train.learning_rate == 1e-6
-    assert resolve(LLAMA, OTHER)[0].train.learning_rate == 1e-3  # the published rate is for all weights
+    assert (
+        resolve(LLAMA, OTHER)[0].train.learning_rate == TrainSettings().learning_rate
+    )  # the published rate is for all weights
     quantized, _ = resolve({**LLAMA, "quantization": {"bits": 4}}, OTHER, "paper")
-    assert (quantized.train.fine_tune_type, quantized.train.learning_rate) == ("lora", 1e-3)
+    assert (quantized.train.fine_tune_type, quantized.train.learning_rate) == ("lora", TrainSettings().learning_rate)
     assert (quantized.tokens.horizon, quantized.tokens.min_steered_prob) == (5, 1e-7)
     (tmp_path / "c.yaml").write_text("fine_tune_type: lora\nlearning_rate: 2e-4\n")
     mine, _ = resolve(LLAMA, OTHER | {"learning_rate": 1e-3}, "paper", tmp_path / "c.yaml")
