@@ -155,7 +155,8 @@ def train_variant(
 
     started = time.time()
     if name == SFT:
-        fine_tune(student, refusal_examples(base, harmful, prepared.sets.harmful_train), recipe, measure)
+        items = stages.instructions_to_train_on(recipe, prepared.sets, harmful=True)
+        fine_tune(student, refusal_examples(base, harmful, items), recipe, measure)
     else:
         for event in train(
             student,
@@ -201,7 +202,8 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
     """Every variant at every seed, {seed: {variant: …}}, with the base and the first variant's teacher."""
     base = load(str(MODEL))
     ours = settings(0, {})
-    iters = number_of_steps(len(stages.prompt_sets(ours).harmful_train), ours.train, ours.loss)
+    prompts = stages.instructions_to_train_on(ours, stages.prompt_sets(ours), harmful=True)
+    iters = number_of_steps(len(prompts), ours.train, ours.loss)
     results: dict[str, Any] = {}
     for seed in seeds:
         by_settings: dict[str, Prepared] = {}
@@ -215,6 +217,7 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
                 by_settings[key] = prepare(recipe, base, screen)
             prepared = by_settings[key]
             recipe = stages.settled(recipe, base, prepared.chosen.opening)
+            recipe, _ = stages.what_to_learn(recipe, base, prepared.rendered, prepared.teacher, prepared.tokens)
             if not scored:
                 scored["base"] = score("base", base.model, base, prepared, recipe, screen)
                 scored["teacher"] = {
