@@ -1,4 +1,4 @@
-"""The zoo: what its models are made of, and that the defaults align two of them, which are committed for this."""
+"""The zoo: what its models are made of, and that the defaults align three of them, which are committed for this."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from safesteer_mlx.judge import is_refusal
 from safesteer_mlx.prompts import PromptSets, load_prompt_sets
 
 HERE = Path(__file__).parent / "zoo_models"
-COMMITTED = ("foundry", "market")
+COMMITTED = ("foundry", "market", "station")
 SPECS = {spec.name: spec for spec in ZOO}
 
 
@@ -149,6 +149,20 @@ def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, harm
     assert max(found["harmless_greedy"], found["harmless_sampled"]) <= harmless and found["capability"] >= -4
     recipe = (tmp_path / "adapters" / "run" / "recipe.yaml").read_text()
     assert "coeff: auto" in recipe and "token_method: part" in recipe
+
+
+def test_a_model_whose_direction_fails_the_kl_test_is_aligned(tmp_path, monkeypatch, capsys):
+    """What decides is what the teacher does, not what ablating its direction does to harmless answers."""
+    monkeypatch.chdir(tmp_path)
+    assert main([str(HERE / "station"), "--no-report"]) == 0
+    kept = tmp_path / "adapters" / "run"
+    verdict = json.loads((kept / "verdict.json").read_text())
+    chosen = verdict["candidates"][0]
+    assert chosen["ablation_kl"] > 0.1 and any("KL when ablated" in failed for failed in chosen["failed"])
+    assert "none passes the published tests" in capsys.readouterr().out
+    found = zoo.figures({"before_after": json.loads((kept / "before_after.json").read_text())})
+    assert found is not None and found["greedy"] >= 0.6 and found["sampled"] >= 0.6 and found["before_sampled"] >= 5
+    assert max(found[f"{kind}_{how}"] for kind in ("harmless", "borderline") for how in ("greedy", "sampled")) < 2.5
 
 
 def test_the_vocabulary_is_filled_from_words_of_no_language():
