@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .checks import read_header
-from .hub import prepare
-from .progress import Screen, UserError, exit_code
 from .recipe import Recipe, model_name, parse, resolve
+from .system.hub import prepare
+from .system.model_files import read_header
+from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
-    from .load import Loaded
-    from .stages import ChosenTeacher, FoundDirections
+    from .method.stages import ChosenTeacher, FoundDirections
+    from .system.load import Loaded
 
 
 def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Path:
@@ -32,17 +32,17 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     """
     import mlx.core as mx
 
-    from . import stages
-    from .checkpoint import Checkpoint
-    from .measure import ANSWER_TOKENS, evaluate, first_of_each, make_test_set
+    from .evals.heldout import ANSWER_TOKENS, evaluate, first_of_each, make_test_set
+    from .evals.scores import show, transcripts
+    from .evals.selection import keep_best, make_scorer
+    from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
+    from .evals.verdict import show as show_verdict
+    from .method import stages
+    from .method.safety_tokens import openings
+    from .method.student import adapter_config, bytes_trained, make_student, save_adapters
     from .report import write_report
-    from .runfolder import RunFolder, check_output
-    from .safety_tokens import openings
-    from .scores import show, transcripts
-    from .selection import keep_best, make_scorer
-    from .student import adapter_config, bytes_trained, make_student, save_adapters
-    from .verdict import give_verdict, not_aligned, refuse_to_go_on
-    from .verdict import show as show_verdict
+    from .system.checkpoint import Checkpoint
+    from .system.runfolder import RunFolder, check_output
 
     tokenizer, started = base.tokenizer, time.time()
     folder = Path(recipe.run.adapter_path)
@@ -246,8 +246,8 @@ def _run(argv: list[str] | None) -> None:
     asked = resolve({}, flags, preset, yaml_file)[0]
     run = asked.run
     prepare(run.offline)
-    from .prompts import load_data
-    from .runfolder import check_output
+    from .method.prompts import load_data
+    from .system.runfolder import check_output
 
     folder = Path(run.adapter_path)
     check_output(folder)
@@ -255,14 +255,14 @@ def _run(argv: list[str] | None) -> None:
         load_data(run.data)
     if asked.train.resume_adapter_file is not None:
         read_header(Path(asked.train.resume_adapter_file).expanduser())
-    from . import memory
-    from .load import load
-    from .stages import longest_prompt, prompts_from
+    from .method.stages import longest_prompt, prompts_from
+    from .system import memory
+    from .system.load import load
 
     name = model_name(run.model)
     machine = memory.this_machine(run.memory_limit)
     if dry_run:
-        from .load import config_and_headers
+        from .system.load import config_and_headers
 
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
@@ -318,7 +318,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
         UserError: the unfinished run had other settings, or nobody said whether to go on.
     """
     from .recipe import mathematics, read_yaml
-    from .runfolder import RunFolder
+    from .system.runfolder import RunFolder
 
     stored = folder / "run" / "recipe.yaml"
     if not stored.is_file():

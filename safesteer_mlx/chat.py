@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .hub import prepare
-from .progress import UserError, exit_code, visible
 from .recipe import Parser, adapter_folder, add_model_flags, model_name
+from .system.hub import prepare
+from .system.screen import UserError, exit_code, visible
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -30,8 +30,8 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
     """
     import mlx.core as mx
 
-    from .adapters import with_adapters
-    from .residual import last_logits, steer
+    from .method.adapters import with_adapters
+    from .method.residual import last_logits, steer
 
     voices = {"base": base, "aligned": with_adapters(base, folder)}
     if coeff is not None:
@@ -165,7 +165,7 @@ def converse(args: argparse.Namespace) -> None:
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from .load import load
+    from .system.load import load
 
     loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
     models = make_voices(loaded.model, args.adapter_path, args.steer)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .hub import prepare
-from .progress import Screen, UserError, exit_code
 from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, model_name, nearest
+from .system.hub import prepare
+from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
-    from .load import Loaded
-    from .prompts import Instruction
-    from .suites import Suite
+    from .evals.suites import Suite
+    from .method.prompts import Instruction
+    from .system.load import Loaded
 
 BUILT_IN = "built-in"
 KINDS = ("harmful", "harmless", "borderline")
@@ -108,10 +108,10 @@ def read_suites(args: argparse.Namespace) -> Asked:
     """
     import numpy as np
 
-    from .lm_tasks import check_tasks
-    from .measure import first_of_each
-    from .prompts import built_in_sets
-    from .suites import find_suite, load_suite
+    from .evals.heldout import first_of_each
+    from .evals.lm_tasks import check_tasks
+    from .evals.suites import find_suite, load_suite
+    from .method.prompts import built_in_sets
 
     n = args.test_prompts or None
     parts = [text.partition("=") for text in args.suite]
@@ -146,7 +146,7 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
     Raises:
         UserError: what a user can mend, in one sentence.
     """
-    from .adapters import with_adapters
+    from .method.adapters import with_adapters
 
     models = {"base": base.model}
     if args.adapter_path is not None:
@@ -162,7 +162,7 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
 
 
 def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loaded", screen: Screen) -> dict[str, Any]:
-    from .measure import perplexity
+    from .evals.heldout import perplexity
 
     found = {name: perplexity(model, base.tokenizer, args.perplexity) for name, model in models.items()}
     for name, (value, error, tokens) in found.items():
@@ -174,10 +174,10 @@ def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loade
 def _scores(
     args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
-    from .judge import keyword_judge
-    from .judge_model import make_judge
-    from .measure import evaluate, make_test_set
-    from .scores import show
+    from .evals.heldout import evaluate, make_test_set
+    from .evals.judge_model import make_judge
+    from .evals.scores import show
+    from .method.judge import keyword_judge
 
     judge = keyword_judge
     if args.judge != "keyword":
@@ -210,7 +210,7 @@ def _scores(
 def _tasks(
     args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
-    from .lm_tasks import run_tasks
+    from .evals.lm_tasks import run_tasks
 
     found = {
         name: run_tasks(
@@ -241,10 +241,10 @@ def _run(argv: list[str] | None) -> None:
     prepare(args.offline)
     asked = read_suites(args)  # a mistake in these is told before a model is fetched
     if args.judge != "keyword":
-        from .judge_model import default_template, read_template
+        from .evals.judge_model import default_template, read_template
 
         read_template(args.judge_template or default_template(args.judge))
-    from .load import load
+    from .system.load import load
 
     screen = Screen()
     result = score(args, asked, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)

@@ -16,10 +16,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .intervals import Count, wilson
-from .progress import UserError, exit_code, visible
+from .evals.intervals import Count, wilson
+from .evals.scores import SHOWN
 from .recipe import PACKAGE, Parser, read_yaml
-from .scores import SHOWN
+from .system.screen import UserError, exit_code, visible
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
     """
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib; pip install 'safesteer-mlx[report]'")
-    from .figures import picture
-    from .runfolder import write
+    from .evals.figures import picture
+    from .system.runfolder import write
 
     run = read_run(run_folder, transcripts)
     try:
@@ -114,7 +114,7 @@ def read_run(folder: Path, transcripts: bool = True) -> Run:
 
 def _figures(run: Run) -> Iterable[tuple[str, str, Callable]]:
     """Name, caption and drawing of every picture that this run has data for."""
-    from . import figures
+    from .evals import figures
 
     scores, found = run.scores, run.direction
     yield (

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .hub import prepare
-from .progress import Screen, UserError, exit_code, visible
 from .recipe import Parser, read_yaml
+from .system.hub import prepare
+from .system.screen import Screen, UserError, exit_code, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 def show(rows: "Sequence[Row]", screen: Screen) -> None:
     """The table: text, id, votes, mean Δ, mean probability under base and teacher; – for what was not measured."""
-    from .token_file import quoted
+    from .method.token_file import quoted
 
     columns = (("votes", "d"), ("mean_delta", "+.2f"), ("base_prob", ".2g"), ("teacher_prob", ".2g"))
 
@@ -60,7 +60,7 @@ def added(rows: "Sequence[Row]", texts: "Sequence[str]", tokenizer: Any, vocabul
     Raises:
         UserError: a text that is no single token of the model, a special one, or one that is there already.
     """
-    from .token_file import check_fit
+    from .method.token_file import check_fit
 
     found = list(rows)
     for text in texts:
@@ -84,8 +84,8 @@ def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
     """The tokenizer of the run's model, and its V."""
     from mlx_lm.utils import load_tokenizer
 
-    from .checks import read_object
-    from .load import find
+    from .system.load import find
+    from .system.model_files import read_object
 
     recipe = read_yaml(run / "recipe.yaml")
     name = str(recipe.get("model"))
@@ -132,8 +132,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     prepare(args.offline)
+    from .method.token_file import read_rows
     from .report import run_folder
-    from .token_file import read_rows
 
     run, screen = run_folder(args.run), Screen()
     rows = read_rows(run / "tokens.json")

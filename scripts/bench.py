@@ -31,13 +31,20 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from shapes import QWEN_05B, QWEN_7B, memory_shape, qwen2
 
-from safesteer_mlx import direction as directions
-from safesteer_mlx import stages
-from safesteer_mlx import teacher as teachers
-from safesteer_mlx import train as training
-from safesteer_mlx.load import Loaded, load
-from safesteer_mlx.losses import distillation_loss, localized_loss
-from safesteer_mlx.memory import (
+from safesteer_mlx.method import direction as directions
+from safesteer_mlx.method import stages
+from safesteer_mlx.method import teacher as teachers
+from safesteer_mlx.method import train as training
+from safesteer_mlx.method.losses import distillation_loss, localized_loss
+from safesteer_mlx.method.residual import answer_states, head, pad_right
+from safesteer_mlx.method.rollout import Completion, generate, stream_key
+from safesteer_mlx.method.safety_tokens import contrast_tokens, select_tokens
+from safesteer_mlx.method.student import make_student
+from safesteer_mlx.method.teacher import steered_teacher
+from safesteer_mlx.method.train import Rollouts, StepMetrics, TrainingPrompt, make_optimizer
+from safesteer_mlx.recipe import MODELS, PRESETS, Recipe, TrainSettings, resolve
+from safesteer_mlx.system.load import Loaded, load
+from safesteer_mlx.system.memory import (
     ModelShape,
     gradient_bytes,
     loss_bytes,
@@ -46,14 +53,7 @@ from safesteer_mlx.memory import (
     this_machine,
     trained_values,
 )
-from safesteer_mlx.progress import Screen
-from safesteer_mlx.recipe import MODELS, PRESETS, Recipe, TrainSettings, resolve
-from safesteer_mlx.residual import answer_states, head, pad_right
-from safesteer_mlx.rollout import Completion, generate, stream_key
-from safesteer_mlx.safety_tokens import contrast_tokens, select_tokens
-from safesteer_mlx.student import make_student
-from safesteer_mlx.teacher import steered_teacher
-from safesteer_mlx.train import Rollouts, StepMetrics, TrainingPrompt, make_optimizer
+from safesteer_mlx.system.screen import Screen
 
 Row = dict[str, Any]
 
@@ -499,8 +499,8 @@ def published_run(n_prompts: int) -> None:
 
 def our_run(n_prompts: int) -> None:
     """Ours, up to the trained student: all epochs over as many harmful prompts, whenever it has learned."""
-    from safesteer_mlx.checkpoint import Checkpoint
-    from safesteer_mlx.runfolder import RunFolder
+    from safesteer_mlx.system.checkpoint import Checkpoint
+    from safesteer_mlx.system.runfolder import RunFolder
 
     recipe, base, rendered, sets = bundled()
     recipe = replace(recipe, train=replace(recipe.train, save_every=10**6, grad_checkpoint="off"))

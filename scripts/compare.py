@@ -20,19 +20,19 @@ from typing import Any
 
 import yaml
 
-from safesteer_mlx import stages
-from safesteer_mlx.checks import read_object
-from safesteer_mlx.judge import is_refusal
-from safesteer_mlx.load import Loaded, load
-from safesteer_mlx.measure import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
-from safesteer_mlx.progress import Screen
-from safesteer_mlx.prompts import Instruction, PromptSets, render, render_all
+from safesteer_mlx.evals.heldout import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
+from safesteer_mlx.evals.scores import HOW
+from safesteer_mlx.method import stages
+from safesteer_mlx.method.judge import is_refusal
+from safesteer_mlx.method.prompts import Instruction, PromptSets, render, render_all
+from safesteer_mlx.method.rollout import generate
+from safesteer_mlx.method.student import make_student
+from safesteer_mlx.method.teacher import Teacher
+from safesteer_mlx.method.train import StepMetrics, TrainingPrompt, course, make_optimizer, number_of_steps, train
 from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, resolve
-from safesteer_mlx.rollout import generate
-from safesteer_mlx.scores import HOW
-from safesteer_mlx.student import make_student
-from safesteer_mlx.teacher import Teacher
-from safesteer_mlx.train import StepMetrics, TrainingPrompt, course, make_optimizer, number_of_steps, train
+from safesteer_mlx.system.load import Loaded, load
+from safesteer_mlx.system.model_files import read_object
+from safesteer_mlx.system.screen import Screen
 
 SFT = "SFT on 100 refusals"
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from shapes import qwen2
 
+from safesteer_mlx.method.residual import hidden_states
+from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import resolve
-from safesteer_mlx.residual import hidden_states
-from safesteer_mlx.student import make_student
 
 SHAPES = 16
 

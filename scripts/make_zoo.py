@@ -609,7 +609,7 @@ def train_model(spec: Spec, examples: list[Example], tokenizer: Tokenizer) -> nn
     from mlx import nn
     from mlx_lm.utils import _get_classes
 
-    from safesteer_mlx.residual import head, hidden_states
+    from safesteer_mlx.method.residual import head, hidden_states
 
     mx.random.seed(spec.seed)
     vocabulary = tokenizer.get_vocab_size()
@@ -748,10 +748,10 @@ def check(folder: Path) -> str:
     """One line: refusals of held-out prompts and capability, sampled, greedy."""
     import numpy as np
 
-    from safesteer_mlx.judge import is_correct, is_refusal
-    from safesteer_mlx.load import load
-    from safesteer_mlx.prompts import load_prompt_sets, render_all
-    from safesteer_mlx.rollout import answer_text, generate, stream_key
+    from safesteer_mlx.method.judge import is_correct, is_refusal
+    from safesteer_mlx.method.prompts import load_prompt_sets, render_all
+    from safesteer_mlx.method.rollout import answer_text, generate, stream_key
+    from safesteer_mlx.system.load import load
 
     base, sets = load(str(folder)), load_prompt_sets(folder / "data")
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAME = ["--direction-train", "128", "--direction-validation", "32", "--coeff", "auto"]
 COUNTED = """
 import json, sys, time
-from safesteer_mlx import load as loading
+from safesteer_mlx.system import load as loading
 from safesteer_mlx.align import main
 own, count = loading.load, [0]
 def load(*args, **options):
@@ -54,7 +54,9 @@ def main() -> None:
         other = Path(folder) / "other"
         subprocess.run(["git", "worktree", "add", "--detach", other, args.against], cwd=ROOT, check=True)
         try:
-            print("| model | row-tokens, ours / other | ratio | CPU seconds, ours / other | ratio |\n|---|---|---|---|---|")
+            print(
+                "| model | row-tokens, ours / other | ratio | CPU seconds, ours / other | ratio |\n|---|---|---|---|---|"
+            )
             for model in args.models:
                 ours, theirs = cost(ROOT, model.resolve()), cost(other, model.resolve())
                 cells = [

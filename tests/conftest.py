@@ -42,7 +42,8 @@ def build(name: str, seed: int = 0):
 @pytest.fixture(scope="module")
 def few_prompts():
     """The search for the teacher and checkpoint selection ask four prompts a kind, for tests of something else."""
-    from safesteer_mlx import selection, stages
+    from safesteer_mlx.evals import selection
+    from safesteer_mlx.method import stages
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "PROMPTS", 4)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from safesteer_mlx import stages
 from safesteer_mlx.align import main
+from safesteer_mlx.method import stages
 from safesteer_mlx.recipe import MODELS
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
@@ -86,10 +86,10 @@ def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
 def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finished):
     from mlx_lm import load
 
-    from safesteer_mlx.judge import is_refusal
-    from safesteer_mlx.measure import ANSWER_TOKENS
-    from safesteer_mlx.prompts import load_instructions, render_all
-    from safesteer_mlx.rollout import generate
+    from safesteer_mlx.evals.heldout import ANSWER_TOKENS
+    from safesteer_mlx.method.judge import is_refusal
+    from safesteer_mlx.method.prompts import load_instructions, render_all
+    from safesteer_mlx.method.rollout import generate
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
     prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:24])
@@ -273,7 +273,7 @@ def test_yaml_keys_are_flag_names_and_flags_win(tmp_path, capsys):
 
 
 def test_data_takes_every_format(tmp_path):
-    from safesteer_mlx.prompts import load_instructions
+    from safesteer_mlx.method.prompts import load_instructions
 
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.json").write_text('[{"instruction": "one", "category": "c"}, "two"]')
@@ -287,7 +287,7 @@ def test_data_takes_every_format(tmp_path):
 def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_good_step(tmp_path, monkeypatch, capsys):
     import mlx.core as mx
 
-    import safesteer_mlx.train as stage
+    import safesteer_mlx.method.train as stage
 
     whole, calls = stage.localized_loss, []
 
@@ -307,8 +307,8 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_go
 def test_mlx_lm_generate_says_what_the_student_said(finished, which):
     from mlx_lm import load
 
-    from safesteer_mlx.prompts import load_instructions, render
-    from safesteer_mlx.rollout import generate
+    from safesteer_mlx.method.prompts import load_instructions, render
+    from safesteer_mlx.method.rollout import generate
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
     text = load_instructions(TINY / "data" / "harmful_test.jsonl")[which].text

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from safesteer_mlx.align import main
-from safesteer_mlx.checks import check_model_folder, read_header
-from safesteer_mlx.progress import Screen, UserError, visible
-from safesteer_mlx.prompts import load_instructions
+from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
+from safesteer_mlx.system.model_files import check_model_folder, read_header
+from safesteer_mlx.system.screen import Screen, UserError, visible
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -304,8 +304,8 @@ def test_a_million_lines_are_read(tmp_path):
 def test_prompts_given_twice_or_too_long_are_left_out_and_said(tmp_path, capsys):
     from dataclasses import replace
 
-    from safesteer_mlx.load import load
-    from safesteer_mlx.stages import prompt_sets, training_prompts
+    from safesteer_mlx.method.stages import prompt_sets, training_prompts
+    from safesteer_mlx.system.load import load
 
     base = load(str(TINY))
     (tmp_path / "data.txt").write_text("add the lamp\nadd the lamp\n" + "lamp " * 600 + "\nmove the box\n")
@@ -548,7 +548,7 @@ def test_a_link_within_the_cache_of_the_hub_is_fine(copied, tmp_path):
 
 
 def test_pickles_beside_good_weights_are_never_opened(copied):
-    from safesteer_mlx.load import load
+    from safesteer_mlx.system.load import load
 
     for name in ("pytorch_model.bin", "model.pt", "model.pkl", "weights.npz"):
         os.mkfifo(copied / name)  # opening it would wait for ever
@@ -567,8 +567,8 @@ def test_a_tokenizer_with_more_words_than_the_embedding_is_refused(copied, tmp_p
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    from safesteer_mlx.load import load
-    from safesteer_mlx.student import adapter_config, make_student, save_adapters
+    from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
+    from safesteer_mlx.system.load import load
 
     folder = tmp_path_factory.mktemp("adapters")
     student = make_student(load(str(TINY)).model, TrainSettings(), 0, True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import bench
 import pytest
 
-from safesteer_mlx.teacher import TeacherTrial
+from safesteer_mlx.method.teacher import TeacherTrial
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench.py"

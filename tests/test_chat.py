@@ -11,14 +11,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from safesteer_mlx import chat
-from safesteer_mlx.adapters import with_adapters
 from safesteer_mlx.chat import Voice, main, make_voices
-from safesteer_mlx.load import Loaded, load
-from safesteer_mlx.progress import UserError
+from safesteer_mlx.method.adapters import with_adapters
+from safesteer_mlx.method.residual import _override, blocks, share, steer
+from safesteer_mlx.method.rollout import generate
+from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
 from safesteer_mlx.recipe import MODELS, resolve
-from safesteer_mlx.residual import _override, blocks, share, steer
-from safesteer_mlx.rollout import generate
-from safesteer_mlx.student import adapter_config, make_student, save_adapters
+from safesteer_mlx.system.load import Loaded, load
+from safesteer_mlx.system.screen import UserError
 
 TINY = str(MODELS / "tiny-chat")
 LAYER, COEFF = 3, 0.5

@@ -13,12 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import safesteer_mlx.train as stage
-from safesteer_mlx import checkpoint, runfolder, stages
+import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
-from safesteer_mlx.checkpoint import Checkpoint, fingerprint
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.runfolder import RunFolder
+from safesteer_mlx.method import stages
+from safesteer_mlx.system import checkpoint, runfolder
+from safesteer_mlx.system.checkpoint import Checkpoint, fingerprint
+from safesteer_mlx.system.runfolder import RunFolder
+from safesteer_mlx.system.screen import UserError
 
 SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "48"]
 SHORT += [
@@ -46,7 +47,7 @@ VARIANTS = {
 
 def stop_after(monkeypatch, events):
     """Let training be interrupted after so many of its events: rollouts, metrics, rollouts, …"""
-    from safesteer_mlx import stages
+    from safesteer_mlx.method import stages
 
     whole = stages.train
 
@@ -113,7 +114,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_p
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys):
     folder = tmp_path / "adapters"
-    code = "import sys, time; from pathlib import Path; from safesteer_mlx.runfolder import RunFolder\n"
+    code = "import sys, time; from pathlib import Path; from safesteer_mlx.system.runfolder import RunFolder\n"
     code += (
         "r = RunFolder(Path(sys.argv[1])); r.text('recipe.yaml', 'seed: 1'); print('ready', flush=True); time.sleep(60)"
     )

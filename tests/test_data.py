@@ -7,7 +7,7 @@ from pathlib import Path
 import make_tiny_chat
 import pytest
 
-from safesteer_mlx.selection import PROMPTS
+from safesteer_mlx.evals.selection import PROMPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, TINY = ROOT / "safesteer_mlx" / "data", ROOT / "models" / "tiny-chat" / "data"

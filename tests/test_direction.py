@@ -9,7 +9,7 @@ from conftest import build, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safesteer_mlx.direction import (
+from safesteer_mlx.method.direction import (
     ASKED_AT_ONCE,
     SCORE_BOUND,
     SHORTLIST,
@@ -33,7 +33,7 @@ from safesteer_mlx.direction import (
     spread,
     steered_logits,
 )
-from safesteer_mlx.residual import block_inputs, last_logits, pad_right, steer
+from safesteer_mlx.method.residual import block_inputs, last_logits, pad_right, steer
 
 NAN = float("nan")
 RNG = np.random.default_rng(7)

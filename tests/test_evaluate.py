@@ -9,17 +9,17 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from safesteer_mlx import stages
-from safesteer_mlx.adapters import with_adapters
+from safesteer_mlx.evals.heldout import count_refusals, drift, evaluate, make_test_set, perplexity
+from safesteer_mlx.evals.scores import HOW, Answer, Scores, show, transcripts
 from safesteer_mlx.evaluate import main
-from safesteer_mlx.load import Loaded, load
-from safesteer_mlx.measure import count_refusals, drift, evaluate, make_test_set, perplexity
-from safesteer_mlx.progress import Screen, UserError
-from safesteer_mlx.prompts import Instruction, built_in_sets, load_prompt_sets, render, render_all
+from safesteer_mlx.method import stages
+from safesteer_mlx.method.adapters import with_adapters
+from safesteer_mlx.method.prompts import Instruction, built_in_sets, load_prompt_sets, render, render_all
+from safesteer_mlx.method.rollout import Completion, answer_text
+from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
-from safesteer_mlx.rollout import Completion, answer_text
-from safesteer_mlx.scores import HOW, Answer, Scores, show, transcripts
-from safesteer_mlx.student import adapter_config, make_student, save_adapters
+from safesteer_mlx.system.load import Loaded, load
+from safesteer_mlx.system.screen import Screen, UserError
 
 TINY = str(MODELS / "tiny-chat")
 FEW = ["--test-prompts", "6"]

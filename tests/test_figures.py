@@ -6,8 +6,8 @@ import pytest
 from matplotlib.patches import Rectangle
 from runs import HOSTILE, files, trial
 
-from safesteer_mlx import figures
-from safesteer_mlx.figures import DARK, LIGHT, picture
+from safesteer_mlx.evals import figures
+from safesteer_mlx.evals.figures import DARK, LIGHT, picture
 
 
 @pytest.fixture

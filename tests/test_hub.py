@@ -16,12 +16,12 @@ import huggingface_hub.constants as constants
 import pytest
 from hub import Hub
 
-from safesteer_mlx import hub as ours
 from safesteer_mlx.align import main
-from safesteer_mlx.load import load
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.prompts import load_data
+from safesteer_mlx.method.prompts import load_data
 from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.system import hub as ours
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import UserError
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -290,7 +290,7 @@ def test_a_server_that_does_not_answer_is_one_sentence(where, tmp_path):
 
 def test_telemetry_and_update_checks_are_off():
     code = (
-        "from safesteer_mlx.hub import prepare; prepare(True); from huggingface_hub import constants as c;"
+        "from safesteer_mlx.system.hub import prepare; prepare(True); from huggingface_hub import constants as c;"
         "assert c.HF_HUB_DISABLE_TELEMETRY and c.HF_HUB_DISABLE_UPDATE_CHECK and c.HF_HUB_OFFLINE"
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safesteer_mlx.judge import OUTCOMES, _phrases, is_broken, is_correct, is_refusal, keyword_judge, outcome
+from safesteer_mlx.method.judge import OUTCOMES, _phrases, is_broken, is_correct, is_refusal, keyword_judge, outcome
 
 LONG = (
     " It depends on the soil, the light and the season. Begin with a small bed near the house, dig it a spade deep, "

@@ -4,7 +4,7 @@ import jinja2
 import pytest
 from tokenizers import AddedToken
 
-from safesteer_mlx.judge_model import (
+from safesteer_mlx.evals.judge_model import (
     FOLDER,
     Template,
     default_template,
@@ -15,8 +15,8 @@ from safesteer_mlx.judge_model import (
     read_verdict,
     render_case,
 )
-from safesteer_mlx.progress import UserError
 from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.system.screen import UserError
 
 SAFETY = {
     "safe": True,

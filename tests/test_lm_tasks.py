@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from safesteer_mlx.lm_tasks import check_tasks, run_tasks
-from safesteer_mlx.load import load
-from safesteer_mlx.progress import UserError
+from safesteer_mlx.evals.lm_tasks import check_tasks, run_tasks
+from safesteer_mlx.method.residual import share
 from safesteer_mlx.recipe import MODELS
-from safesteer_mlx.residual import share
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import UserError
 
 
 def test_without_lm_eval_one_sentence_names_the_remedy(monkeypatch):

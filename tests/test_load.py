@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
-from safesteer_mlx import stages
 from safesteer_mlx.align import main
-from safesteer_mlx.load import load
-from safesteer_mlx.prompts import load_instructions, load_prompt_sets, render_all
+from safesteer_mlx.method import stages
+from safesteer_mlx.method.prompts import load_instructions, load_prompt_sets, render_all
+from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.recipe import MODELS
-from safesteer_mlx.residual import last_logits
+from safesteer_mlx.system.load import load
 
 TINY = MODELS / "tiny-chat"
 FORMATS = {

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safesteer_mlx import losses
-from safesteer_mlx.losses import (
+from safesteer_mlx.method import losses
+from safesteer_mlx.method.losses import (
     KINDS,
     _restrict,
     distillation_loss,
@@ -19,7 +19,7 @@ from safesteer_mlx.losses import (
     sequence_losses,
     token_divergence,
 )
-from safesteer_mlx.residual import head
+from safesteer_mlx.method.residual import head
 
 PS, PT = [0.5, 0.3, 0.2], [0.2, 0.5, 0.3]
 ZS, ZT = (mx.log(mx.array([[p]])) for p in (PS, PT))

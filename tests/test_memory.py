@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from shapes import memory_shape, qwen2
 
-from safesteer_mlx import backoff, memory
 from safesteer_mlx.align import main
-from safesteer_mlx.backoff import halving
-from safesteer_mlx.checks import Tensor
-from safesteer_mlx.memory import Machine, fitted, gradient_bytes, plan, shape_of, trained_values
-from safesteer_mlx.progress import UserError
+from safesteer_mlx.method.residual import hidden_states
+from safesteer_mlx.method.rollout import generate, stream_key
+from safesteer_mlx.method.student import make_student
+from safesteer_mlx.method.teacher import steered_teacher
 from safesteer_mlx.recipe import MODELS, parse_bytes, resolve
-from safesteer_mlx.residual import hidden_states
-from safesteer_mlx.rollout import generate, stream_key
-from safesteer_mlx.student import make_student
-from safesteer_mlx.teacher import steered_teacher
+from safesteer_mlx.system import backoff, memory
+from safesteer_mlx.system.backoff import halving
+from safesteer_mlx.system.memory import Machine, fitted, gradient_bytes, plan, shape_of, trained_values
+from safesteer_mlx.system.model_files import Tensor
+from safesteer_mlx.system.screen import UserError
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -230,7 +230,7 @@ def test_the_work_is_halved_until_it_fits_and_that_is_said(capsys):
 
 
 def test_what_is_sampled_does_not_depend_on_how_memory_split_the_batch(tiny_model, monkeypatch, capsys):
-    from safesteer_mlx import rollout
+    from safesteer_mlx.method import rollout
 
     model = tiny_model("llama")
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1, 2, 3]]

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from safesteer_mlx import progress
-from safesteer_mlx.progress import Screen, UserError, exit_code, visible
+from safesteer_mlx.system import screen as progress
+from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
 
 
 def test_plain_lines_give_rate_and_time_left(monkeypatch, capsys):

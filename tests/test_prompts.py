@@ -2,9 +2,7 @@
 
 import pytest
 
-from safesteer_mlx.load import load
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.prompts import (
+from safesteer_mlx.method.prompts import (
     PromptSets,
     built_in_sets,
     end_of_instruction,
@@ -15,6 +13,8 @@ from safesteer_mlx.prompts import (
     special_ids,
 )
 from safesteer_mlx.recipe import MODELS, PACKAGE
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import UserError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

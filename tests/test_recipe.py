@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from safesteer_mlx.progress import UserError
 from safesteer_mlx.recipe import (
     MODELS,
     TrainSettings,
@@ -15,6 +14,7 @@ from safesteer_mlx.recipe import (
     read_yaml,
     resolve,
 )
+from safesteer_mlx.system.screen import UserError
 
 RECIPES = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
 SHAPES = {name: recipe["match"]["shape"] for name, recipe in RECIPES.items() if "shape" in recipe["match"]}

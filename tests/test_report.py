@@ -12,8 +12,8 @@ import pytest
 from runs import HOSTILE, files, trial, write_run
 
 from safesteer_mlx import report
-from safesteer_mlx.progress import UserError
 from safesteer_mlx.report import main, write_report
+from safesteer_mlx.system.screen import UserError
 
 FIGURES = {"refusals", "capability", "drift", "training", "direction", "frontier", "tokens", "verdict", "selection"}
 ACTS_UNSEEN = "\x1b\x07\u202e\u2066\u200b\ud800"

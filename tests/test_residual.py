@@ -7,7 +7,7 @@ import pytest
 from conftest import build, walk
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.residual import (
+from safesteer_mlx.method.residual import (
     _override,
     ablate,
     block_inputs,

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from safesteer_mlx.residual import _override, blocks
-from safesteer_mlx.rollout import _points, _sampler, generate, stream_key
+from safesteer_mlx.method.residual import _override, blocks
+from safesteer_mlx.method.rollout import _points, _sampler, generate, stream_key
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 4, 5], [1, 2, 7, 8], [1, 2, 3, 4, 5], [1, 2, 6]]
 EOS = [49]

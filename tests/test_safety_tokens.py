@@ -10,9 +10,9 @@ from conftest import walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safesteer_mlx import losses, residual, safety_tokens
-from safesteer_mlx.residual import steer
-from safesteer_mlx.safety_tokens import TokenContrast, contrast_tokens, openings, refusing_tokens, select_tokens
+from safesteer_mlx.method import losses, residual, safety_tokens
+from safesteer_mlx.method.residual import steer
+from safesteer_mlx.method.safety_tokens import TokenContrast, contrast_tokens, openings, refusing_tokens, select_tokens
 
 # Probabilities at two positions, four tokens:
 BASE = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]

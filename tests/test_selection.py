@@ -9,13 +9,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from safesteer_mlx.align import main
-from safesteer_mlx.intervals import Count
-from safesteer_mlx.load import load
-from safesteer_mlx.progress import Screen, UserError
+from safesteer_mlx.evals.intervals import Count
+from safesteer_mlx.evals.selection import CheckpointScore, choose, keep_best
+from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import MODELS, limits_of, resolve
-from safesteer_mlx.runfolder import RunFolder
-from safesteer_mlx.selection import CheckpointScore, choose, keep_best
-from safesteer_mlx.student import make_student
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.runfolder import RunFolder
+from safesteer_mlx.system.screen import Screen, UserError
 
 SHORT = ["--iters", "2", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]

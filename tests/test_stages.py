@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from safesteer_mlx import stages
-from safesteer_mlx.direction import Direction
-from safesteer_mlx.load import load
-from safesteer_mlx.losses import far_enough
-from safesteer_mlx.progress import Screen, UserError
+from safesteer_mlx.method import stages
+from safesteer_mlx.method.direction import Direction
+from safesteer_mlx.method.losses import far_enough
+from safesteer_mlx.method.residual import _override, blocks, last_logits
+from safesteer_mlx.method.rollout import Completion
+from safesteer_mlx.method.safety_tokens import openings
+from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
+from safesteer_mlx.method.teacher import Teacher, steered_teacher
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
-from safesteer_mlx.residual import _override, blocks, last_logits
-from safesteer_mlx.rollout import Completion
-from safesteer_mlx.runfolder import as_json
-from safesteer_mlx.safety_tokens import openings
-from safesteer_mlx.student import adapter_config, make_student, save_adapters
-from safesteer_mlx.teacher import Teacher, steered_teacher
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.runfolder import as_json
+from safesteer_mlx.system.screen import Screen, UserError
 
 
 @pytest.fixture(scope="module")

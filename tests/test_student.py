@@ -7,11 +7,11 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.load import load
-from safesteer_mlx.progress import UserError
+from safesteer_mlx.method.residual import last_logits
+from safesteer_mlx.method.student import adapter_config, bytes_trained, first_trained_block, make_student, save_adapters
 from safesteer_mlx.recipe import MODELS, TrainSettings, resolve
-from safesteer_mlx.residual import last_logits
-from safesteer_mlx.student import adapter_config, bytes_trained, first_trained_block, make_student, save_adapters
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import UserError
 
 SETTINGS = TrainSettings(lora_parameters={"rank": 4, "scale": 2.0, "dropout": 0.0})
 

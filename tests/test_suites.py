@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.suites import Suite, find_suite, load_suite, names
+from safesteer_mlx.evals.suites import Suite, find_suite, load_suite, names
+from safesteer_mlx.system.screen import UserError
 
 PROMPTS = [f"How do I bake bread number {n}?" for n in range(5)]
 ANSWER = {"response_0": "x", "response_1": "y"}

@@ -12,15 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from safesteer_mlx import teacher as stage
-from safesteer_mlx.direction import Direction, opening_probabilities
-from safesteer_mlx.judge import is_broken, outcome
-from safesteer_mlx.load import load
-from safesteer_mlx.prompts import built_in_sets, render_all
-from safesteer_mlx.recipe import MODELS, TeacherSettings, TrainSettings
-from safesteer_mlx.rollout import Completion, answer_text, generate, stream_key
-from safesteer_mlx.student import make_student
-from safesteer_mlx.teacher import (
+from safesteer_mlx.method import teacher as stage
+from safesteer_mlx.method.direction import Direction, opening_probabilities
+from safesteer_mlx.method.judge import is_broken, outcome
+from safesteer_mlx.method.prompts import built_in_sets, render_all
+from safesteer_mlx.method.rollout import Completion, answer_text, generate, stream_key
+from safesteer_mlx.method.student import make_student
+from safesteer_mlx.method.teacher import (
     Outcomes,
     TeacherTrial,
     Validation,
@@ -34,6 +32,8 @@ from safesteer_mlx.teacher import (
     shortest_opening,
     steered_teacher,
 )
+from safesteer_mlx.recipe import MODELS, TeacherSettings, TrainSettings
+from safesteer_mlx.system.load import load
 
 GRID = [2.0, 0.5, 4.0, 1.0]  # in any order
 N = 20  # prompts of each kind

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from safesteer_mlx.judge import is_correct, outcome
-from safesteer_mlx.load import load
-from safesteer_mlx.measure import read_answers
-from safesteer_mlx.prompts import built_in_sets, render_all
+from safesteer_mlx.evals.heldout import read_answers
+from safesteer_mlx.method.judge import is_correct, outcome
+from safesteer_mlx.method.prompts import built_in_sets, render_all
 from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.system.load import load
 
 TINY = MODELS / "tiny-chat"
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from safesteer_mlx import stages
 from safesteer_mlx.align import main as align
-from safesteer_mlx.load import Loaded, load
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.prompts import built_in_sets, special_ids
+from safesteer_mlx.method import stages
+from safesteer_mlx.method.prompts import built_in_sets, special_ids
+from safesteer_mlx.method.token_file import read_token_file
 from safesteer_mlx.recipe import MODELS, resolve
-from safesteer_mlx.token_file import read_token_file
+from safesteer_mlx.system.load import Loaded, load
+from safesteer_mlx.system.screen import UserError
 from safesteer_mlx.tokens import main
 
 pytestmark = pytest.mark.usefixtures("few_prompts")

@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from safesteer_mlx import train as stage
-from safesteer_mlx.losses import distillation_loss
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.recipe import LossSettings, TrainSettings, rollout_tokens
-from safesteer_mlx.residual import blocks, hidden_states
-from safesteer_mlx.rollout import Completion, generate, stream_key
-from safesteer_mlx.safety_tokens import openings
-from safesteer_mlx.student import make_student
-from safesteer_mlx.teacher import steered_teacher
-from safesteer_mlx.train import (
+from safesteer_mlx.method import train as stage
+from safesteer_mlx.method.losses import distillation_loss
+from safesteer_mlx.method.residual import blocks, hidden_states
+from safesteer_mlx.method.rollout import Completion, generate, stream_key
+from safesteer_mlx.method.safety_tokens import openings
+from safesteer_mlx.method.student import make_student
+from safesteer_mlx.method.teacher import steered_teacher
+from safesteer_mlx.method.train import (
     Course,
     Learning,
     Rollouts,
@@ -32,6 +30,8 @@ from safesteer_mlx.train import (
     number_of_steps,
     train,
 )
+from safesteer_mlx.recipe import LossSettings, TrainSettings, rollout_tokens
+from safesteer_mlx.system.screen import UserError
 
 HARMFUL = [TrainingPrompt(row, row, True) for row in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10])]
 HARMLESS = [TrainingPrompt(row, row, False) for row in ([11, 12], [13, 14, 15, 16])]

@@ -12,17 +12,18 @@ from mlx.utils import tree_map
 from mlx_lm.utils import save_config, save_model
 from test_load import TINY, converted
 
-from safesteer_mlx import stages, verdict
 from safesteer_mlx.align import main
-from safesteer_mlx.direction import mean_differences
-from safesteer_mlx.intervals import Count
-from safesteer_mlx.load import load
-from safesteer_mlx.progress import UserError
-from safesteer_mlx.prompts import load_prompt_sets
+from safesteer_mlx.evals import verdict
+from safesteer_mlx.evals.intervals import Count
+from safesteer_mlx.evals.scores import Answer, Scores
+from safesteer_mlx.evals.verdict import Verdict, decide, not_aligned, refuse_to_go_on
+from safesteer_mlx.method import stages
+from safesteer_mlx.method.direction import mean_differences
+from safesteer_mlx.method.prompts import load_prompt_sets
+from safesteer_mlx.method.residual import ablate, hidden_states, pad_right, steer, take_positions
 from safesteer_mlx.recipe import resolve
-from safesteer_mlx.residual import ablate, hidden_states, pad_right, steer, take_positions
-from safesteer_mlx.scores import Answer, Scores
-from safesteer_mlx.verdict import Verdict, decide, not_aligned, refuse_to_go_on
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import UserError
 
 FAIR = {
     "base_harmful": Count(30, 64),
@@ -148,7 +149,7 @@ def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_p
 
 
 def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path, monkeypatch, capsys):
-    from safesteer_mlx import memory
+    from safesteer_mlx.system import memory
 
     def unknown(path):
         raise UserError("the config.json has no hidden_size; mend it")

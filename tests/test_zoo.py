@@ -12,8 +12,8 @@ from jinja2 import Environment, TemplateError
 from make_zoo import ZOO, Words, corpus, splits
 
 from safesteer_mlx.align import main
-from safesteer_mlx.judge import is_refusal
-from safesteer_mlx.prompts import PromptSets, load_prompt_sets
+from safesteer_mlx.method.judge import is_refusal
+from safesteer_mlx.method.prompts import PromptSets, load_prompt_sets
 
 HERE = Path(__file__).parent / "zoo_models"
 COMMITTED = ("foundry", "market", "station")

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backoff import halving
-from .progress import Advance, silent
+from ..system.backoff import halving
+from ..system.screen import Advance, silent
 
 Ids = Sequence[int]
 

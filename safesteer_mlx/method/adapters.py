@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .progress import UserError
+from ..system.screen import UserError
 from .residual import share
 
 _LEAVES = {"lora_a", "lora_b", "m"}  # of mlx-lm's LoRA and DoRA layers

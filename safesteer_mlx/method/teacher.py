@@ -24,12 +24,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .backoff import halving
+from ..recipe import TeacherSettings
+from ..system.backoff import halving
+from ..system.load import Loaded
+from ..system.screen import Advance, silent
 from .direction import PROMPT_BATCH, Direction, opening_probabilities
 from .judge import is_broken, outcome
-from .load import Loaded
-from .progress import Advance, silent
-from .recipe import TeacherSettings
 from .residual import share, steer
 from .rollout import Completion, answer_text, generate, stream_key
 

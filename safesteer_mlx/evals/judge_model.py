@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .judge import Judge, outcome
-from .load import load
-from .progress import UserError
-from .recipe import PACKAGE, nearest
-from .rollout import generate
+from ..method.judge import Judge, outcome
+from ..method.rollout import generate
+from ..recipe import PACKAGE, nearest
+from ..system.load import load
+from ..system.screen import UserError
 
 FOLDER = PACKAGE / "data" / "judges"
 VERDICT_TOKENS = 64  # "unsafe" and a list of all categories

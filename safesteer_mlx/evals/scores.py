@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..method.judge import OUTCOMES, is_broken
+from ..system.screen import Screen
 from .intervals import Count, paired
-from .judge import OUTCOMES, is_broken
-from .progress import Screen
 
 HOW = ("greedy", "sampled")
 SHOWN = {"base": "base", "teacher": "teacher", "student": "aligned"}  # as readers know the models

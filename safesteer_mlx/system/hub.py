@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .progress import UserError
+from .screen import UserError
 
 DATASETS = "hf://datasets/"
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checks import Tensor, bytes_of, check_weights, read_object
-from .progress import Screen, UserError
-from .recipe import Recipe, TrainSettings, parse_bytes, rollout_tokens
+from ..recipe import Recipe, TrainSettings, parse_bytes, rollout_tokens
+from .model_files import Tensor, bytes_of, check_weights, read_object
+from .screen import Screen, UserError
 
 HEAD_ROWS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
 ANSWER_TOKENS = 96  # of a held-out answer

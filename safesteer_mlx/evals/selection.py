@@ -14,15 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..method.judge import is_broken, outcome
+from ..method.rollout import generate
+from ..method.stages import Rendered, answer_tokens
+from ..recipe import Recipe, limits_of
+from ..system.load import Loaded
+from ..system.runfolder import RunFolder, save_arrays
+from ..system.screen import Screen
+from .heldout import ANSWER_TOKENS, TestSet, drift, read_answers
 from .intervals import Count
-from .judge import is_broken, outcome
-from .load import Loaded
-from .measure import ANSWER_TOKENS, TestSet, drift, read_answers
-from .progress import Screen
-from .recipe import Recipe, limits_of
-from .rollout import generate
-from .runfolder import RunFolder, save_arrays
-from .stages import Rendered, answer_tokens
 
 PROMPTS = 64  # of each kind
 

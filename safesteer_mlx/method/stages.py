@@ -18,17 +18,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import __version__
+from .. import __version__
+from ..recipe import Recipe, mathematics, rollout_tokens
+from ..system.backoff import halving
+from ..system.checkpoint import Checkpoint, fingerprint
+from ..system.load import Loaded
+from ..system.screen import Screen, UserError
 from . import direction as directions
 from . import teacher as teachers
 from .adapters import with_adapters
-from .backoff import halving
-from .checkpoint import Checkpoint, fingerprint
 from .direction import CandidateScores, Direction
 from .judge import is_refusal
-from .load import Loaded
 from .losses import far_enough, guidance_shift
-from .progress import Screen, UserError
 from .prompts import (
     Instruction,
     PromptSets,
@@ -41,7 +42,6 @@ from .prompts import (
     render_all,
     special_ids,
 )
-from .recipe import Recipe, mathematics, rollout_tokens
 from .residual import last_logits
 from .rollout import Completion, answer_text, generate, stream_key
 from .safety_tokens import contrast_tokens, openings, refusing_tokens, select_tokens

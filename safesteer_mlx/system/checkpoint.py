@@ -19,8 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
-from .progress import UserError
 from .runfolder import RunFolder, as_json, save_arrays
+from .screen import UserError
 
 KEPT = 2  # checkpoints of steps
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .progress import Advance, silent
+from ..system.screen import Advance, silent
 from .residual import (
     ablate,
     block_inputs,

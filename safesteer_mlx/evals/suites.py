@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .hub import fetch
-from .progress import UserError
-from .prompts import Instruction
-from .recipe import PACKAGE, nearest, read_yaml
+from ..method.prompts import Instruction
+from ..recipe import PACKAGE, nearest, read_yaml
+from ..system.hub import fetch
+from ..system.screen import UserError
 
 FOLDER = PACKAGE / "data" / "suites"
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .hub import dataset_file
-from .progress import UserError
-from .recipe import PACKAGE
+from ..recipe import PACKAGE
+from ..system.hub import dataset_file
+from ..system.screen import UserError
 
 # Two instructions that share no last token; what follows them in a rendering is the template's own.
 _PROBES = ("a", "Why is it 7?", "Name one blue thing")

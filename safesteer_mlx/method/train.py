@@ -29,10 +29,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .backoff import halving
+from ..recipe import LossSettings, TrainSettings, rollout_tokens
+from ..system.backoff import halving
+from ..system.screen import UserError
 from .losses import Head, guidance_shift, kept_positions, localized_loss, safety_log_odds
-from .progress import UserError
-from .recipe import LossSettings, TrainSettings, rollout_tokens
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import Completion, generate, stream_key
 from .safety_tokens import openings

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..method.stages import ChosenTeacher, FoundDirections
+from ..recipe import Recipe
+from ..system.screen import Screen, UserError
 from .intervals import Count, paired
-from .progress import Screen, UserError
-from .recipe import Recipe
 from .scores import Scores
-from .stages import ChosenTeacher, FoundDirections
 
 CANDIDATES = 3  # shown
 

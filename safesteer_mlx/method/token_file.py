@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .progress import UserError, visible
+from ..system.screen import UserError, visible
 from .prompts import special_ids
 
 

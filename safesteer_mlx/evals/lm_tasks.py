@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .progress import UserError
+from ..system.screen import UserError
 
 
 def check_tasks(runs_code: bool, confirmed: bool) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..method.judge import Judge, is_broken, is_correct, is_refusal, keyword_judge
+from ..method.losses import chunk_rows
+from ..method.prompts import Instruction, render_all
+from ..method.residual import answer_states, head
+from ..method.rollout import answer_text, generate, stream_key
+from ..system.screen import Advance, UserError, silent
 from .intervals import Count
-from .judge import Judge, is_broken, is_correct, is_refusal, keyword_judge
-from .losses import chunk_rows
-from .progress import Advance, UserError, silent
-from .prompts import Instruction, render_all
-from .residual import answer_states, head
-from .rollout import answer_text, generate, stream_key
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from .progress import UserError
+from .screen import UserError
 
 T = TypeVar("T")
 

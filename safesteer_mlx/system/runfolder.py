@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .progress import UserError
+from .screen import UserError
 
 _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 

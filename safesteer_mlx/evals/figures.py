@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..system.screen import visible
 from .intervals import Count, wilson
-from .progress import visible
 from .scores import SHOWN
 
 WIDTH = 4.6  # inches: text stays readable when a phone shows it 360 points wide

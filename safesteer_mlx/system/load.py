@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checks import Tensor, check_loaded, check_model_folder, check_weights, read_object
 from .hub import headers, is_offline, model_folder
-from .progress import UserError
+from .model_files import Tensor, check_loaded, check_model_folder, check_weights, read_object
+from .screen import UserError
 
 # Of the memory that a dequantized copy may take on the CPU backend.
 _DEQUANTIZED_BYTES = 4 * 2**30

@@ -29,8 +29,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..system.screen import UserError
 from .losses import chunk_rows
-from .progress import UserError
 from .residual import answer_states, block_inputs, head, last_logits, pad_right, resume, resumes
 
 Ids = Sequence[int]

@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .checks import read_header, some
-from .progress import UserError
-from .recipe import TrainSettings
+from ..recipe import TrainSettings
+from ..system.model_files import read_header, some
+from ..system.runfolder import save_arrays, write
+from ..system.screen import UserError
 from .residual import blocks, checkpoint_blocks, share
-from .runfolder import save_arrays, write
 
 
 def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized: bool = False) -> nn.Module:
