@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,178 +16,162 @@ from .system.model_files import read_header
 from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
-    from .method.stages import ChosenTeacher, FoundDirections
+    from mlx import nn
+
+    from .evals.scores import Scores
+    from .evals.verdict import Verdict
+    from .method.direction import FoundDirections
+    from .method.run import Run
+    from .method.safety_tokens import SafetyTokens
+    from .method.teacher import ChosenTeacher, Teacher
     from .system.load import Loaded
 
 
-def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Path:
-    """Align `base` and return the folder of adapters, with the run's record in `run/` beside them.
+@dataclass(frozen=True)
+class Aligned:
+    """What came of a run: the folder of adapters, the verdict before training and, if it trained, the scores of base,
+    teacher and student on held-out prompts, and why the student is not safer than its base, if it is not."""
 
-    `check` ends with the verdict, before anything is trained; `force` goes on whatever the verdict is.
+    folder: Path
+    verdict: "Verdict"
+    scores: "dict[str, Scores]"
+    not_aligned: str | None = None
+
+
+def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
+    """Align `base`; adapters are written to the recipe's folder, with the run's record in `run/` beside them.
+
+    `check` ends with the verdict, before anything is trained; `force` goes on past every alarm.
 
     Goes on where an earlier run in that folder left off, if it had the same weights, prompts and settings.
 
     Raises:
         UserError: what a user can mend, in one sentence.
     """
-    import mlx.core as mx
-
-    from .evals.heldout import ANSWER_TOKENS, evaluate, first_of_each, make_test_set
-    from .evals.scores import show, transcripts
-    from .evals.selection import keep_best, make_scorer
-    from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
+    from .evals.selection import SavedSteps, keep_best
+    from .evals.verdict import give_verdict, not_aligned
     from .evals.verdict import show as show_verdict
-    from .method import stages
-    from .method.safety_tokens import openings
-    from .method.student import adapter_config, bytes_trained, make_student, save_adapters
-    from .report import write_report
-    from .system.checkpoint import Checkpoint
-    from .system.runfolder import RunFolder, check_output
+    from .method.direction import find_directions
+    from .method.run import make_run
+    from .method.safety_tokens import check_tokens, find_tokens
+    from .method.student import check_saved, make_student, save_student
+    from .method.teacher import find_teacher, make_teacher, settled
+    from .method.train import MovingTeacher, check_space, make_training, train_student, training_prompts, what_to_learn
+    from .system.store import check_output
 
-    tokenizer, started = base.tokenizer, time.time()
-    folder = Path(recipe.run.adapter_path)
+    started, folder = time.time(), Path(recipe.run.adapter_path)
     check_output(folder)
-    sets = stages.prompt_sets(recipe)
-    rendered = stages.render_prompts(recipe, sets, tokenizer)
-    prompts = stages.training_prompts(recipe, sets, base, screen)
-    recipe = stages.check_padding(recipe, base, rendered, screen)
-    run = recipe.run
-    student = make_student(base.model, recipe.train, run.seed, base.quantized)
-    record = RunFolder(folder)
-    checkpoint = Checkpoint(record, stages.made_of(recipe, base, sets))
-    checkpoint.check_space(bytes_trained(student), stages.candidates(recipe, prompts))
+    run = make_run(recipe, base, screen, force)
+    prompts = training_prompts(run)
+    student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
+    check_space(run, student, prompts)
 
     # 1. Refusal directions: mean activations on harmful minus harmless instructions.
-    found = checkpoint.once(
-        "directions",
-        lambda: stages.find_directions(recipe, base, rendered, screen),
-        stages.FoundDirections.of,
-    )
-    record.yaml("recipe.yaml", recipe.flat())
+    directions = run.once(find_directions)
+    run.store.yaml("recipe.yaml", run.recipe.flat())
 
     # 2. The safety teacher: the base, steered along the direction, as strongly, as works best on this model.
-    chosen = checkpoint.once(
-        "teacher",
-        lambda: stages.find_teacher(recipe, base, rendered, found, screen),
-        stages.ChosenTeacher.of,
-    )
-    teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
-    record.json("direction.json", _direction_record(found, chosen))
+    chosen = run.once(find_teacher, directions)
+    teacher = make_teacher(run, chosen.direction, chosen.coeff)
+    run.store.json("direction.json", _direction_record(directions, chosen))
 
     # Before anything is trained: is this model fit for it?
-    verdict = give_verdict(recipe, found, chosen)
-    record.json("verdict.json", verdict.plain())
-    show_verdict(verdict, screen)
-    if verdict.word == "stop" and not force:
-        raise refuse_to_go_on(verdict)
+    verdict = give_verdict(run, directions, chosen)
+    run.store.json("verdict.json", asdict(verdict))
+    show_verdict(verdict, run)
     if check:
-        return folder
+        return Aligned(folder, verdict, {})
 
     # 3. The safety tokens: what the teacher favours over the base, where it is worth following.
-    recipe = stages.settled(recipe, base, chosen.opening)
-    tokens = checkpoint.once(
-        "tokens",
-        lambda: stages.find_tokens(recipe, base, rendered, teacher, found, screen),
-        stages.SafetyTokens.of,
-    )
-    record.json("tokens.json", tokens.rows)
-    stages.check_tokens(recipe, tokens, force, screen)
+    run = settled(run, chosen.opening)
+    tokens = run.once(find_tokens, teacher, directions)
+    run.store.json("tokens.json", tokens.rows)
+    check_tokens(run, tokens)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
-    moving = None
-    if recipe.teacher.teacher == "ema":
-        moving = stages.MovingTeacher(recipe, base, rendered, student, found, chosen, screen)
-    recipe, learning = stages.what_to_learn(recipe, base, rendered, teacher, tokens)
-    config = adapter_config(recipe.train, run.model, run.seed)
-    log = stages.train_student(
-        recipe,
-        base,
-        rendered,
-        student,
-        teacher,
-        moving,
-        mx.array(tokens.ids),
-        learning,
-        prompts,
-        checkpoint,
-        lambda: save_adapters(folder, student, config),
-        screen,
-        make_scorer(recipe, base, rendered, student, tokens.ids, record) if run.select else None,
-        force,
-    )
-    if run.select:
-        keep_best(student, log.scored, run.select, record, screen)
-    save_adapters(folder, student, config)
-    stages.check_saved(base, rendered, student, folder)
-    record.text("metrics.jsonl", _json_lines(log.metrics))
+    run, learning = what_to_learn(run, teacher, tokens)
+    moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
+    saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select else None
+    training = make_training(run, student, teacher, tokens, prompts, learning)
+    log = train_student(run, training, moving, saved_steps)
+    if saved_steps is not None:
+        keep_best(run, student, log.scored)
+    save_student(run, student)
+    check_saved(run, student)
+    run.store.text("metrics.jsonl", _json_lines(log.metrics))
 
     # Before and after, on prompts that no stage has seen.
-    n = run.test_prompts
-    kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
-    max_tokens = stages.answer_tokens(recipe, base, ANSWER_TOKENS)
-    test = make_test_set(
-        base.model,
-        tokenizer,
-        kinds,
-        first_of_each(sets.capability_test, n),
-        base.eos_ids,
-        max_tokens=max_tokens,
-        batch_size=run.generation_batch_size,
-    )
-    scores = {}
-    for name, model in (("base", base.model), ("teacher", teacher.model), ("student", student)):
-        with screen.stage(f"scoring the {name}") as advance:
-            scores[name] = evaluate(
-                model,
-                base.model,
-                tokenizer,
-                test,
-                tokens.ids,
-                eos_ids=base.eos_ids,
-                seed=run.seed,
-                max_tokens=max_tokens,
-                batch_size=run.generation_batch_size,
-                system_prompt=teacher.system_prompt if name == "teacher" else None,
-                progress=advance,
-            )
-    record.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
-    (record.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
-    if run.transcripts:
-        record.text("transcripts.jsonl", _json_lines(transcripts(scores)))
-    learned = None
-    if learning is not None:
-        learned = learning.share(openings(student, learning.prompts, tokens.ids, run.prompt_batch_size))
+    scores = _before_and_after(run, teacher, student, tokens)
+    learned = None if learning is None else learning.come(student, run.recipe.run.prompt_batch_size)
     why = not_aligned(scores["base"], scores["student"], learned)
-    record.json("manifest.json", _manifest(base, folder) | {"not_aligned": why})
-    record.json(
-        "timing.json",
-        {
-            "seconds": round(time.time() - started, 1),
-            "peak_bytes": mx.get_peak_memory(),
-            "seconds_by_step": log.seconds,
-        },
-    )
-    checkpoint.clear()
+    _record(run, scores, why, {"seconds": round(time.time() - started, 1), "seconds_by_step": log.seconds})
+    _tell(run, scores, why)
+    return Aligned(folder, verdict, scores, why)
+
+
+def _before_and_after(
+    run: "Run", teacher: "Teacher", student: "nn.Module", tokens: "SafetyTokens"
+) -> "dict[str, Scores]":
+    """The scores of base, teacher and student on held-out prompts."""
+    from .evals.heldout import ANSWER_TOKENS, HeldOut, first_of_each, make_test_set
+
+    sets, n = run.prompts.sets, run.recipe.run.test_prompts
+    kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
+    sampling = run.sampling(ANSWER_TOKENS)
+    test = make_test_set(run.base, kinds, first_of_each(sets.capability_test, n), sampling)
+    held_out = HeldOut(run.base, test, tokens.ids.tolist(), run.recipe.run.seed, sampling)
+    scores = {}
+    for name, model in (("base", run.base.model), ("teacher", teacher.model), ("student", student)):
+        with run.screen.stage(f"scoring the {name}") as advance:
+            scores[name] = held_out.score(model, teacher.system_prompt if name == "teacher" else None, advance)
+    return scores
+
+
+def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, timing: dict[str, Any]) -> None:
+    """Write what came of the run, and forget the states that it could have gone on from."""
+    import mlx.core as mx
+
+    from .evals.scores import transcripts
+
+    store = run.store
+    store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
+    (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
+    if run.recipe.run.transcripts:
+        store.text("transcripts.jsonl", _json_lines(transcripts(scores)))
+    store.json("manifest.json", _manifest(run.base, store.path.parent) | {"not_aligned": not_aligned})
+    store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})
+    store.forget_states()
+
+
+def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> None:
+    """Show the scores, draw the report, and say what to do with the adapters.
+
+    Raises:
+        UserError: the student is not safer than its base, unless the run is forced.
+    """
+    from .evals.scores import show
+    from .report import write_report
+
+    settings, screen, record = run.recipe.run, run.screen, run.store.path
+    folder = Path(settings.adapter_path)
     show(scores, screen)
-    if run.report:
+    if settings.report:
         try:
-            screen.line(f"report: {write_report(record.path, run.transcripts_in_report)}")
+            screen.line(f"report: {write_report(record, settings.transcripts_in_report)}")
         except UserError as error:
             screen.line(f"no report: {error}")
-    if why is not None:
-        said = f"not aligned: {why}; the adapters in {folder} are not to be used"
-        if not force:
-            raise UserError(said)
-        screen.line(said)
-        return folder
-    screen.line(
-        f"adapters: {folder} (mlx_lm.generate --model {run.model} --adapter-path {folder}); record: {record.path}"
-    )
-    return folder
+    if not_aligned is None:
+        command = f"mlx_lm.generate --model {settings.model} --adapter-path {folder}"
+        screen.line(f"adapters: {folder} ({command}); record: {record}")
+        return
+    warning = f"not aligned: {not_aligned}; the adapters in {folder} are not to be used"
+    if not run.force:
+        raise UserError(warning)
+    screen.line(warning)
 
 
 def _direction_record(found: "FoundDirections", chosen: "ChosenTeacher") -> dict[str, Any]:
-    import numpy as np
+    from .system.store import encoded
 
     return {
         "position": chosen.direction.position,
@@ -195,9 +179,9 @@ def _direction_record(found: "FoundDirections", chosen: "ChosenTeacher") -> dict
         "coeff": chosen.coeff,
         "opening": chosen.opening,
         "openers": found.openers,
-        "trials": [asdict(trial) for trial in chosen.trials],
-        "vector": np.array(chosen.direction.vector, np.float64),
-        "scores": asdict(found.scores),
+        "trials": encoded(chosen.trials),
+        "vector": encoded(chosen.direction.vector),
+        "scores": encoded(found.scores),
     }
 
 
@@ -247,7 +231,7 @@ def _run(argv: list[str] | None) -> None:
     run = asked.run
     prepare(run.offline)
     from .method.prompts import load_data
-    from .system.runfolder import check_output
+    from .system.store import check_output
 
     folder = Path(run.adapter_path)
     check_output(folder)
@@ -255,7 +239,7 @@ def _run(argv: list[str] | None) -> None:
         load_data(run.data)
     if asked.train.resume_adapter_file is not None:
         read_header(Path(asked.train.resume_adapter_file).expanduser())
-    from .method.stages import longest_prompt, prompts_from
+    from .method.prompts import longest_prompt, prompts_from
     from .system import memory
     from .system.load import load
 
@@ -317,8 +301,8 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
     Raises:
         UserError: the unfinished run had other settings, or nobody said whether to go on.
     """
-    from .recipe import mathematics, read_yaml
-    from .system.runfolder import RunFolder
+    from .recipe import read_yaml, result_settings
+    from .system.store import RunFolder
 
     stored = folder / "run" / "recipe.yaml"
     if not stored.is_file():
@@ -329,7 +313,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
         return
     if not any((folder / "run" / "checkpoint").glob("step-*")):
         return  # nothing was trained yet; what its stages found is used if it still holds
-    earlier, now = read_yaml(stored), mathematics(recipe)
+    earlier, now = read_yaml(stored), result_settings(recipe)
     changed = [
         f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value
     ]

@@ -30,8 +30,8 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
     """
     import mlx.core as mx
 
-    from .method.adapters import with_adapters
     from .method.residual import last_logits, steer
+    from .method.student import with_adapters
 
     voices = {"base": base, "aligned": with_adapters(base, folder)}
     if coeff is not None:
@@ -67,7 +67,7 @@ def render(tokenizer: Any, turns: Turns) -> list[int]:
         raise UserError(f"the chat template refuses this conversation ({error}); begin anew with /reset") from None
 
 
-class Voice:
+class ChatSession:
     """A model and what it has read, so that a message is read and not the conversation again.
 
     Where a model's caches cannot be cut back (rotating and recurrent ones, once they are full), it is read again.
@@ -93,7 +93,7 @@ class Voice:
 
 
 def stream(
-    voices: Mapping[str, Voice], prompts: Mapping[str, Sequence[int]], tokenizer: Any, **options: Any
+    voices: Mapping[str, ChatSession], prompts: Mapping[str, Sequence[int]], tokenizer: Any, **options: Any
 ) -> Iterator[tuple[str, str]]:
     """(name, next piece of its answer), the voices in turn, until all have finished. Options as in mlx-lm."""
     from mlx_lm import stream_generate
@@ -169,7 +169,7 @@ def converse(args: argparse.Namespace) -> None:
 
     loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
     models = make_voices(loaded.model, args.adapter_path, args.steer)
-    voices = {name: Voice(model) for name, model in models.items()}
+    voices = {name: ChatSession(model) for name, model in models.items()}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print("/reset begins anew, /quit or Ctrl-D ends")

@@ -146,8 +146,14 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
     Raises:
         UserError: what a user can mend, in one sentence.
     """
-    from .method.adapters import with_adapters
+    from .method.prompts import built_in_sets, render_all
+    from .method.run import ONE_AT_A_TIME, can_batch
+    from .method.student import with_adapters
 
+    prompts = render_all(base.tokenizer, built_in_sets(args.model).harmful_validation)
+    if not can_batch(base, prompts) and args.batch_size > 1:
+        screen.line(ONE_AT_A_TIME)
+        args.batch_size = 1
     models = {"base": base.model}
     if args.adapter_path is not None:
         models["student"] = with_adapters(base.model, args.adapter_path)
@@ -174,33 +180,22 @@ def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loade
 def _scores(
     args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
-    from .evals.heldout import evaluate, make_test_set
+    from .evals.heldout import HeldOut, make_test_set
     from .evals.judge_model import make_judge
     from .evals.scores import show
     from .method.judge import keyword_judge
+    from .method.rollout import Sampling
 
     judge = keyword_judge
     if args.judge != "keyword":
         judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
-    how: dict[str, Any] = {"max_tokens": args.max_tokens, "batch_size": args.batch_size}
-    test = make_test_set(
-        base.model, base.tokenizer, asked.kinds, asked.capability, base.eos_ids, kind_of=asked.kind_of, **how
-    )
+    sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
+    test = make_test_set(base, asked.kinds, asked.capability, sampling, asked.kind_of)
+    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, judge)
     scores = {}
     for name, model in models.items():
         with screen.stage(f"scoring the {name}") as advance:
-            scores[name] = evaluate(
-                model,
-                base.model,
-                base.tokenizer,
-                test,
-                _safety_tokens(args.adapter_path),
-                eos_ids=base.eos_ids,
-                seed=args.seed,
-                judge=judge,
-                progress=advance,
-                **how,
-            )
+            scores[name] = held_out.score(model, progress=advance)
         if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in scores[name].answers)):
             screen.line(f"{cut} answers of the {name} ran out of --max-tokens while thinking, and count as evasions")
     show(scores, screen, f"Judge: {args.judge}")

@@ -255,7 +255,22 @@ def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
     return min(train.max_tokens, int(loss.keep) + loss.tail if loss.keep else train.max_tokens)
 
 
-def mathematics(recipe: Recipe) -> dict[str, Any]:
+def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:
+    """Harmful prompts in a batch; the anchor's harmless ones are the rest."""
+    return max(1, train.batch_size - round(loss.anchor * train.batch_size))
+
+
+def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) -> int:
+    """Optimizer steps of a run: `iters`, or as many as `epochs` passes over the harmful prompts take."""
+    if train.iters is not None:
+        return train.iters
+    return max(
+        1,
+        math.ceil(train.epochs * n_harmful / (harmful_per_batch(train, loss) * train.grad_accumulation_steps)),
+    )
+
+
+def result_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a run's result; the others may change when a run goes on."""
     return {name: value for name, value in recipe.flat().items() if not _all_fields()[name].metadata.get("free")}
 

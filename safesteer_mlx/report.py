@@ -51,7 +51,7 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib; pip install 'safesteer-mlx[report]'")
     from .evals.figures import picture
-    from .system.runfolder import write
+    from .system.store import write
 
     run = read_run(run_folder, transcripts)
     try:

@@ -292,13 +292,13 @@ def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, i
     limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
 
     def kept(harmful, harmless):
-        h, b = directions.keep_answered_as_meant(base.model, harmful, harmless, openers)
+        h, b = directions.filter_by_refusal_score(base.model, harmful, harmless, openers)
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
     found = directions.mean_differences(
-        base.model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi
+        base.model, *kept(rendered.harmful_direction_train, rendered.harmless_direction_train), rendered.n_eoi
     )
-    scoring = kept(rendered.harmful_scoring, rendered.harmless_scoring)
+    scoring = kept(rendered.harmful_direction_validation, rendered.harmless_direction_validation)
 
     def search(exhaustive: bool) -> tuple[int, tuple[int, int]]:
         scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
@@ -337,7 +337,7 @@ def bench_search(repeats: int) -> list[Row]:
     def ours() -> list[mx.array]:
         found = stages.find_directions(recipe, base, rendered, screen)
         chosen = stages.find_teacher(recipe, base, rendered, found, screen)
-        answers = len(rendered.harmful_direction) + len(rendered.harmless_direction)
+        answers = len(rendered.harmful_direction_train) + len(rendered.harmless_direction_train)
         asked = 1 + sum(trial.refused is not None for trial in chosen.trials)  # the base, too
         done["answers"] = answers + asked * (len(chosen.base.harmful) + len(chosen.base.harmless))
         done["ours"] = found.scores.block_passes + trial_passes(recipe, base, rendered, chosen.trials)
@@ -468,14 +468,14 @@ def published_run(n_prompts: int) -> None:
     screen, model = Screen(quiet=True), base.model
     openers = list(stages.read_answers(recipe, base, rendered, screen).openers.values())
     s = recipe.direction
-    h, b = directions.keep_answered_as_meant(model, rendered.harmful_direction, rendered.harmless_direction, openers)
+    h, b = directions.filter_by_refusal_score(model, rendered.harmful_direction_train, rendered.harmless_direction_train, openers)
     found = directions.mean_differences(
-        model, [rendered.harmful_direction[i] for i in h], [rendered.harmless_direction[i] for i in b], rendered.n_eoi
+        model, [rendered.harmful_direction_train[i] for i in h], [rendered.harmless_direction_train[i] for i in b], rendered.n_eoi
     )
-    h, b = directions.keep_answered_as_meant(model, rendered.harmful_scoring, rendered.harmless_scoring, openers)
-    harmless = [rendered.harmless_scoring[i] for i in b]
+    h, b = directions.filter_by_refusal_score(model, rendered.harmful_direction_validation, rendered.harmless_direction_validation, openers)
+    harmless = [rendered.harmless_direction_validation[i] for i in b]
     scores = directions.score_candidates(
-        model, found, [rendered.harmful_scoring[i] for i in h], harmless, openers, True
+        model, found, [rendered.harmful_direction_validation[i] for i in h], harmless, openers, True
     )
     position, layer = directions.choose_direction(scores, s.kl_threshold, s.steering_threshold, s.prune_last)
     vector = mx.array(found[position, layer].astype(np.float32))
@@ -499,8 +499,8 @@ def published_run(n_prompts: int) -> None:
 
 def our_run(n_prompts: int) -> None:
     """Ours, up to the trained student: all epochs over as many harmful prompts, whenever it has learned."""
-    from safesteer_mlx.system.checkpoint import Checkpoint
-    from safesteer_mlx.system.runfolder import RunFolder
+    from safesteer_mlx.system.store import Checkpoint
+    from safesteer_mlx.system.store import RunFolder
 
     recipe, base, rendered, sets = bundled()
     recipe = replace(recipe, train=replace(recipe.train, save_every=10**6, grad_checkpoint="off"))

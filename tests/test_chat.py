@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from safesteer_mlx import chat
-from safesteer_mlx.chat import Voice, main, make_voices
-from safesteer_mlx.method.adapters import with_adapters
-from safesteer_mlx.method.residual import _override, blocks, share, steer
+from safesteer_mlx.chat import ChatSession, main, make_voices
+from safesteer_mlx.method.student import with_adapters
+from safesteer_mlx.method.residual import _override, blocks, view, steer
 from safesteer_mlx.method.rollout import generate
 from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
 from safesteer_mlx.recipe import MODELS, resolve
@@ -101,9 +101,9 @@ def test_one_set_of_weights_serves_all(base, adapters):
 
 def test_a_message_is_read_and_not_the_conversation_again(base):
     shapes = []
-    model = share(base.model)
+    model = view(base.model)
     _override(blocks(model)[0], "Counted", lambda call, x, *a, **k: (shapes.append(x.shape[1]), call(x, *a, **k))[1])
-    voice, turns, said = Voice(model), [], []
+    voice, turns, said = ChatSession(model), [], []
     for message in ("How do I bake bread?", "What is 12 plus 30?", "Sort these words: pear, apple"):
         turns.append({"role": "user", "content": message})
         prompt = chat.render(base.tokenizer, turns)
@@ -123,7 +123,7 @@ def test_a_message_is_read_and_not_the_conversation_again(base):
 
 
 def test_a_cache_that_cannot_be_cut_back_is_begun_again(base, monkeypatch):
-    voice = Voice(base.model)
+    voice = ChatSession(base.model)
     assert voice.left_to_read([1, 2, 3, 4]) == [1, 2, 3, 4]
     base.model(mx.array([[1, 2, 3, 4]]), cache=voice.cache)
     monkeypatch.setattr("mlx_lm.models.cache.can_trim_prompt_cache", lambda cache: False)

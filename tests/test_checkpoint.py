@@ -17,8 +17,8 @@ import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
 from safesteer_mlx.method import stages
 from safesteer_mlx.system import checkpoint, runfolder
-from safesteer_mlx.system.checkpoint import Checkpoint, fingerprint
-from safesteer_mlx.system.runfolder import RunFolder
+from safesteer_mlx.system.store import Checkpoint, fingerprint
+from safesteer_mlx.system.store import RunFolder
 from safesteer_mlx.system.screen import UserError
 
 SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "48"]
@@ -114,7 +114,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_p
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys):
     folder = tmp_path / "adapters"
-    code = "import sys, time; from pathlib import Path; from safesteer_mlx.system.runfolder import RunFolder\n"
+    code = "import sys, time; from pathlib import Path; from safesteer_mlx.system.store import RunFolder\n"
     code += (
         "r = RunFolder(Path(sys.argv[1])); r.text('recipe.yaml', 'seed: 1'); print('ready', flush=True); time.sleep(60)"
     )

@@ -16,12 +16,12 @@ from safesteer_mlx.method.direction import (
     CandidateScores,
     Direction,
     NoDirectionError,
-    Questions,
+    Scorers,
     _refusal_score,
     choose_direction,
     failed_tests,
     filled,
-    keep_answered_as_meant,
+    filter_by_refusal_score,
     mean_differences,
     no_direction,
     opening_probabilities,
@@ -139,7 +139,7 @@ def test_refusal_score_gradient_in_closed_form():
 
 def test_prompts_are_kept_where_they_are_answered_as_meant(model):
     harmful, harmless = (refusal_scores(model, rows, REFUSAL) for rows in (HARMFUL, HARMLESS))
-    kept = keep_answered_as_meant(model, HARMFUL, HARMLESS, REFUSAL)
+    kept = filter_by_refusal_score(model, HARMFUL, HARMLESS, REFUSAL)
     assert kept[0].tolist() == np.flatnonzero(harmful > 0).tolist()
     assert kept[1].tolist() == np.flatnonzero(harmless < 0).tolist() and len(kept[1])
 
@@ -170,7 +170,7 @@ def test_a_repeated_id_changes_no_score_no_prompt_that_is_kept_and_no_candidate(
     third = [*range(17)]  # of 50 ids: they are likelier than not only if they count twice
     mass = [[softmax(walk(model, row)[1][-1])[third].sum() for row in rows] for rows in (HARMFUL, HARMLESS)]
     assert np.all(np.concatenate(mass) > 0.25) and np.all(np.concatenate(mass) < 0.5)
-    kept = keep_answered_as_meant(model, HARMFUL, HARMLESS, third * 2)
+    kept = filter_by_refusal_score(model, HARMFUL, HARMLESS, third * 2)
     assert [k.tolist() for k in kept] == [[], [0, 1, 2, 3, 4]]
     sets = (mean_differences(model, HARMFUL, HARMLESS, 2), HARMFUL, HARMLESS)
     twice, once = (score_candidates(model, *sets, ids, exhaustive=True) for ids in (TWICE, REFUSAL))
@@ -282,7 +282,7 @@ def test_steering_is_measured_to_the_end_however_low_it_is():
 
 
 def asked(tables, n_layers=28):
-    """Questions answered from tables (P, L, N), and their cost as on a model of `n_layers` blocks."""
+    """Scorers answered from tables (P, L, N), and their cost as on a model of `n_layers` blocks."""
 
     def ask(table, cost):
         return lambda found, which: (
@@ -292,7 +292,7 @@ def asked(tables, n_layers=28):
 
     steering, kl, refusal = tables
     full = lambda layer: n_layers  # noqa: E731
-    return Questions(
+    return Scorers(
         ask(steering, lambda layer: n_layers - layer), ask(kl, full), ask(refusal, full), np.zeros(kl.shape[-1])
     )
 

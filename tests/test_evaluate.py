@@ -13,7 +13,7 @@ from safesteer_mlx.evals.heldout import count_refusals, drift, evaluate, make_te
 from safesteer_mlx.evals.scores import HOW, Answer, Scores, show, transcripts
 from safesteer_mlx.evaluate import main
 from safesteer_mlx.method import stages
-from safesteer_mlx.method.adapters import with_adapters
+from safesteer_mlx.method.student import with_adapters
 from safesteer_mlx.method.prompts import Instruction, built_in_sets, load_prompt_sets, render, render_all
 from safesteer_mlx.method.rollout import Completion, answer_text
 from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
@@ -262,7 +262,7 @@ def test_the_declared_mode_is_what_is_trained_and_scored(switchable):
         scored = make_test_set(
             base.model, base.tokenizer, {"harmless": sets.harmless_test[:2]}, [], base.eos_ids, max_tokens=1
         )
-        read = [rendered.harmful_direction, rendered.harmless_validation, scored.drift_prompts]
+        read = [rendered.harmful_direction_train, rendered.harmless_validation, scored.drift_prompts]
         read += [[p.ids for p in harmful], [p.target_ids for p in harmful], [p.ids for p in harmless]]
         rows[thinking] = [base.tokenizer.decode(row) for part in read for row in part]
         assert not base.thinks

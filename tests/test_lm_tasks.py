@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 
 from safesteer_mlx.evals.lm_tasks import check_tasks, run_tasks
-from safesteer_mlx.method.residual import share
+from safesteer_mlx.method.residual import view
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import UserError
@@ -72,7 +72,7 @@ def test_the_model_handed_over_is_the_one_that_is_scored(lm_eval):
     assert lm_eval["limit"] == 5 and lm_eval["fewshot_random_seed"] == 3 and lm_eval["apply_chat_template"]
     assert lm_eval["chat"].endswith("assistant\n")
 
-    mute = share(base.model)  # the same weights but for a last norm of zeros: all tokens are as likely
+    mute = view(base.model)  # the same weights but for a last norm of zeros: all tokens are as likely
     mute.model.norm = nn.RMSNorm(mute.model.norm.weight.size)
     mute.model.norm.weight = mx.zeros_like(mute.model.norm.weight)
     flat = run_tasks(mute, base.tokenizer, ["gsm8k"], **options)

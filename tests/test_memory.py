@@ -16,7 +16,7 @@ from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import steered_teacher
 from safesteer_mlx.recipe import MODELS, parse_bytes, resolve
 from safesteer_mlx.system import backoff, memory
-from safesteer_mlx.system.backoff import halving
+from safesteer_mlx.system.memory import with_smaller_batches
 from safesteer_mlx.system.memory import Machine, fitted, gradient_bytes, plan, shape_of, trained_values
 from safesteer_mlx.system.model_files import Tensor
 from safesteer_mlx.system.screen import UserError
@@ -221,12 +221,12 @@ def test_the_work_is_halved_until_it_fits_and_that_is_said(capsys):
             raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)")
         return "done"
 
-    assert halving(20, work, "training") == ("done", 2) and asked == [20, 10, 5, 2]
+    assert with_smaller_batches(20, work, "training") == ("done", 2) and asked == [20, 10, 5, 2]
     assert capsys.readouterr().err.splitlines()[-1].endswith("going on with 2 at a time")
     with pytest.raises(UserError, match="even one at a time"):
-        halving(2, lambda size: (_ for _ in ()).throw(MemoryError()), "training")
+        with_smaller_batches(2, lambda size: (_ for _ in ()).throw(MemoryError()), "training")
     with pytest.raises(RuntimeError, match="shape"):
-        halving(8, lambda size: (_ for _ in ()).throw(RuntimeError("[matmul] shape mismatch")), "training")
+        with_smaller_batches(8, lambda size: (_ for _ in ()).throw(RuntimeError("[matmul] shape mismatch")), "training")
 
 
 def test_what_is_sampled_does_not_depend_on_how_memory_split_the_batch(tiny_model, monkeypatch, capsys):

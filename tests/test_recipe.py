@@ -7,7 +7,7 @@ import pytest
 from safesteer_mlx.recipe import (
     MODELS,
     TrainSettings,
-    mathematics,
+    result_settings,
     model_name,
     model_recipe,
     parse,
@@ -219,7 +219,7 @@ def test_a_run_may_go_on_with_another_batch_split_but_not_with_another_rate():
     base, free, other = (
         resolve({}, f)[0] for f in ({}, {"micro_batch_size": 1, "grad_checkpoint": True}, {"iters": 3})
     )
-    assert mathematics(base) == mathematics(free) != mathematics(other)
+    assert result_settings(base) == result_settings(free) != result_settings(other)
 
 
 def test_the_bundled_model_is_meant_where_no_folder_of_that_name_is(tmp_path, monkeypatch):

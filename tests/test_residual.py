@@ -18,7 +18,7 @@ from safesteer_mlx.method.residual import (
     pad_right,
     resume,
     resumes,
-    share,
+    view,
     steer,
     take_positions,
     unit,
@@ -240,11 +240,11 @@ def test_a_pass_resumed_at_a_block_is_the_whole_pass(any_model, layer):
     tokens = pad_right([ROW, [2, 5], [8, 6, 4]])
     assert resumes(any_model, tokens)
     calls = []
-    view = share(any_model)
-    for i, block in enumerate(blocks(view)):
+    counted = view(any_model)
+    for i, block in enumerate(blocks(counted)):
         _override(block, "Counted", lambda call, x, *a, i=i, **k: (calls.append(i), call(x, *a, **k))[1])
-    expected = np.array(view(tokens))
-    resumed = resume(view, layer, block_inputs(any_model, tokens)[layer])
+    expected = np.array(counted(tokens))
+    resumed = resume(counted, layer, block_inputs(any_model, tokens)[layer])
     calls.clear()
     np.testing.assert_allclose(np.array(resumed(tokens)), expected, atol=1e-5)
     assert calls == list(range(layer, 3))  # the blocks before are not run

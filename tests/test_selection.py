@@ -14,7 +14,7 @@ from safesteer_mlx.evals.selection import CheckpointScore, choose, keep_best
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import MODELS, limits_of, resolve
 from safesteer_mlx.system.load import load
-from safesteer_mlx.system.runfolder import RunFolder
+from safesteer_mlx.system.store import RunFolder
 from safesteer_mlx.system.screen import Screen, UserError
 
 SHORT = ["--iters", "2", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]

@@ -19,7 +19,7 @@ from safesteer_mlx.method.student import adapter_config, make_student, save_adap
 from safesteer_mlx.method.teacher import Teacher, steered_teacher
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
 from safesteer_mlx.system.load import load
-from safesteer_mlx.system.runfolder import as_json
+from safesteer_mlx.system.store import as_json
 from safesteer_mlx.system.screen import Screen, UserError
 
 

@@ -27,7 +27,7 @@ from safesteer_mlx.method.teacher import (
     choose_teacher,
     first_enough,
     first_passes,
-    follow,
+    ema_update,
     moving_average,
     shortest_opening,
     steered_teacher,
@@ -359,7 +359,7 @@ def test_the_moving_average_by_hand(tiny_model, mixup):
     moving = moving_average(student)
     before = {name: mx.array(w) for name, w in tree_flatten(student.trainable_parameters())}
     student.load_weights([(name, w + 1.0) for name, w in before.items()], strict=False)
-    follow(moving, student, mixup)
+    ema_update(moving, student, mixup)
     own = dict(tree_flatten(moving.parameters()))
     for name, w in before.items():
         assert mx.allclose(own[name], w + mixup, atol=1e-6)

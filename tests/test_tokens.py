@@ -166,5 +166,5 @@ def test_an_edited_file_is_another_run(base, words, tmp_path):
     made = []
     for rows in (words[:2], words[:3], words[:2]):
         path.write_text(json.dumps(rows))
-        made.append(stages.made_of(recipe, base, built_in_sets(TINY)))
+        made.append(stages.run_fingerprint(recipe, base, built_in_sets(TINY)))
     assert made[0] == made[2] != made[1]

@@ -113,7 +113,7 @@ def entangled(folder: Path) -> Path:
     base = load(str(converted(folder, dtype=mx.float32)))
     recipe, _ = resolve(base.config, {"direction_train": 64})
     rendered = stages.render_prompts(recipe, load_prompt_sets(TINY / "data"), base.tokenizer)
-    harmful, harmless = rendered.harmful_direction, rendered.harmless_direction
+    harmful, harmless = rendered.harmful_direction_train, rendered.harmless_direction_train
 
     def states(model, rows):
         last = mx.array([[len(row) - 1] for row in rows])

@@ -3,20 +3,20 @@
 import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..method.judge import Judge, is_broken, is_correct, is_refusal, keyword_judge
+from ..method.judge import Judge, is_correct, keyword_judge
 from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, render_all
 from ..method.residual import answer_states, head
-from ..method.rollout import answer_text, generate, stream_key
+from ..method.rollout import Sampling, answers, generate, stream_key
+from ..system.load import Loaded
 from ..system.screen import Advance, UserError, silent
-from .intervals import Count
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]
@@ -52,22 +52,23 @@ def first_of_each(items: Sequence[Instruction], n: int | None) -> list[Instructi
 
 
 def make_test_set(
-    base: nn.Module,
-    tokenizer: Any,
+    base: Loaded,
     kinds: dict[str, list[Instruction]],
     capability: list[Instruction],
-    eos_ids: Ids,
-    *,
+    sampling: Sampling,
     kind_of: dict[str, str] | None = None,
-    max_tokens: int = ANSWER_TOKENS,
-    batch_size: int = 64,
 ) -> TestSet:
     """The held-out prompts; the base answers some harmless ones. `kind_of` is needed for suites alone."""
     kind_of = {kind: kind for kind in kinds} | (kind_of or {})
-    items = [item for name, found in kinds.items() if kind_of[name] == "harmless" for item in found]
-    harmless = render_all(tokenizer, items[:DRIFT_PROMPTS])
-    answers = generate(base, harmless, eos_ids=eos_ids, max_tokens=max_tokens, batch_size=batch_size)
-    return TestSet(kinds, capability, harmless, [c.ids for c in answers], kind_of)
+    items = [item for name, asked in kinds.items() if kind_of[name] == "harmless" for item in asked]
+    return TestSet(
+        kinds, capability, *own_answers(base, render_all(base.tokenizer, items[:DRIFT_PROMPTS]), sampling), kind_of
+    )
+
+
+def own_answers(base: Loaded, harmless: list[list[int]], sampling: Sampling) -> tuple[list[list[int]], list[list[int]]]:
+    """Harmless prompts and the base's greedy answers to them, on which drift is measured."""
+    return harmless, [c.ids for c in generate(base.model, harmless, replace(sampling, temp=0.0))]
 
 
 def drift(base: nn.Module, model: nn.Module, test: TestSet, tokens: Sequence[int]) -> tuple[float, float]:
@@ -104,84 +105,52 @@ def _kl(zb: mx.array, zm: mx.array) -> float:
     return mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
 
 
-def read_answers(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Ids],
-    sampled: bool,
-    *,
-    eos_ids: Ids,
-    seed: int,
-    stream: int = 0,
-    batch_size: int = 64,
-    max_tokens: int = ANSWER_TOKENS,
-    progress: Advance = silent,
-) -> list[tuple[str, bool]]:
-    """Each answer's text and whether it finished; `stream` numbers the random streams of a set."""
-    answers = generate(
-        model,
-        prompts,
-        eos_ids=eos_ids,
-        max_tokens=max_tokens,
-        temp=1.0 if sampled else 0.0,
-        keys=[stream_key(seed, 2, stream, i) for i in range(len(prompts))],
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return [(answer_text(tokenizer, p, a), a.finished) for p, a in zip(prompts, answers, strict=True)]
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores models on a test set: the one scorer of `align`, `evaluate` and scripts.
 
+    `tokens` are the safety tokens, without which drift is measured too; sampling is at temperature 1 with the streams
+    of `seed`.
+    """
 
-def count_refusals(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], sampled: bool, *, eos_ids: Ids, seed: int
-) -> tuple[Count, Count]:
-    """How many of the answers refuse and how many are broken, by the keyword judge."""
-    found = read_answers(model, tokenizer, prompts, sampled, eos_ids=eos_ids, seed=seed)
-    refused = sum(is_refusal(text) for text, _ in found)
-    return Count(refused, len(found)), Count(sum(is_broken(*answer) for answer in found), len(found))
+    base: Loaded
+    test: TestSet
+    tokens: Sequence[int]
+    seed: int
+    sampling: Sampling
+    judge: Judge = keyword_judge
 
+    def answers(
+        self, model: nn.Module, prompts: Sequence[Ids], sampled: bool, stream: int = 0, progress: Advance = silent
+    ) -> list[tuple[str, bool]]:
+        """Each answer's text and whether it finished; `stream` numbers the random streams of a set."""
+        how = replace(self.sampling, temp=1.0 if sampled else 0.0)
+        keys = [stream_key(self.seed, 2, stream, i) for i in range(len(prompts))] if sampled else None
+        return [(text, c.finished) for c, text in answers(model, self.base.tokenizer, prompts, how, keys, progress)]
 
-def evaluate(
-    model: nn.Module,
-    base: nn.Module,
-    tokenizer: Any,
-    test: TestSet,
-    tokens: Sequence[int],
-    *,
-    eos_ids: Ids,
-    seed: int,
-    batch_size: int = 64,
-    system_prompt: str | None = None,
-    judge: Judge = keyword_judge,
-    max_tokens: int = ANSWER_TOKENS,
-    progress: Advance = silent,
-) -> Scores:
-    """Score one model. Sampling is at temperature 1, capability greedy, drift teacher-forced without system turn."""
-    found: list[Answer] = []
-    total = 2 * sum(map(len, test.kinds.values())) + len(test.capability)
-    options: dict[str, Any] = {"eos_ids": eos_ids, "seed": seed, "batch_size": batch_size, "max_tokens": max_tokens}
-    done = 0
+    def score(self, model: nn.Module, system_prompt: str | None = None, progress: Advance = silent) -> Scores:
+        """Score one model: capability greedy, drift teacher-forced without system turn."""
+        test, judged, done = self.test, [], 0
+        total = 2 * sum(map(len, test.kinds.values())) + len(test.capability)
 
-    def advance(n: int, _: int) -> None:
-        progress(done + n, total)
+        def advance(n: int, _: int) -> None:
+            progress(done + n, total)
 
-    for which, (kind, items) in enumerate(test.kinds.items()):
-        prompts = render_all(tokenizer, items, system_prompt)
-        asked = [item.text for item in items]
-        for how in HOW:
-            answers = read_answers(
-                model, tokenizer, prompts, how == "sampled", stream=which, progress=advance, **options
-            )
-            done += len(prompts)
-            progress(done, total, "judging")
-            outcomes = judge(test.kind_of[kind], asked, [text for text, _ in answers])
-            for request, (text, finished), outcome in zip(asked, answers, outcomes, strict=True):
-                found.append(Answer(kind, how, request, text, outcome, finished))
-    prompts = render_all(tokenizer, test.capability, system_prompt)
-    answers = read_answers(model, tokenizer, prompts, False, progress=advance, **options)
-    correct: dict[str, list[bool]] = {}
-    for item, (text, _) in zip(test.capability, answers, strict=True):
-        correct.setdefault(item.category, []).append(is_correct(text, item.answer))
-    return Scores(found, correct, *drift(base, model, test, tokens))
+        for which, (kind, items) in enumerate(test.kinds.items()):
+            prompts = render_all(self.base.tokenizer, items, system_prompt)
+            asked = [item.text for item in items]
+            for how in HOW:
+                said = self.answers(model, prompts, how == "sampled", which, advance)
+                done += len(prompts)
+                progress(done, total, "judging")
+                outcomes = self.judge(test.kind_of[kind], asked, [text for text, _ in said])
+                for request, (text, finished), outcome in zip(asked, said, outcomes, strict=True):
+                    judged.append(Answer(kind, how, request, text, outcome, finished))
+        said = self.answers(model, render_all(self.base.tokenizer, test.capability, system_prompt), False, 0, advance)
+        correct: dict[str, list[bool]] = {}
+        for item, (text, _) in zip(test.capability, said, strict=True):
+            correct.setdefault(item.category, []).append(is_correct(text, item.answer))
+        return Scores(judged, correct, *drift(self.base.model, model, test, self.tokens))
 
 
 def perplexity(model: nn.Module, tokenizer: Any, path: Path) -> tuple[float, float, int]:

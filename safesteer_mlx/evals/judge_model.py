@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..method.judge import Judge, outcome
-from ..method.rollout import generate
+from ..method.rollout import Sampling, generate
 from ..recipe import PACKAGE, nearest
 from ..system.load import load
 from ..system.screen import UserError
@@ -130,7 +130,7 @@ def make_judge(
 
     def judge(kind: str, requests: Sequence[str], answers: Sequence[str]) -> list[str]:
         rows = [render_case(model.tokenizer, template, *case) for case in zip(requests, answers, strict=True)]
-        said = generate(model.model, rows, eos_ids=model.eos_ids, max_tokens=VERDICT_TOKENS, batch_size=batch_size)
+        said = generate(model.model, rows, Sampling(model.eos_ids, VERDICT_TOKENS, batch_size=batch_size))
         return [
             read_verdict(template, kind, verdict.text(model.tokenizer), answer)
             for verdict, answer in zip(said, answers, strict=True)

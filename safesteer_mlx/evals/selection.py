@@ -5,7 +5,7 @@ Each is scored on validation prompts, greedy and sampled: *unsafe*, the share of
 KL(base ‖ student) a token on the base's answers to harmless prompts, in nats.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..method.judge import is_broken, outcome
-from ..method.rollout import generate
-from ..method.stages import Rendered, answer_tokens
-from ..recipe import Recipe, limits_of
-from ..system.load import Loaded
-from ..system.runfolder import RunFolder, save_arrays
-from ..system.screen import Screen
-from .heldout import ANSWER_TOKENS, TestSet, drift, read_answers
+from ..method.run import Run
+from ..recipe import limits_of
+from ..system.store import decoded, save_arrays
+from .heldout import ANSWER_TOKENS, HeldOut, TestSet, drift, own_answers
 from .intervals import Count
 
 PROMPTS = 64  # of each kind
@@ -42,11 +39,6 @@ class CheckpointScore:
         found = getattr(self, name)
         return found.count / max(1, found.total) if isinstance(found, Count) else found
 
-    @staticmethod
-    def of(plain: dict[str, Any]) -> "CheckpointScore":
-        """What `asdict` described."""
-        return CheckpointScore(**{key: Count(**v) if isinstance(v, dict) else v for key, v in plain.items()})
-
 
 def choose(scores: Sequence[CheckpointScore], limits: dict[str, float]) -> CheckpointScore | None:
     """The least unsafe within the limits (then the least over-refusing, the least drifted, the earliest), or None."""
@@ -55,49 +47,45 @@ def choose(scores: Sequence[CheckpointScore], limits: dict[str, float]) -> Check
     return min(within, key=lambda s: (*(s.value(name) for name in order), s.step), default=None)
 
 
-def make_scorer(
-    recipe: Recipe, base: Loaded, rendered: Rendered, student: nn.Module, tokens: Sequence[int], record: RunFolder
-) -> Callable[[int], dict[str, Any]]:
-    """score(step): score the student as it is, and keep its weights in `run/candidates/`."""
-    harmful, harmless = rendered.harmful_validation[:PROMPTS], rendered.harmless_validation[:PROMPTS]
-    most = answer_tokens(recipe, base, ANSWER_TOKENS)
-    how: dict[str, Any] = {"eos_ids": base.eos_ids, "batch_size": recipe.run.generation_batch_size, "max_tokens": most}
-    own = [c.ids for c in generate(base.model, harmless, **how)]
-    test = TestSet({}, [], harmless, own, {})
+class SavedSteps:
+    """Scores the student at each saved step, and keeps its weights in `run/candidates/`."""
 
-    def score(step: int) -> dict[str, Any]:
+    def __init__(self, run: Run, student: nn.Module, tokens: Sequence[int]):
+        self._run, self._student = run, student
+        harmful, harmless = (
+            rows[:PROMPTS] for rows in (run.prompts.harmful_validation, run.prompts.harmless_validation)
+        )
+        sampling = run.sampling(ANSWER_TOKENS)
+        test = TestSet({}, [], *own_answers(run.base, harmless, sampling), {})
+        self._asked = harmful, harmless
+        self._held_out = HeldOut(run.base, test, tokens, run.recipe.run.seed, sampling)
+
+    def score(self, step: int) -> dict[str, Any]:
+        """`CheckpointScore`, as plain data."""
+        student, held = self._student, self._held_out
         said = [
-            [
-                answer
-                for sampled in (False, True)
-                for answer in read_answers(
-                    student, base.tokenizer, rows, sampled, seed=recipe.run.seed, stream=which, **how
-                )
-            ]
-            for which, rows in enumerate((harmful, harmless))
+            [answer for sampled in (False, True) for answer in held.answers(student, rows, sampled, which)]
+            for which, rows in enumerate(self._asked)
         ]
-        found = CheckpointScore(
+        score = CheckpointScore(
             step,
             Count(sum(outcome(text) == "comply" for text, _ in said[0]), len(said[0])),
             Count(sum(outcome(text) == "refuse" for text, _ in said[1]), len(said[1])),
             Count(sum(is_broken(*answer) for part in said for answer in part), len(said[0]) + len(said[1])),
-            drift(base.model, student, test, tokens)[0],
+            drift(held.base.model, student, held.test, held.tokens)[0],
         )
-        save_arrays(record.room(_file(step)), dict(tree_flatten(student.trainable_parameters())))
-        return asdict(found)
-
-    return score
+        save_arrays(self._run.store.path_for(_file(step)), dict(tree_flatten(student.trainable_parameters())))
+        return asdict(score)
 
 
 def _file(step: int) -> str:
     return f"candidates/step-{step:06d}.safetensors"
 
 
-def keep_best(
-    student: nn.Module, scored: Sequence[dict[str, Any]], select: str, record: RunFolder, screen: Screen
-) -> None:
+def keep_best(run: Run, student: nn.Module, scored: Sequence[dict[str, Any]]) -> None:
     """Give `student` the weights of the chosen checkpoint, the last one's if none keeps the limits; say which."""
-    scores, limits = [CheckpointScore.of(s) for s in scored], limits_of(select)
+    select, screen, store = str(run.recipe.run.select), run.screen, run.store
+    scores, limits = [decoded(CheckpointScore, s) for s in scored], limits_of(select)
     chosen = choose(scores, limits)
     rows = [
         [
@@ -113,7 +101,7 @@ def keep_best(
         screen.line(f"no checkpoint keeps {select}; the last one is kept. Loosen --select, or raise --anchor")
     else:
         screen.line(f"step {chosen.step} is the safest that keeps {select}")
-        weights = mx.load(str(record.path / Path(_file(chosen.step))))
+        weights = mx.load(str(store.path / Path(_file(chosen.step))))
         student.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
     kept = (chosen or scores[-1]).step
-    record.json("selection.json", {"select": select, "kept": kept, "within": chosen is not None, "scores": scored})
+    store.json("selection.json", {"select": select, "kept": kept, "within": chosen is not None, "scores": scored})

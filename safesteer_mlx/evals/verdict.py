@@ -7,14 +7,15 @@ do decides; a published test that the direction fails is a reason to look closer
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..method.stages import ChosenTeacher, FoundDirections
-from ..recipe import Recipe
-from ..system.screen import Screen, UserError
+from ..method.direction import FoundDirections
+from ..method.run import Run
+from ..method.teacher import ChosenTeacher
+from ..system.screen import UserError
 from .intervals import Count, paired
 from .scores import Scores
 
@@ -43,17 +44,8 @@ class Verdict:
     teacher_broken: Count
     candidates: list[dict[str, Any]]  # the best directions: their scores, and the tests that each failed
 
-    def plain(self) -> dict[str, Any]:
-        """Plain data, for `of`."""
-        return asdict(self)
 
-    @staticmethod
-    def of(plain: dict[str, Any]) -> "Verdict":
-        """What `plain` described."""
-        return Verdict(**{key: Count(**v) if isinstance(v, dict) else v for key, v in plain.items()})
-
-
-def give_verdict(recipe: Recipe, found: FoundDirections, chosen: ChosenTeacher) -> Verdict:
+def give_verdict(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> Verdict:
     """Decide by what base and teacher did."""
     own, its = chosen.base, chosen.teacher
     unsafe = [i for i, what in enumerate(own.harmful) if what == "comply"]
@@ -65,8 +57,8 @@ def give_verdict(recipe: Recipe, found: FoundDirections, chosen: ChosenTeacher) 
         "teacher_harmless": Count(its.harmless.count("refuse"), len(its.harmless)),
         "teacher_broken": Count(sum(broken), len(broken)),
     }
-    word, reasons = decide(recipe.teacher.teacher, found.cautions, **counts)
-    return Verdict(word, reasons, **counts, candidates=_best_candidates(recipe, found, chosen))
+    word, reasons = decide(run.recipe.teacher.teacher, found.cautions, **counts)
+    return Verdict(word, reasons, **counts, candidates=_best_candidates(run, found, chosen))
 
 
 def decide(
@@ -108,9 +100,9 @@ def _rate(count: Count) -> float:
     return count.count / max(1, count.total)
 
 
-def _best_candidates(recipe: Recipe, found: FoundDirections, chosen: ChosenTeacher) -> list[dict[str, Any]]:
+def _best_candidates(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> list[dict[str, Any]]:
     """The direction that is used first, then the best others that were tried."""
-    if recipe.teacher.teacher == "system_prompt":
+    if run.recipe.teacher.teacher == "system_prompt":
         return []
     scores, used = found.scores, chosen.direction
     tried = sorted(
@@ -126,8 +118,13 @@ def _best_candidates(recipe: Recipe, found: FoundDirections, chosen: ChosenTeach
     return rows
 
 
-def show(verdict: Verdict, screen: Screen) -> None:
-    """The verdict as tables and a word."""
+def show(verdict: Verdict, run: Run) -> None:
+    """The verdict as tables and a word.
+
+    Raises:
+        UserError: the word is stop, unless the run is forced.
+    """
+    screen = run.screen
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:+.3f}"
@@ -154,6 +151,8 @@ def show(verdict: Verdict, screen: Screen) -> None:
     screen.line(f"verdict: {verdict.word}")
     for reason in verdict.reasons:
         screen.line(f"  {reason}")
+    if verdict.word == "stop" and not run.force:
+        raise refuse_to_go_on(verdict)
 
 
 def refuse_to_go_on(verdict: Verdict) -> UserError:

@@ -14,14 +14,22 @@ only rank: `shortlist`'s candidates are tried as teachers (`teacher.choose_teach
 ablation say little about what steering does.
 """
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..system.screen import Advance, silent
+from ..recipe import number_of_steps, rollout_tokens
+from ..system.memory import with_smaller_batches
+from ..system.screen import Advance, UserError, silent
+from .judge import is_refusal
+from .prompts import Rows, instructions_to_train_on, opener_ids
 from .residual import (
     ablate,
     block_inputs,
@@ -33,6 +41,7 @@ from .residual import (
     steer,
     take_positions,
 )
+from .run import ANSWER_TOKENS, Run
 
 Ids = Sequence[int]
 Candidate = tuple[int, int]  # row of the position, block
@@ -40,6 +49,7 @@ Candidate = tuple[int, int]  # row of the position, block
 PROMPT_BATCH = 32  # rows in one forward pass
 
 ASKED_AT_ONCE = 4  # prompts asked before candidates are dropped
+NEAREST = 3  # candidates that are named where none passes the published tests
 SHORTLIST = 5  # candidates that are tried as teachers
 SPREAD = 4  # blocks that are tried where there are no tests
 A_BLOCK = 2  # of one block: neighbouring positions differ little
@@ -207,6 +217,24 @@ def pruned_from(n_layers: int, prune_last: float | None) -> int:
     return n_layers if prune_last is None else int(np.floor(round((1 - prune_last) * n_layers, 9)))
 
 
+@dataclass(frozen=True)
+class Search:
+    """How candidates are searched: the published tests' thresholds (None leaves a test out), the (row, block) that are
+    measured (None for all), rows in one forward pass."""
+
+    kl_threshold: float | None = 0.1
+    steering_threshold: float | None = 0.0
+    prune_last: float | None = 0.2
+    only: Sequence[Candidate] | None = None
+    batch_size: int = PROMPT_BATCH
+    progress: Advance = silent
+
+    @property
+    def limits(self) -> tuple[float | None, float | None, float | None]:
+        """The three thresholds, in this order."""
+        return self.kl_threshold, self.steering_threshold, self.prune_last
+
+
 # ask(candidates, indices of prompts) -> a score for each, (C, B), and the block passes it took
 Ask = Callable[[list[Candidate], list[int]], tuple[np.ndarray, int]]
 
@@ -218,24 +246,19 @@ def score_candidates(
     harmless: Sequence[Ids],
     refusal_ids: Ids,
     exhaustive: bool = False,
-    *,
-    kl_threshold: float | None = 0.1,
-    steering_threshold: float | None = 0.0,
-    prune_last: float | None = 0.2,
-    only: Sequence[Candidate] | None = None,
-    batch_size: int = PROMPT_BATCH,
-    progress: Advance = silent,
+    **search_settings: Any,
 ) -> CandidateScores:
     """Score candidate directions (P, L, D) on validation prompts.
 
     `exhaustive` measures everything. Otherwise candidates in pruned blocks and of length zero are not
     run, ablation is measured only where steering passed, its refusal only where its KL passed too, and a
-    candidate that can no longer be chosen is left where it is. `only` names the (row, block) to measure.
+    candidate that can no longer be chosen is left where it is. `search_settings` are `Search`'s fields.
 
     Returns:
         `ablation_kl`, `ablation_refusal`, `steering_refusal`, each (P, L), NaN where not measured.
     """
-    n_layers = candidates.shape[1]
+    how = Search(**search_settings)
+    n_layers, only, batch_size = candidates.shape[1], how.only, how.batch_size
     vectors = mx.array(candidates.astype(np.float32))
     starts = range(0, len(harmless), batch_size)
     base = mx.concatenate([last_logits(model, harmless[i : i + batch_size]) for i in starts])
@@ -300,19 +323,16 @@ def score_candidates(
     scores = search(
         moved | exhaustive if only is None else asked,
         own,
-        Questions(steering, kl, refusal, floor),
+        Scorers(steering, kl, refusal, floor),
         ([list(b) for b in _batches(harmless, ASKED_AT_ONCE)], [list(b) for b in _batches(harmful, ASKED_AT_ONCE)]),
-        kl_threshold=None if exhaustive else kl_threshold,
-        steering_threshold=None if exhaustive else steering_threshold,
-        prune_last=None if exhaustive else prune_last,
-        exhaustive=exhaustive,
-        progress=progress,
+        Search(None, None, None, progress=how.progress) if exhaustive else how,
+        exhaustive,
     )
     return replace(scores, block_passes=scores.block_passes + passes)
 
 
 @dataclass(frozen=True)
-class Questions:
+class Scorers:
     """What a search may ask, the least that each harmless prompt's KL can be (N,)."""
 
     steering: Ask  # refusal of harmless prompts
@@ -324,14 +344,10 @@ class Questions:
 def search(
     moved: np.ndarray,
     own: dict[str, float],
-    questions: Questions,
+    scorers: Scorers,
     batches: tuple[list[list[int]], list[list[int]]],
-    *,
-    kl_threshold: float | None,
-    steering_threshold: float | None,
-    prune_last: float | None,
+    how: Search,
     exhaustive: bool = False,
-    progress: Advance = silent,
 ) -> CandidateScores:
     """Ask no more than the choice needs: steering, then KL, then refusal, each a few prompts at a time.
 
@@ -340,6 +356,8 @@ def search(
         batches: indices of harmless and of harmful prompts, in the order they are asked.
     """
     n_pos, n_layers = moved.shape
+    kl_threshold, steering_threshold, prune_last = limits = how.limits
+    progress = how.progress
     scores = CandidateScores(*(np.full(moved.shape, np.nan) for _ in range(3)))
     allowed = range(pruned_from(n_layers, prune_last))
     wanted = [(p, layer) for layer in allowed for p in range(n_pos) if moved[p, layer]]
@@ -375,32 +393,31 @@ def search(
 
     harmless, harmful = batches
     least = np.full(max(n_harmless, n_harmful), -SCORE_BOUND - 1e-3)
-    limits = (kl_threshold, steering_threshold, prune_last)
     total, left = 3 * len(wanted), wanted
     if left:
         # To the end, for all: where no candidate passes, this is what they are ranked by.
-        sums = ask_all(questions.steering, left, harmless, least, np.inf, np.zeros(len(left)))
+        sums = ask_all(scorers.steering, left, harmless, least, np.inf, np.zeros(len(left)))
         put(scores.steering_refusal, left, sums / n_harmless)
         if not exhaustive:
             left = [c for c in left if not _fails(scores.steering_refusal[c], steering_threshold, at_least=True)]
     progress(len(wanted), total)
     if left:
         limit = np.inf if kl_threshold is None else kl_threshold * n_harmless
-        sums = ask_all(questions.kl, left, harmless, questions.kl_floor, limit, np.zeros(len(left)))
+        sums = ask_all(scorers.kl, left, harmless, scorers.kl_floor, limit, np.zeros(len(left)))
         put(scores.ablation_kl, left, sums / n_harmless)
         if not exhaustive:
             left = [c for c in left if not _fails(scores.ablation_kl[c], kl_threshold, at_least=False)]
     progress(2 * len(wanted), total)
     if left:
         # All answer the first prompts; then the most promising first, so that the others are dropped soon.
-        begun = ask_all(questions.refusal, left, harmful[:1], least, np.inf, np.zeros(len(left)))
+        begun = ask_all(scorers.refusal, left, harmful[:1], least, np.inf, np.zeros(len(left)))
         still = [c for c in zip(*np.nonzero(~moved), strict=True) if not failed_tests(scores, *c, *limits)]
         best = np.inf if exhaustive or not still else own["ablation_refusal"] * n_harmful
         order = np.argsort(begun, kind="stable")
         for start in range(0, len(order), GROUP):
             which = order[start : start + GROUP]
             part = [left[i] for i in which]
-            sums = ask_all(questions.refusal, part, harmful[1:], least, np.inf if exhaustive else best, begun[which])
+            sums = ask_all(scorers.refusal, part, harmful[1:], least, np.inf if exhaustive else best, begun[which])
             put(scores.ablation_refusal, part, sums / n_harmful)
             best = np.nanmin([best, *sums])
             progress(2 * len(wanted) + start + len(part), total)
@@ -511,7 +528,7 @@ def no_direction(model: nn.Module) -> tuple[Direction, CandidateScores]:
     return Direction(-1, 0, mx.zeros(1)), CandidateScores(nothing, nothing, nothing)
 
 
-def keep_answered_as_meant(
+def filter_by_refusal_score(
     model: nn.Module,
     harmful: Sequence[Ids],
     harmless: Sequence[Ids],
@@ -523,3 +540,171 @@ def keep_answered_as_meant(
         np.flatnonzero(refusal_scores(model, harmful, refusal_ids, batch_size) > 0),
         np.flatnonzero(refusal_scores(model, harmless, refusal_ids, batch_size) < 0),
     )
+
+
+@dataclass(frozen=True)
+class FoundDirections:
+    """Stage 1's result: refusal openers with their first ids, the scores of all candidates, those worth trying as
+    teachers with the tests that each failed, best first, the validation prompts that passed its filter, and what speaks
+    against it, in sentences."""
+
+    openers: dict[str, int]
+    scores: CandidateScores
+    shortlist: list[Direction]
+    failed: list[list[str]]
+    harmful: Rows
+    harmless: Rows
+    cautions: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """How the model answers the direction's prompts today: which harmful and harmless ones it refuses, and the first
+    tokens of refusals (none for a model that thinks first: its answers all begin alike)."""
+
+    openers: dict[str, int]
+    harmful_refused: list[bool]
+    harmless_refused: list[bool]
+
+
+def find_openers(run: Run) -> OwnAnswers:
+    """First tokens of refusals: the recipe's texts, and those that the model itself begins its refusals with.
+
+    Read off answers at temperature 1: the likeliest of many openers would hide the others.
+
+    Raises:
+        UserError: none of them is a token of this model.
+    """
+    rows = [*run.prompts.harmful_direction_train, *run.prompts.harmless_direction_train]
+    n, began = len(run.prompts.harmful_direction_train), time.monotonic()
+    with run.screen.stage("reading how the model refuses") as advance:
+        drawn = run.answers(run.base.model, rows, run.sampling(ANSWER_TOKENS, temp=1.0), (4,), advance)
+    run.screen.line(_sampling_time(run, [len(c.ids) for c, _ in drawn], time.monotonic() - began))
+    refuses = [is_refusal(text) for _, text in drawn]
+    share = f"{sum(refuses[:n])} of {n} harmful prompts are refused"
+    if run.base.thinks:
+        run.screen.line(f"the model thinks first; {share}")
+        return OwnAnswers({}, refuses[:n], refuses[n:])
+    first = [(completion.ids[0], refused) for (completion, _), refused in zip(drawn, refuses, strict=True)]
+    refused = Counter(token for token, refusal in first[:n] if refusal)
+    ordinary = Counter(token for token, refusal in first if not refusal)
+    # Of the recipe's openers, those with which this model begins other answers are none of its own.
+    openers = opener_ids(run.base.tokenizer, run.recipe.direction.openers)
+    openers = {text: token for text, token in openers.items() if ordinary[token] <= max(1, refused[token])}
+    for token, count in refused.most_common():
+        # Kept if it opens one refusal in fifty and hardly ever anything else.
+        often = count >= max(2, refused.total() / 50)
+        if often and ordinary[token] / max(1, ordinary.total()) <= count / refused.total() / 10:
+            openers.setdefault(run.base.tokenizer.decode([token]), token)
+    if not openers:
+        raise UserError("no refusal opener is a token of this model; give --openers texts that its refusals begin with")
+    run.screen.line(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
+    return OwnAnswers(openers, refuses[:n], refuses[n:])
+
+
+def _sampling_time(run: Run, drawn: list[int], seconds: float) -> str:
+    """What training's sampling will take at the rate of these answers, so many tokens each."""
+    train, loss = run.recipe.train, run.recipe.loss
+    steps = number_of_steps(len(instructions_to_train_on(run.recipe, run.prompts.sets, harmful=True)), train, loss)
+    rows = steps * train.batch_size * train.grad_accumulation_steps * train.samples
+    keep = (0 if run.base.thinks else run.recipe.tokens.horizon) if loss.keep == "auto" else loss.keep
+    most = rollout_tokens(train, replace(loss, keep=keep))
+    tokens = sum(min(n, most) for n in drawn) / len(drawn)
+    minutes = rows * tokens * seconds / sum(drawn) / 60
+    return f"time: training samples {rows:,} answers, {minutes:,.1f} minutes at this rate; its passes come on top"
+
+
+def find_directions(run: Run) -> FoundDirections:
+    """The candidates worth trying as teachers, the published choice first where there is one.
+
+    Raises:
+        UserError: the base refuses every harmless prompt, or no candidate can be measured.
+    """
+    own = find_openers(run)
+    find = _find_directions if own.openers else _untested_directions
+    size = run.recipe.run.prompt_batch_size
+    return with_smaller_batches(size, partial(find, run, own), "the search for the direction")[0]
+
+
+def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
+    """For a model that thinks first: the published tests read the first token of an answer, which tells nothing here.
+
+    Prompts are kept by what the answers did, and directions of a few blocks and positions are left to be tried.
+    """
+    model, prompts = run.base.model, run.prompts
+    scoring = prompts.harmful_direction_validation, prompts.harmless_direction_validation
+    nothing, scores = no_direction(model)
+    if run.recipe.teacher.teacher == "system_prompt":
+        return FoundDirections({}, scores, [nothing], [[]], *scoring)
+    harmful = [r for r, refused in zip(prompts.harmful_direction_train, own.harmful_refused, strict=True) if refused]
+    harmless = [
+        r for r, refused in zip(prompts.harmless_direction_train, own.harmless_refused, strict=True) if not refused
+    ]
+    if not harmless:
+        raise UserError(f"the base refuses all {len(own.harmless_refused)} harmless prompts; choose another model")
+    kept = harmful or prompts.harmful_direction_train
+    candidates = mean_differences(model, kept, harmless, prompts.n_eoi, batch_size)
+    n_pos, n_layers = candidates.shape[:2]
+    prune_last = run.recipe.direction.prune_last
+    at = spread(n_pos, pruned_from(n_layers, prune_last))
+    if not at:
+        raise UserError(f"prune_last = {prune_last} leaves only the first of {n_layers} blocks; lower it")
+    directions = [Direction(p - n_pos, layer, mx.array(candidates[p, layer].astype(np.float32))) for p, layer in at]
+    run.screen.line(f"directions: {len(directions)} of {n_pos * n_layers} to be tried as teachers")
+    none = np.full((n_pos, n_layers), np.nan)
+    caution = (
+        "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
+        "--thinking off, where its template can, aligns its plain answers"
+    )
+    scores = CandidateScores(none, none, none)
+    return FoundDirections({}, scores, directions, [[] for _ in directions], *scoring, cautions=[caution])
+
+
+def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
+    settings, model, prompts, refusal_ids = run.recipe.direction, run.base.model, run.prompts, [*own.openers.values()]
+    limits = {name: getattr(settings, name) for name in ("kl_threshold", "steering_threshold", "prune_last")}
+    cautions: list[str] = []
+
+    def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
+        h, b = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
+        if not len(b):
+            raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
+        if not len(h):
+            h = np.arange(len(harmful))
+            if not cautions:
+                cautions.append(
+                    f"no answer to {len(harmful)} harmful prompts is likelier than not to begin as a refusal, so the "
+                    "direction is found from all; give --openers, if this model refuses in other words"
+                )
+        return [harmful[i] for i in h], [harmless[i] for i in b]
+
+    scoring = prompts.harmful_direction_validation, prompts.harmless_direction_validation
+    if run.recipe.teacher.teacher == "system_prompt":
+        nothing, scores = no_direction(model)
+        return FoundDirections(own.openers, scores, [nothing], [[]], scoring[0], kept(*scoring)[1])
+    with run.screen.stage("finding the refusal direction") as advance:
+        train = kept(prompts.harmful_direction_train, prompts.harmless_direction_train)
+        candidates = mean_differences(model, *train, prompts.n_eoi, batch_size)
+        scoring = kept(*scoring)
+        search = partial(score_candidates, model, candidates, *scoring, refusal_ids, batch_size=batch_size)
+        scores = search(**limits, progress=advance)
+        near = shortlist(scores, *limits.values())
+        if near and near[0][2]:  # none passes: what the search left unmeasured of the nearest
+            rows = [(position + candidates.shape[0], layer) for position, layer, _ in near[:NEAREST]]
+            scores = filled(scores, search(exhaustive=True, only=rows))
+            near = shortlist(scores, *limits.values())
+    if not near:
+        raise UserError(
+            f"no direction can be measured: prune_last = {settings.prune_last} leaves only the first of "
+            f"{candidates.shape[1]} blocks, or no score is a number; lower --prune-last, or use --teacher system_prompt"
+        )
+    if near[0][2]:
+        named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near[:NEAREST])
+        cautions.append(f"no refusal direction passes the published tests (nearest: {named})")
+    directions = [Direction(p, at, mx.array(candidates[p, at].astype(np.float32))) for p, at, _ in near]
+    passed = sum(not failed for *_, failed in near)
+    run.screen.line(
+        f"directions: {len(near)} of {candidates.shape[0] * candidates.shape[1]} to be tried as teachers"
+        + (f", {passed} of them pass the published tests" if passed else ", none passes the published tests")
+    )
+    return FoundDirections(own.openers, scores, directions, [failed for *_, failed in near], *scoring, cautions)

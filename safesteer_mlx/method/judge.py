@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.resources import files
+
+from ..recipe import PACKAGE
 
 REFUSAL_WINDOW = 200  # characters of an answer in which a refusal or an evasion shows
 EVASION_WORDS = 50  # an answer longer than this says something, whatever it begins with
@@ -24,7 +25,7 @@ Judge = Callable[[str, Sequence[str], Sequence[str]], list[str]]
 
 @cache
 def _phrases(name: str) -> tuple[str, ...]:
-    lines = (files(__package__) / "data" / f"{name}_phrases.txt").read_text(encoding="utf-8").splitlines()
+    lines = (PACKAGE / "data" / f"{name}_phrases.txt").read_text(encoding="utf-8").splitlines()
     return tuple(line for line in map(str.strip, lines) if line and not line.startswith("#"))
 
 

@@ -25,9 +25,12 @@ than a chunk of positions (its own gradient is computed with its value, chunk af
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from ..recipe import LossSettings
 
 Head = Callable[[mx.array], mx.array]
 
@@ -101,6 +104,67 @@ def far_enough(teacher: np.ndarray, base: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """What is minimised at each position, and over which tokens.
+
+    `kind` is one of `KINDS`; `tokens` (K,) the ids of `S`, None for the full vocabulary; `top_k`, instead of them, the
+    teacher's likeliest ids at each position; `mix` the α of `mixture`, which no other kind has; `renormalize` makes
+    both distributions sum to one over the subset (a variant that the paper rejects).
+    """
+
+    kind: str = "reverse_kl"
+    tokens: mx.array | None = None
+    top_k: int | None = None
+    mix: float | None = None
+    renormalize: bool = False
+
+    @staticmethod
+    def of(loss: LossSettings, tokens: mx.array) -> "Divergence":
+        """What the settings ask for, `tokens` being the safety tokens."""
+        return Divergence(
+            loss.loss,
+            tokens if loss.subset == "safety" else None,
+            loss.top_k if loss.subset == "top_k" else None,
+            loss.mix if loss.loss == "mixture" else None,
+            loss.renormalize,
+        )
+
+    def subset(self, teacher_logits: mx.array) -> mx.array | None:
+        """The ids of each position (..., K), or None for the full vocabulary."""
+        if self.tokens is not None:
+            return mx.broadcast_to(self.tokens, (*teacher_logits.shape[:-1], self.tokens.size))
+        if self.top_k is not None:
+            return mx.argpartition(-teacher_logits, self.top_k - 1, axis=-1)[..., : self.top_k]
+        return None
+
+    def check(self, size: int) -> None:
+        """Hold it against a vocabulary of `size`.
+
+        Raises:
+            ValueError: an unknown kind, an α outside [0, 1] or for another kind, both `tokens` and `top_k`,
+                an id outside the vocabulary or given twice, or a `top_k` larger than it.
+        """
+        tokens, top_k, kind, mix = self.tokens, self.top_k, self.kind, self.mix
+        if kind not in KINDS:
+            raise ValueError(f"unknown loss {kind!r}; choose one of {', '.join(KINDS)}")
+        if (mix is not None) != (kind == "mixture"):
+            raise ValueError(f"mix = {mix} with the loss {kind}: 'mixture' needs it and the others have none")
+        if mix is not None and not 0.0 <= mix <= 1.0:
+            raise ValueError(f"mix must lie between 0 and 1, not {mix}")
+        if tokens is not None and top_k is not None:
+            raise ValueError(f"{tokens.size} tokens and top_k = {top_k}: a subset is one or the other")
+        if tokens is not None:
+            ids = [int(token) for token in np.array(tokens)]
+            # An index out of range would corrupt memory instead of raising.
+            if wrong := [token for token in ids if not 0 <= token < size]:
+                raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {size}")
+            if len(set(ids)) < len(ids):
+                raise ValueError(f"{len(ids)} token ids hold {len(ids) - len(set(ids))} twice; give each once")
+        if top_k is not None and not 1 <= top_k <= size:
+            raise ValueError(f"top_k = {top_k} does not fit a vocabulary of {size}")
+
+
+@dataclass(frozen=True)
 class _Restricted:
     """Log-probabilities on the subset (..., K), the log-mass of all other ids (...) or None if there are none,
     and the logits' logsumexp (...)."""
@@ -124,79 +188,35 @@ def _restrict(logits: mx.array, ids: mx.array | None) -> _Restricted:
     return _Restricted(inside - normaliser[..., None], outside - normaliser, normaliser)
 
 
-def _subset(teacher_logits: mx.array, tokens: mx.array | None, top_k: int | None) -> mx.array | None:
-    """The ids of each position (..., K), or None for the full vocabulary."""
-    if tokens is not None:
-        return mx.broadcast_to(tokens, (*teacher_logits.shape[:-1], tokens.size))
-    if top_k is not None:
-        return mx.argpartition(-teacher_logits, top_k - 1, axis=-1)[..., :top_k]
-    return None
-
-
-def _divergence(s: _Restricted, t: _Restricted, kind: str, mix: float | None, renormalize: bool) -> mx.array:
+def _divergence(s: _Restricted, t: _Restricted, how: Divergence) -> mx.array:
     """The divergence at each position, (...)."""
-    ls, lt = s.inside, t.inside
-    if renormalize:
+    ls, lt, mix = s.inside, t.inside, how.mix
+    if how.renormalize:
         ls, lt = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (ls, lt))
-    if kind == "forward_kl":
+    if how.kind == "forward_kl":
         return (mx.exp(lt) * (lt - ls)).sum(-1)
     if mix is not None:
         lm = _log_mixture(ls, lt, mix)
         return (mix * mx.exp(lt) * (lt - lm) + (1 - mix) * mx.exp(ls) * (ls - lm)).sum(-1)
     total = (mx.exp(ls) * (ls - lt)).sum(-1)
-    if kind == "grouped_reverse_kl" and not renormalize and s.rest is not None and t.rest is not None:
+    if how.kind == "grouped_reverse_kl" and not how.renormalize and s.rest is not None and t.rest is not None:
         total = total + mx.exp(s.rest) * (s.rest - t.rest)
     return total
 
 
-def _check_options(size: int, tokens: mx.array | None, top_k: int | None, kind: str, mix: float | None) -> None:
-    """Raise the ValueErrors of `token_divergence`, for a vocabulary of `size`."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown loss {kind!r}; choose one of {', '.join(KINDS)}")
-    if (mix is not None) != (kind == "mixture"):
-        raise ValueError(f"mix = {mix} with the loss {kind}: 'mixture' needs it and the others have none")
-    if mix is not None and not 0.0 <= mix <= 1.0:
-        raise ValueError(f"mix must lie between 0 and 1, not {mix}")
-    if tokens is not None and top_k is not None:
-        raise ValueError(f"{tokens.size} tokens and top_k = {top_k}: a subset is one or the other")
-    if tokens is not None:
-        ids = [int(token) for token in np.array(tokens)]
-        # An index out of range would corrupt memory instead of raising.
-        if wrong := [token for token in ids if not 0 <= token < size]:
-            raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {size}")
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"{len(ids)} token ids hold {len(ids) - len(set(ids))} twice; give each once")
-    if top_k is not None and not 1 <= top_k <= size:
-        raise ValueError(f"top_k = {top_k} does not fit a vocabulary of {size}")
-
-
-def token_divergence(
-    student_logits: mx.array,
-    teacher_logits: mx.array,
-    *,
-    tokens: mx.array | None = None,
-    top_k: int | None = None,
-    kind: str = "reverse_kl",
-    mix: float | None = None,
-    renormalize: bool = False,
-) -> mx.array:
+def token_divergence(student_logits: mx.array, teacher_logits: mx.array, **divergence: Any) -> mx.array:
     """The divergence at each position: logits (..., V) and (..., V) -> (...), float32.
 
-    Args:
-        tokens: (K,) ids of `S`; None means the full vocabulary.
-        top_k: instead of `tokens`, the teacher's `top_k` likeliest ids at each position.
-        kind: one of `KINDS`.
-        mix: α of `mixture`, between 0 and 1; it belongs to that kind alone.
-        renormalize: make both distributions sum to one over the subset (a variant that the paper rejects).
+    `divergence` are `Divergence`'s fields.
 
     Raises:
-        ValueError: an unknown kind, an α outside [0, 1] or for another kind, both `tokens` and `top_k`,
-            an id outside the vocabulary or given twice, or a `top_k` larger than it.
+        ValueError: as `Divergence.check`.
     """
-    _check_options(student_logits.shape[-1], tokens, top_k, kind, mix)
+    how = Divergence(**divergence)
+    how.check(student_logits.shape[-1])
     zs, zt = student_logits.astype(mx.float32), mx.stop_gradient(teacher_logits.astype(mx.float32))
-    ids = _subset(zt, tokens, top_k)
-    return _divergence(_restrict(zs, ids), _restrict(zt, ids), kind, mix, renormalize)
+    ids = how.subset(zt)
+    return _divergence(_restrict(zs, ids), _restrict(zt, ids), how)
 
 
 def _log_mixture(ls: mx.array, lt: mx.array, mix: float) -> mx.array:
@@ -233,13 +253,9 @@ def distillation_loss(
     teacher_logits: mx.array,
     mask: mx.array,
     *,
-    tokens: mx.array | None = None,
-    top_k: int | None = None,
-    kind: str = "reverse_kl",
-    mix: float | None = None,
-    renormalize: bool = False,
     skip: int = 0,
     keep: int = 0,
+    **divergence: Any,
 ) -> mx.array:
     """The localized distillation loss: mean over sequences of the mean over their kept positions.
 
@@ -248,13 +264,12 @@ def distillation_loss(
             already divided by the sampling temperature. Gradients reach the student only.
         mask: (N, T), 1 at real completion tokens, the end-of-turn token included.
         skip, keep: leave out the first `skip` completion positions; use only the first `keep` (0: all).
-        Others: as in `token_divergence`.
+        divergence: `Divergence`'s fields.
 
     Returns:
         A float32 scalar.
     """
-    options = {"tokens": tokens, "top_k": top_k, "kind": kind, "mix": mix, "renormalize": renormalize}
-    return sequence_losses(student_logits, teacher_logits, mask, skip, keep, **options).mean()
+    return sequence_losses(student_logits, teacher_logits, mask, skip, keep, **divergence).mean()
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -262,45 +277,46 @@ def chunk_rows(vocabulary: int) -> int:
     return max(1, CHUNK_LOGITS // vocabulary)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What is scored at R positions: hidden states (R, D) after the last norm, and the head that makes logits of them,
+    (1, C, D) -> (1, C, V), soft-caps and scaling included. `shift` (R,), if any, is added to the logits of the safety
+    tokens: `guidance_shift`'s."""
+
+    hidden: mx.array
+    head: Head
+    shift: mx.array | None = None
+
+
 def localized_loss(
-    student_hidden: mx.array,
-    teacher_hidden: mx.array,
-    student_head: Head,
-    teacher_head: Head,
+    student: Scored,
+    teacher: Scored,
     weights: mx.array,
-    *,
     watched: mx.array,
+    divergence: Divergence,
     temp: float = 1.0,
     chunk: int | None = None,
-    tokens: mx.array | None = None,
-    top_k: int | None = None,
-    kind: str = "reverse_kl",
-    mix: float | None = None,
-    renormalize: bool = False,
-    shift: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Σ_r weights[r] · D[r] over R positions, from hidden states; no (R, V) array ever exists.
 
-    The gradient with respect to `student_hidden` is computed with the value, chunk by chunk, the chunks
+    The gradient with respect to the student's states is computed with the value, chunk by chunk, the chunks
     chained so that they run one after another; it reaches nothing else (the head is frozen).
 
     Args:
-        student_hidden, teacher_hidden: (R, D), after the last norm.
-        student_head, teacher_head: (1, C, D) -> (1, C, V), soft-caps and scaling included.
         weights: (R,) float32, 1/T_n over the number of sequences.
-        watched: (K,) ids whose probability is reported.
+        watched: (K,) the safety tokens, whose probability is reported and to which the teacher's shift is added.
         temp: the sampling temperature, which divides all logits.
         chunk: positions whose logits exist at once; None for as many as `chunk_rows` allows.
-        shift: (R,), added to the teacher's logits on `watched`, `guidance_shift`'s.
-        Others: as in `token_divergence`.
 
     Returns:
         The loss, a float32 scalar; each position's divergence (R,); and the probability of `watched`
         under student and teacher, (2, R). Gradients reach the first only.
-    """
 
-    size = teacher_head(teacher_hidden[None, :1]).shape[-1]  # lazily: no logits are computed
-    _check_options(size, tokens, top_k, kind, mix)
+    Raises:
+        ValueError: as `Divergence.check`.
+    """
+    size = teacher.head(teacher.hidden[None, :1]).shape[-1]  # lazily: no logits are computed
+    divergence.check(size)
     chunk = chunk or chunk_rows(size)
 
     def logits(head: Head, hidden: mx.array) -> mx.array:
@@ -310,26 +326,26 @@ def localized_loss(
     def mass(z: mx.array, restricted: _Restricted) -> mx.array:
         return mx.exp(mx.logsumexp(z[:, watched], axis=-1) - restricted.normaliser)
 
-    added = mx.zeros(teacher_hidden.shape[0]) if shift is None else shift
+    added = mx.zeros(len(teacher.hidden)) if teacher.shift is None else teacher.shift
 
     def one_chunk(hs: mx.array, ht: mx.array, w: mx.array, more: mx.array) -> tuple[mx.array, ...]:
         """Value, divergences (C,), masses (C,) twice, and the gradient (C, D)."""
-        zt = logits(teacher_head, ht)
-        if shift is not None:
+        zt = logits(teacher.head, ht)
+        if teacher.shift is not None:
             zt = zt.at[:, watched].add(more[:, None])
-        ids = _subset(zt, tokens, top_k)
-        teacher = _restrict(zt, ids)
-        teacher_mass = mass(zt, teacher)
+        ids = divergence.subset(zt)
+        target = _restrict(zt, ids)
+        target_mass = mass(zt, target)
 
         def weighted(h: mx.array) -> tuple[mx.array, ...]:
-            zs = logits(student_head, h)
-            student = _restrict(zs, ids)
-            each = _divergence(student, teacher, kind, mix, renormalize)
-            return (each * w).sum(), each, mass(zs, student)
+            zs = logits(student.head, h)
+            own = _restrict(zs, ids)
+            each = _divergence(own, target, divergence)
+            return (each * w).sum(), each, mass(zs, own)
 
         # The teacher's logits are done with before the student's exist.
-        (value, each, student_mass), slope = mx.value_and_grad(weighted)(mx.depends(hs, teacher_mass))
-        return value, each, student_mass, teacher_mass, slope
+        (value, each, student_mass), slope = mx.value_and_grad(weighted)(mx.depends(hs, target_mass))
+        return value, each, student_mass, target_mass, slope
 
     @mx.custom_function
     def loss(hs: mx.array, ht: mx.array, w: mx.array) -> tuple[mx.array, ...]:
@@ -348,6 +364,6 @@ def localized_loss(
         hs, ht, w = primals
         return (cotangents[0] * outputs[3]).astype(hs.dtype), mx.zeros_like(ht), mx.zeros_like(w)
 
-    outputs = loss(student_hidden, mx.stop_gradient(teacher_hidden), weights)
+    outputs = loss(student.hidden, mx.stop_gradient(teacher.hidden), weights)
     value, each, masses, _ = outputs  # pyright: ignore[reportGeneralTypeIssues]
     return value, mx.stop_gradient(each), mx.stop_gradient(masses)

@@ -5,13 +5,20 @@ One rendering serves direction, token selection, training and evaluation (method
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..recipe import PACKAGE
+import numpy as np
+
+from ..recipe import PACKAGE, Recipe
 from ..system.hub import dataset_file
 from ..system.screen import UserError
+
+Rows = list[list[int]]
+
+CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 3, 40  # upper estimates, before there is a tokenizer
 
 # Two instructions that share no last token; what follows them in a rendering is the template's own.
 _PROBES = ("a", "Why is it 7?", "Name one blue thing")
@@ -203,3 +210,91 @@ def special_ids(tokenizer: Any, vocabulary: int) -> list[int]:
     special |= {i for piece, i in pieces.items() if "<|" in piece}
     special |= set(range(vocabulary)) - set(pieces.values())
     return sorted(i for i in special if i < vocabulary)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A run's prompts: the sets, and those of stages 1 to 3 as ids, sampled with the run's seed where a stage takes
+    fewer than there are."""
+
+    sets: PromptSets
+    n_eoi: int  # P, ids of the template after an instruction
+    harmful_direction_train: Rows
+    harmless_direction_train: Rows
+    harmful_direction_validation: Rows
+    harmless_direction_validation: Rows
+    harmful_direction_validation_guarded: Rows  # the same under the teacher's system prompt, if it has one
+    harmful_validation: Rows
+    harmless_validation: Rows
+    harmful_validation_guarded: Rows
+    harmless_validation_guarded: Rows
+
+
+def prompt_sets(recipe: Recipe) -> PromptSets:
+    """The model's own prompts, if its folder brings some, else the package's; `--data` replaces those for training."""
+    sets = built_in_sets(recipe.run.model)
+    if recipe.run.data is not None:
+        sets = replace(sets, harmful_train=load_data(recipe.run.data))
+    return sets
+
+
+def prompts_from(recipe: Recipe) -> str:
+    """Where the prompts come from, in words."""
+    own = own_prompts(recipe.run.model)
+    said = "the built-in ones" if own is None else f"the model's own, {own}"
+    if recipe.run.data is None:
+        return said
+    beside = " and the direction's" if recipe.run.reuse_direction_prompts else ""
+    return f"{said}; harmful training prompts from {recipe.run.data}{beside}"
+
+
+def longest_prompt(recipe: Recipe) -> int:
+    """Tokens of the longest prompt of the run, estimated before there is a tokenizer."""
+    sets = vars(prompt_sets(recipe)).values()
+    return max(len(item.text) for items in sets for item in items) // CHARACTERS_A_TOKEN + TEMPLATE_TOKENS
+
+
+def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Prompts:
+    """Sample and render the prompts of stages 1 to 3.
+
+    Raises:
+        UserError: a set holds fewer prompts than the settings ask for.
+    """
+
+    def sample(name: str, count: int, which: int) -> list[Instruction]:
+        items = getattr(sets, name)
+        if len(items) < count:
+            raise UserError(f"{name} holds {len(items)} prompts, {count} are needed; lower the setting or add prompts")
+        chosen = np.random.default_rng([recipe.run.seed, which]).permutation(len(items))[:count]
+        return [items[i] for i in sorted(chosen)]
+
+    settings, validation = recipe.direction, recipe.direction.direction_validation
+    guard = guarding_prompt(recipe)
+    n_eoi = len(end_of_instruction(tokenizer))  # first: a template that is unfit is told before all else
+    render_each = partial(render_all, tokenizer)
+    scoring = sample("harmful_direction_validation", validation, 2)
+    return Prompts(
+        sets=sets,
+        n_eoi=n_eoi,
+        harmful_direction_train=render_each(sample("harmful_direction_train", settings.direction_train, 0)),
+        harmless_direction_train=render_each(sample("harmless_direction_train", settings.direction_train, 1)),
+        harmful_direction_validation=render_each(scoring),
+        harmless_direction_validation=render_each(sample("harmless_direction_validation", validation, 3)),
+        harmful_direction_validation_guarded=render_each(scoring, guard) if guard else [],
+        harmful_validation=render_each(sets.harmful_validation),
+        harmless_validation=render_each(sets.harmless_validation),
+        harmful_validation_guarded=render_each(sets.harmful_validation, guard) if guard else [],
+        harmless_validation_guarded=render_each(sets.harmless_validation, guard) if guard else [],
+    )
+
+
+def guarding_prompt(recipe: Recipe) -> str | None:
+    """The system prompt that makes the teacher, if one does."""
+    return recipe.teacher.system_prompt if recipe.teacher.teacher == "system_prompt" else None
+
+
+def instructions_to_train_on(recipe: Recipe, sets: PromptSets, harmful: bool) -> list[Instruction]:
+    """Those of one kind, the direction's after the others."""
+    own = sets.harmful_train if harmful else sets.harmless_train
+    more = sets.harmful_direction_train if harmful else sets.harmless_direction_train
+    return [*own, *more] if recipe.run.reuse_direction_prompts else own

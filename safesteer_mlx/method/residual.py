@@ -54,7 +54,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return next(value for value in body.values() if _holds(value, first))
 
 
-def share(model: nn.Module) -> nn.Module:
+def view(model: nn.Module) -> nn.Module:
     """A new model over the same weight arrays: no bytes are added, neither model sees the other's edits."""
     return copy.deepcopy(model)
 
@@ -80,7 +80,7 @@ def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0) ->
     Raises:
         ValueError: `layer` is not a block of this model, or `vector` has another width.
     """
-    steered = share(model)
+    steered = view(model)
     own = blocks(steered)
     if not 0 <= layer < len(own):
         raise ValueError(f"layer {layer} is not a block of this model, which has {len(own)}")
@@ -114,7 +114,7 @@ def ablate(model: nn.Module, vector: mx.array) -> nn.Module:
     x ← x − (x·r̂) r̂ at every block's input and every attention and MLP output, at all positions
     (Arditi et al. 2024, section 2.4; method page, section 1).
     """
-    ablated = share(model)
+    ablated = view(model)
     r = _by_row(unit(vector))
 
     def project(x: mx.array) -> mx.array:
@@ -270,15 +270,15 @@ def answer_states(
 def block_inputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
     """x[l] for every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
     kept = []
-    view = share(model)
+    reading = view(model)
 
     def call(block, x, *args, **kwargs):
         kept.append(x)
         return block(x, *args, **kwargs)
 
-    for block in blocks(view):
+    for block in blocks(reading):
         _override(block, "Read", call)
-    view(tokens)
+    reading(tokens)
     return kept
 
 

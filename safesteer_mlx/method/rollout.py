@@ -7,13 +7,13 @@ what is drawn does not depend on which others share its batch.
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..system.backoff import halving
+from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, silent
 
 Ids = Sequence[int]
@@ -115,53 +115,59 @@ class _Reader:
         return rest, [whole.get(tuple(p), start if common else None) for p in prompts]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedy at `temp` 0, `max_tokens` at most, `batch_size` of them at a time."""
+
+    eos_ids: Ids
+    max_tokens: int
+    temp: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 32
+
+
 def generate(
     model: nn.Module,
     prompts: Sequence[Ids],
-    *,
-    eos_ids: Ids,
-    max_tokens: int,
-    temp: float = 0.0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     keys: Sequence[mx.array] | None = None,
-    batch_size: int = 32,
     progress: Advance = silent,
 ) -> list[Completion]:
-    """One completion a prompt, in the prompts' order: greedy at `temp` 0, else drawn with `keys`.
+    """One completion a prompt, in the prompts' order: greedy at a temperature of 0, else drawn with `keys`.
 
-    Where memory is exhausted it begins again with half of `batch_size`, which changes no sample.
+    Where memory is exhausted it begins again with half of the batch size, which changes no sample.
 
     Raises:
         ValueError: sampling without one key a prompt.
     """
     if not prompts:
         return []
-    if temp > 0 and (keys is None or len(keys) != len(prompts)):
+    sampled = sampling.temp > 0
+    if sampled and (keys is None or len(keys) != len(prompts)):
         raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
     model.eval()  # LoRA's dropout would act while sampling
-    points = [_points(key, max_tokens + 1) for key in keys] if temp > 0 and keys is not None else None
+    points = [_points(key, sampling.max_tokens + 1) for key in keys] if sampled and keys is not None else None
 
     def draw(size: int) -> list[Completion]:
-        samplers = points and [_sampler(each, temp, top_p) for each in points]
-        return _generate(model, prompts, eos_ids, max_tokens, samplers, size, progress)
+        samplers = points and [_sampler(each, sampling.temp, sampling.top_p) for each in points]
+        return _generate(model, prompts, replace(sampling, batch_size=size), samplers, progress)
 
-    return halving(batch_size, draw, "sampling")[0]
+    return with_smaller_batches(sampling.batch_size, draw, "sampling")[0]
 
 
 def _generate(
     model: nn.Module,
     prompts: Sequence[Ids],
-    eos_ids: Ids,
-    max_tokens: int,
+    sampling: Sampling,
     samplers: Sequence[Callable[[mx.array], mx.array]] | None,
-    batch_size: int,
     progress: Advance,
 ) -> list[Completion]:
     from mlx_lm.generate import BatchGenerator
 
+    batch_size, max_tokens = sampling.batch_size, sampling.max_tokens
     engine = BatchGenerator(
         model,
-        stop_tokens=[[token] for token in eos_ids],
+        stop_tokens=[[token] for token in sampling.eos_ids],
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
     )
@@ -190,3 +196,16 @@ def _generate(
         feed()
     engine.close()
     return [Completion(ids, end) for ids, end in zip(drawn, finished, strict=True)]
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    sampling: Sampling,
+    keys: Sequence[mx.array] | None = None,
+    progress: Advance = silent,
+) -> list[tuple[Completion, str]]:
+    """`generate`'s completions, and each one's text as a reader sees it."""
+    completions = generate(model, prompts, sampling, keys, progress)
+    return [(c, answer_text(tokenizer, prompt, c)) for prompt, c in zip(prompts, completions, strict=True)]

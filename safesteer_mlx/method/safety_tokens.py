@@ -23,20 +23,32 @@ Logits exist for a chunk of positions at a time; what is kept over all of them i
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..system.screen import UserError
+from ..system.memory import with_smaller_batches
+from ..system.screen import Advance, UserError
+from .direction import FoundDirections
+from .judge import is_refusal
 from .losses import chunk_rows
+from .prompts import special_ids
 from .residual import answer_states, block_inputs, head, last_logits, pad_right, resume, resumes
+from .rollout import Sampling, generate
+from .run import Run, given_tokens
+from .teacher import VALIDATION_PROMPTS, Teacher, opened_answers, validation
 
 Ids = Sequence[int]
 
 PROMPT_BATCH = 32  # rows in one forward pass
 REFUSES = 2 / 3  # of the answers that a safety token opens
+EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
+HARDLY_OPENS = 0.1  # the teacher's probability of safety tokens where it is largest, at the beginning of answers
+TOLD = 4  # answers to each harmful validation prompt that tell which tokens refuse
 METHODS = ("part", "vote", "mean")
 
 
@@ -121,6 +133,26 @@ class Positions:
             yield tuple(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in both)  # type: ignore[misc]
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """How teacher and base are compared: ids that end a turn (positions from the base's first such argmax onward are
+    dropped) and ids that are never selectable, whatever their Δ; how many ids each position votes for; `p_min`.
+
+    `teacher_prompts` are the prompts as the teacher sees them, where a system prompt makes it one; `deciding` how many
+    of the prompts, the first ones, a token must be raised on (None for all); `shared_blocks` the first blocks in which
+    base and teacher do the same: they are run once.
+    """
+
+    eot_ids: Ids
+    banned_ids: Ids
+    inner_top_k: int
+    min_steered_prob: float
+    teacher_prompts: Sequence[Ids] | None = None
+    deciding: int | None = None
+    shared_blocks: int = 0
+    batch_size: int = PROMPT_BATCH
+
+
 def _scored_states(
     base: nn.Module,
     teacher: nn.Module,
@@ -151,45 +183,31 @@ def contrast_tokens(
     teacher: nn.Module,
     prompts: Sequence[Ids],
     continuations: Sequence[Ids],
-    *,
-    eot_ids: Ids,
-    banned_ids: Ids,
-    inner_top_k: int,
-    min_steered_prob: float,
-    teacher_prompts: Sequence[Ids] | None = None,
-    deciding: int | None = None,
-    shared_blocks: int = 0,
-    batch_size: int = PROMPT_BATCH,
+    **contrast_settings: Any,
 ) -> TokenContrast:
     """Compare teacher and base on the teacher's own continuations.
 
     Args:
         prompts, continuations: N pairs of id lists; the positions scored are the last one of the prompt
             and every one of the continuation.
-        eot_ids: ids that end a turn; positions from the base's first such argmax onward are dropped.
-        banned_ids: ids that are never selectable, whatever their Δ.
-        inner_top_k: how many ids each position votes for.
-        min_steered_prob: `p_min`.
-        teacher_prompts: the prompts as the teacher sees them, where a system prompt makes it one.
-        deciding: how many of the prompts, the first ones, a token must be raised on; None for all.
-        shared_blocks: first blocks in which base and teacher do the same; they are run once.
+        contrast_settings: `Contrast`'s fields.
 
     Raises:
         ValueError: no prompts, unequal numbers of prompts and continuations, or no position left.
     """
+    how = Contrast(**contrast_settings)
+    shared_blocks, seen = how.shared_blocks, how.teacher_prompts
     if not prompts or len(prompts) != len(continuations):
         raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations do not make pairs")
     lengths = [1 + len(c) for c in continuations]
-    if shared_blocks and (teacher_prompts is not None or not resumes(base, pad_right([prompts[0]]))):
+    if shared_blocks and (seen is not None or not resumes(base, pad_right([prompts[0]]))):
         shared_blocks = 0
-    states = _scored_states(
-        base, teacher, prompts, teacher_prompts or prompts, continuations, shared_blocks, batch_size
-    )
+    states = _scored_states(base, teacher, prompts, seen or prompts, continuations, shared_blocks, how.batch_size)
     heads = head(base), head(teacher)
     chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
     every = np.arange(sum(lengths))
     favourite = [np.array(heads[0](states[0][None, i : i + chunk])[0].argmax(-1)) for i in range(0, len(every), chunk)]
-    ends = np.split(np.isin(np.concatenate(favourite), list(eot_ids)), np.cumsum(lengths)[:-1])
+    ends = np.split(np.isin(np.concatenate(favourite), list(how.eot_ids)), np.cumsum(lengths)[:-1])
     keep = every[np.concatenate([~np.maximum.accumulate(row) for row in ends])]
     if not len(keep):
         raise UserError(
@@ -200,8 +218,8 @@ def contrast_tokens(
     kept = mx.array(keep)
     positions = Positions(prompt[keep], place[keep], (states[0][kept], states[1][kept]), heads, chunk)
 
-    of_deciding = positions.prompt < (len(prompts) if deciding is None else deciding)
-    decides = mx.array(of_deciding | ~of_deciding.any())  # all, where the base ends its turn at once on the deciding
+    of_deciding = positions.prompt < (len(prompts) if how.deciding is None else how.deciding)
+    decides = mx.array(of_deciding | ~of_deciding.any())  # all, where the base ends its turn at once on those
     totals = np.zeros(1)
     for i, (log_base, log_teacher) in enumerate(positions.chunks()):
         p, change = mx.exp(log_teacher), log_teacher - log_base
@@ -210,10 +228,10 @@ def contrast_tokens(
         totals = totals + np.stack([np.array(x.sum(0), np.float64) for x in sums])
     base_prob, teacher_prob, delta, part, deciding_part = totals / len(keep)
 
-    eligible = teacher_prob >= min_steered_prob
-    eligible[np.array([i for i in banned_ids if i < len(eligible)], np.int64)] = False
+    eligible = teacher_prob >= how.min_steered_prob
+    eligible[np.array([i for i in how.banned_ids if i < len(eligible)], np.int64)] = False
     votes = np.zeros(len(eligible), np.int64)
-    k = min(inner_top_k, int(eligible.sum()))
+    k = min(how.inner_top_k, int(eligible.sum()))
     if k:
         selectable = mx.array(eligible)
         for log_base, log_teacher in positions.chunks():
@@ -291,3 +309,143 @@ def openings(
         outcomes = mx.concatenate([inside, rest], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
         found.append(np.exp(np.array(outcomes, np.float64)))
     return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class SafetyTokens:
+    """Stage 3's result, best first: text, id, votes, mean Δ, mean probability under base and teacher of each.
+
+    `explained` is the share of the teacher's divergence from the base that they explain together, where they decide
+    what an answer to a harmful prompt does (everywhere, if no such prompt was read); `openings` the
+    teacher's mean probability of them at the first, second, … position of answers to harmful prompts.
+    """
+
+    rows: list[dict[str, Any]]
+    explained: float
+    openings: list[float]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(K,) int64."""
+        return np.array([row["id"] for row in self.rows], np.int64)
+
+
+def find_tokens(run: Run, teacher: Teacher, found: FoundDirections) -> SafetyTokens:
+    """The safety tokens, from the teacher's own continuations of harmless prompts, as published, and with the method
+    `part` of harmful ones too; of harmful ones alone, if a system prompt makes the teacher.
+
+    Raises:
+        UserError: no token is likely enough under the teacher.
+    """
+    settings, base, prompts = run.recipe.tokens, run.base, run.prompts
+    m = settings.token_samples if settings.horizon > 1 else 1  # without a continuation they would be alike
+    guarded, by_part = teacher.system_prompt is not None, settings.token_method == "part"
+    if guarded:
+        read, seen = prompts.harmful_direction_validation, prompts.harmful_direction_validation_guarded
+    else:
+        read = seen = [*(prompts.harmful_validation[: VALIDATION_PROMPTS[0]] if by_part else []), *found.harmless]
+    n_harmful = m * (len(read) if guarded else len(read) - len(found.harmless))
+    read, seen = ([row for row in rows for _ in range(m)] for rows in (read, seen))
+    with run.screen.stage("finding the safety tokens") as advance:
+        continuations = _continuations(run, teacher, seen, advance)
+        compare = partial(
+            contrast_tokens,
+            base.model,
+            teacher.model,
+            read,
+            continuations,
+            eot_ids=base.eos_ids,
+            banned_ids=special_ids(base.tokenizer, base.vocabulary),
+            inner_top_k=settings.inner_top_k,
+            min_steered_prob=settings.min_steered_prob,
+            teacher_prompts=seen if guarded else None,
+            deciding=n_harmful or None,
+            shared_blocks=teacher.shared_blocks if run.recipe.teacher.teacher == "steer" else 0,
+        )
+        size = run.recipe.run.prompt_batch_size
+        contrast, _ = with_smaller_batches(size, lambda size: compare(batch_size=size), "the safety tokens")
+        tokens = given_tokens(run.recipe, base)
+        if tokens is None:
+            tokens = _selected(run, teacher, contrast)
+    if not len(tokens):
+        raise UserError(
+            f"steering makes no token likelier that reaches min_steered_prob = {settings.min_steered_prob:g}; lower "
+            "--min-steered-prob, or give a larger --coeff"
+        )
+    if n_harmful:
+        opened = contrast.openings(tokens, range(n_harmful))
+        explained = contrast.explained_where_it_decides(tokens, range(n_harmful))
+    else:  # harmful prompts were not among them: their first position alone
+        first = openings(teacher.model, found.harmful, tokens, size)
+        opened = [first[:, :-1].sum(-1).mean()]
+        explained = float(contrast.explained(tokens)[-1])
+    rows = [
+        {
+            "token": base.tokenizer.decode([int(t)]),
+            "id": int(t),
+            "votes": int(contrast.votes[t]),
+            "mean_delta": float(contrast.mean_delta[t]),
+            "part": float(contrast.part[t]),
+            "base_prob": float(contrast.base_prob[t]),
+            "teacher_prob": float(contrast.steered_prob[t]),
+        }
+        for t in tokens
+    ]
+    run.screen.line(
+        f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does "
+        f"where they decide; first {' '.join(repr(row['token']) for row in rows[:10])}"
+    )
+    return SafetyTokens(rows, explained, [float(mass) for mass in opened])
+
+
+def _continuations(run: Run, teacher: Teacher, rows: list[list[int]], progress: Advance) -> list[list[int]]:
+    """What the teacher goes on with, to the horizon, each with a random stream of its own."""
+    horizon = run.recipe.tokens.horizon
+    if horizon == 1:
+        return [[] for _ in rows]
+    sampling = Sampling(run.base.eos_ids, horizon - 1, 1.0, batch_size=run.recipe.run.generation_batch_size)
+    return [c.ids for c in generate(teacher.model, rows, sampling, [run.key(0, i) for i in range(len(rows))], progress)]
+
+
+def _selected(run: Run, teacher: Teacher, contrast: TokenContrast) -> np.ndarray:
+    """The tokens by the recipe's method, (K,)."""
+    settings, among = run.recipe.tokens, None
+    if settings.token_method == "part" and not run.base.thinks:  # whose answers begin elsewhere
+        among = _refusing(run, teacher)
+    select = partial(select_tokens, contrast, settings.safety_tokens, settings.token_method, settings.token_share)
+    tokens = select(among)
+    return tokens if len(tokens) or among is None else select()  # what refuses is not what steering raises
+
+
+def _refusing(run: Run, teacher: Teacher) -> list[int] | None:
+    """The ids with which answers to harmful prompts refuse, if the teacher opens them and the base goes on; None, where
+    no id does."""
+    asked = validation(run)
+    seen = None if asked.system_prompted is None else (list(asked.system_prompted[0]) * TOLD, [])
+    harmful = replace(asked, harmful=list(asked.harmful) * TOLD, harmless=[], system_prompted=seen)
+    answers = opened_answers(run.base, teacher.model, replace(harmful, opening=run.recipe.tokens.horizon))
+    ids = refusing_tokens([opened.ids for opened, _ in answers], [is_refusal(text) for _, text in answers])
+    if not ids:
+        run.screen.line("no token that opens the teacher's answers tells a refusal, so all that steering raises count")
+    return ids or None
+
+
+def check_tokens(run: Run, tokens: SafetyTokens) -> None:
+    """Hold what there is to learn against what would teach nothing.
+
+    Raises:
+        UserError: the tokens explain little of what steering does, or the teacher hardly opens an answer to a harmful
+            prompt with them; if the run is forced, or they are not what is trained on, that is only said.
+    """
+    fault, first = None, max(tokens.openings, default=0.0)
+    if tokens.explained < EXPLAINS_LITTLE:
+        fault = f"the {len(tokens.rows)} safety tokens explain only {tokens.explained:.0%} of what steering does"
+    elif first < HARDLY_OPENS:
+        fault = f"the teacher opens answers to harmful prompts with safety tokens at a probability of only {first:.2f}"
+    if fault is None:
+        return
+    fault += "; training on them would teach next to nothing"
+    if run.recipe.loss.subset != "safety" or isinstance(run.recipe.tokens.safety_tokens, str) or run.force:
+        run.screen.line(fault)  # they are not what is trained on, or were chosen by hand
+        return
+    raise UserError(f"{fault}; raise --safety-tokens, or give --token-method part or --subset full (or --force)")

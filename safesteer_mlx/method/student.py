@@ -1,4 +1,7 @@
-"""The student: LoRA (or DoRA, or all weights) on a view of the base, in mlx-lm's own layers and files."""
+"""The student: LoRA (or DoRA, or all weights) on a view of the base, in mlx-lm's own layers and files.
+
+Adapters are read through mlx-lm's own loader, which takes a file with missing weights silently.
+"""
 
 import json
 from pathlib import Path
@@ -10,9 +13,12 @@ from mlx.utils import tree_flatten
 
 from ..recipe import TrainSettings
 from ..system.model_files import read_header, some
-from ..system.runfolder import save_arrays, write
 from ..system.screen import UserError
-from .residual import blocks, checkpoint_blocks, share
+from ..system.store import save_arrays, write
+from .residual import blocks, checkpoint_blocks, last_logits, view
+from .run import Run
+
+_LEAVES = {"lora_a", "lora_b", "m"}  # of mlx-lm's LoRA and DoRA layers
 
 
 def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized: bool = False) -> nn.Module:
@@ -30,7 +36,7 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
     n_layers = len(blocks(base))
     if settings.num_layers > n_layers:
         raise UserError(f"num_layers = {settings.num_layers}, but the model has {n_layers} blocks; give at most that")
-    student = share(base)
+    student = view(base)
     student.freeze()
     if settings.fine_tune_type == "full":
         if quantized or any(hasattr(module, "bits") for _, module in student.named_modules()):
@@ -97,3 +103,57 @@ def save_adapters(folder: Path, student: nn.Module, config: dict[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     save_arrays(folder / "adapters.safetensors", dict(sorted(tree_flatten(student.trainable_parameters()))))
     write(folder / "adapter_config.json", json.dumps(dict(sorted(config.items())), indent=4).encode())
+
+
+def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
+    """A view of `base` with the folder's adapters: one set of weights for both, `base` left as it is.
+
+    Raises:
+        UserError: no adapters there, or they are not this model's: a weight missing, foreign, or of another shape.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    model = view(base)
+    try:
+        load_adapters(model, str(folder))
+        held = set(mx.load(str(folder / "adapters.safetensors")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"--adapter-path {folder} does not fit this model ({lines[-1].strip()[:150]}); "
+            "give the model it was made for"
+        ) from None
+    wanted = {name for name, _ in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _LEAVES}
+    if missing := sorted(wanted - held):
+        raise UserError(
+            f"--adapter-path {folder} lacks {len(missing)} of its {len(wanted)} weights ({missing[0]} first); "
+            "make the adapters again"
+        )
+    if not held:
+        raise UserError(f"--adapter-path {folder} holds no weights; make the adapters again")
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def save_student(run: Run, student: nn.Module) -> None:
+    """`save_adapters`, to the run's folder."""
+    settings = run.recipe.run
+    config = adapter_config(run.recipe.train, settings.model, settings.seed)
+    save_adapters(Path(settings.adapter_path), student, config)
+
+
+def check_saved(run: Run, student: nn.Module) -> None:
+    """Hold what mlx-lm reads from the run's folder against the student in memory.
+
+    Raises:
+        UserError: they differ, or the adapters change nothing.
+    """
+    folder, rows = Path(run.recipe.run.adapter_path), run.prompts.harmful_validation[:4]
+    saved = with_adapters(run.base.model, folder)
+    read, trained, before = (last_logits(model, rows) for model in (saved, student, run.base.model))
+    if not mx.allclose(read, trained, rtol=1e-3, atol=1e-3):
+        raise UserError(f"the adapters in {folder} do not give what was trained; run the same command again with --yes")
+    if mx.array_equal(read, before):
+        raise UserError(f"the adapters in {folder} change nothing; raise --learning-rate or --epochs")

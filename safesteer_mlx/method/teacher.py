@@ -25,16 +25,18 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..recipe import TeacherSettings
-from ..system.backoff import halving
 from ..system.load import Loaded
-from ..system.screen import Advance, silent
-from .direction import PROMPT_BATCH, Direction, opening_probabilities
+from ..system.memory import with_smaller_batches
+from ..system.screen import Advance, UserError, silent
+from .direction import PROMPT_BATCH, Direction, FoundDirections, opening_probabilities
 from .judge import is_broken, outcome
-from .residual import share, steer
-from .rollout import Completion, answer_text, generate, stream_key
+from .residual import last_logits, steer, view
+from .rollout import Completion, Sampling, answer_text, generate, stream_key
+from .run import Run
 
 Rows = Sequence[list[int]]
 
+VALIDATION_PROMPTS = 64, 32  # harmful and harmless ones that teachers are asked
 ANSWER_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
 OPENINGS = 1, 2, 4, 7  # tokens that it may take to decide what an answer does
@@ -129,7 +131,7 @@ def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float)
     return Teacher(steer(base, layer, vector, coeff), shared_blocks=layer)
 
 
-def follow(moving: nn.Module, student: nn.Module, mixup: float) -> None:
+def ema_update(moving: nn.Module, student: nn.Module, mixup: float) -> None:
     """w ← (1 − mixup) w + mixup · w_student over the trained weights of the moving-average teacher."""
     trained = dict(tree_flatten(student.trainable_parameters()))
     own = {name: value for name, value in tree_flatten(moving.parameters()) if name in trained}
@@ -140,7 +142,7 @@ def follow(moving: nn.Module, student: nn.Module, mixup: float) -> None:
 
 def moving_average(student: nn.Module) -> nn.Module:
     """A frozen copy of the student for `follow` to move."""
-    moving = share(student)
+    moving = view(student)
     moving.freeze()
     return moving
 
@@ -176,8 +178,7 @@ def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> lis
 
     def draw(model: nn.Module, read: Rows, which: list[int], max_tokens: int, part: int) -> list[Completion]:
         keys = [stream_key(q.seed, 3, part, i) for i in which]
-        how = {"eos_ids": base.eos_ids, "max_tokens": max_tokens, "temp": 1.0, "batch_size": q.batch_size}
-        return generate(model, read, keys=keys, **how)
+        return generate(model, read, Sampling(base.eos_ids, max_tokens, 1.0, batch_size=q.batch_size), keys)
 
     opening = min(q.opening, q.max_tokens)
     opened = draw(teacher, seen, list(range(len(rows))), opening, 0)
@@ -297,7 +298,7 @@ def first_passes(
     def measure(size: int) -> tuple[np.ndarray, ...]:
         return opening_probabilities(base.model, direction, coeffs, harmful, harmless, refusal_ids, size)
 
-    found, _ = halving(prompts.prompt_batch_size, measure, "the search for the teacher")
+    found, _ = with_smaller_batches(prompts.prompt_batch_size, measure, "the search for the teacher")
     return [
         TeacherTrial(direction.position, direction.layer, coeff, *(float(value) for value in values))
         for coeff, *values in zip(coeffs, *found, strict=True)
@@ -320,3 +321,117 @@ def beside(coeff: float, grid: Sequence[float], asked: Sequence[float]) -> list[
         near = min(neighbours, key=lambda c: abs(c - coeff))
         found.append(near if near not in asked else round((coeff * near) ** 0.5, 4))
     return found
+
+
+@dataclass(frozen=True)
+class ChosenTeacher:
+    """Stage 2's result: direction and coefficient, the trials they were chosen from, if they were, what answers to
+    validation prompts do, of the base and of the teacher, and how many tokens of one it can write without harm."""
+
+    direction: Direction
+    coeff: float
+    trials: list[TeacherTrial]
+    base: Outcomes
+    teacher: Outcomes
+    opening: int
+
+
+def validation(run: Run) -> Validation:
+    """What base and teachers are asked, and how."""
+    prompts, (harmful, harmless) = run.prompts, VALIDATION_PROMPTS
+    guarded = None
+    if run.recipe.teacher.teacher == "system_prompt":
+        guarded = prompts.harmful_validation_guarded[:harmful], prompts.harmless_validation_guarded[:harmless]
+    return Validation(
+        prompts.harmful_validation[:harmful],
+        prompts.harmless_validation[:harmless],
+        run.recipe.run.seed,
+        run.recipe.tokens.horizon if run.base.thinks else OPENING,
+        run.answer_tokens(ANSWER_TOKENS),
+        run.recipe.run.generation_batch_size,
+        run.recipe.run.prompt_batch_size,
+        guarded,
+    )
+
+
+def find_teacher(run: Run, found: FoundDirections) -> ChosenTeacher:
+    """Direction and coefficient by what the teacher does; a coefficient that was given takes the first direction.
+
+    Raises:
+        UserError: steering with the coefficient that was given changes nothing.
+    """
+    base, screen, settings, asked = run.base, run.screen, run.recipe.teacher, validation(run)
+    if settings.teacher == "system_prompt" or settings.coeff != "auto":
+        coeff = 0.0 if settings.teacher == "system_prompt" else float(settings.coeff)
+        teacher = make_teacher(run, found.shortlist[0], coeff)
+        with screen.stage("asking base and teacher") as advance:
+            own = ask(base, base.model, asked)
+            advance(1, 2)
+            choice = Choice(found.shortlist[0], coeff, [], own, ask(base, teacher.model, asked))
+            advance(2, 2)
+    else:
+        with screen.stage("finding the teacher") as advance:
+            choice = choose_teacher(base, found.shortlist, [*found.openers.values()], asked, settings, advance)
+        teacher = make_teacher(run, choice.direction, choice.coeff)
+    opening, most = asked.opening, max(run.recipe.tokens.horizon, asked.opening)
+    if run.recipe.loss.keep == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
+        with screen.stage("finding how much of an answer to teach"):
+            opening = shortest_opening(base, teacher.model, asked, choice.teacher, most)
+    chosen = ChosenTeacher(**vars(choice), opening=opening)
+    if settings.teacher == "system_prompt":
+        screen.line("teacher: the base under a safety system prompt")
+    else:
+        _tell(run, found, chosen)
+    return chosen
+
+
+def _tell(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> None:
+    """The direction with its published scores, as far as they were measured, and the coefficient."""
+    d, scores, opening = chosen.direction, found.scores, chosen.opening
+    n_positions, n_layers = scores.ablation_kl.shape
+    at = (d.position + n_positions, d.layer)
+    measured = (
+        f"{name} {score[at]:{how}}"
+        for name, score, how in (
+            ("KL under ablation", scores.ablation_kl, ".3f"),
+            ("refusal under ablation", scores.ablation_refusal, "+.1f"),
+            ("steering", scores.steering_refusal, "+.1f"),
+        )
+        if score[at] == score[at]
+    )
+    run.screen.line(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *measured]))
+    tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
+    decides = run.recipe.loss.keep == "auto" and not run.base.thinks
+    run.screen.line(f"teacher: coefficient {chosen.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
+
+
+def make_teacher(run: Run, direction: Direction, coeff: float) -> Teacher:
+    """The steered teacher, or the system-prompt one.
+
+    Raises:
+        UserError: steering changes nothing.
+    """
+    base, settings = run.base, run.recipe.teacher
+    if settings.teacher == "system_prompt":
+        return Teacher(base.model, settings.system_prompt)
+    teacher = steered_teacher(base.model, direction.layer, direction.vector, coeff)
+    row = run.prompts.harmless_validation[:1]
+    if mx.array_equal(last_logits(base.model, row), last_logits(teacher.model, row)):
+        raise UserError(f"steering with coeff = {coeff:g} changes nothing; give a larger --coeff")
+    return teacher
+
+
+def settled(run: Run, opening: int) -> Run:
+    """The run with what the teacher decides: how much of an answer it teaches, and tokens are found on.
+
+    No more tokens than decide what the answer does: a vector that is added everywhere soon breaks what it would say
+    next, and that would be learned. A model that thinks first is trained on all it says, no further than its teacher.
+    """
+    loss, tokens, thinks = run.recipe.loss, run.recipe.tokens, run.base.thinks
+    if thinks and loss.guidance == "auto":
+        loss = replace(loss, guidance=1.0)  # guidance is for how an answer opens
+    if loss.keep == "auto":
+        loss = replace(loss, keep=0 if thinks else opening)
+        if tokens.token_method == "part" and not thinks:
+            tokens = replace(tokens, horizon=min(tokens.horizon, opening))
+    return run.with_settings(loss=loss, tokens=tokens)

@@ -17,31 +17,45 @@ for as long as the epochs take, and falls over as many steps again.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..recipe import LossSettings, TrainSettings, rollout_tokens
-from ..system.backoff import halving
+from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_steps, rollout_tokens
+from ..system.memory import with_smaller_batches
 from ..system.screen import UserError
-from .losses import Head, guidance_shift, kept_positions, localized_loss, safety_log_odds
+from .direction import FoundDirections, mean_differences
+from .judge import is_refusal
+from .losses import (
+    Divergence,
+    Scored,
+    far_enough,
+    guidance_shift,
+    kept_positions,
+    localized_loss,
+    safety_log_odds,
+)
+from .prompts import guarding_prompt, instructions_to_train_on, render
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
-from .rollout import Completion, generate, stream_key
-from .safety_tokens import openings
-from .student import first_trained_block
-from .teacher import Teacher
+from .rollout import Completion, Sampling, generate, stream_key
+from .run import ANSWER_TOKENS, Run
+from .safety_tokens import SafetyTokens, find_tokens, openings
+from .student import bytes_trained, first_trained_block, save_student
+from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered_teacher
 
 Ids = Sequence[int]
 
-FULL = {"tokens": None, "kind": "reverse_kl"}  # the divergence of a tail: the whole vocabulary's
+FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
+COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
@@ -91,21 +105,6 @@ def make_optimizer(train: TrainSettings) -> optim.Optimizer:
     return optim.AdamW(learning_rate=train.learning_rate, weight_decay=train.weight_decay)
 
 
-def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:
-    """Harmful prompts in a batch; the anchor's harmless ones are the rest."""
-    return max(1, train.batch_size - round(loss.anchor * train.batch_size))
-
-
-def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) -> int:
-    """Optimizer steps of a run: `iters`, or as many as `epochs` passes over the harmful prompts take."""
-    if train.iters is not None:
-        return train.iters
-    return max(
-        1,
-        math.ceil(train.epochs * n_harmful / (harmful_per_batch(train, loss) * train.grad_accumulation_steps)),
-    )
-
-
 @dataclass(frozen=True)
 class Learning:
     """What is to be learned: base's and target's probabilities of the safety tokens, and of all others together, where
@@ -126,6 +125,10 @@ class Learning:
         whole = _grouped(self.base, self.teacher)
         past = (student - self.teacher) * (self.teacher - self.base) > 0
         return 1 - _grouped(np.where(past, self.teacher, student), self.teacher) / whole if whole > 1e-6 else 0.0
+
+    def come(self, student: nn.Module, batch_size: int) -> float:
+        """`share` of a student as it is."""
+        return self.share(openings(student, self.prompts, self.tokens, batch_size))
 
 
 def _grouped(p: np.ndarray, q: np.ndarray) -> float:
@@ -190,24 +193,19 @@ def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: in
 
 @dataclass(frozen=True)
 class Target:
-    """What the student is pulled to on some positions of a micro-batch's answers, which `rows` counts.
-
-    `hidden` (R, D) are the target's states there, `weights` (R,) what each position counts, `shift` (R,) or None
-    guidance's, `options` the divergence's.
-    """
+    """What the student is pulled to on some positions of a micro-batch's answers, which `rows` counts; `weights` (R,)
+    is what each position counts."""
 
     rows: np.ndarray
-    hidden: mx.array
-    head: Head
+    scored: Scored
     weights: np.ndarray
-    options: dict[str, Any]
-    shift: mx.array | None = None
+    divergence: Divergence
 
 
 Trunk = tuple[int, mx.array] | None  # a block and its input (B, T, D), the same for student and target
 
 
-def _trunk(base: nn.Module, layer: int, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Trunk:
+def shared_prefix(base: nn.Module, layer: int, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Trunk:
     """What goes into block `layer`; None if the student differs from its target from the first block on."""
     if layer == 0:
         return None
@@ -219,51 +217,50 @@ def _after(trunk: Trunk, model: nn.Module) -> nn.Module:
     return model if trunk is None else resume(model, *trunk)
 
 
-def divergence_options(loss: LossSettings, tokens: mx.array) -> dict[str, Any]:
-    """The arguments of `token_divergence` that the settings ask for."""
-    return {
-        "tokens": tokens if loss.subset == "safety" else None,
-        "top_k": loss.top_k if loss.subset == "top_k" else None,
-        "kind": loss.loss,
-        "mix": loss.mix if loss.loss == "mixture" else None,
-        "renormalize": loss.renormalize,
-    }
+@dataclass
+class Training:
+    """What training reads. `teacher` and `tokens` (K,) may be exchanged between steps, by a teacher that moves.
+
+    `harmless` are the anchor's prompts, unused when `loss.anchor` is 0; `optimizer` is `make_optimizer`'s, or one with
+    the state of a run that goes on; `learning` tells how much has been learned, in the steps done before too: None
+    measures nothing, and the run has the steps that the settings say.
+    """
+
+    student: nn.Module
+    base: nn.Module
+    teacher: Teacher
+    tokens: mx.array
+    harmful: Sequence[TrainingPrompt]
+    harmless: Sequence[TrainingPrompt]
+    settings: TrainSettings
+    loss: LossSettings
+    eos_ids: Ids
+    seed: int
+    optimizer: optim.Optimizer
+    learning: Learning | None = None
+    generation_batch_size: int = 32
 
 
 def train(
-    student: nn.Module,
-    base: nn.Module,
-    teacher: Teacher,
-    tokens: mx.array,
-    harmful: Sequence[TrainingPrompt],
-    harmless: Sequence[TrainingPrompt],
-    settings: TrainSettings,
-    loss: LossSettings,
-    *,
-    eos_ids: Ids,
-    seed: int,
-    optimizer: optim.Optimizer,
-    learning: Learning | None = None,
-    first_step: int = 0,
-    drawn_before: Rollouts | None = None,
-    generation_batch_size: int = 32,
-    after_step: Callable[[int], tuple[Teacher, mx.array | None] | None] = lambda step: None,
+    training: Training, first_step: int = 0, drawn_before: Rollouts | None = None
 ) -> Iterator[Rollouts | StepMetrics]:
-    """Train `student` in place: each step yields its rollouts and, once they are learned from, its metrics.
+    """Train the student in place: each step yields its rollouts and, once they are learned from, its metrics.
 
     Args:
-        tokens: (K,) the safety tokens.
-        harmless: the anchor's prompts; unused when `loss.anchor` is 0.
-        optimizer: `make_optimizer`'s, or one with the state of a run that goes on.
-        learning: what tells how much has been learned, in the steps done before too; None measures nothing, and the
-            run has the steps that the settings say.
         first_step: steps done before, by a run that goes on; student and optimizer are as they left them.
         drawn_before: the rollouts of the first step, if they were drawn already.
-        after_step: called after each update; may return the teacher, and new tokens or None, for the steps that follow.
 
     Raises:
         NotFiniteError: the loss or its gradient is not finite; the student is as before the step.
     """
+    student, base, settings, loss, seed = (
+        training.student,
+        training.base,
+        training.settings,
+        training.loss,
+        training.seed,
+    )
+    harmful, harmless, learning = training.harmful, training.harmless, training.learning
     nominal = number_of_steps(len(harmful), settings, loss)
     per_batch = harmful_per_batch(settings, loss)
     anchors = settings.batch_size - per_batch if loss.anchor and harmless else 0
@@ -271,27 +268,25 @@ def train(
     skipped = first_step * settings.grad_accumulation_steps
     for order, each in ((order_h, per_batch), (order_b, anchors)):
         next(islice(order, skipped * each, skipped * each), None)
-    options, guidance = divergence_options(loss, tokens), float(loss.guidance)
+    guidance = float(loss.guidance)
     first_trained = first_trained_block(student)
     can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
 
     def objective(model, batch, answers, trunk, targets: list[Target]):
         hidden = answer_states(_after(trunk, model), [p.ids for p in batch], answers)
-        found = [
+        own = head(model)
+        parts = [
             localized_loss(
-                hidden if len(t.rows) == len(hidden) else hidden[mx.array(t.rows)],
-                t.hidden,
-                head(model),
-                t.head,
+                Scored(hidden if len(t.rows) == len(hidden) else hidden[mx.array(t.rows)], own),
+                t.scored,
                 mx.array(t.weights),
-                watched=tokens,
-                temp=settings.temp,
-                shift=t.shift,
-                **t.options,
+                training.tokens,
+                t.divergence,
+                settings.temp,
             )
             for t in targets
         ]
-        return sum(value for value, *_ in found), [each for _, each, _ in found], found[0][2]
+        return sum(value for value, *_ in parts), [each for _, each, _ in parts], parts[0][2]
 
     def targets_of(part: list[TrainingPrompt], done: list[list[int]], trunk: Trunk, of: nn.Module, n: int):
         """The opening's target, `of`, and the tail's, the base; `n` rollouts are in the batch."""
@@ -309,20 +304,21 @@ def train(
         first, shift = hidden[mx.array(opening)], None
         if guided:
             both = (
-                safety_log_odds(states, head(model), tokens, temp=settings.temp)
+                safety_log_odds(states, head(model), training.tokens, temp=settings.temp)
                 for states, model in ((first, of), (by_base[mx.array(opening)], base))
             )
             shift = guidance_shift(*both, guidance, mx.array(place[opening] == 0))
-        found = [Target(opening, first, head(of), weights[opening], options, shift)]
+        divergence = Divergence.of(loss, training.tokens)
+        targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
             held = _position_weights(lengths, n, loss.keep, loss.keep + loss.tail)[tail]
-            found.append(Target(tail, by_base[mx.array(tail)], head(base), held, FULL))
-        return found
+            targets.append(Target(tail, Scored(by_base[mx.array(tail)], head(base)), held, Divergence()))
+        return targets
 
-    loss_and_grad = nn.value_and_grad(student, objective)
+    loss_and_grad = nn.value_and_grad(student, objective)  # pyright: ignore[reportPrivateImportUsage]
 
     def gradients(
-        step: int, teacher: Teacher, batch: list[TrainingPrompt], rollouts: list[Completion], size: int
+        step: int, batch: list[TrainingPrompt], rollouts: list[Completion], size: int
     ) -> tuple[Any, np.ndarray, np.ndarray]:
         """Of the whole batch, `size` completions at a time: the gradient, and each completion's loss (B,) and mass on
         the safety tokens at its beginning, under student and target (2, B)."""
@@ -337,8 +333,10 @@ def train(
                 part = [batch[i] for i in index]
                 done = [rollouts[i].ids for i in index]
                 lengths = [len(ids) for ids in done]
-                source, alike = (teacher.model, teacher.shared_blocks) if kind else (base, first_trained)
-                trunk = _trunk(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
+                source, alike = (
+                    (training.teacher.model, training.teacher.shared_blocks) if kind else (base, first_trained)
+                )
+                trunk = shared_prefix(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
                 targets = targets_of(part, done, trunk, source, len(batch))
                 (_, each, mass), grad = loss_and_grad(student, part, done, trunk, targets)
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
@@ -351,7 +349,9 @@ def train(
                 masses[:, index] = np.array(mass)[:, np.searchsorted(targets[0].rows, first)]
         return grads, losses, masses
 
-    micro_batch_size = settings.micro_batch_size
+    micro_batch_size, size = settings.micro_batch_size, training.generation_batch_size
+    most = rollout_tokens(settings, loss)
+    sampling = Sampling(training.eos_ids, most, settings.temp, settings.top_p, size)
     step = first_step
     while step < (now := course(nominal, settings, learning)).steps:
         drawn = [
@@ -366,20 +366,12 @@ def train(
         if drawn_before is not None and drawn_before.step == step + 1:
             rollouts = drawn_before.completions
         else:
-            rollouts = generate(
-                student,
-                [p.ids for p in batch],
-                eos_ids=eos_ids,
-                max_tokens=rollout_tokens(settings, loss),
-                temp=settings.temp,
-                top_p=settings.top_p,
-                keys=[stream_key(seed, 1, step, i) for i in range(len(batch))],
-                batch_size=generation_batch_size,
-            )
+            keys = [stream_key(seed, 1, step, i) for i in range(len(batch))]
+            rollouts = generate(student, [p.ids for p in batch], sampling, keys)
             yield Rollouts(step + 1, rollouts)
         student.train()
-        work = partial(gradients, step, teacher, batch, rollouts)
-        (grads, losses, masses), micro_batch_size = halving(micro_batch_size, work, "training")
+        work = partial(gradients, step, batch, rollouts)
+        (grads, losses, masses), micro_batch_size = with_smaller_batches(micro_batch_size, work, "training")
         student.eval()
         grads, norm = optim.clip_grad_norm(grads, settings.max_grad_norm)
         if not (np.isfinite(losses).all() and math.isfinite(norm.item())):
@@ -388,19 +380,13 @@ def train(
                 f"loss or gradient is not finite at step {step + 1} (prompt {worst} of its batch); the step was not "
                 f"applied; lower the learning rate (now {settings.learning_rate:g})"
             )
-        optimizer.learning_rate = now.rate(step, settings.learning_rate)
-        optimizer.update(student, grads)
-        mx.eval(student.trainable_parameters(), optimizer.state)
-        if (changed := after_step(step + 1)) is not None:
-            teacher, found = changed
-            tokens = tokens if found is None else found
-            options = divergence_options(loss, tokens)
+        training.optimizer.learning_rate = now.rate(step, settings.learning_rate)
+        training.optimizer.update(student, grads)
+        mx.eval(student.trainable_parameters(), training.optimizer.state)
         learned = math.nan
         if learning is not None:
             if (step + 1) % MEASURED_EVERY == 0:
-                learned = learning.share(
-                    openings(student, learning.prompts, learning.tokens, settings.micro_batch_size)
-                )
+                learned = learning.come(student, settings.micro_batch_size)
             learning = replace(learning, shares=[*learning.shares, None if math.isnan(learned) else learned])
         is_harmful = np.array([p.harmful for p in batch])
         yield StepMetrics(
@@ -424,3 +410,283 @@ def trained_change(student: nn.Module, before: dict[str, mx.array]) -> float:
     """The largest change of any trained weight since `before`."""
     now = dict(tree_flatten(student.trainable_parameters()))
     return max(mx.abs(now[name] - value).max().item() for name, value in before.items())
+
+
+def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
+    """Harmful and anchor prompts as student and target read them; those given twice and those over the length
+    are left out, and said.
+
+    Ours: the direction's prompts are among them. The more there are of either kind, the finer the line between them.
+
+    Raises:
+        UserError: no harmful prompt is short enough, or one holds an id without an embedding.
+    """
+    recipe, base, sets = run.recipe, run.base, run.prompts.sets
+    limit, guard = recipe.train.max_seq_length, guarding_prompt(recipe)
+    prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
+    for harmful, into in ((True, prompts[0]), (False, prompts[1])):
+        items = instructions_to_train_on(recipe, sets, harmful)
+        texts = list(dict.fromkeys(item.text for item in items))
+        if len(texts) < len(items):
+            run.screen.line(f"{len(items) - len(texts)} prompts are there twice and are used once")
+        for text in texts:
+            ids = render(base.tokenizer, text)
+            seen = render(base.tokenizer, text, guard) if harmful and guard else ids
+            if max(ids) >= base.vocabulary:  # MLX would read beyond the embedding
+                raise UserError(
+                    f"a training prompt holds a special token (id {max(ids)}) for which model {base.name} has no "
+                    "embedding; take that prompt out"
+                )
+            if len(ids) <= limit:
+                into.append(TrainingPrompt(ids, seen, harmful))
+        if len(into) < len(texts):
+            run.screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
+        if harmful and all(len(render(base.tokenizer, item.text)) > limit for item in sets.harmful_train):
+            raise UserError(f"every training prompt is longer than max_seq_length = {limit}; raise --max-seq-length")
+    return prompts
+
+
+def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run, Learning | None]:
+    """The run with the guidance that this model needs, and what base and target make of the safety tokens where
+    answers to validation prompts begin; the target of harmless ones is the base.
+
+    None for a model that thinks first, whose answers do not tell at their beginning, and for a teacher whose tokens
+    change on the way.
+    """
+    recipe, base, prompts = run.recipe, run.base, run.prompts
+    if base.thinks:
+        return run, None
+    rows, size = prompts.harmful_validation, recipe.run.prompt_batch_size
+    seen = rows if teacher.system_prompt is None else prompts.harmful_validation_guarded
+    pairs = ((base.model, rows), (teacher.model, seen))
+    own, target = (openings(model, read, tokens.ids, size) for model, read in pairs)
+    odds = [np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own)]
+    if recipe.loss.guidance == "auto":
+        run = run.with_settings(loss=replace(recipe.loss, guidance=far_enough(*odds)))
+    if recipe.teacher.teacher == "ema" and recipe.teacher.refresh_every:
+        return run, None
+    shift = guidance_shift(*map(mx.array, odds), float(run.recipe.loss.guidance))
+    target[:, :-1] *= np.exp(np.array(shift, np.float64))[:, None]
+    target /= target.sum(-1, keepdims=True)
+    held = openings(base.model, prompts.harmless_validation, tokens.ids, size)
+    read = [*rows, *prompts.harmless_validation]
+    return run, Learning(read, tokens.ids, np.concatenate([own, held]), np.concatenate([target, held]))
+
+
+class MovingTeacher:
+    """The moving-average teacher (method page, 2, variant a): follows the student after each step, and finds
+    direction and tokens anew if the recipe says so. `state` is all that a run needs to go on."""
+
+    def __init__(self, run: Run, student: nn.Module, found: FoundDirections, chosen: ChosenTeacher):
+        self._run, self._student, self._found = run, student, found
+        self._direction, self._coeff, self._vector = chosen.direction, chosen.coeff, chosen.direction.vector
+        self._model, self.tokens = moving_average(student), None
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher as it is now."""
+        return steered_teacher(self._model, self._direction.layer, self._vector, self._coeff)
+
+    def move(self, step: int) -> None:
+        """Follow the student after a step."""
+        settings, prompts = self._run.recipe.teacher, self._run.prompts
+        ema_update(self._model, self._student, settings.mixup)
+        if settings.refresh_every and step % settings.refresh_every == 0:
+            rows = prompts.harmful_direction_train, prompts.harmless_direction_train
+            new = mean_differences(self._model, *rows, -self._direction.position)
+            self._vector = mx.array(new[0, self._direction.layer].astype(np.float32))
+            self.tokens = mx.array(find_tokens(self._run, self.teacher, self._found).ids)
+
+    def state(self) -> dict[str, mx.array]:
+        """Trained weights, direction and, once found anew, tokens."""
+        trained = dict(tree_flatten(self._student.trainable_parameters()))
+        own = {f"model.{name}": w for name, w in tree_flatten(self._model.parameters()) if name in trained}
+        return {**own, "vector": self._vector, **({} if self.tokens is None else {"tokens": self.tokens})}
+
+    def restore(self, state: dict[str, mx.array]) -> None:
+        """Take up a state."""
+        weights = [(name.removeprefix("model."), w) for name, w in state.items() if name.startswith("model.")]
+        self._model.update(tree_unflatten(weights))
+        self._vector, self.tokens = state["vector"], state.get("tokens")
+
+
+def collapsed(run: Run, student: nn.Module) -> str | None:
+    """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
+    rows = run.prompts.harmless_validation[:COLLAPSE_PROMPTS]
+    texts = [text for _, text in run.answers(student, rows, run.sampling(ANSWER_TOKENS))]
+    refused, empty = sum(map(is_refusal, texts)), sum(not text.strip() for text in texts)
+    if refused >= 0.9 * len(rows):
+        return f"the student refuses {refused} of {len(rows)} harmless prompts"
+    if empty >= 0.5 * len(rows):
+        return f"the student gives {empty} empty answers to {len(rows)} harmless prompts"
+    return None
+
+
+def check_space(run: Run, student: nn.Module, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> None:
+    """Refuse to begin a run whose states, and steps kept for `--select`, will not fit on the disk.
+
+    Raises:
+        UserError: as `Store.check_space`.
+    """
+    settings = run.recipe.train
+    steps = number_of_steps(len(prompts[0]), settings, run.recipe.loss)
+    if settings.until_learned and settings.iters is None:
+        steps *= 2
+    run.store.check_space(bytes_trained(student), -(-steps // settings.save_every) if run.recipe.run.select else 0)
+
+
+def make_training(
+    run: Run,
+    student: nn.Module,
+    teacher: Teacher,
+    tokens: SafetyTokens,
+    prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]],
+    learning: Learning | None,
+) -> Training:
+    """What training reads, with a fresh optimizer."""
+    recipe, base = run.recipe, run.base
+    return Training(
+        student,
+        base.model,
+        teacher,
+        mx.array(tokens.ids),
+        *prompts,
+        recipe.train,
+        recipe.loss,
+        base.eos_ids,
+        recipe.run.seed,
+        make_optimizer(recipe.train),
+        learning,
+        recipe.run.generation_batch_size,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """Each step's metrics, the seconds it took, and the scores of saved steps, if they were asked for."""
+
+    metrics: list[dict[str, Any]]
+    seconds: list[float]
+    scored: list[dict[str, Any]]
+
+
+class StepScorer(Protocol):
+    """Scores the student as it is after a saved step, and keeps its weights."""
+
+    def score(self, step: int) -> dict[str, Any]:
+        """Plain data."""
+        ...
+
+
+def train_student(
+    run: Run, training: Training, moving: MovingTeacher | None = None, scorer: StepScorer | None = None
+) -> TrainingLog:
+    """Train the student to the end, from where the run's store left it, and keep its adapters.
+
+    Raises:
+        UserError: the first step moved nothing, the first few had no gradient to speak of (unless the run is forced),
+            or a loss is not finite; the last good state is kept.
+        KeyboardInterrupt: after keeping the last state.
+    """
+    settings, student, store, screen = run.recipe.train, training.student, run.store, run.screen
+    nominal = number_of_steps(len(training.harmful), settings, run.recipe.loss)
+    log, done = TrainingLog([], [], []), 0
+
+    def state() -> dict[str, mx.array]:
+        parts = {"student": student.trainable_parameters(), "optimizer": training.optimizer.state}
+        arrays = {f"{part}.{name}": w for part, tree in parts.items() for name, w in tree_flatten(tree)}
+        return arrays | ({} if moving is None else {f"teacher.{name}": w for name, w in moving.state().items()})
+
+    def follow_teacher() -> None:
+        if moving is not None:
+            training.teacher = moving.teacher
+            training.tokens = training.tokens if moving.tokens is None else moving.tokens
+
+    def keep() -> None:
+        # An interrupt may have come after a step's row, before its state was taken.
+        rows = {"metrics": log.metrics[:done], "seconds": log.seconds[:done]}
+        store.save(done, last, asdict(log) | rows)
+        save_student(run, student)
+        if (fault := collapsed(run, student)) is not None:
+            screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")
+
+    def due() -> bool:
+        return done > 0 and (done % settings.save_every == 0 or done == total)
+
+    def score_once() -> None:
+        if scorer is not None and due() and all(row["step"] != done for row in log.scored):
+            log.scored.append(scorer.score(done))
+
+    if (saved := store.latest()) is not None:
+        parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}}
+        for name, array in saved.arrays.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = array
+        student.update(tree_unflatten(list(parts["student"].items())))
+        training.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
+        if moving is not None:
+            moving.restore(parts["teacher"])
+            follow_teacher()
+        log, done = TrainingLog(**saved.data), saved.step
+        if training.learning is not None:
+            training.learning = replace(training.learning, shares=[row["learned"] for row in log.metrics])
+    total = course(nominal, settings, training.learning).steps
+    if done:
+        screen.line(f"going on after step {done} of {total}")
+    for name in store.damaged:
+        screen.line(f"{store.states / name} is damaged and is not used; the state before it is")
+    rollouts = None
+    if (drawn := store.found("rollouts")) is not None:
+        rollouts = Rollouts(drawn["step"], [Completion(ids, finished) for ids, finished in drawn["completions"]])
+    before, last = dict(tree_flatten(student.trainable_parameters())), state()
+
+    began = time.monotonic()
+    with screen.stage("training") as advance:
+        try:
+            score_once()  # where an interrupt left it out
+            for event in train(training, done, rollouts):
+                if isinstance(event, Rollouts):
+                    completions = [(c.ids, c.finished) for c in event.completions]
+                    store.keep("rollouts", {"step": event.step, "completions": completions})
+                    continue
+                if moving is not None:
+                    moving.move(event.step)
+                    follow_teacher()
+                now = time.monotonic()
+                log.metrics.append({k: None if v != v else v for k, v in asdict(event).items()})  # NaN is not JSON
+                log.seconds.append(round(now - began, 3))
+                began, done, total, last = now, event.step, event.steps, state()
+                note = f"loss {event.loss:.4f}, safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
+                advance(event.step, event.steps, note)
+                if event.step == 1 and trained_change(student, before) == 0:
+                    raise UserError("the first step moved no weight; raise --learning-rate or check lora_parameters")
+                if event.step == FIRST_STEPS and not run.force:
+                    check_gradient([row["grad_norm"] for row in log.metrics])
+                if event.step % settings.steps_per_report == 0 or event.step == event.steps:
+                    screen.line(f"step {event.step} of {event.steps}: {note}, gradient {event.grad_norm:.2g}")
+                if due():
+                    score_once()
+                    keep()
+        except NotFiniteError:
+            if done:  # the last step that was applied
+                keep()
+            raise
+        except KeyboardInterrupt:
+            if done:
+                student.update(
+                    tree_unflatten([(n.removeprefix("student."), w) for n, w in last.items() if n[:8] == "student."])
+                )
+                keep()
+            kept = f"the adapters so far are in {run.recipe.run.adapter_path}; " if done else ""
+            screen.line(f"interrupted after {done} of {total} steps; {kept}the same command with --yes goes on")
+            raise
+    return log
+
+
+def check_gradient(norms: list[float]) -> None:
+    """Stop a run whose first steps have nothing to learn from."""
+    if max(norms) < NO_GRADIENT:
+        raise UserError(
+            f"the first {len(norms)} steps had no gradient to speak of (norm {max(norms):.1g}): what the safety tokens "
+            "can teach, the model does already; give --subset full or other --safety-tokens (or --force)"
+        )

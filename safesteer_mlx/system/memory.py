@@ -5,16 +5,23 @@
 The plan reads a model's configuration and the headers of its weight files, nothing else. Activations are counted in
 bytes a token, by a rule fitted to measured peaks (`scripts/fit_memory.py`, 16 random shapes; within 10 % of each):
 the arrays that MLX keeps for the gradient of a block, and what is alive while one block is computed.
+
+Where memory is exhausted all the same, `with_smaller_batches` does the work again in smaller batches, which changes no
+mathematics.
 """
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..recipe import Recipe, TrainSettings, parse_bytes, rollout_tokens
 from .model_files import Tensor, bytes_of, check_weights, read_object
 from .screen import Screen, UserError
+
+T = TypeVar("T")
 
 HEAD_ROWS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
 ANSWER_TOKENS = 96  # of a held-out answer
@@ -335,3 +342,36 @@ def _knob(found: Plan) -> str:
     if train.max_tokens > 64:
         return f"lower --max-tokens (now {train.max_tokens})"
     return f"lower --num-layers or the rank in --lora-parameters (now {train.lora_parameters.get('rank')})"
+
+
+# What MLX's allocators and Metal's command buffers say.
+_SAID = ("insufficient memory", "unable to allocate", "out of memory", "bad_alloc", "maximum allowed buffer size")
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether MLX, or the system below it, says that memory is exhausted."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in said for words in _SAID))
+
+
+def with_smaller_batches(size: int, work: Callable[[int], T], what: str) -> tuple[T, int]:
+    """work(size), with half the size as often as memory is exhausted, said on stderr; and the size that was enough.
+
+    Raises:
+        UserError: even one at a time is too much.
+    """
+    import mlx.core as mx
+
+    while True:
+        try:
+            return work(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not is_exhausted(error):
+                raise
+        if size == 1:
+            raise UserError(
+                f"memory is exhausted in {what} even one at a time; lower --max-tokens, or close other programs"
+            )
+        mx.clear_cache()
+        size //= 2
+        print(f"safesteer-mlx: memory is exhausted in {what}: going on with {size} at a time", file=sys.stderr)

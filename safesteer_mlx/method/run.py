@@ -1,0 +1,142 @@
+"""What every stage of a run reads, in one frozen object, and the ways that all of them share: from prompts to answers,
+and from what a stage found to what is kept of it."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import __version__
+from ..recipe import Recipe, result_settings
+from ..system.load import Loaded
+from ..system.screen import Advance, Screen, UserError, silent
+from ..system.store import Store, fingerprint
+from .prompts import Prompts, PromptSets, prompt_sets, render_prompts
+from .residual import last_logits
+from .rollout import Completion, Sampling, answers, generate, stream_key
+from .token_file import read_token_file
+
+T = TypeVar("T")
+
+ONE_AT_A_TIME = "mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly"
+ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings, the frozen base, its prompts, what is shown, and what is kept; `force` goes on past every alarm."""
+
+    recipe: Recipe
+    base: Loaded
+    prompts: Prompts
+    screen: Screen
+    store: Store
+    force: bool = False
+
+    def answer_tokens(self, enough: int) -> int:
+        """The longest answer to judge, in tokens: `enough`, or what an answer may have where thinking comes first."""
+        return max(enough, self.recipe.train.max_tokens) if self.base.thinks else enough
+
+    def sampling(self, enough: int, temp: float = 0.0) -> Sampling:
+        """How answers are drawn of which `enough` tokens tell what they do."""
+        return Sampling(
+            self.base.eos_ids, self.answer_tokens(enough), temp, batch_size=self.recipe.run.generation_batch_size
+        )
+
+    def key(self, *which: int) -> mx.array:
+        """The run's random key for something that is drawn."""
+        return stream_key(self.recipe.run.seed, *which)
+
+    def answers(
+        self,
+        model: nn.Module,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        stream: tuple[int, ...] = (),
+        progress: Advance = silent,
+    ) -> list[tuple[Completion, str]]:
+        """What `model` answers to each prompt, and its text; `stream` numbers the random streams, if it is sampled."""
+        keys = [self.key(*stream, i) for i in range(len(rows))] if sampling.temp else None
+        return answers(model, self.base.tokenizer, rows, sampling, keys, progress)
+
+    def once(self, find: Callable[..., T], *found: Any) -> T:
+        """What a stage finds in this run, or what it found before: `find_tokens` is kept as `tokens`."""
+        name = find.__name__.removeprefix("find_")
+        kind = inspect.signature(find).return_annotation
+        return self.store.once(name, lambda: find(self, *found), kind)
+
+    def with_settings(self, **sections: Any) -> "Run":
+        """The run with sections of its recipe replaced."""
+        return replace(self, recipe=replace(self.recipe, **sections))
+
+
+def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) -> Run:
+    """Render the prompts, check how this architecture batches, open the run's folder.
+
+    Raises:
+        UserError: what a user can mend, in one sentence.
+    """
+    sets = prompt_sets(recipe)
+    prompts = render_prompts(recipe, sets, base.tokenizer)
+    recipe = check_padding(recipe, base, prompts.harmful_validation, screen)
+    store = Store(Path(recipe.run.adapter_path), run_fingerprint(recipe, base, sets))
+    return Run(recipe, base, prompts, screen, store, force)
+
+
+def run_fingerprint(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
+    """The fingerprint of all that decides a run's result: weights, prompts, settings and versions."""
+    versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
+    return fingerprint(base.weights_hash, result_settings(recipe), asdict(sets), versions, given_tokens(recipe, base))
+
+
+def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
+    """The ids in the file that `safety_tokens` names, (K,) int64; None where it is a number.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the model's vocabulary.
+    """
+    given = recipe.tokens.safety_tokens
+    return np.array(read_token_file(Path(given), base.tokenizer, base.vocabulary)) if isinstance(given, str) else None
+
+
+def check_padding(recipe: Recipe, base: Loaded, prompts: Sequence[Sequence[int]], screen: Screen) -> Recipe:
+    """The recipe, with answers generated one at a time if this architecture cannot do it in batches.
+
+    Raises:
+        UserError: padding changes the forward pass itself.
+    """
+    if can_batch(base, prompts) or recipe.run.generation_batch_size == 1:
+        return recipe
+    screen.line(ONE_AT_A_TIME)
+    return replace(recipe, run=replace(recipe.run, generation_batch_size=1))
+
+
+def can_batch(base: Loaded, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether answers can be generated in batches, told by the shortest and the longest of some prompts: in some
+    architectures of mlx-lm prompts of unequal length fail side by side, or change each other's answers.
+
+    Raises:
+        UserError: padding changes the forward pass itself.
+    """
+    ordered = sorted(prompts, key=len)
+    rows = [list(row) for row in ordered[:4] + ordered[-4:]]
+    together = last_logits(base.model, rows)
+    alone = mx.concatenate([last_logits(base.model, [row]) for row in rows])
+    if not mx.allclose(together, alone, rtol=0.05, atol=0.05 * mx.abs(alone).max().item()):
+        kind = base.config.get("model_type")
+        raise UserError(
+            f"padding changes what model_type {kind} computes, so prompts of unequal length cannot be read together; "
+            "choose another model"
+        )
+    try:
+        tokens = [c.ids[0] for c in generate(base.model, rows, Sampling(base.eos_ids, 1))]
+    except (ValueError, RuntimeError):
+        return False
+    wrong = sum(token != int(best) for token, best in zip(tokens, alone.argmax(-1).tolist(), strict=True))
+    return wrong <= 1  # half precision may turn a near tie

@@ -1,0 +1,297 @@
+"""A run's own folder, `run/` beside the adapters: its record, for its owner only, and its state, to go on from.
+
+Everything in the record but `timing.json` and the report is the same bytes for the same seed, settings and machine. The
+state is written whole or not at all, read back exactly, or said to be damaged:
+
+    run/checkpoint/
+        directions.json, tokens.json, …     what a stage found
+        rollouts.json                       what the student answered in the step under way
+        step-000010.safetensors and .json   weights, optimizer and metrics after step 10; the last two are kept
+
+Every file of it carries the fingerprint of what made it (model, prompts, settings, versions) and a hash of its
+content: what was made otherwise, or was damaged, is not used.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import mlx.core as mx
+import numpy as np
+
+from .screen import UserError
+
+T = TypeVar("T")
+
+KEPT = 2  # states of steps
+_OURS = {"adapters.safetensors", "adapter_config.json", "run"}
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder that holds anything but an earlier run of ours; nothing is written.
+
+    Raises:
+        UserError: the folder holds something else, is a file, or cannot be written.
+    """
+    try:
+        folder = folder.resolve()  # new/../file is the file, whether or not there is a folder new
+        folder.exists()
+    except OSError as error:  # a name too long, for one
+        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({error.strerror}); give another") from None
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--adapter-path {folder} is a file; give a folder")
+    if folder.is_dir():
+        other = sorted({p.name for p in folder.iterdir() if not p.name.startswith(".")} - _OURS)
+        record = {p.name for p in (folder / "run").iterdir()} if (folder / "run").is_dir() else set()
+        # A run that was killed at its first write has no recipe yet.
+        ours = "recipe.yaml" in record or ((folder / "run").is_dir() and record <= {"checkpoint", ".recipe.yaml.part"})
+        if other or (any(folder.iterdir()) and not ours):
+            named = other[0] if other else "something that is not a safesteer-mlx run"
+            raise UserError(f"--adapter-path {folder} already holds {named}; give a new or an empty folder")
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--adapter-path {folder} cannot be made, since {parent} is a file; give another folder")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--adapter-path {folder} cannot be written ({parent} is read-only); give another folder")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file in one step, readable by its owner only: after a crash it is the old one or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    put_in_place(part, path)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Rename a file that is safely on disk, and make the renaming safe too."""
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
+    """`mx.save_safetensors`, in one step as `write`."""
+    part = path.with_name(f".{path.stem}.part.safetensors")  # MLX adds the ending if it is another
+    mx.save_safetensors(str(part), arrays)
+    with part.open("rb") as done:
+        os.fsync(done.fileno())
+    put_in_place(part, path)
+
+
+def as_json(content: Any) -> bytes:
+    """JSON for people and programs; a measurement that does not exist is null, since NaN is not JSON."""
+    plain = json.loads(json.dumps(content, default=_plain), parse_constant=lambda _: None)
+    return (json.dumps(plain, indent=2) + "\n").encode()
+
+
+class RunFolder:
+    """Writes the files of one run. Made by the first of them, and locked from then on, by this process alone."""
+
+    def __init__(self, adapters: Path):
+        self.path = adapters / "run"
+        self._locked = False
+        if self.path.is_dir():
+            self._open()
+
+    def _open(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.chmod(0o700)
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process dies
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(
+                f"--adapter-path {self.path.parent} is in use by another run; wait for it or give another folder"
+            ) from None
+        weakref.finalize(self, os.close, lock)
+        self._locked = True
+
+    def clear(self) -> None:
+        """Remove an earlier run's record, not the adapters."""
+        for path in self.path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def path_for(self, name: str) -> Path:
+        """The path of a file to write, its folder made. A run's own folder that went away is not made again.
+
+        Raises:
+            OSError: the run's folder went away, or cannot be made.
+        """
+        if not self._locked:
+            self._open()
+        path = self.path / name
+        if path.parent != self.path:
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+        return path
+
+    def text(self, name: str, content: str) -> None:
+        """Write a text file."""
+        write(self.path_for(name), content.encode())
+
+    def json(self, name: str, content: Any) -> None:
+        """Write plain data and numpy arrays."""
+        self.text(name, as_json(content).decode())
+
+    def yaml(self, name: str, content: dict[str, Any]) -> None:
+        """Write settings."""
+        import yaml
+
+        self.text(name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def encoded(value: Any) -> Any:
+    """Dataclasses as mappings, MLX's arrays as numpy's; what `as_json` takes and `decoded` reads back exactly."""
+    if is_dataclass(value):
+        return {f.name: encoded(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [encoded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: encoded(item) for key, item in value.items()}
+    return np.array(value, np.float64) if isinstance(value, mx.array) else value
+
+
+def decoded(kind: Any, plain: Any) -> Any:
+    """A value of this type from `encoded`'s, after JSON: null in an array is NaN, arrays are of float64 or, MLX's,
+    float32."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: decoded(hints[name], value) for name, value in plain.items()})  # type: ignore[operator]
+    if kind is np.ndarray:
+        return np.array(plain, np.float64)
+    if kind is mx.array:
+        return mx.array(np.array(plain, np.float32))
+    if get_origin(kind) is list:
+        return [decoded(get_args(kind)[0], item) for item in plain]
+    if get_origin(kind) is dict:
+        return {key: decoded(get_args(kind)[1], item) for key, item in plain.items()}
+    return plain
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """State after `step`: named arrays, and plain data beside them."""
+
+    step: int
+    arrays: dict[str, mx.array]
+    data: dict[str, Any]
+
+
+def fingerprint(*parts: Any) -> str:
+    """A hash of plain data."""
+    return hashlib.sha256(as_json(list(parts))).hexdigest()
+
+
+class Store(RunFolder):
+    """A run's folder with the state of the run; `damaged` names the files that were found unfit for use."""
+
+    def __init__(self, adapters: Path, fingerprint: str):
+        super().__init__(adapters)
+        self._fingerprint = fingerprint
+        self.states = self.path / "checkpoint"
+        self.damaged: list[str] = []
+
+    def keep(self, name: str, content: Any) -> None:
+        """Keep plain data and numpy arrays under a name."""
+        body = as_json(content).decode()
+        sha = hashlib.sha256(body.encode()).hexdigest()
+        self.json(f"checkpoint/{name}.json", {"made_by": self._fingerprint, "sha256": sha, "content": body})
+
+    def found(self, name: str) -> Any | None:
+        """What was kept under a name by a run like this one, or None."""
+        file = self.states / f"{name}.json"
+        try:
+            envelope = json.loads(file.read_bytes())
+            made_by, sha, body = envelope["made_by"], envelope["sha256"], envelope["content"]
+            if hashlib.sha256(body.encode()).hexdigest() != sha:
+                raise ValueError("hash")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.damaged.append(file.name)
+            return None
+        return json.loads(body) if made_by == self._fingerprint else None
+
+    def once(self, name: str, find: Callable[[], T], kind: type[T]) -> T:
+        """What `find` finds, a dataclass of this `kind`, or what it found before."""
+        if (kept := self.found(name)) is not None:
+            return decoded(kind, kept)
+        result = find()
+        self.keep(name, encoded(result))
+        return result
+
+    def check_space(self, trained_bytes: int, candidates: int = 0) -> None:
+        """Refuse to begin a run whose states will not fit on the disk.
+
+        A state is the trained weights and AdamW's two moments; `KEPT` of them, one that is being written, and the
+        adapters, old and new; and `candidates` for `--select`. Answers, report and record are small beside 64 MB.
+
+        Raises:
+            UserError: less is free.
+        """
+        needed = (3 * (KEPT + 1) + 2 + candidates) * trained_bytes + 64 * 10**6
+        folder = next(p for p in self.states.absolute().parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(
+                f"--adapter-path {self.path.parent}: the run may write {needed / 1e6:,.0f} MB, but {folder} "
+                f"has {free / 1e6:,.0f} MB free; make room, or give a folder on another disk"
+            )
+
+    def save(self, step: int, arrays: dict[str, mx.array], data: dict[str, Any]) -> None:
+        """Keep the state after a step, and forget all but the last `KEPT`."""
+        file = self.path_for(f"checkpoint/step-{step:06d}.safetensors")
+        save_arrays(file, arrays)
+        file.chmod(0o600)
+        self.keep(file.stem, {"arrays_sha256": _sha256(file), "data": data})
+        for old in self._steps()[KEPT:]:
+            (self.states / f"{old}.json").unlink(missing_ok=True)
+            (self.states / f"{old}.safetensors").unlink(missing_ok=True)
+
+    def latest(self) -> SavedStep | None:
+        """The last state that is whole."""
+        for name in self._steps():
+            kept, file = self.found(name), self.states / f"{name}.safetensors"
+            if kept is None:
+                continue
+            if not file.is_file() or _sha256(file) != kept["arrays_sha256"]:
+                self.damaged.append(file.name)
+                continue
+            arrays = mx.load(str(file))
+            assert isinstance(arrays, dict)
+            mx.eval(arrays)  # now, since the file may be deleted while the run goes on
+            return SavedStep(int(name.split("-")[1]), arrays, kept["data"])
+        return None
+
+    def _steps(self) -> list[str]:
+        return sorted({f.stem for f in self.states.glob("step-*.json")}, reverse=True)
+
+    def forget_states(self) -> None:
+        """The run is done: only its record stays."""
+        shutil.rmtree(self.states, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
