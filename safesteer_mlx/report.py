@@ -16,8 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .evals.intervals import Count, wilson
-from .evals.scores import SHOWN
+from .evals.scores import SHOWN, Count, wilson
 from .recipe import PACKAGE, Parser, read_yaml
 from .system.screen import UserError, exit_code, visible
 

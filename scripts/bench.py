@@ -468,11 +468,18 @@ def published_run(n_prompts: int) -> None:
     screen, model = Screen(quiet=True), base.model
     openers = list(stages.read_answers(recipe, base, rendered, screen).openers.values())
     s = recipe.direction
-    h, b = directions.filter_by_refusal_score(model, rendered.harmful_direction_train, rendered.harmless_direction_train, openers)
-    found = directions.mean_differences(
-        model, [rendered.harmful_direction_train[i] for i in h], [rendered.harmless_direction_train[i] for i in b], rendered.n_eoi
+    h, b = directions.filter_by_refusal_score(
+        model, rendered.harmful_direction_train, rendered.harmless_direction_train, openers
     )
-    h, b = directions.filter_by_refusal_score(model, rendered.harmful_direction_validation, rendered.harmless_direction_validation, openers)
+    found = directions.mean_differences(
+        model,
+        [rendered.harmful_direction_train[i] for i in h],
+        [rendered.harmless_direction_train[i] for i in b],
+        rendered.n_eoi,
+    )
+    h, b = directions.filter_by_refusal_score(
+        model, rendered.harmful_direction_validation, rendered.harmless_direction_validation, openers
+    )
     harmless = [rendered.harmless_direction_validation[i] for i in b]
     scores = directions.score_candidates(
         model, found, [rendered.harmful_direction_validation[i] for i in h], harmless, openers, True

@@ -43,11 +43,12 @@ def build(name: str, seed: int = 0):
 def few_prompts():
     """The search for the teacher and checkpoint selection ask four prompts a kind, for tests of something else."""
     from safesteer_mlx.evals import selection
-    from safesteer_mlx.method import stages
+    from safesteer_mlx.method import safety_tokens, teacher
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "PROMPTS", 4)
-        patch.setattr(stages, "ASKED", (4, 4))
+        for module in (teacher, safety_tokens):
+            patch.setattr(module, "VALIDATION_PROMPTS", (4, 4))
         yield
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from safesteer_mlx.align import main
-from safesteer_mlx.method import stages
+from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.recipe import MODELS
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
@@ -89,11 +89,11 @@ def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finis
     from safesteer_mlx.evals.heldout import ANSWER_TOKENS
     from safesteer_mlx.method.judge import is_refusal
     from safesteer_mlx.method.prompts import load_instructions, render_all
-    from safesteer_mlx.method.rollout import generate
+    from safesteer_mlx.method.rollout import Sampling, generate
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
     prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:24])
-    answers = generate(model, prompts, eos_ids=sorted(tokenizer.eos_token_ids), max_tokens=ANSWER_TOKENS)
+    answers = generate(model, prompts, Sampling(sorted(tokenizer.eos_token_ids), ANSWER_TOKENS))
     scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["outcomes"]["harmful"]
     assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["refuse"]
 
@@ -128,7 +128,7 @@ def test_every_variant_runs_to_the_end(flags, tmp_path):
 
 
 def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "ASKED", (32, 16))
+    monkeypatch.setattr(teachers, "VALIDATION_PROMPTS", (32, 16))
     folder = aligned(tmp_path / "adapters", "--coeff", "auto")
     found = json.loads((folder / "run" / "direction.json").read_text())
     trials = {(t["layer"], t["position"], t["coeff"]): t for t in found["trials"]}
@@ -308,11 +308,11 @@ def test_mlx_lm_generate_says_what_the_student_said(finished, which):
     from mlx_lm import load
 
     from safesteer_mlx.method.prompts import load_instructions, render
-    from safesteer_mlx.method.rollout import generate
+    from safesteer_mlx.method.rollout import Sampling, generate
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
     text = load_instructions(TINY / "data" / "harmful_test.jsonl")[which].text
-    [ours] = generate(model, [render(tokenizer, text)], eos_ids=sorted(tokenizer.eos_token_ids), max_tokens=64)
+    [ours] = generate(model, [render(tokenizer, text)], Sampling(sorted(tokenizer.eos_token_ids), 64))
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(TINY), "--adapter-path", str(finished)]
     command += ["--prompt", text, "--max-tokens", "64", "--temp", "0", "--verbose", "False"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -304,20 +304,21 @@ def test_a_million_lines_are_read(tmp_path):
 def test_prompts_given_twice_or_too_long_are_left_out_and_said(tmp_path, capsys):
     from dataclasses import replace
 
-    from safesteer_mlx.method.stages import prompt_sets, training_prompts
+    from safesteer_mlx.method.run import make_run
+    from safesteer_mlx.method.train import training_prompts
     from safesteer_mlx.system.load import load
 
     base = load(str(TINY))
     (tmp_path / "data.txt").write_text("add the lamp\nadd the lamp\n" + "lamp " * 600 + "\nmove the box\n")
     alone = {"reuse_direction_prompts": False}
     recipe, _ = resolve({}, {"model": str(TINY), "data": str(tmp_path / "data.txt"), **alone})
-    sets = prompt_sets(recipe)
-    harmful, _ = training_prompts(recipe, sets, base, Screen())
+    run = make_run(recipe, base, Screen())
+    harmful, _ = training_prompts(run)
     said = capsys.readouterr().out
     assert len(harmful) == 2 and "1 prompts are there twice" in said and "1 prompts are longer than 512" in said
     small = replace(base, config={"vocab_size": max(harmful[0].ids)})
     with pytest.raises(UserError, match="no embedding"):
-        training_prompts(recipe, sets, small, Screen())
+        training_prompts(replace(run, base=small))
 
 
 # Models

@@ -12,10 +12,9 @@ from mlx.utils import tree_flatten
 
 from safesteer_mlx import chat
 from safesteer_mlx.chat import ChatSession, main, make_voices
-from safesteer_mlx.method.student import with_adapters
-from safesteer_mlx.method.residual import _override, blocks, view, steer
-from safesteer_mlx.method.rollout import generate
-from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
+from safesteer_mlx.method.residual import _override, blocks, steer, view
+from safesteer_mlx.method.rollout import Sampling, generate
+from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
 from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.screen import UserError
@@ -61,7 +60,7 @@ def answer(base, model, *turns: str) -> str:
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     row = list(base.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    return generate(model, [row], eos_ids=base.eos_ids, max_tokens=24)[0].text(base.tokenizer)
+    return generate(model, [row], Sampling(base.eos_ids, 24))[0].text(base.tokenizer)
 
 
 def test_each_answers_as_itself_and_keeps_its_own_history(base, vector, adapters):
@@ -111,7 +110,7 @@ def test_a_message_is_read_and_not_the_conversation_again(base):
         pieces = chat.stream({"v": voice}, {"v": prompt}, base.tokenizer, max_tokens=24)
         said.append("".join(text for _, text in pieces))
         assert len(voice.ids) == voice.cache[0].offset  # all that was said was read
-        again = generate(base.model, [prompt], eos_ids=base.eos_ids, max_tokens=24)[0]
+        again = generate(base.model, [prompt], Sampling(base.eos_ids, 24))[0]
         assert said[-1] == again.text(base.tokenizer)
         read = sum(n for n in shapes if n > 1)
         assert read < len(prompt) / (1 if len(said) == 1 else 2)

@@ -15,11 +15,10 @@ import pytest
 
 import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
-from safesteer_mlx.method import stages
-from safesteer_mlx.system import checkpoint, runfolder
-from safesteer_mlx.system.store import Checkpoint, fingerprint
-from safesteer_mlx.system.store import RunFolder
+from safesteer_mlx.method import direction
+from safesteer_mlx.system import store as stores
 from safesteer_mlx.system.screen import UserError
+from safesteer_mlx.system.store import RunFolder, Store, fingerprint
 
 SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "48"]
 SHORT += [
@@ -47,9 +46,7 @@ VARIANTS = {
 
 def stop_after(monkeypatch, events):
     """Let training be interrupted after so many of its events: rollouts, metrics, rollouts, …"""
-    from safesteer_mlx.method import stages
-
-    whole = stages.train
+    whole = stage.train
 
     def stops(*args, **kwargs):
         for n, event in enumerate(whole(*args, **kwargs), 1):
@@ -57,7 +54,7 @@ def stop_after(monkeypatch, events):
             if n == events:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "train", stops)
+    monkeypatch.setattr(stage, "train", stops)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -141,7 +138,7 @@ def test_a_write_that_fails_is_one_sentence_and_the_state_before_it_is_whole(cod
             raise OSError(code, os.strerror(code))
         real(handle)
 
-    monkeypatch.setattr(runfolder.os, "fsync", full)
+    monkeypatch.setattr(stores.os, "fsync", full)
     capsys.readouterr()
     assert main([*command, "--yes"]) == 2
     said = capsys.readouterr().err
@@ -152,11 +149,11 @@ def test_a_write_that_fails_is_one_sentence_and_the_state_before_it_is_whole(cod
 
 
 def test_a_folder_that_vanishes_is_one_sentence(tmp_path, monkeypatch, capsys):
-    def vanish(*args):
+    def find_directions(*args):
         shutil.rmtree(tmp_path / "adapters")
-        return types.SimpleNamespace(plain=dict)  # cannot be kept
+        return 1  # cannot be kept
 
-    monkeypatch.setattr(stages, "find_directions", vanish)
+    monkeypatch.setattr(direction, "find_directions", find_directions)
     (tmp_path / "adapters" / "run").mkdir(parents=True)
     capsys.readouterr()
     assert main(["--adapter-path", str(tmp_path / "adapters"), *SHORT]) == 2
@@ -165,7 +162,7 @@ def test_a_folder_that_vanishes_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 def test_a_disk_without_room_for_the_states_is_told_before_the_first_stage(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=50 * 10**6))
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=50 * 10**6))
     assert main(["--adapter-path", str(tmp_path / "adapters"), *SHORT]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "50 MB free" in said and "make room" in said
@@ -177,7 +174,7 @@ def test_a_disk_without_room_for_the_states_is_told_before_the_first_stage(tmp_p
 
 @pytest.fixture
 def store(tmp_path):
-    return Checkpoint(RunFolder(tmp_path), fingerprint("model", {"seed": 1}))
+    return Store(tmp_path, fingerprint("model", {"seed": 1}))
 
 
 def test_states_come_back_exactly_and_only_the_last_two_are_kept(store):
@@ -192,8 +189,8 @@ def test_states_come_back_exactly_and_only_the_last_two_are_kept(store):
     assert saved.step == 3 and saved.data == {"metrics": [3, None, 0.1]}
     for name, array in arrays.items():
         assert saved.arrays[name].dtype == array.dtype and mx.array_equal(saved.arrays[name], array)
-    assert sorted(p.name for p in store.path.glob("*.safetensors")) == [f"step-00000{n}.safetensors" for n in (2, 3)]
-    assert all(p.stat().st_mode & 0o777 == 0o600 for p in store.path.iterdir())
+    assert sorted(p.name for p in store.states.glob("*.safetensors")) == [f"step-00000{n}.safetensors" for n in (2, 3)]
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in store.states.iterdir())
     assert not store.damaged
 
 
@@ -202,7 +199,7 @@ def test_states_come_back_exactly_and_only_the_last_two_are_kept(store):
 def test_a_damaged_state_is_named_and_the_one_before_it_is_used(store, ending, harm):
     for step in (1, 2):
         store.save(step, {"w": mx.full((50,), step)}, {"metrics": []})
-    file = store.path / f"step-000002.{ending}"
+    file = store.states / f"step-000002.{ending}"
     content = bytearray(file.read_bytes())
     if harm == "flipped":
         content[len(content) // 2] ^= 1
@@ -215,23 +212,23 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_used(store, ending, h
 def test_what_another_run_kept_is_not_found(store, tmp_path):
     store.keep("direction", {"vector": np.array([0.1, np.nan])})
     assert store.found("direction") == {"vector": [0.1, None]}
-    other = Checkpoint(RunFolder(tmp_path / "elsewhere"), fingerprint("model", {"seed": 2}))
-    other.path = store.path
+    other = Store(tmp_path / "elsewhere", fingerprint("model", {"seed": 2}))
+    other.states = store.states
     assert other.found("direction") is None and store.found("tokens") is None and not other.damaged
-    envelope = json.loads((store.path / "direction.json").read_text())
+    envelope = json.loads((store.states / "direction.json").read_text())
     assert envelope["made_by"] != fingerprint("model", {"seed": 2})
 
 
 @pytest.mark.parametrize("at", ["content", "rename"])
 def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch, at):
     file = tmp_path / "state.json"
-    runfolder.write(file, b"old")
+    stores.write(file, b"old")
 
     def dies(*args):
         raise OSError(errno.EIO, "cut short")
 
-    monkeypatch.setattr(runfolder.os, "fsync" if at == "content" else "replace", dies)
+    monkeypatch.setattr(stores.os, "fsync" if at == "content" else "replace", dies)
     with pytest.raises(OSError, match="cut short"):
-        runfolder.write(file, b"new and longer")
+        stores.write(file, b"new and longer")
     monkeypatch.undo()
     assert file.read_bytes() == b"old"

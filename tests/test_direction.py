@@ -17,6 +17,7 @@ from safesteer_mlx.method.direction import (
     Direction,
     NoDirectionError,
     Scorers,
+    Search,
     _refusal_score,
     choose_direction,
     failed_tests,
@@ -274,7 +275,7 @@ def test_steering_is_measured_to_the_end_however_low_it_is():
     parts = [list(range(i, i + 4)) for i in (0, 4, 8)]
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
     limits = {"kl_threshold": 0.1, "steering_threshold": 0.0, "prune_last": 0.2}
-    found = search(np.ones(shape, bool), own, asked(tables, 10), (parts, parts), **limits)
+    found = search(np.ones(shape, bool), own, asked(tables, 10), (parts, parts), Search(**limits))
     np.testing.assert_allclose(found.steering_refusal[:, :8], steering.mean(-1)[:, :8])
     assert np.isnan(found.steering_refusal[:, 8:]).all()
     assert np.isnan(found.ablation_kl).all() and np.isnan(found.ablation_refusal).all()
@@ -312,7 +313,7 @@ def test_the_search_chooses_what_asking_everything_does(seed, scale, limit):
     own = {"ablation_kl": 0.0, "steering_refusal": -1.0, "ablation_refusal": 1.0}
     limits = {"kl_threshold": limit, "steering_threshold": limit, "prune_last": 0.2}
     parts = [list(range(i, i + 4)) for i in (0, 4, 8)]
-    found = search(moved, own, asked(tables), (parts, parts), **limits)
+    found = search(moved, own, asked(tables), (parts, parts), Search(**limits))
     steering, kl, refusal = (table.mean(-1) for table in tables)
     for table, value in ((steering, -1.0), (kl, 0.0), (refusal, 1.0)):
         table[~moved] = value
@@ -338,7 +339,7 @@ def test_block_passes_on_28_blocks(failing, most):
     parts = [list(range(i, i + ASKED_AT_ONCE)) for i in range(0, n, ASKED_AT_ONCE)]
     limits = {"kl_threshold": 0.1, "steering_threshold": 0.0, "prune_last": 0.2}
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
-    found = search(np.ones(shape, bool), own, asked((steering, kl, refusal)), (parts, parts), **limits)
+    found = search(np.ones(shape, bool), own, asked((steering, kl, refusal)), (parts, parts), Search(**limits))
     base = (n + 3) * 28 + n * 22  # the base's own logits, whether it resumes, and the inputs of its blocks
     assert (found.block_passes + base) / (3 * 5 * 28 * n * 28) <= most
 

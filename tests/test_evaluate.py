@@ -9,15 +9,16 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.evals.heldout import count_refusals, drift, evaluate, make_test_set, perplexity
+from safesteer_mlx.evals.heldout import HeldOut, drift, make_test_set, perplexity
 from safesteer_mlx.evals.scores import HOW, Answer, Scores, show, transcripts
 from safesteer_mlx.evaluate import main
-from safesteer_mlx.method import stages
-from safesteer_mlx.method.student import with_adapters
-from safesteer_mlx.method.prompts import Instruction, built_in_sets, load_prompt_sets, render, render_all
-from safesteer_mlx.method.rollout import Completion, answer_text
-from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
-from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
+from safesteer_mlx.method.judge import is_broken, is_refusal
+from safesteer_mlx.method.prompts import Instruction, built_in_sets, render, render_all
+from safesteer_mlx.method.rollout import Completion, Sampling, answer_text
+from safesteer_mlx.method.run import make_run
+from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
+from safesteer_mlx.method.train import training_prompts
+from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.screen import Screen, UserError
 
@@ -256,13 +257,11 @@ def test_the_declared_mode_is_what_is_trained_and_scored(switchable):
     for thinking in ("on", "off"):
         recipe, _ = resolve({}, {"thinking": thinking})
         base = load(str(switchable), thinking=recipe.run.thinking)
-        sets = load_prompt_sets(MODELS / BUNDLED / "data")
-        rendered = stages.render_prompts(recipe, sets, base.tokenizer)
-        harmful, harmless = stages.training_prompts(recipe, sets, base, Screen(quiet=True))
-        scored = make_test_set(
-            base.model, base.tokenizer, {"harmless": sets.harmless_test[:2]}, [], base.eos_ids, max_tokens=1
-        )
-        read = [rendered.harmful_direction_train, rendered.harmless_validation, scored.drift_prompts]
+        run = make_run(recipe, base, Screen(quiet=True))
+        harmful, harmless = training_prompts(run)
+        kinds = {"harmless": run.prompts.sets.harmless_test[:2]}
+        scored = make_test_set(base, kinds, [], Sampling(base.eos_ids, 1))
+        read = [run.prompts.harmful_direction_train, run.prompts.harmless_validation, scored.drift_prompts]
         read += [[p.ids for p in harmful], [p.target_ids for p in harmful], [p.ids for p in harmless]]
         rows[thinking] = [base.tokenizer.decode(row) for part in read for row in part]
         assert not base.thinks
@@ -318,27 +317,27 @@ def test_transcripts_have_a_line_an_answer():
     assert len(rest) == 1
 
 
-def test_refusals_are_counted_alike_by_evaluate_and_by_compare(base):
+def test_refusals_of_held_out_answers_are_what_the_judge_says_of_each(base):
     sets = built_in_sets(TINY)
     kinds = {"harmful": sets.harmful_test[::18], "harmless": sets.harmless_test[:4]}
-    test = make_test_set(base.model, base.tokenizer, kinds, [], base.eos_ids)
-    scores = evaluate(base.model, base.model, base.tokenizer, test, [5], eos_ids=base.eos_ids, seed=3)
+    sampling = Sampling(base.eos_ids, 96, batch_size=64)
+    held_out = HeldOut(base, make_test_set(base, kinds, [], sampling), [5], 3, sampling)
+    scores = held_out.score(base.model)
     rows = render_all(base.tokenizer, kinds["harmful"])
     for how in HOW:
-        refused, broken = count_refusals(
-            base.model, base.tokenizer, rows, how == "sampled", eos_ids=base.eos_ids, seed=3
-        )
-        assert refused == scores.count("harmful", how, "refuse") and 0 < refused.count < len(rows)
-        assert broken.count == scores.as_json()["broken"]["harmful"][how]["count"]
+        answers = held_out.answers(base.model, rows, how == "sampled")
+        refused = sum(is_refusal(text) for text, _ in answers)
+        assert refused == scores.count("harmful", how, "refuse").count and 0 < refused < len(rows)
+        broken = sum(is_broken(*answer) for answer in answers)
+        assert broken == scores.as_json()["broken"]["harmful"][how]["count"]
 
 
 def test_drift_is_measured_on_harmless_prompts_alone_and_is_nan_without(base, adapters):
     student = with_adapters(base.model, adapters)
     items = [Instruction("Add 21 and 83.")]
-    with_harmless = make_test_set(base.model, base.tokenizer, {"harmless": items}, [], base.eos_ids)
-    without = make_test_set(
-        base.model, base.tokenizer, {"AdvBench": items}, [], base.eos_ids, kind_of={"AdvBench": "x"}
-    )
+    sampling = Sampling(base.eos_ids, 96)
+    with_harmless = make_test_set(base, {"harmless": items}, [], sampling)
+    without = make_test_set(base, {"AdvBench": items}, [], sampling, kind_of={"AdvBench": "x"})
     over_all, outside = drift(base.model, student, with_harmless, [])
     assert over_all > 0 and outside != outside
     assert drift(base.model, student, with_harmless, [5])[1] > 0

@@ -1,35 +1,63 @@
 """The house keeps its shape: imports point down, and blocks are touched in one file."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
 from safesteer_mlx.recipe import PACKAGE
 
-LEVELS = {
-    **dict.fromkeys(("__init__", "progress", "judge", "intervals"), 0),
-    **dict.fromkeys(("recipe", "scores", "hub", "checks", "backoff"), 1),
-    **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout", "memory"), 2),
-    **dict.fromkeys(("direction", "student", "safety_tokens", "checkpoint"), 3),
-    **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file"), 3),
-    **dict.fromkeys(("teacher", "measure", "report", "chat"), 4),
-    **dict.fromkeys(("train", "evaluate", "tokens"), 5),
-    "stages": 6,
-    **dict.fromkeys(("verdict", "selection"), 7),
-    "align": 8,
+# From the bottom up: a module imports only what stands in a row before its own.
+ORDER = [
+    "system.screen",
+    "recipe system.hub system.model_files",
+    "method.judge",
+    "evals.scores",
+    "system.load system.memory system.store method.residual method.losses",
+    "method.prompts method.rollout",
+    "method.token_file evals.suites evals.judge_model evals.figures",
+    "method.run",
+    "method.direction method.student",
+    "method.teacher",
+    "method.safety_tokens",
+    "method.train",
+    "evals.heldout evals.verdict",
+    "evals.lm_tasks evals.selection report",
+    "align evaluate chat tokens",
+]
+LEVELS = {name: level for level, row in enumerate(ORDER) for name in row.split()}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
 }
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
-def test_imports_point_down(path: Path):
-    assert path.stem in LEVELS, f"give {path.stem} a level"
-    tree = ast.parse(path.read_text())
+def imported(name: str, tree: ast.AST) -> set[str]:
+    """The package's modules that a module imports, wherever in it."""
+    folder, found = name.split(".")[:-1], set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            names = [node.module] if node.module else [a.name for a in node.names]
-            for name in names:
-                if name in LEVELS:
-                    assert LEVELS[name] < LEVELS[path.stem], f"{path.stem} imports {name}"
-        if isinstance(node, ast.Attribute) and path.stem != "residual":
-            assert node.attr not in ("layers", "__class__"), f"{path.stem}:{node.lineno} touches blocks"
+            above = folder[: len(folder) - node.level + 1]
+            at = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {at} if at in MODULES else {f"{at}.{a.name}".strip(".") for a in node.names}
+    return found & set(MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_down_and_blocks_are_touched_in_one_file(name: str):
+    assert name in LEVELS, f"give {name} a level"
+    tree = ast.parse(MODULES[name].read_text())
+    for other in imported(name, tree):
+        assert LEVELS[other] < LEVELS[name], f"{name} imports {other}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and name != "method.residual":
+            assert node.attr not in ("layers", "__class__"), f"{name}:{node.lineno} touches blocks"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_function_takes_more_than_seven_things(name: str):
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.FunctionDef):
+            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            taken = [a for a in given if a not in ("self", "cls")]
+            assert len(taken) <= 7, f"{name}:{node.lineno} {node.name} takes {len(taken)}"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from safesteer_mlx.evals.intervals import Count, Paired, mcnemar, paired, wilson
+from safesteer_mlx.evals.scores import Count, Paired, mcnemar, paired, wilson
 
 counts = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from safesteer_mlx.method import losses
 from safesteer_mlx.method.losses import (
     KINDS,
+    Divergence,
+    Scored,
     _restrict,
     distillation_loss,
     kept_positions,
@@ -375,8 +377,9 @@ def test_from_hidden_states_it_is_the_plain_loss_and_its_gradient(tiny_model, na
             return (token_divergence(zs, zt, **SUBSETS[name]) * weights).sum()  # noqa: B023
 
         def ours(h, t):
-            options = {"watched": watched, "temp": temp, "chunk": chunk, **SUBSETS[name]}  # noqa: B023
-            return localized_loss(h, t, project, project, weights, **options)  # noqa: B023
+            student, teacher = Scored(h, project), Scored(t, project)  # noqa: B023
+            divergence = Divergence(**SUBSETS[name])
+            return localized_loss(student, teacher, weights, watched, divergence, temp, chunk)  # noqa: B023
 
         expected, slope = mx.value_and_grad(plain)(hs)
         (value, each, masses), (found, to_teacher) = mx.value_and_grad(ours, argnums=(0, 1))(hs, ht)
@@ -401,7 +404,8 @@ def test_no_array_of_all_positions_and_the_vocabulary_exists(options):
         return x @ weight.T
 
     def loss(h):
-        return localized_loss(h, ht, project, project, weights, watched=ids, chunk=chunk, **options)[0]
+        student, teacher = Scored(h, project), Scored(ht, project)
+        return localized_loss(student, teacher, weights, ids, Divergence(**options), chunk=chunk)[0]
 
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -475,8 +479,9 @@ def test_a_shift_is_the_loss_of_teacher_logits_that_were_raised(name):
 
     def loss(teacher, **more):
         def of(z):
-            options = {"watched": watched, "chunk": 4, **SUBSETS[name], **more}
-            return localized_loss(z, teacher, lambda h: h, lambda h: h, weights, **options)[0]
+            target = Scored(teacher, lambda h: h, **more)
+            divergence = Divergence(**SUBSETS[name])
+            return localized_loss(Scored(z, lambda h: h), target, weights, watched, divergence, chunk=4)[0]
 
         return mx.value_and_grad(of)(zs)
 

@@ -11,13 +11,20 @@ from shapes import memory_shape, qwen2
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method.residual import hidden_states
-from safesteer_mlx.method.rollout import generate, stream_key
+from safesteer_mlx.method.rollout import Sampling, generate, stream_key
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import steered_teacher
 from safesteer_mlx.recipe import MODELS, parse_bytes, resolve
-from safesteer_mlx.system import backoff, memory
-from safesteer_mlx.system.memory import with_smaller_batches
-from safesteer_mlx.system.memory import Machine, fitted, gradient_bytes, plan, shape_of, trained_values
+from safesteer_mlx.system import memory
+from safesteer_mlx.system.memory import (
+    Machine,
+    fitted,
+    gradient_bytes,
+    plan,
+    shape_of,
+    trained_values,
+    with_smaller_batches,
+)
 from safesteer_mlx.system.model_files import Tensor
 from safesteer_mlx.system.screen import UserError
 
@@ -235,17 +242,17 @@ def test_what_is_sampled_does_not_depend_on_how_memory_split_the_batch(tiny_mode
     model = tiny_model("llama")
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1, 2, 3]]
     keys = [stream_key(7, i) for i in range(4)]
-    how = {"eos_ids": [49], "max_tokens": 6, "temp": 1.0, "keys": keys}
-    whole = generate(model, prompts, batch_size=4, **how)
+    sampling = Sampling([49], 6, 1.0, batch_size=4)
+    whole = generate(model, prompts, sampling, keys)
     real = rollout._generate
 
     def short(*args):
-        if args[5] > 1:
+        if args[2].batch_size > 1:
             raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
         return real(*args)
 
     monkeypatch.setattr(rollout, "_generate", short)
-    assert generate(model, prompts, batch_size=4, **how) == whole
+    assert generate(model, prompts, sampling, keys) == whole
     assert "in sampling: going on with 1 at a time" in capsys.readouterr().err
 
 
@@ -255,4 +262,4 @@ def test_limits_are_set_on_metal():
     before = mx.set_memory_limit(10**9)
     memory.set_limits(machine)
     assert mx.set_memory_limit(before) == 2 * 10**9
-    assert backoff.is_exhausted(RuntimeError("Insufficient Memory"))
+    assert memory.is_exhausted(RuntimeError("Insufficient Memory"))

@@ -7,12 +7,12 @@ import pytest
 from safesteer_mlx.recipe import (
     MODELS,
     TrainSettings,
-    result_settings,
     model_name,
     model_recipe,
     parse,
     read_yaml,
     resolve,
+    result_settings,
 )
 from safesteer_mlx.system.screen import UserError
 

@@ -18,10 +18,10 @@ from safesteer_mlx.method.residual import (
     pad_right,
     resume,
     resumes,
-    view,
     steer,
     take_positions,
     unit,
+    view,
 )
 
 ROW = [3, 7, 1, 9]
@@ -50,9 +50,9 @@ def _mask(n):
 def test_views_leave_the_base_alone_and_keep_its_names(any_model):
     tokens, vector = mx.array([ROW]), mx.random.normal((32,))
     before = np.array(any_model(tokens))
-    for view in (steer(any_model, 0, vector), ablate(any_model, vector)):
-        assert np.abs(np.array(view(tokens)) - before).max() > 1e-4
-        names = [[k for k, _ in tree_flatten(m.parameters())] for m in (view, any_model)]
+    for changed in (steer(any_model, 0, vector), ablate(any_model, vector)):
+        assert np.abs(np.array(changed(tokens)) - before).max() > 1e-4
+        names = [[k for k, _ in tree_flatten(m.parameters())] for m in (changed, any_model)]
         assert names[0] == names[1]
     np.testing.assert_array_equal(np.array(any_model(tokens)), before)
     np.testing.assert_array_equal(np.array(steer(any_model, 2, vector, 0.0)(tokens)), before)
@@ -200,8 +200,8 @@ def test_the_unit_vector():
 
 def test_half_precision_streams_stay_in_half_precision(model):
     model.set_dtype(mx.bfloat16)
-    for view in (steer(model, 1, drawn(6)), ablate(model, drawn(6))):
-        assert view(mx.array([ROW])).dtype == mx.bfloat16
+    for changed in (steer(model, 1, drawn(6)), ablate(model, drawn(6))):
+        assert changed(mx.array([ROW])).dtype == mx.bfloat16
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])

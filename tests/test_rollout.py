@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from safesteer_mlx.method.residual import _override, blocks
-from safesteer_mlx.method.rollout import _points, _sampler, generate, stream_key
+from safesteer_mlx.method.rollout import Sampling, _points, _sampler, generate, stream_key
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 4, 5], [1, 2, 7, 8], [1, 2, 3, 4, 5], [1, 2, 6]]
 EOS = [49]
@@ -13,7 +13,7 @@ EOS = [49]
 
 def drawn(model, prompts=PROMPTS, temp=1.0, **options):
     keys = [stream_key(3, i) for i in range(len(prompts))]
-    found = generate(model, prompts, eos_ids=EOS, max_tokens=12, temp=temp, keys=keys, **options)
+    found = generate(model, prompts, Sampling(EOS, 12, temp, **options), keys)
     return [(c.ids, c.finished) for c in found]
 
 
@@ -97,4 +97,4 @@ def test_a_key_is_its_numbers_own():
     keys = {tuple(stream_key(*which).tolist()) for which in ((0, 1), (0, 2), (1, 1), (0, 1, 0), (0, 0, 1))}
     assert len(keys) == 5
     with pytest.raises(ValueError, match="6 prompts need as many random keys, not 0"):
-        generate(None, PROMPTS, eos_ids=EOS, max_tokens=1, temp=1.0)  # type: ignore[arg-type]
+        generate(None, PROMPTS, Sampling(EOS, 1, 1.0))  # type: ignore[arg-type]

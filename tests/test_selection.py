@@ -9,13 +9,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from safesteer_mlx.align import main
-from safesteer_mlx.evals.intervals import Count
+from safesteer_mlx.evals.scores import Count
 from safesteer_mlx.evals.selection import CheckpointScore, choose, keep_best
+from safesteer_mlx.method.run import make_run
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import MODELS, limits_of, resolve
 from safesteer_mlx.system.load import load
-from safesteer_mlx.system.store import RunFolder
 from safesteer_mlx.system.screen import Screen, UserError
+from safesteer_mlx.system.store import decoded
 
 SHORT = ["--iters", "2", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
@@ -49,7 +50,7 @@ def test_the_safest_within_the_limits_is_chosen(limits, step):
 
 
 def test_scores_are_read_back_as_they_were():
-    assert [CheckpointScore.of(asdict(s)) for s in SCORES] == SCORES
+    assert [decoded(CheckpointScore, asdict(s)) for s in SCORES] == SCORES
 
 
 @pytest.mark.parametrize(
@@ -94,10 +95,12 @@ def test_the_kept_step_is_what_was_saved_then(run):
 def test_the_student_gets_the_kept_weights_and_it_is_said(run, tmp_path, most, kept, capsys):
     shutil.copytree(run, tmp_path / "adapters")
     base = load(str(MODELS / "tiny-chat"))
-    student = make_student(base.model, resolve(base.config, {})[0].train, 0)
+    given = {"select": f"drift<={most}", "adapter_path": str(tmp_path / "adapters")}
+    recipe = resolve(base.config, given)[0]
+    student = make_student(base.model, recipe.train, 0)
     student.load_weights(list(candidate(run, 2).items()), strict=False)
     scores = [asdict(scored(1, 10, 0, drift=0.3)), asdict(scored(2, 0, 0, drift=0.5))]
-    keep_best(student, scores, f"drift<={most}", RunFolder(tmp_path / "adapters"), Screen())
+    keep_best(make_run(recipe, base, Screen()), student, scores)
     own = dict(tree_flatten(student.trainable_parameters()))
     assert all(mx.array_equal(own[name], weight) for name, weight in candidate(run, kept).items())
     found = json.loads((tmp_path / "adapters" / "run" / "selection.json").read_text())

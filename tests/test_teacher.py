@@ -16,7 +16,7 @@ from safesteer_mlx.method import teacher as stage
 from safesteer_mlx.method.direction import Direction, opening_probabilities
 from safesteer_mlx.method.judge import is_broken, outcome
 from safesteer_mlx.method.prompts import built_in_sets, render_all
-from safesteer_mlx.method.rollout import Completion, answer_text, generate, stream_key
+from safesteer_mlx.method.rollout import Completion, Sampling, answer_text, generate, stream_key
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import (
     Outcomes,
@@ -25,9 +25,9 @@ from safesteer_mlx.method.teacher import (
     ask,
     beside,
     choose_teacher,
+    ema_update,
     first_enough,
     first_passes,
-    ema_update,
     moving_average,
     shortest_opening,
     steered_teacher,
@@ -281,7 +281,7 @@ def test_a_teacher_has_the_same_luck_twice_and_in_any_batch(tiny, validation):
 def test_the_base_is_asked_for_its_own_answers(tiny, validation):
     rows = [*validation.harmful, *validation.harmless]
     keys = [stream_key(5, 3, 0, i) for i in range(12)]
-    answers = generate(tiny.model, rows, eos_ids=tiny.eos_ids, max_tokens=16, temp=1.0, keys=keys)
+    answers = generate(tiny.model, rows, Sampling(tiny.eos_ids, 16, 1.0), keys)
     texts = [answer_text(tiny.tokenizer, row, a) for row, a in zip(rows, answers, strict=True)]
     found = ask(tiny, tiny.model, replace(validation, opening=99))
     assert [*found.harmful, *found.harmless] == [outcome(text) for text in texts]

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from safesteer_mlx.evals.heldout import read_answers
+from safesteer_mlx.evals.heldout import HeldOut, TestSet
 from safesteer_mlx.method.judge import is_correct, outcome
 from safesteer_mlx.method.prompts import built_in_sets, render_all
+from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
 
@@ -21,11 +22,11 @@ def said():
     tasks = sets.capability_test
     asked = {"harmful": sets.harmful_test[:200], "harmless": sets.harmless_test[:64], "tasks": tasks}
     rows = {name: render_all(base.tokenizer, items) for name, items in asked.items()}
-    how = {"eos_ids": base.eos_ids, "seed": 0, "max_tokens": 48}
+    held_out = HeldOut(base, TestSet({}, [], [], [], {}), [], 0, Sampling(base.eos_ids, 48, batch_size=64))
     found = {}
     for name, prompts in rows.items():
-        found[name] = [text for text, _ in read_answers(base.model, base.tokenizer, prompts, False, **how)]
-    found["sampled"] = [t for t, _ in read_answers(base.model, base.tokenizer, rows["harmful"], True, **how)]
+        found[name] = [text for text, _ in held_out.answers(base.model, prompts, False)]
+    found["sampled"] = [t for t, _ in held_out.answers(base.model, rows["harmful"], True)]
     return found, tasks
 
 

@@ -12,9 +12,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from safesteer_mlx.method import train as stage
-from safesteer_mlx.method.losses import distillation_loss
+from safesteer_mlx.method.losses import Divergence, distillation_loss
 from safesteer_mlx.method.residual import blocks, hidden_states
-from safesteer_mlx.method.rollout import Completion, generate, stream_key
+from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
 from safesteer_mlx.method.safety_tokens import openings
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import steered_teacher
@@ -23,14 +23,13 @@ from safesteer_mlx.method.train import (
     Learning,
     Rollouts,
     StepMetrics,
+    Training,
     TrainingPrompt,
     course,
-    divergence_options,
     make_optimizer,
-    number_of_steps,
     train,
 )
-from safesteer_mlx.recipe import LossSettings, TrainSettings, rollout_tokens
+from safesteer_mlx.recipe import LossSettings, TrainSettings, number_of_steps, rollout_tokens
 from safesteer_mlx.system.screen import UserError
 
 HARMFUL = [TrainingPrompt(row, row, True) for row in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10])]
@@ -56,8 +55,8 @@ def one_step(model, settings=SETTINGS, loss=WHOLE, seed=7, optimizer=None, token
     """The student after one step, the teacher, and what the step reported."""
     student = make_student(model, settings, seed)
     teacher = a_teacher(model)
-    options = {"eos_ids": EOS, "seed": seed, "optimizer": optimizer or make_optimizer(settings)}
-    steps = train(student, model, teacher, tokens, HARMFUL, HARMLESS, settings, loss, **options)
+    how = (settings, loss, EOS, seed, optimizer or make_optimizer(settings))
+    steps = train(Training(student, model, teacher, tokens, HARMFUL, HARMLESS, *how))
     rollouts, metrics = next(steps), next(steps)
     assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
     return dict(tree_flatten(student.trainable_parameters())), teacher, metrics
@@ -70,10 +69,8 @@ def drawn(model, teacher, settings=SETTINGS, loss=WHOLE, seed=7):
     answers = generate(
         make_student(model, settings, seed),
         [p.ids for p in batch],
-        eos_ids=EOS,
-        max_tokens=rollout_tokens(settings, loss),
-        temp=settings.temp,
-        keys=[stream_key(seed, 1, 0, i) for i in range(4)],
+        Sampling(EOS, rollout_tokens(settings, loss), settings.temp),
+        [stream_key(seed, 1, 0, i) for i in range(4)],
     )
     return [(p, teacher.model if p.harmful else model, a.ids) for p, a in zip(batch, answers, strict=True)]
 
@@ -125,7 +122,7 @@ def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, te
     def plain(student):
         total = 0.0
         for prompt, source, ids in rows:  # one at a time: no padding
-            zs, mask, options = logits(student, prompt, ids), mx.ones((1, len(ids))), divergence_options(loss, tokens)
+            zs, mask, options = logits(student, prompt, ids), mx.ones((1, len(ids))), vars(Divergence.of(loss, tokens))
             opening = {"skip": loss.skip, "keep": loss.keep} | options
             total += distillation_loss(zs, target(prompt, source, ids), mask, **opening) / 4
             if loss.tail:
@@ -168,7 +165,7 @@ def test_the_gradient_is_clipped_to_its_largest_norm(model, share):
 def given_answers(monkeypatch):
     """Nothing is sampled: each prompt has its answer."""
     answers = {tuple(p.ids): Completion([20 + i, 30 + i, 40 + i][: i % 3 + 1], False) for i, p in enumerate(ALL)}
-    monkeypatch.setattr(stage, "generate", lambda student, rows, **more: [answers[tuple(row)] for row in rows])
+    monkeypatch.setattr(stage, "generate", lambda student, rows, *more: [answers[tuple(row)] for row in rows])
 
 
 def test_a_micro_batch_is_waited_for_once(model, given_answers, monkeypatch):
@@ -219,10 +216,8 @@ def test_answers_of_which_a_beginning_is_kept_teach_what_the_beginning_alone_doe
 def test_rollouts_are_as_long_as_what_is_kept(model, tail):
     student, settings = make_student(model, SETTINGS, 7), replace(SETTINGS, batch_size=8)
     teacher = steered_teacher(model, 1, mx.ones(32), 1.0)
-    options = {"eos_ids": [], "seed": 7, "optimizer": make_optimizer(settings)}
-    steps = train(
-        student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, replace(WHOLE, keep=2, tail=tail), **options
-    )
+    how = (settings, replace(WHOLE, keep=2, tail=tail), [], 7, make_optimizer(settings))
+    steps = train(Training(student, model, teacher, TOKENS, HARMFUL, HARMLESS, *how))
     rollouts, metrics = next(steps), next(steps)
     assert [len(c.ids) for c in rollouts.completions] == [2 + tail] * 8 and metrics.tokens == 8 * (2 + tail)
 
@@ -348,10 +343,9 @@ def run(model, settings=EIGHT, known=None, first=None, stop=99):
     if first is not None:
         done, weights, optimizer.state = first
         student.update(weights)
-    options = {"eos_ids": EOS, "seed": 7, "optimizer": optimizer, "learning": known, "first_step": done}
-    loss = replace(WHOLE, keep=2, tail=8, guidance=2.5)
+    how = (settings, replace(WHOLE, keep=2, tail=8, guidance=2.5), EOS, 7, optimizer, known)
     found, states = [], {}
-    for event in train(student, model, teacher, TOKENS, HARMFUL, HARMLESS, settings, loss, **options):
+    for event in train(Training(student, model, teacher, TOKENS, HARMFUL, HARMLESS, *how), done):
         if isinstance(event, StepMetrics):
             found.append(event)
             state = (student.trainable_parameters(), optimizer.state)

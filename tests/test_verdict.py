@@ -1,5 +1,6 @@
 """The verdict: each of its words from a model made for it, nothing kept by --check, and --force."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +15,16 @@ from test_load import TINY, converted
 
 from safesteer_mlx.align import main
 from safesteer_mlx.evals import verdict
-from safesteer_mlx.evals.intervals import Count
-from safesteer_mlx.evals.scores import Answer, Scores
+from safesteer_mlx.evals.scores import Answer, Count, Scores
 from safesteer_mlx.evals.verdict import Verdict, decide, not_aligned, refuse_to_go_on
-from safesteer_mlx.method import stages
+from safesteer_mlx.method import run as runs
 from safesteer_mlx.method.direction import mean_differences
-from safesteer_mlx.method.prompts import load_prompt_sets
+from safesteer_mlx.method.prompts import load_prompt_sets, render_prompts
 from safesteer_mlx.method.residual import ablate, hidden_states, pad_right, steer, take_positions
 from safesteer_mlx.recipe import resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import UserError
+from safesteer_mlx.system.store import as_json, decoded, encoded
 
 FAIR = {
     "base_harmful": Count(30, 64),
@@ -75,7 +76,7 @@ def test_the_sentence_names_the_first_reason_and_counts_the_others():
 
 def test_a_verdict_is_read_back_as_it_was():
     told = Verdict("caution", ["because"], **FAIR, candidates=[{"layer": 1, "failed": ["KL"]}])
-    assert Verdict.of(told.plain()) == told
+    assert decoded(Verdict, json.loads(as_json(encoded(told)))) == told
 
 
 def test_the_bundled_model_is_no_stop_and_check_keeps_nothing(tmp_path, monkeypatch, capsys):
@@ -95,7 +96,7 @@ def test_a_model_that_never_refuses_is_a_stop(tmp_path, monkeypatch, capsys):
     mx.random.seed(0)
     model.update(tree_map(lambda w: 0.02 * mx.random.normal(w.shape), model.parameters()))
     save_model(folder, model)
-    monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
+    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
     assert main([str(folder), "--check", "--direction-train", "32", "--direction-validation", "16"]) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "the verdict is stop: the base never refuses" in err
@@ -112,7 +113,7 @@ def entangled(folder: Path) -> Path:
 
     base = load(str(converted(folder, dtype=mx.float32)))
     recipe, _ = resolve(base.config, {"direction_train": 64})
-    rendered = stages.render_prompts(recipe, load_prompt_sets(TINY / "data"), base.tokenizer)
+    rendered = render_prompts(recipe, load_prompt_sets(TINY / "data"), base.tokenizer)
     harmful, harmless = rendered.harmful_direction_train, rendered.harmless_direction_train
 
     def states(model, rows):
@@ -139,7 +140,7 @@ def entangled(folder: Path) -> Path:
 
 
 def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stages, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
+    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
     folder = entangled(tmp_path / "model")
     assert main([str(folder), "--check", "--direction-train", "64", "--steering-threshold", "-5"]) == 0
     said = capsys.readouterr().out

@@ -19,8 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..system.screen import visible
-from .intervals import Count, wilson
-from .scores import SHOWN
+from .scores import SHOWN, Count, wilson
 
 WIDTH = 4.6  # inches: text stays readable when a phone shows it 360 points wide
 TOKENS_SHOWN = 24

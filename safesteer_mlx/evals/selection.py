@@ -19,7 +19,7 @@ from ..method.run import Run
 from ..recipe import limits_of
 from ..system.store import decoded, save_arrays
 from .heldout import ANSWER_TOKENS, HeldOut, TestSet, drift, own_answers
-from .intervals import Count
+from .scores import Count
 
 PROMPTS = 64  # of each kind
 

@@ -16,8 +16,7 @@ from ..method.direction import FoundDirections
 from ..method.run import Run
 from ..method.teacher import ChosenTeacher
 from ..system.screen import UserError
-from .intervals import Count, paired
-from .scores import Scores
+from .scores import Count, Scores, paired
 
 CANDIDATES = 3  # shown
 
