@@ -545,8 +545,8 @@ def filter_by_refusal_score(
 @dataclass(frozen=True)
 class FoundDirections:
     """Stage 1's result: refusal openers with their first ids, the scores of all candidates, those worth trying as
-    teachers with the tests that each failed, best first, the validation prompts that passed its filter, and what speaks
-    against it, in sentences."""
+    teachers with the tests that each failed, best first, the prompts that passed its filter, those for validation and
+    those that all directions were found from, and what speaks against it, in sentences."""
 
     openers: dict[str, int]
     scores: CandidateScores
@@ -554,6 +554,8 @@ class FoundDirections:
     failed: list[list[str]]
     harmful: Rows
     harmless: Rows
+    harmful_train: Rows = field(default_factory=list)
+    harmless_train: Rows = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
 
 
@@ -657,7 +659,7 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
         "--thinking off, where its template can, aligns its plain answers"
     )
     scores = CandidateScores(none, none, none)
-    return FoundDirections({}, scores, directions, [[] for _ in directions], *scoring, cautions=[caution])
+    return FoundDirections({}, scores, directions, [[] for _ in directions], *scoring, kept, harmless, [caution])
 
 
 def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
@@ -707,4 +709,5 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
         f"directions: {len(near)} of {candidates.shape[0] * candidates.shape[1]} to be tried as teachers"
         + (f", {passed} of them pass the published tests" if passed else ", none passes the published tests")
     )
-    return FoundDirections(own.openers, scores, directions, [failed for *_, failed in near], *scoring, cautions)
+    tests = [failed for *_, failed in near]
+    return FoundDirections(own.openers, scores, directions, tests, *scoring, *train, cautions)

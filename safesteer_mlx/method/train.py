@@ -489,11 +489,12 @@ class MovingTeacher:
 
     def move(self, step: int) -> None:
         """Follow the student after a step."""
-        settings, prompts = self._run.recipe.teacher, self._run.prompts
+        settings, size = self._run.recipe.teacher, self._run.recipe.run.prompt_batch_size
         ema_update(self._model, self._student, settings.mixup)
         if settings.refresh_every and step % settings.refresh_every == 0:
-            rows = prompts.harmful_direction_train, prompts.harmless_direction_train
-            new = mean_differences(self._model, *rows, -self._direction.position)
+            rows = self._found.harmful_train, self._found.harmless_train
+            work = partial(mean_differences, self._model, *rows, -self._direction.position)
+            new, _ = with_smaller_batches(size, work, "the search for the direction")
             self._vector = mx.array(new[0, self._direction.layer].astype(np.float32))
             self.tokens = mx.array(find_tokens(self._run, self.teacher, self._found).ids)
 
