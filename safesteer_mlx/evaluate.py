@@ -147,7 +147,13 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
         UserError: what a user can mend, in one sentence.
     """
     from .adapters import with_adapters
+    from .padding import ONE_AT_A_TIME, can_batch
+    from .prompts import built_in_sets, render_all
 
+    size = args.batch_size
+    if not can_batch(base, render_all(base.tokenizer, built_in_sets(args.model).harmful_validation)) and size > 1:
+        screen.line(ONE_AT_A_TIME)
+        size = 1
     models = {"base": base.model}
     if args.adapter_path is not None:
         models["student"] = with_adapters(base.model, args.adapter_path)
@@ -155,9 +161,9 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
     if args.perplexity is not None:
         result["perplexity"] = _perplexities(args, models, base, screen)
     if asked.kinds:
-        result |= _scores(args, asked, models, base, screen)
+        result |= _scores(args, asked, models, base, size, screen)
     if asked.tasks:
-        result["tasks"] = _tasks(args, asked, models, base, screen)
+        result["tasks"] = _tasks(args, asked, models, base, size, screen)
     return result
 
 
@@ -172,7 +178,7 @@ def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loade
 
 
 def _scores(
-    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
+    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", batch_size: int, screen: Screen
 ) -> dict[str, Any]:
     from .judge import keyword_judge
     from .judge_model import make_judge
@@ -182,7 +188,7 @@ def _scores(
     judge = keyword_judge
     if args.judge != "keyword":
         judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
-    how: dict[str, Any] = {"max_tokens": args.max_tokens, "batch_size": args.batch_size}
+    how: dict[str, Any] = {"max_tokens": args.max_tokens, "batch_size": batch_size}
     test = make_test_set(
         base.model, base.tokenizer, asked.kinds, asked.capability, base.eos_ids, kind_of=asked.kind_of, **how
     )
@@ -208,7 +214,7 @@ def _scores(
 
 
 def _tasks(
-    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
+    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", batch_size: int, screen: Screen
 ) -> dict[str, Any]:
     from .lm_tasks import run_tasks
 
@@ -218,7 +224,7 @@ def _tasks(
             base.tokenizer,
             [task.task for task in asked.tasks],
             seed=args.seed,
-            batch_size=args.batch_size,
+            batch_size=batch_size,
             limit=args.test_prompts or None,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         )

@@ -28,6 +28,7 @@ from .direction import CandidateScores, Direction
 from .judge import is_refusal
 from .load import Loaded
 from .losses import far_enough, guidance_shift
+from .padding import ONE_AT_A_TIME, can_batch
 from .progress import Screen, UserError
 from .prompts import (
     Instruction,
@@ -276,28 +277,12 @@ def answer_tokens(recipe: Recipe, base: Loaded, enough: int) -> int:
 def check_padding(recipe: Recipe, base: Loaded, rendered: Rendered, screen: Screen) -> Recipe:
     """The recipe, with answers generated one at a time if this architecture cannot do it in batches.
 
-    In some architectures of mlx-lm, prompts of unequal length in a batch fail or change each other's answers.
-
     Raises:
         UserError: padding changes the forward pass itself.
     """
-    prompts = sorted(rendered.harmful_validation, key=len)
-    rows = prompts[:4] + prompts[-4:]
-    together = last_logits(base.model, rows)
-    alone = mx.concatenate([last_logits(base.model, [row]) for row in rows])
-    if not mx.allclose(together, alone, rtol=0.05, atol=0.05 * mx.abs(alone).max().item()):
-        kind = base.config.get("model_type")
-        raise UserError(
-            f"padding changes what model_type {kind} computes, so it cannot be aligned; choose another model"
-        )
-    try:
-        found = [c.ids[0] for c in generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=1)]
-        wrong = sum(token != int(best) for token, best in zip(found, alone.argmax(-1).tolist(), strict=True))
-    except (ValueError, RuntimeError):
-        wrong = len(rows)
-    if wrong <= 1 or recipe.run.generation_batch_size == 1:  # half precision may turn a near tie
+    if can_batch(base, rendered.harmful_validation) or recipe.run.generation_batch_size == 1:
         return recipe
-    screen.line("mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly")
+    screen.line(ONE_AT_A_TIME)
     return replace(recipe, run=replace(recipe.run, generation_batch_size=1))
 
 
@@ -780,7 +765,13 @@ class MovingTeacher:
 def collapsed(recipe: Recipe, base: Loaded, rendered: Rendered, student: nn.Module) -> str | None:
     """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
     rows = rendered.harmless_validation[:COLLAPSE_PROMPTS]
-    drawn = generate(student, rows, eos_ids=base.eos_ids, max_tokens=answer_tokens(recipe, base, ANSWER_TOKENS))
+    drawn = generate(
+        student,
+        rows,
+        eos_ids=base.eos_ids,
+        max_tokens=answer_tokens(recipe, base, ANSWER_TOKENS),
+        batch_size=recipe.run.generation_batch_size,
+    )
     answers = [answer_text(base.tokenizer, row, c) for row, c in zip(rows, drawn, strict=True)]
     refused, empty = sum(map(is_refusal, answers)), sum(not answer.strip() for answer in answers)
     if refused >= 0.9 * len(rows):

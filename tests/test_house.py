@@ -12,7 +12,7 @@ LEVELS = {
     **dict.fromkeys(("recipe", "scores", "hub", "checks", "backoff"), 1),
     **dict.fromkeys(("load", "prompts", "residual", "losses", "runfolder", "rollout", "memory"), 2),
     **dict.fromkeys(("direction", "student", "safety_tokens", "checkpoint"), 3),
-    **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file"), 3),
+    **dict.fromkeys(("suites", "adapters", "judge_model", "lm_tasks", "figures", "token_file", "padding"), 3),
     **dict.fromkeys(("teacher", "measure", "report", "chat"), 4),
     **dict.fromkeys(("train", "evaluate", "tokens"), 5),
     "stages": 6,
