@@ -105,12 +105,17 @@ class Checkpoint:
             )
 
     def save(self, step: int, arrays: dict[str, mx.array], data: dict[str, Any]) -> None:
-        """Keep the state after a step, and forget all but the last `KEPT`."""
+        """Keep the state after a step, and forget all but the last `KEPT`.
+
+        Later ones too: the run would have gone on from them, but another run made them, or they are damaged.
+        """
         file = self._record.room(f"checkpoint/step-{step:06d}.safetensors")
         save_arrays(file, arrays)
         file.chmod(0o600)
         self.keep(file.stem, {"arrays_sha256": _sha256(file), "data": data})
-        for old in self._steps()[KEPT:]:
+        steps = self._steps()
+        kept = [name for name in steps if name <= file.stem][:KEPT]
+        for old in set(steps) - set(kept):
             (self.path / f"{old}.json").unlink(missing_ok=True)
             (self.path / f"{old}.safetensors").unlink(missing_ok=True)
 
