@@ -876,7 +876,9 @@ def train_student(
         return arrays | ({} if moving is None else {f"teacher.{name}": w for name, w in moving.state().items()})
 
     def keep() -> None:
-        checkpoint.save(done, last, asdict(log))
+        # An interrupt may have come after a step's row, before its state was taken.
+        rows = {"metrics": log.metrics[:done], "seconds": log.seconds[:done]}
+        checkpoint.save(done, last, asdict(log) | rows)
         save()
         if (fault := collapsed(recipe, base, rendered, student)) is not None:
             screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")

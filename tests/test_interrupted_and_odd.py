@@ -3,11 +3,16 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from safesteer_mlx import evaluate, padding, prompts, stages
+from safesteer_mlx.checkpoint import Checkpoint
 from safesteer_mlx.progress import Screen
 from safesteer_mlx.recipe import resolve
+from safesteer_mlx.runfolder import RunFolder
+from safesteer_mlx.train import StepMetrics
 
 RECIPE = resolve({}, {})[0]
 UNEQUAL = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
@@ -38,3 +43,58 @@ def test_evaluate_asks_an_architecture_that_cannot_be_batched_one_at_a_time(
     asked = evaluate.Asked({"harmful": []}, {}, [], [SimpleNamespace()])  # type: ignore[list-item]
     evaluate.score(evaluate.parse([]), asked, loaded(tiny_model(name)), Screen())  # type: ignore[arg-type]
     assert used == [size, size] and (padding.ONE_AT_A_TIME in capsys.readouterr().out) == (size == 1)
+
+
+class Moving:
+    """A moving teacher whose state is taken at the beginning and after each step; one of these is interrupted."""
+
+    def __init__(self, interrupted=None):
+        self.interrupted, self.taken = interrupted, 0
+
+    def __call__(self, step):
+        return None
+
+    def state(self):
+        if self.taken == self.interrupted:
+            raise KeyboardInterrupt
+        self.taken += 1
+        return {}
+
+    def restore(self, state):
+        return None, None
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(moving=None, score=None): `train_student` for 4 steps, each a whole number added to the one weight; what
+    is written is in one folder, so a second call goes on."""
+
+    def steps(student, *_, first_step, **__):
+        for step in range(first_step + 1, 5):
+            student.weight = student.weight + 1
+            yield StepMetrics(step, 4, 1.0, 1.0, 1.0, 0.1, 0.9, 1.0, 1e-3, 8, 0.0, 0.5)
+
+    monkeypatch.setattr(stages, "train", steps)
+    monkeypatch.setattr(stages, "collapsed", lambda *_: None)
+    settings = replace(RECIPE.train, iters=4, save_every=2)
+    checkpoint = Checkpoint(RunFolder(tmp_path / "adapters"), "this run")
+
+    def run(moving=None, score=None):
+        student = nn.Linear(1, 1, bias=False)
+        student.weight = mx.zeros((1, 1))
+        recipe = replace(RECIPE, train=settings)
+        around = [loaded(student), None, student, None, moving, mx.array([1]), None, ([], []), checkpoint]
+        return student, stages.train_student(recipe, *around, lambda: None, Screen(), score)
+
+    run.checkpoint = checkpoint
+    return run
+
+
+def test_a_step_interrupted_before_its_state_is_taken_leaves_no_row(train):
+    with pytest.raises(KeyboardInterrupt):
+        train(Moving(interrupted=2))
+    saved = train.checkpoint.latest()
+    assert saved.step == 1 and saved.arrays["student.weight"].item() == 1
+    student, log = train(Moving())
+    assert [row["step"] for row in log.metrics] == [1, 2, 3, 4] and len(log.seconds) == 4
+    assert student.weight.item() == 4
