@@ -883,6 +883,13 @@ def train_student(
         if (fault := collapsed(recipe, base, rendered, student)) is not None:
             screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")
 
+    def due() -> bool:
+        return done > 0 and (done % settings.save_every == 0 or done == total)
+
+    def score_it() -> None:
+        if score is not None and due() and all(row["step"] != done for row in log.scored):
+            log.scored.append(score(done))
+
     if (saved := checkpoint.latest()) is not None:
         parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}}
         for name, array in saved.arrays.items():
@@ -925,6 +932,7 @@ def train_student(
     began = time.monotonic()
     with screen.stage("training") as advance:
         try:
+            score_it()  # where an interrupt left it out
             for event in steps:
                 if isinstance(event, Rollouts):
                     completions = [(c.ids, c.finished) for c in event.completions]
@@ -942,9 +950,8 @@ def train_student(
                     _check_gradient([row["grad_norm"] for row in log.metrics])
                 if event.step % settings.steps_per_report == 0 or event.step == event.steps:
                     screen.line(f"step {event.step} of {event.steps}: {note}, gradient {event.grad_norm:.2g}")
-                if event.step % settings.save_every == 0 or event.step == event.steps:
-                    if score is not None:
-                        log.scored.append(score(done))
+                if due():
+                    score_it()
                     keep()
         except NotFiniteError:
             if done:  # the last step that was applied

@@ -98,3 +98,22 @@ def test_a_step_interrupted_before_its_state_is_taken_leaves_no_row(train):
     student, log = train(Moving())
     assert [row["step"] for row in log.metrics] == [1, 2, 3, 4] and len(log.seconds) == 4
     assert student.weight.item() == 4
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_saved_step_whose_scoring_was_interrupted_is_scored_when_the_run_goes_on(train, at):
+    scored = []
+
+    def score(step):
+        if step == at and len(scored) == at // 2 - 1:  # the first time that it is asked
+            scored.append("interrupted")
+            raise KeyboardInterrupt
+        scored.append(step)
+        return {"step": step}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(score=score)
+    assert train.checkpoint.latest().step == at
+    _, log = train(score=score)
+    assert log.scored == [{"step": 2}, {"step": 4}] and [row["step"] for row in log.metrics] == [1, 2, 3, 4]
+    assert scored == (["interrupted", 2, 4] if at == 2 else [2, "interrupted", 4])
