@@ -9,8 +9,9 @@ import pytest
 
 from safesteer_mlx import evaluate, padding, prompts, stages
 from safesteer_mlx.checkpoint import Checkpoint
-from safesteer_mlx.progress import Screen
+from safesteer_mlx.progress import Screen, exit_code
 from safesteer_mlx.recipe import resolve
+from safesteer_mlx.residual import hidden_states
 from safesteer_mlx.runfolder import RunFolder
 from safesteer_mlx.train import StepMetrics
 
@@ -43,6 +44,34 @@ def test_evaluate_asks_an_architecture_that_cannot_be_batched_one_at_a_time(
     asked = evaluate.Asked({"harmful": []}, {}, [], [SimpleNamespace()])  # type: ignore[list-item]
     evaluate.score(evaluate.parse([]), asked, loaded(tiny_model(name)), Screen())  # type: ignore[arg-type]
     assert used == [size, size] and (padding.ONE_AT_A_TIME in capsys.readouterr().out) == (size == 1)
+
+
+class Scattered(nn.Module):
+    """Blocks that stand in no list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+
+    @property
+    def layers(self):
+        return [self.first]
+
+
+class Flat(nn.Module):
+    """Blocks, embedding and head in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(2, 2)]
+
+
+@pytest.mark.parametrize(("model", "said"), [(Scattered(), "no module holds"), (Flat(), "cannot be told apart")])
+def test_an_architecture_of_another_layout_is_a_sentence(model, said, capsys):
+    assert exit_code(lambda: hidden_states(model, mx.array([[1, 2]])) and None) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"architecture {__name__}" in told
+    assert said in told and "; choose" in told
 
 
 class Moving:
