@@ -155,7 +155,7 @@ class TrainSettings:
     """Stage 4, how it is minimised."""
 
     fine_tune_type: str = _setting("lora", "what is trained", choices=("lora", "dora", "full"))
-    num_layers: int = _setting(-1, "blocks trained, counted from the last; -1 for all", least=-1)
+    num_layers: int = _setting(-1, "blocks trained, counted from the last; -1 or 0 for all, as in mlx-lm", least=-1)
     lora_parameters: dict[str, Any] = _setting(
         {"rank": 8, "scale": 2.0, "dropout": 0.0}, "rank, scale, dropout and keys, as in mlx-lm"
     )
