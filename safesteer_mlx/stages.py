@@ -105,8 +105,8 @@ class Rendered:
 @dataclass(frozen=True)
 class FoundDirections:
     """Stage 1's result: refusal openers with their first ids, the scores of all candidates, those worth trying as
-    teachers with the tests that each failed, best first, the validation prompts that passed its filter, and what speaks
-    against it, in sentences."""
+    teachers with the tests that each failed, best first, the validation prompts that passed its filter and the
+    direction's, from which all were found, and what speaks against it, in sentences."""
 
     openers: dict[str, int]
     scores: CandidateScores
@@ -114,6 +114,8 @@ class FoundDirections:
     failed: list[list[str]]
     harmful: Rows
     harmless: Rows
+    harmful_direction: Rows = field(default_factory=list)
+    harmless_direction: Rows = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
@@ -397,7 +399,7 @@ def _untested_directions(
         "--thinking off, where its template can, aligns its plain answers"
     )
     scores = directions.CandidateScores(none, none, none)
-    return FoundDirections({}, scores, found, [[] for _ in found], *scoring, cautions=[caution])
+    return FoundDirections({}, scores, found, [[] for _ in found], *scoring, kept, harmless, [caution])
 
 
 def _find_directions(
@@ -430,9 +432,8 @@ def _find_directions(
         nothing, scores = directions.no_direction(model)
         return FoundDirections(openers, scores, [nothing], [[]], rendered.harmful_scoring, harmless)
     with screen.stage("finding the refusal direction") as advance:
-        candidates = directions.mean_differences(
-            model, *kept(rendered.harmful_direction, rendered.harmless_direction), rendered.n_eoi, batch_size
-        )
+        means_of = kept(rendered.harmful_direction, rendered.harmless_direction)
+        candidates = directions.mean_differences(model, *means_of, rendered.n_eoi, batch_size)
         harmful, harmless = kept(rendered.harmful_scoring, rendered.harmless_scoring)
         how: dict[str, Any] = {"batch_size": batch_size, "progress": advance}
         scores = directions.score_candidates(model, candidates, harmful, harmless, refusal_ids, **limits, **how)
@@ -458,7 +459,8 @@ def _find_directions(
         f"directions: {len(near)} of {candidates.shape[0] * candidates.shape[1]} to be tried as teachers"
         + (f", {passed} of them pass the published tests" if passed else ", none passes the published tests")
     )
-    return FoundDirections(openers, scores, found, [failed for *_, failed in near], harmful, harmless, cautions)
+    tests = [failed for *_, failed in near]
+    return FoundDirections(openers, scores, found, tests, harmful, harmless, *means_of, cautions)
 
 
 def validation(recipe: Recipe, base: Loaded, rendered: Rendered) -> Validation:
@@ -738,10 +740,11 @@ class MovingTeacher:
         follow(self._model, self._student, self._recipe.teacher.mixup)
         every = self._recipe.teacher.refresh_every
         if every and step % every == 0:
-            rows, position = self._rendered, self._direction.position
-            new = directions.mean_differences(self._model, rows.harmful_direction, rows.harmless_direction, -position)
+            means_of = self._found.harmful_direction, self._found.harmless_direction
+            work = partial(directions.mean_differences, self._model, *means_of, -self._direction.position)
+            new, _ = halving(self._recipe.run.prompt_batch_size, work, "the search for the direction")
             self._vector = mx.array(new[0, self._direction.layer].astype(np.float32))
-            tokens = find_tokens(self._recipe, self._base, rows, self._teacher(), self._found, self._screen)
+            tokens = find_tokens(self._recipe, self._base, self._rendered, self._teacher(), self._found, self._screen)
             self._tokens = mx.array(tokens.ids)
         return self._teacher(), self._tokens
 

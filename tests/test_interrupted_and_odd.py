@@ -5,14 +5,17 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from safesteer_mlx import evaluate, padding, prompts, stages
 from safesteer_mlx.checkpoint import Checkpoint
+from safesteer_mlx.direction import Direction, mean_differences
 from safesteer_mlx.progress import Screen, exit_code
 from safesteer_mlx.recipe import resolve
 from safesteer_mlx.residual import hidden_states
 from safesteer_mlx.runfolder import RunFolder
+from safesteer_mlx.student import make_student
 from safesteer_mlx.train import StepMetrics
 
 RECIPE = resolve({}, {})[0]
@@ -146,3 +149,27 @@ def test_a_saved_step_whose_scoring_was_interrupted_is_scored_when_the_run_goes_
     _, log = train(score=score)
     assert log.scored == [{"step": 2}, {"step": 4}] and [row["step"] for row in log.metrics] == [1, 2, 3, 4]
     assert scored == (["interrupted", 2, 4] if at == 2 else [2, "interrupted", 4])
+
+
+def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_as_planned(tiny_model, monkeypatch):
+    base = loaded(tiny_model("llama"))
+    teacher = replace(RECIPE.teacher, teacher="ema", mixup=0.5, refresh_every=1)
+    recipe = replace(RECIPE, teacher=teacher, run=replace(RECIPE.run, prompt_batch_size=4))
+    every = SimpleNamespace(harmful_direction=UNEQUAL, harmless_direction=UNEQUAL)
+    found = SimpleNamespace(harmful_direction=UNEQUAL[:5], harmless_direction=UNEQUAL[5:9])
+    chosen = SimpleNamespace(direction=Direction(-2, 1, mx.ones(32)), coeff=1.0)
+    student, sizes = make_student(base.model, RECIPE.train, 0), []
+
+    def means(*given):
+        sizes.append(given[4])
+        if given[4] > 2:
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)")
+        return mean_differences(*given)
+
+    monkeypatch.setattr(stages.directions, "mean_differences", means)
+    monkeypatch.setattr(stages, "find_tokens", lambda *_: SimpleNamespace(ids=[1, 2]))
+    moving = stages.MovingTeacher(recipe, base, every, student, found, chosen, Screen(quiet=True))
+    moving(1)
+    assert sizes == [4, 2]
+    expected = mean_differences(base.model, UNEQUAL[:5], UNEQUAL[5:9], 2)[0, 1]  # the student is still the base
+    assert mx.allclose(moving.state()["vector"], mx.array(expected.astype(np.float32)), atol=1e-5)

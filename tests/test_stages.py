@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from safesteer_mlx import stages
-from safesteer_mlx.direction import Direction
+from safesteer_mlx.direction import Direction, mean_differences
 from safesteer_mlx.load import load
 from safesteer_mlx.losses import far_enough
 from safesteer_mlx.progress import Screen, UserError
@@ -236,6 +236,11 @@ def test_what_was_found_is_read_back_exactly(run):
     for a, b in zip(found.shortlist, again.shortlist, strict=True):
         assert (a.position, a.layer) == (b.position, b.layer) and mx.array_equal(a.vector, b.vector)
     assert np.array_equal(again.scores.steering_refusal, found.scores.steering_refusal, equal_nan=True)
+    # The prompts are those that the directions were found from.
+    prompts, best = (again.harmful_direction, again.harmless_direction), again.shortlist[0]
+    means = mean_differences(base.model, *prompts, -best.position, recipe.run.prompt_batch_size)
+    assert mx.array_equal(best.vector, mx.array(means[0, best.layer].astype(np.float32)))
+    assert 0 < len(prompts[0]) < len(rendered.harmful_direction)
     fixed = replace(recipe, teacher=replace(recipe.teacher, coeff=0.5))
     chosen = stages.find_teacher(fixed, base, rendered, found, Screen(quiet=True))
     read = stages.ChosenTeacher.of(json.loads(as_json(chosen.plain())))
