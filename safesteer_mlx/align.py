@@ -255,7 +255,7 @@ def _run(argv: list[str] | None) -> None:
         return
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
-    screen = Screen(quiet=_rank() != 0)
+    screen = Screen()
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ""))
     screen.line(f"prompts: {prompts_from(recipe)}")
     try:
@@ -330,12 +330,6 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
         raise UserError(
             f"--adapter-path {folder} holds this run, unfinished; add --yes to go on, or give another folder"
         )
-
-
-def _rank() -> int:
-    import mlx.core as mx
-
-    return mx.distributed.init().rank()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class TrainSettings:
     """Stage 4, how it is minimised."""
 
     fine_tune_type: str = _setting("lora", "what is trained", choices=("lora", "dora", "full"))
-    num_layers: int = _setting(-1, "blocks trained, counted from the last; -1 for all", least=-1)
+    num_layers: int = _setting(-1, "blocks trained, counted from the last; -1 or 0 for all, as in mlx-lm", least=-1)
     lora_parameters: dict[str, Any] = _setting(
         {"rank": 8, "scale": 2.0, "dropout": 0.0}, "rank, scale, dropout and keys, as in mlx-lm"
     )
@@ -297,8 +297,7 @@ def _shown(value: Any) -> str:
 def _checked(name: str, value: Any, where: str) -> Any:
     """A value of the field's own type and range, or a sentence that says what is wrong."""
     setting = _all_fields()[name]
-    kind, meta = str(setting.type), setting.metadata
-    kinds = kind.replace(" ", "").split("|") if isinstance(setting.type, str) else _kinds(setting.type)
+    kinds, meta = _kinds(setting.type), setting.metadata
     said = f"{where} {name} = {_shown(value)}"
     if value is None:
         if "None" not in kinds:
@@ -327,7 +326,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
             value = real
         elif "int" in kinds and real.is_integer():
             value = int(value)
-    if not any(type(value).__name__ == k.split("[")[0] for k in kinds):
+    if type(value).__name__ not in kinds:
         raise UserError(f"{said} is not a {' or '.join(k for k in kinds if k != 'None')}; change it")
     if isinstance(value, str) and any(ch == "\0" or "\ud800" <= ch <= "\udfff" for ch in value):
         raise UserError(f"{said} holds a NUL or bytes that are no UTF-8; write it in plain text")

@@ -506,8 +506,7 @@ def published_run(n_prompts: int) -> None:
 
 def our_run(n_prompts: int) -> None:
     """Ours, up to the trained student: all epochs over as many harmful prompts, whenever it has learned."""
-    from safesteer_mlx.system.store import Checkpoint
-    from safesteer_mlx.system.store import RunFolder
+    from safesteer_mlx.system.store import Checkpoint, RunFolder
 
     recipe, base, rendered, sets = bundled()
     recipe = replace(recipe, train=replace(recipe.train, save_every=10**6, grad_checkpoint="off"))

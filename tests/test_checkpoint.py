@@ -219,6 +219,18 @@ def test_what_another_run_kept_is_not_found(store, tmp_path):
     assert envelope["made_by"] != fingerprint("model", {"seed": 2})
 
 
+def test_states_of_another_run_do_not_push_out_this_ones(store):
+    for step in (40, 50):
+        store.save(step, {"w": mx.full((5,), step)}, {})
+    now = Store(store.path.parent, fingerprint("model", {"seed": 1}, "a later mlx"))
+    assert now.latest() is None
+    for step in (10, 20, 30):
+        now.save(step, {"w": mx.full((5,), step)}, {})
+        saved = now.latest()
+        assert saved is not None and saved.step == step and saved.arrays["w"][0].item() == step
+    assert sorted(p.stem for p in now.states.glob("*.safetensors")) == ["step-000020", "step-000030"]
+
+
 @pytest.mark.parametrize("at", ["content", "rename"])
 def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch, at):
     file = tmp_path / "state.json"

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from shapes import memory_shape, qwen2
 
 from safesteer_mlx.align import main
@@ -67,8 +68,22 @@ def test_the_trained_weights_by_hand():
     train = RECIPE.train  # rank 8
     assert trained_values(shape, train) == 2 * 8 * ((8 + 8) + (8 + 16))
     assert trained_values(shape, replace(train, num_layers=1)) == 8 * 40
+    for every in (0, -1, 2):  # 0 is all of them to mlx-lm, which puts the LoRA layers there
+        given = replace(train, num_layers=every)
+        assert trained_values(shape, given) == trained_values(shape, train)
+        assert gradient_bytes(shape, given, 2, 3, False) == gradient_bytes(shape, train, 2, 3, False)
     assert trained_values(shape, replace(train, fine_tune_type="full")) == 2 * (64 + 128)
     assert plan(RECIPE, shape, AMPLE, 10).trained == 8 * 4 * 2 * 8 * 40
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("num_layers", [0, 1, 2, -1])
+def test_the_plan_counts_the_blocks_that_are_trained(kind, num_layers):
+    model, shape = random_qwen(32, 64, 2, 50)
+    settings = replace(RECIPE.train, num_layers=num_layers, fine_tune_type=kind)
+    student = make_student(model, settings, 0)
+    trained = [w for name, w in tree_flatten(student.trainable_parameters()) if w.ndim == 2]
+    assert trained_values(shape, settings) == sum(w.size for w in trained)
 
 
 def test_what_a_stage_is_made_of_adds_up():

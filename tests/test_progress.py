@@ -30,7 +30,7 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind():
     assert shown.endswith("\x1b[2K")  # erased
 
 
-def test_other_ranks_are_silent(capsys):
+def test_a_quiet_screen_is_silent(capsys):
     screen = Screen(quiet=True)
     screen.line("said")
     screen.table("t", ["a"], [["b"]])

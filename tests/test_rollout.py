@@ -98,3 +98,20 @@ def test_a_key_is_its_numbers_own():
     assert len(keys) == 5
     with pytest.raises(ValueError, match="6 prompts need as many random keys, not 0"):
         generate(None, PROMPTS, Sampling(EOS, 1, 1.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("before", "while_generating"), [(5, 5), (0, 9)])
+def test_a_wired_limit_that_was_set_holds_while_answers_are_generated(
+    tiny_model, monkeypatch, before, while_generating
+):
+    # Metal's part is played, since the CPU backend wires nothing; 0 is MLX's own, where nobody set one.
+    limits, seen = [before], []
+
+    def set_limit(limit):
+        limits.append(limit)
+        return limits[-2]
+
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 9})
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    generate(tiny_model("llama"), [[1, 2], [3]], Sampling(EOS, 4), progress=lambda *_: seen.append(limits[-1]))
+    assert 9 in limits and seen and set(seen) == {while_generating} and limits[-1] == before

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from safesteer_mlx.method import safety_tokens
-from safesteer_mlx.method.direction import Direction, FoundDirections, find_directions
+from safesteer_mlx.method.direction import Direction, FoundDirections, find_directions, mean_differences
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.prompts import prompts_from
 from safesteer_mlx.method.residual import _override, blocks, last_logits
@@ -232,6 +232,11 @@ def test_what_was_found_is_read_back_exactly(run):
     for a, b in zip(found.shortlist, again.shortlist, strict=True):
         assert (a.position, a.layer) == (b.position, b.layer) and mx.array_equal(a.vector, b.vector)
     assert np.array_equal(again.scores.steering_refusal, found.scores.steering_refusal, equal_nan=True)
+    # The prompts are those that the directions were found from.
+    prompts, best = (again.harmful_train, again.harmless_train), again.shortlist[0]
+    means = mean_differences(run.base.model, *prompts, -best.position, run.recipe.run.prompt_batch_size)
+    assert mx.array_equal(best.vector, mx.array(means[0, best.layer].astype(np.float32)))
+    assert 0 < len(prompts[0]) < len(run.prompts.harmful_direction_train)
     fixed = run.with_settings(teacher=replace(run.recipe.teacher, coeff=0.5))
     chosen = find_teacher(fixed, found)
     read = decoded(ChosenTeacher, json.loads(as_json(encoded(chosen))))

@@ -302,8 +302,8 @@ def test_the_teacher_opens_an_answer_and_the_base_goes_on(monkeypatch, guarded):
     opened = [Completion([0], False), Completion([2], False), Completion([2, 3, 9], True)]
     rest = [Completion([1, 9], True), Completion([3], False)]
 
-    def generate(model, read, *, keys, max_tokens, temp, **_):
-        calls.append((model, read, [k.tolist() for k in keys], max_tokens, temp))
+    def generate(model, read, sampling, keys):
+        calls.append((model, read, [k.tolist() for k in keys], sampling.max_tokens, sampling.temp))
         return {"teacher": opened, "base": rest}[model]
 
     monkeypatch.setattr(stage, "generate", generate)

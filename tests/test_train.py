@@ -194,8 +194,8 @@ def test_answers_of_which_a_beginning_is_kept_teach_what_the_beginning_alone_doe
     asked = []
 
     def answers(length):
-        def generate(student, rows, *, max_tokens, **_):
-            asked.append(max_tokens)
+        def generate(student, rows, sampling, keys):
+            asked.append(sampling.max_tokens)
             return [Completion([sum(row) % 40 + i for i in range(length)], False) for row in rows]
 
         monkeypatch.setattr(stage, "generate", generate)

@@ -14,11 +14,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..system.screen import UserError
+
 EPS = 1e-8  # keeps the unit vector of a zero direction (block 0) zero instead of NaN
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError):
     """The architecture keeps its blocks where this file cannot find them."""
+
+
+def _architecture(model: nn.Module) -> str:
+    """The name of mlx-lm's file; the classes in it are all called Model."""
+    return type(model).__module__.rpartition(".")[2]
 
 
 def _holds(value: object, block: nn.Module) -> bool:
@@ -36,8 +43,8 @@ def _path_to_body(model: nn.Module) -> list[str]:
         if any(_holds(value, first) for value in module.values()):
             return path.split(".") if path else []
     raise UnsupportedModelError(
-        f"{type(model).__name__}: no module holds the decoder blocks that its `layers` names; "
-        "SafeSteer needs a decoder-only model of mlx-lm's usual layout"
+        f"architecture {_architecture(model)}: no module holds the decoder blocks that its `layers` names; "
+        "choose a decoder-only model of mlx-lm's usual layout"
     )
 
 
@@ -170,8 +177,8 @@ def _with_body(model: nn.Module, call: Callable) -> nn.Module:
     view, body = _own_body(model)
     if body is view:
         raise UnsupportedModelError(
-            f"{type(model).__name__} computes its logits in the module that holds its blocks; "
-            "hidden states and head cannot be told apart"
+            f"architecture {_architecture(model)} computes its logits in the module that holds its blocks, so hidden "
+            "states and head cannot be told apart; choose another model"
         )
     _override(body, "Viewed", call)
     return view

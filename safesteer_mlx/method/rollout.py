@@ -171,6 +171,9 @@ def _generate(
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
     )
+    # While it lives the engine has all wired in that Metal recommends; a limit that was set before holds here too.
+    if limit := vars(engine).get("_old_wired_limit"):
+        mx.set_wired_limit(limit)
     read = _Reader(model, prompts)
     place: dict[int, int] = {}
     drawn: list[list[int]] = [[] for _ in prompts]

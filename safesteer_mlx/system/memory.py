@@ -177,10 +177,15 @@ def forward_bytes(shape: ModelShape, rows: int, length: int) -> int:
     return int(rows * length * _per_token(shape, _FORWARD[shape.activation_bytes], length))
 
 
+def trained_blocks(shape: ModelShape, train: TrainSettings) -> int:
+    """How many blocks are trained; for 0 all of them, as by mlx-lm."""
+    return min(train.num_layers, shape.n_layers) if train.num_layers > 0 else shape.n_layers
+
+
 def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: int, length: int, checkpointed: bool) -> int:
     """Activations of a forward and backward pass through the trained blocks."""
     a = shape.activation_bytes
-    blocks = shape.n_layers if train.num_layers < 0 else min(train.num_layers, shape.n_layers)
+    blocks = trained_blocks(shape, train)
     if checkpointed:
         each, rates = _KEPT_CHECKPOINTED[a] * shape.hidden, _GRADIENT_CHECKPOINTED[a]
     else:
@@ -210,7 +215,7 @@ def sampling_bytes(shape: ModelShape, rows: int, prompt: int, answer: int) -> in
 
 def trained_values(shape: ModelShape, train: TrainSettings) -> int:
     """How many numbers training changes: LoRA's on every linear layer, or whole blocks."""
-    first = 0 if train.num_layers < 0 else max(0, shape.n_layers - train.num_layers)
+    first = shape.n_layers - trained_blocks(shape, train)
     linears = [pair for block in shape.linears[first:] for pair in block]
     if train.fine_tune_type == "full":
         return sum(inputs * outputs for inputs, outputs in linears)

@@ -48,7 +48,7 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 
 class Screen:
-    """Prints stages and their results; silent on all ranks but the first."""
+    """Prints stages and their results; nothing if `quiet`."""
 
     def __init__(self, quiet: bool = False):
         from rich.console import Console

@@ -1,0 +1,202 @@
+"""Runs that were interrupted at an awkward moment, and models, flags and data that are not the usual ones."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from safesteer_mlx import evaluate
+from safesteer_mlx.method import prompts
+from safesteer_mlx.method import train as stage
+from safesteer_mlx.method.direction import Direction, _sampling_time, mean_differences
+from safesteer_mlx.method.prompts import prompt_sets
+from safesteer_mlx.method.residual import hidden_states
+from safesteer_mlx.method.run import ONE_AT_A_TIME, Run
+from safesteer_mlx.method.student import make_student
+from safesteer_mlx.method.train import MovingTeacher, StepMetrics, Training, collapsed, train_student
+from safesteer_mlx.recipe import resolve
+from safesteer_mlx.system.screen import Screen, exit_code
+from safesteer_mlx.system.store import Store
+
+RECIPE = resolve({}, {})[0]
+UNEQUAL = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
+
+
+def loaded(model, **more):
+    """A model with as much around it as its stage needs: a tokenizer whose every answer is "Of course."."""
+    tokenizer = SimpleNamespace(has_thinking=False, decode=lambda *_, **__: "Of course.")
+    return SimpleNamespace(model=model, tokenizer=tokenizer, eos_ids=[49], config={}, thinks=False, **more)
+
+
+def test_a_student_that_cannot_be_batched_is_asked_one_at_a_time_whether_it_collapsed(tiny_model):
+    # gemma2 of mlx-lm 0.32.2 fails on prompts of unequal length with grouped heads.
+    base = loaded(tiny_model("gemma2"))
+    recipe = replace(RECIPE, run=replace(RECIPE.run, generation_batch_size=1))
+    given = SimpleNamespace(harmless_validation=UNEQUAL)
+    run = Run(recipe, base, given, Screen(), None)  # type: ignore[arg-type]
+    assert collapsed(run, base.model) is None
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 64), ("gemma2", 1)])
+def test_evaluate_asks_an_architecture_that_cannot_be_batched_one_at_a_time(
+    name, size, tiny_model, monkeypatch, capsys
+):
+    used = []
+    monkeypatch.setattr(prompts, "render_all", lambda *_: UNEQUAL)
+    monkeypatch.setattr(evaluate, "_scores", lambda args, *_: used.append(args.batch_size) or {})
+    monkeypatch.setattr(evaluate, "_tasks", lambda args, *_: used.append(args.batch_size) or {})
+    asked = evaluate.Asked({"harmful": []}, {}, [], [SimpleNamespace()])  # type: ignore[list-item]
+    evaluate.score(evaluate.parse([]), asked, loaded(tiny_model(name)), Screen())  # type: ignore[arg-type]
+    assert used == [size, size] and (ONE_AT_A_TIME in capsys.readouterr().out) == (size == 1)
+
+
+class Scattered(nn.Module):
+    """Blocks that stand in no list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+
+    @property
+    def layers(self):
+        return [self.first]
+
+
+class Flat(nn.Module):
+    """Blocks, embedding and head in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(2, 2)]
+
+
+@pytest.mark.parametrize(("model", "said"), [(Scattered(), "no module holds"), (Flat(), "cannot be told apart")])
+def test_an_architecture_of_another_layout_is_a_sentence(model, said, capsys):
+    assert exit_code(lambda: hidden_states(model, mx.array([[1, 2]])) and None) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"architecture {__name__}" in told
+    assert said in told and "; choose" in told
+
+
+class Moving:
+    """A moving teacher whose state is taken at the beginning and after each step; one of these is interrupted."""
+
+    teacher = tokens = None
+
+    def __init__(self, interrupted=None):
+        self.interrupted, self.taken = interrupted, 0
+
+    def move(self, step):
+        pass
+
+    def state(self):
+        if self.taken == self.interrupted:
+            raise KeyboardInterrupt
+        self.taken += 1
+        return {}
+
+    def restore(self, state):
+        pass
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(moving=None, score=None): `train_student` for 4 steps, each a whole number added to the one weight; what
+    is written is in one folder, so a second call goes on."""
+
+    def steps(training, first_step, drawn_before):
+        for step in range(first_step + 1, 5):
+            training.student.weight = training.student.weight + 1
+            yield StepMetrics(step, 4, 1.0, 1.0, 1.0, 0.1, 0.9, 1.0, 1e-3, 8, 0.0, 0.5)
+
+    monkeypatch.setattr(stage, "train", steps)
+    for name in ("collapsed", "save_student"):
+        monkeypatch.setattr(stage, name, lambda *_: None)
+    recipe = replace(RECIPE, train=replace(RECIPE.train, iters=4, save_every=2))
+    store = Store(tmp_path / "adapters", "this run")
+
+    def run(moving=None, score=None):
+        student = nn.Linear(1, 1, bias=False)
+        student.weight = mx.zeros((1, 1))
+        optimizer = stage.make_optimizer(recipe.train)
+        how = (recipe.train, recipe.loss, [49], 0, optimizer)
+        training = Training(student, None, None, mx.array([1]), [], [], *how)  # type: ignore[arg-type]
+        scorer = score and SimpleNamespace(score=score)
+        around = Run(recipe, None, None, Screen(), store)  # type: ignore[arg-type]
+        return student, train_student(around, training, moving, scorer)
+
+    run.store = store
+    return run
+
+
+def test_a_step_interrupted_before_its_state_is_taken_leaves_no_row(train):
+    with pytest.raises(KeyboardInterrupt):
+        train(Moving(interrupted=2))
+    saved = train.store.latest()
+    assert saved.step == 1 and saved.arrays["student.weight"].item() == 1
+    student, log = train(Moving())
+    assert [row["step"] for row in log.metrics] == [1, 2, 3, 4] and len(log.seconds) == 4
+    assert student.weight.item() == 4
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_saved_step_whose_scoring_was_interrupted_is_scored_when_the_run_goes_on(train, at):
+    scored = []
+
+    def score(step):
+        if step == at and len(scored) == at // 2 - 1:  # the first time that it is asked
+            scored.append("interrupted")
+            raise KeyboardInterrupt
+        scored.append(step)
+        return {"step": step}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(score=score)
+    assert train.store.latest().step == at
+    _, log = train(score=score)
+    assert log.scored == [{"step": 2}, {"step": 4}] and [row["step"] for row in log.metrics] == [1, 2, 3, 4]
+    assert scored == (["interrupted", 2, 4] if at == 2 else [2, "interrupted", 4])
+
+
+def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_as_planned(tiny_model, monkeypatch):
+    base = loaded(tiny_model("llama"))
+    teacher = replace(RECIPE.teacher, teacher="ema", mixup=0.5, refresh_every=1)
+    recipe = replace(RECIPE, teacher=teacher, run=replace(RECIPE.run, prompt_batch_size=4))
+    found = SimpleNamespace(harmful_train=UNEQUAL[:5], harmless_train=UNEQUAL[5:9])
+    chosen = SimpleNamespace(direction=Direction(-2, 1, mx.ones(32)), coeff=1.0)
+    student, sizes = make_student(base.model, RECIPE.train, 0), []
+
+    def means(*given):
+        sizes.append(given[4])
+        if given[4] > 2:
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)")
+        return mean_differences(*given)
+
+    monkeypatch.setattr(stage, "mean_differences", means)
+    monkeypatch.setattr(stage, "find_tokens", lambda *_: SimpleNamespace(ids=[1, 2]))
+    run = Run(recipe, base, None, Screen(quiet=True), None)  # type: ignore[arg-type]
+    moving = MovingTeacher(run, student, found, chosen)  # type: ignore[arg-type]
+    moving.move(1)
+    assert sizes == [4, 2]
+    expected = mean_differences(base.model, UNEQUAL[:5], UNEQUAL[5:9], 2)[0, 1]  # the student is still the base
+    assert mx.allclose(moving.state()["vector"], mx.array(expected.astype(np.float32)), atol=1e-5)
+
+
+def test_the_time_that_sampling_will_take_goes_by_the_prompts_of_data(tmp_path):
+    def answers(count, **flags):
+        (tmp_path / "mine.txt").write_text("".join(f"How is harm number {i} done?\n" for i in range(count)))
+        flags |= {"data": str(tmp_path / "mine.txt"), "keep": 3, "epochs": 2.0}
+        recipe = resolve({}, flags)[0]
+        run = Run(recipe, SimpleNamespace(thinks=False), SimpleNamespace(sets=prompt_sets(recipe)), Screen(), None)
+        said = _sampling_time(run, [2, 4], 60.0)
+        assert said.startswith("time: training samples ")
+        return said.split()[3:8]
+
+    # 11 of 32 in a batch are harmful: 60 steps for two passes. 6 tokens in a minute are half a minute for each answer.
+    assert answers(330, reuse_direction_prompts=False) == ["1,920", "answers,", "960.0", "minutes", "at"]
+    assert answers(33, reuse_direction_prompts=False)[0] == "192"
+    beside = len(prompt_sets(RECIPE).harmful_direction_train)
+    assert answers(33)[0] == f"{32 * -(-2 * (33 + beside) // 11):,}"
