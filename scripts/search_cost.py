@@ -54,7 +54,8 @@ def main() -> None:
         other = Path(folder) / "other"
         subprocess.run(["git", "worktree", "add", "--detach", other, args.against], cwd=ROOT, check=True)
         try:
-            print("| model | row-tokens, ours / other | ratio | CPU seconds, ours / other | ratio |\n|---|---|---|---|---|")
+            print("| model | row-tokens, ours / other | ratio | CPU seconds, ours / other | ratio |")
+            print("|---|---|---|---|---|")
             for model in args.models:
                 ours, theirs = cost(ROOT, model.resolve()), cost(other, model.resolve())
                 cells = [
