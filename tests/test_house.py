@@ -18,6 +18,8 @@ LEVELS = {
     "stages": 6,
     **dict.fromkeys(("verdict", "selection"), 7),
     "align": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 
 

@@ -81,7 +81,8 @@ def test_wheel_holds_package_models_data_licence_and_command(wheel):
     assert "safesteer_mlx/models/tiny-chat/model.safetensors" in names
     assert any(name.startswith("safesteer_mlx/data/") and name.endswith(".jsonl") for name in names)
     assert any(name.startswith("safesteer_mlx/models/tiny-chat/data/") for name in names)
-    assert "safesteer-mlx = safesteer_mlx.align:main" in commands
+    assert "safesteer_mlx/py.typed" in names
+    assert "safesteer-mlx = safesteer_mlx.cli:main" in commands
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not {name for name in names if not name.startswith(("safesteer_mlx/", "safesteer_mlx-"))}
     assert not {name for name in names if Path(name).name.startswith("test_")}
@@ -114,7 +115,8 @@ def test_installed_wheel_answers_help_from_its_own_files(target, tmp_path):
     assert found == target / "safesteer_mlx" / "align.py"
     assert (found.parent / "models" / "tiny-chat" / "config.json").is_file()
     command = target / "bin" / "safesteer-mlx"
-    assert "--adapter-path" in run(command, "--help", cwd=tmp_path, env=env).stdout
+    assert "--adapter-path" in run(command, "align", "--help", cwd=tmp_path, env=env).stdout
+    assert run(command, "--version", cwd=tmp_path, env=env).stdout == f"safesteer-mlx {PROJECT['version']}\n"
 
 
 def test_installed_wheel_aligns_the_bundled_model(target, tmp_path):
