@@ -562,7 +562,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             word = unknown[0]
             wrong = f"unknown flag {word}" if word.startswith("-") else f"{word} is one word too many"
-            raise UserError(f"{wrong}{nearest(word.split('=')[0], self._option_string_actions) or '; see --help'}")
+            known = [flag for flag in self._option_string_actions if not flag.startswith("--no-")]
+            raise UserError(f"{wrong}{nearest(word.split('=')[0], known) or '; see --help'}")
         return given
 
 
