@@ -193,11 +193,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, a wrong value, or no adapters in the folder.
     """
-    parser = Parser(
-        prog="safesteer_mlx.chat",
-        description="Talk to a base model and its aligned form side by side.",
-        allow_abbrev=False,
-    )
+    parser = Parser("chat", "Talk to a base model and its aligned form side by side.")
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="Hub id or folder of the base model (default: the bundled one)")
     add("--adapter-path", type=Path, default=Path("adapters"), help="the adapters (default: adapters)")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, model_name, nearest
+from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, model_name, one_model
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -26,11 +26,7 @@ KINDS = ("harmful", "harmless", "borderline")
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="safesteer_mlx.evaluate",
-        description="Score a chat model: refusal, over-refusal, evasion, capability, drift from the base.",
-        allow_abbrev=False,
-    )
+    parser = Parser("evaluate", "Score a chat model: refusal, over-refusal, evasion, capability, drift from the base.")
     add = parser.add_argument
     add("positional_model", nargs="?", metavar="MODEL", help="as --model")
     add("--model", help=f"Hub id or folder of the model (default: {BUNDLED}, the bundled one)")
@@ -70,17 +66,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
     """
-    parser = _parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(
-            f"unknown flag or second model {unknown[0]}{nearest(unknown[0].split('=')[0], known) or '; see --help'}"
-        )
-    positional = given.positional_model
-    if positional and given.model and positional != given.model:
-        raise UserError(f"two models were given, {positional} and {given.model}; give one")
-    given.model = model_name(positional or given.model)
+    given = _parser().parse_args(argv)
+    given.model = model_name(one_model(given.positional_model, given.model))
     if given.adapter_path is not None:
         given.adapter_path = adapter_folder(given.adapter_path)
     if given.perplexity is not None and not given.perplexity.is_file():

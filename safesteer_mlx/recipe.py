@@ -558,10 +558,38 @@ def resolve(
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are our one sentence."""
+    """argparse for one command, whose errors are our one sentence."""
+
+    def __init__(self, command: str, description: str, **more: Any):
+        super().__init__(prog=f"safesteer-mlx {command}", description=description, allow_abbrev=False, **more)
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's own.
+
+        Raises:
+            UserError: an unknown flag, with the nearest known one, or a word too many.
+        """
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0]
+            wrong = f"unknown flag {word}" if word.startswith("-") else f"{word} is one word too many"
+            known = [flag for flag in self._option_string_actions if not flag.startswith("--no-")]
+            raise UserError(f"{wrong}{nearest(word.split('=')[0], known) or '; see --help'}")
+        return given
+
+
+def one_model(positional: str | None, flag: str | None) -> str | None:
+    """The model that was given, as MODEL or --model.
+
+    Raises:
+        UserError: both were, and they differ.
+    """
+    if positional is not None and flag is not None and positional != flag:
+        raise UserError(f"two models were given, {positional} and {flag}; give one")
+    return flag if positional is None else positional
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -580,9 +608,8 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
         UserError: an unknown flag, with the nearest known one, or two models.
     """
     parser = Parser(
-        prog="safesteer_mlx.align",
-        description="Make a chat model safer: align it by localized on-policy distillation (SafeSteer).",
-        allow_abbrev=False,
+        "align",
+        "Make a chat model safer: align it by localized on-policy distillation (SafeSteer).",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
@@ -593,12 +620,10 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     parser.add_argument("--check", action="store_true", help="give the verdict on this model; train and keep nothing")
     parser.add_argument("--force", action="store_true", help="train even if the verdict is stop")
     parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
-    known = ["--config", "--preset", "--resume", "--yes", "--dry-run", "--check", "--force", "--help"]
     for title, cls in SECTIONS.items():
         group = parser.add_argument_group(title, cls.__doc__)
         for f in fields(cls):
             flag = "--" + f.name.replace("_", "-")
-            known.append(flag)
             text = f.metadata["help"].replace("%", "%%")
             default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
             if f.type is bool:
@@ -610,16 +635,10 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
             choices = f.metadata.get("choices")
             meta = "{" + ",".join(choices) + "}" if choices else f.name.upper()
             group.add_argument(flag, help=f"{text} (default: {default})", metavar=meta, **words)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(
-            f"unknown flag or second model {unknown[0]}{nearest(unknown[0].split('=')[0], known) or '; see --help'}"
-        )
-    flags = vars(given)
+    flags = vars(parser.parse_args(argv))
     preset, config = flags.pop("preset", None), flags.pop("config", None)
-    if (model := flags.pop("positional_model", None)) is not None:
-        if flags.get("model", model) != model:
-            raise UserError(f"two models were given, {model} and {flags['model']}; give one")
+    model = one_model(flags.pop("positional_model", None), flags.get("model"))
+    if model is not None:
         flags["model"] = model
     if "lora_parameters" in flags:
         flags["lora_parameters"] = _yaml(flags["lora_parameters"], "flag lora_parameters")

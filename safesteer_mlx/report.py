@@ -435,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         print(write_report(run_folder(args.run), args.transcripts_in_report))
 
-    parser = Parser(prog="safesteer_mlx.report", description="Make report.html from the files of a finished run.")
+    parser = Parser("report", "Make report.html from the files of a finished run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
     parser.add_argument("--transcripts-in-report", action="store_true", help="put the answers into the page")
     return exit_code(run)

@@ -106,11 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, or a file that would be replaced.
     """
-    parser = Parser(
-        prog="safesteer_mlx.tokens",
-        description="Show a run's safety tokens, and write an edited set for align --safety-tokens FILE.",
-        allow_abbrev=False,
-    )
+    parser = Parser("tokens", "Show a run's safety tokens, and write an edited set for align --safety-tokens FILE.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
     more = {"nargs": "+", "action": "extend", "default": [], "metavar": "TEXT"}

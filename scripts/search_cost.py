@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SAME = ["--direction-train", "128", "--direction-validation", "32", "--coeff", "auto"]
 COUNTED = """
 import json, sys, time
-from safesteer_mlx.system import load as loading
+try:
+    from safesteer_mlx.system import load as loading
+except ImportError:  # before there were rooms
+    from safesteer_mlx import load as loading
 from safesteer_mlx.align import main
 own, count = loading.load, [0]
 def load(*args, **options):

@@ -23,6 +23,8 @@ ORDER = [
     "evals.heldout evals.verdict",
     "evals.lm_tasks evals.selection report",
     "align evaluate chat tokens",
+    "cli",
+    "__main__",
 ]
 LEVELS = {name: level for level, row in enumerate(ORDER) for name in row.split()}
 MODULES = {

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -66,6 +68,7 @@ def test_wheel_holds_package_models_data_licence_and_command(wheel):
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
         commands = archive.read(entry_points).decode()
+        metadata = archive.read(entry_points.replace("entry_points.txt", "METADATA")).decode()
 
     wanted = [path.relative_to(ROOT) for path in ROOT.glob("safesteer_mlx/**/*.py")]
     wanted += [path.relative_to(ROOT) for path in ROOT.glob("safesteer_mlx/data/**/*") if path.is_file()]
@@ -81,8 +84,10 @@ def test_wheel_holds_package_models_data_licence_and_command(wheel):
     assert "safesteer_mlx/models/tiny-chat/model.safetensors" in names
     assert any(name.startswith("safesteer_mlx/data/") and name.endswith(".jsonl") for name in names)
     assert any(name.startswith("safesteer_mlx/models/tiny-chat/data/") for name in names)
-    assert "safesteer-mlx = safesteer_mlx.align:main" in commands
+    assert "safesteer_mlx/py.typed" in names
+    assert "safesteer-mlx = safesteer_mlx.cli:main" in commands
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert "Project-URL: Paper, https://arxiv.org/abs/2606.02530" in metadata
     assert not {name for name in names if not name.startswith(("safesteer_mlx/", "safesteer_mlx-"))}
     assert not {name for name in names if Path(name).name.startswith("test_")}
     assert not {name for name in names if "__pycache__" in name}
@@ -93,7 +98,15 @@ def test_sdist_is_complete(tmp_path):
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"pyproject.toml", "constraints.txt", "LICENSE", "README.md", "CONTRIBUTING.md"}
+    wanted = {
+        "pyproject.toml",
+        "constraints.txt",
+        "LICENSE",
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+    }
     wanted |= {"scripts/align", "scripts/test", "scripts/setup", "scripts/setup_venv.py", ".ci/run"}
     for folder in ("safesteer_mlx", "models", "tests", "docs"):
         wanted |= {
@@ -114,7 +127,8 @@ def test_installed_wheel_answers_help_from_its_own_files(target, tmp_path):
     assert found == target / "safesteer_mlx" / "align.py"
     assert (found.parent / "models" / "tiny-chat" / "config.json").is_file()
     command = target / "bin" / "safesteer-mlx"
-    assert "--adapter-path" in run(command, "--help", cwd=tmp_path, env=env).stdout
+    assert "--adapter-path" in run(command, "align", "--help", cwd=tmp_path, env=env).stdout
+    assert run(command, "--version", cwd=tmp_path, env=env).stdout == f"safesteer-mlx {PROJECT['version']}\n"
 
 
 def test_installed_wheel_aligns_the_bundled_model(target, tmp_path):
@@ -233,6 +247,73 @@ def test_one_lowest_python_everywhere():
     }
     assert ast.literal_eval(assigned["MINIMUM"]) == lowest
     assert f"sys.version_info < {lowest}" in (ROOT / "scripts" / "setup").read_text()
+
+
+# --------------------------------------------------------------------------------------------------
+# What a repository's visitors read
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    ours = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(ours["cff-version"]) == "1.2.0" and ours["message"]
+    assert (ours["type"], ours["version"], ours["license"]) == ("software", PROJECT["version"], PROJECT["license"])
+    assert ours["authors"] == PROJECT["authors"]
+    (paper,) = ours["references"]
+    assert paper["type"] == "article" and paper["title"].startswith("SafeSteer: ")
+    assert [identifier["value"] for identifier in paper["identifiers"]] == ["arXiv:2606.02530"]
+    assert paper["url"] == PROJECT["urls"]["Paper"]
+    assert paper["authors"] and all(author.keys() == {"given-names", "family-names"} for author in paper["authors"])
+
+
+def test_the_changelog_says_what_is_unreleased_or_this_version():
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    assert headings[0] == "## [Unreleased]"
+    assert len(headings) == 1 or headings[1].startswith(f"## [{PROJECT['version']}] - ")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.stem)
+def test_issue_templates_are_forms_that_github_takes(path):
+    form = yaml.safe_load(path.read_text())
+    if path.stem == "config":
+        assert isinstance(form["blank_issues_enabled"], bool)
+        return
+    assert form["name"] and form["description"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert {field["type"] for field in fields} <= {"input", "textarea", "dropdown", "checkboxes"}
+    names = [field["id"] for field in fields]
+    assert len(set(names)) == len(names) > 0
+    for field in form["body"]:
+        assert field["attributes"]["value" if field["type"] == "markdown" else "label"]
+        # unquoted, `yes` and `no` are booleans, which a form refuses
+        assert all(isinstance(option, str) for option in field["attributes"].get("options", []))
+
+
+def test_figures_from_a_mac_are_asked_for_whole():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "mac_figures.yml").read_text())
+    asked = {field.get("id") for field in form["body"]}
+    assert asked >= {"machine", "memory", "macos", "mlx", "model", "command", "seconds", "peak", "bench"}
+
+
+def test_pre_commit_has_the_pinned_ruff_and_leaves_models_and_data_alone():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    revisions = {Path(repo["repo"]).name: repo["rev"] for repo in config["repos"]}
+    assert revisions["ruff-pre-commit"] == f"v{version_of(pins()['ruff'])}"
+    for path in (
+        "models/tiny-chat/tokenizer.json",
+        "tests/zoo_models/market/config.json",
+        "safesteer_mlx/data/refusal_phrases.txt",
+        "scripts/zoo_words/ranch.yaml",
+    ):
+        assert (ROOT / path).is_file() and re.search(config["exclude"], path), path
+    assert not re.search(config["exclude"], "safesteer_mlx/align.py")
+
+
+def test_contributing_and_ruff_agree_on_the_width():
+    width = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["line-length"]
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"Lines are up to {width} wide" in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 # --------------------------------------------------------------------------------------------------

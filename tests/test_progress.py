@@ -60,6 +60,7 @@ def test_a_mistake_of_ours_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 // 0)
     assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 3) == 3  # a command within a command
 
 
 def test_what_acts_unseen_is_spelled_out():

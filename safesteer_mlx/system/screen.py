@@ -25,10 +25,10 @@ def visible(text: str, keep: str = "\n") -> str:
     return "".join(ch if ch.isprintable() or ch in keep else f"⟨U+{ord(ch):04X}⟩" for ch in text)
 
 
-def exit_code(command: Callable[[], None]) -> int:
-    """Run a command: 0; 2 for what its user can mend, told in one sentence; 130 after Ctrl-C or SIGTERM."""
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command: its code or 0; 2 for what its user can mend, told in one sentence; 130 after Ctrl-C or SIGTERM."""
     try:
-        command()
+        return command() or 0
     except UserError as error:
         print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
         return 2
@@ -40,7 +40,6 @@ def exit_code(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("safesteer-mlx: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def silent(done: int, total: int, note: str = "") -> None:
