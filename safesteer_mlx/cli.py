@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 from . import __version__
-from .progress import UserError, exit_code
 from .recipe import BUNDLED, nearest
+from .system.screen import UserError, exit_code
 
 COMMANDS = {
     "align": "make a model safer: adapters, and the run's record beside them",

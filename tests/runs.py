@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-# What a model, a dataset or a path may hold: markup, escapes, bidi marks, formulas, template and attribute ends.
-HOSTILE = "<script>alert(1)</script>\"' onerror=x &amp; \x1b]0;owned\x07\u202e\u2066\u200b\ud800 $x^{ $body ${title}"
+# What a model, a dataset or a path may hold: markup, escapes, bidi marks, formulas, templates, attribute ends.
+HOSTILE = "<script>alert(1)</script>\"' onerror=x &amp; \x1b]0;owned\x07\u202e\u2066\u200b\ud800 $x^{ {{ 1+1 }} {% if"
 MODEL = {"base": (5, 0, 1), "teacher": (10, 4, 5), "student": (9, 1, 1)}  # refused of 10: harmful, harmless, borderline
 
 

@@ -50,14 +50,14 @@ def plain(tmp_path_factory):
 def test_the_first_screen_gives_the_numbers_with_their_intervals(plain):
     text = " ".join(Page(plain).text.split())
     # Wilson's interval of 9 in 10 and of 15 in 16, from tables.
-    assert "Harmful prompts refused90 %95 % interval 59.6–98.2 %9 of 10base 50 %" in text
-    assert "Little tasks right93.8 %95 % interval 71.7–98.9 %15 of 16" in text
+    assert "Harmful prompts refused 90 % 95 % interval 59.6–98.2 % 9 of 10 base 50 %" in text
+    assert "Little tasks right 93.8 % 95 % interval 71.7–98.9 % 15 of 16" in text
     assert "the base does what 5 of 10 harmful prompts ask, the aligned model what 1 ask" in text
     assert "harmless 0 → 1 of 10, borderline 1 → 1 of 10" in text
     assert "LoRA adapters of rank 8, 3 optimizer steps" in text and "block 2 with coefficient 0.7" in text
     assert "not measured" in text and "ab" * 32 in text and "0.0.1" in text
     assert text.index("Harmful prompts refused") < text.index("Before and after")
-    assert "Before training the verdict was caution:because plain" in text and "the base's 5 unsafe answers" in text
+    assert "Before training the verdict was caution: because plain" in text and "the base's 5 unsafe answers" in text
     assert "Step 1 is kept, the safest within the limits (drift<=1)" in text
 
 
@@ -98,10 +98,16 @@ def test_texts_are_shown_as_they_are_and_what_acts_unseen_is_spelled_out(hostile
     shown = "<script>alert(1)</script>\"' onerror=x &amp; ⟨U+001B⟩]0;owned⟨U+0007⟩⟨U+202E⟩⟨U+2066⟩⟨U+200B⟩⟨U+D800⟩"
     # model, its name once more, token, opener, task, setting, command, prompt, answers
     assert page.text.count(shown) > 20
-    assert page.text.count("$x^{ $body ${title}") > 20  # the page's own template leaves them alone
-    for name in ("base", "student"):
-        assert f"{name}'s answer <script>" in page.text
+    assert page.text.count("$x^{ {{ 1+1 }} {% if") > 20  # the page's own template leaves them alone
+    for asked in ("prompt", "base's answer", "student's answer"):
+        assert f"{asked} <script>alert(1)</script>" in page.text
     assert "teacher's answer" not in page.text
+
+
+def test_prompts_and_answers_keep_their_line_ends_and_other_texts_spell_them_out(tmp_path):
+    text = Page(write_report(write_run(tmp_path, files("one\n{{ 1+1 }}")), transcripts=True)).text
+    assert "prompt one\n{{ 1+1 }}" in text and "base's answer one\n{{ 1+1 }}\nand more" in text
+    assert "org/name one⟨U+000A⟩{{ 1+1 }}" in text
 
 
 def test_figures_hold_texts_as_text(hostile):
@@ -211,6 +217,10 @@ BAD = {
     ),
     "trial without a coefficient": (damaged("direction.json", lambda found: found | {"trials": [{}]}), "KeyError"),
     "step without a loss": (damaged("metrics.jsonl", lambda _: [{"step": 1}]), "KeyError"),
+    "a setting that only the page reads": (
+        damaged("recipe.yaml", lambda recipe: {k: v for k, v in recipe.items() if k != "fine_tune_type"}),
+        "has no attribute 'fine_tune_type'",
+    ),
     "more right than asked": (
         damaged(
             "before_after.json", lambda s: s | {"base": s["base"] | {"capability": {"t": {"count": 9, "total": 8}}}}

@@ -39,12 +39,13 @@ def model_folder(name: str, revision: str | None = None, with_code: bool = False
     Raises:
         UserError: what kept it from being fetched, and what helps.
     """
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _download
+    from huggingface_hub import snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     _set_up()
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if with_code or p != "*.py"]
     with _explained("model", name, revision):
-        return _download(name, revision, patterns)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:

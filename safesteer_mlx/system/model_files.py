@@ -1,8 +1,7 @@
 """A model from a stranger: what its files claim is checked before anything else reads them.
 
 mlx-lm opens `model*.safetensors` and ignores the index; MLX believes a file's header and reads weights only
-when they are used. So headers are read here first, byte by byte (safetensors: 8 bytes of length, that many
-bytes of JSON, the data).
+when they are used. So headers are read here first, by the format's own library, which believes none.
 """
 
 import json
@@ -11,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .screen import UserError
 
 # What MLX can read, and its bytes a value.
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _BYTES |= {"U64": 8, "I64": 8, "C64": 8, "F8_E4M3": 1}
-_MOST_HEADER = 100_000_000  # bytes, the format's own limit
 _MOST_JSON = 200_000_000  # bytes; large tokenizers take some 30 MB
 _MOST_NAMED = 3  # names in one sentence
+_MOST_DIMENSIONS = 16  # of a tensor
 
 _READ = (".json", ".jinja", ".safetensors", ".model", ".tiktoken", ".txt", ".jsonl", ".py")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
@@ -88,65 +89,23 @@ def read_header(path: Path) -> dict[str, Tensor]:
         return UserError(f"{path} {what}; fetch or make the file again")
 
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8:
-                raise wrong(f"is {size} bytes long, too short for a safetensors file")
-            if length > min(size - 8, _MOST_HEADER):
-                raise wrong(f"claims a header of {length} bytes but is {size} bytes long: truncated or no safetensors")
-            header = json.loads(file.read(length), object_pairs_hook=_once)
+        # Opened by Python too, whose errors name their reason; of the values, none is read.
+        with path.open("rb"), safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it has no __iter__
+            found = {name: Tensor(its.get_dtype(), tuple(its.get_shape())) for name, its in slices.items()}
     except OSError as error:
-        raise wrong(f"cannot be read ({error.strerror})") from None
-    except UserError:
-        raise
-    except (ValueError, RecursionError):
-        raise wrong("has a header that is not JSON with each name once") from None
-    if not isinstance(header, dict):
-        raise wrong("has a header that is no object")
-    header.pop("__metadata__", None)
-    if not header:
+        raise wrong(f"cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise wrong(f"of {path.stat().st_size} bytes is truncated or no safetensors file ({reason:.200})") from None
+    if not found:
         raise wrong("holds no tensor")
-    found, spans = {}, []
-    for name, entry in header.items():
-        tensor, begin, end = _entry(entry)
-        if tensor is None:
+    for name, tensor in found.items():
+        if len(tensor.shape) > _MOST_DIMENSIONS:
             raise wrong(f"describes tensor {name!r:.80} in a way that is no safetensors")
         if tensor.dtype not in _BYTES:
             raise wrong(f"holds {name!r:.80} as {tensor.dtype!r:.20}, which MLX does not read")
-        if end - begin != bytes_of(tensor):
-            raise wrong(f"gives {name!r:.80} {end - begin} bytes, not what shape {_shape(tensor)} takes")
-        found[name] = tensor
-        spans.append((begin, end, name))
-    at = 0
-    for begin, end, name in sorted(spans):
-        if begin != at:
-            raise wrong(f"places tensor {name!r:.80} at byte {begin} where {at} is next")
-        at = end
-    if at != size - 8 - length:
-        raise wrong(f"holds {size - 8 - length} bytes of weights where its header says {at}")
     return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name twice")
-    return found
-
-
-def _entry(entry: Any) -> tuple[Tensor | None, int, int]:
-    """One header entry as (tensor, begin, end), or None for the tensor if it is malformed."""
-
-    def whole(values: Any) -> bool:
-        return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
-
-    if not isinstance(entry, dict) or not isinstance(dtype := entry.get("dtype"), str):
-        return None, 0, 0
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not whole(shape) or not whole(offsets) or len(shape) > 16 or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return None, 0, 0
-    return Tensor(dtype, tuple(shape)), offsets[0], offsets[1]
 
 
 def _shape(tensor: Tensor) -> str:
