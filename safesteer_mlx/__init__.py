@@ -6,7 +6,15 @@ function in a module of its own. Nothing heavy is imported here, so that `--help
 
 import ctypes
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Aligned, Loaded, Recipe, Scores, UserError, align, evaluate, load
+
+__all__ = ["Aligned", "Loaded", "Recipe", "Scores", "UserError", "__version__", "align", "evaluate", "load"]
 
 try:
     __version__ = version("safesteer-mlx")
@@ -28,3 +36,24 @@ def _prefer_openblas() -> None:
 
 
 _prefer_openblas()
+
+
+class _Command(ModuleType):
+    """`safesteer_mlx.align` is a command's module and, called, the function of its name, whichever came first."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(import_module(".api", __name__), self.__name__.rpartition(".")[2])(*args, **options)
+
+
+def command_module(name: str) -> None:
+    """Let a command's module be called."""
+    if name != "__main__":
+        sys.modules[name].__class__ = _Command
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("align", "evaluate"):
+        return import_module(f".{name}", __name__)
+    return getattr(import_module(".api", __name__), name)

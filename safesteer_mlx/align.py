@@ -1,4 +1,4 @@
-"""SafeSteer, end to end: `align` is the paper's method section, stage by stage (arXiv 2606.02530)."""
+"""SafeSteer, end to end: `align_model` is the paper's method section, stage by stage (arXiv 2606.02530)."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, command_module
 from .recipe import Recipe, model_name, parse, resolve
 from .system.hub import prepare
 from .system.model_files import read_header
@@ -38,7 +38,7 @@ class Aligned:
     not_aligned: str | None = None
 
 
-def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
+def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
     """Align `base`; adapters are written to the recipe's folder, with the run's record in `run/` beside them.
 
     `check` ends with the verdict, before anything is trained; `force` goes on past every alarm.
@@ -61,6 +61,7 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
 
     started, folder = time.time(), Path(recipe.run.adapter_path)
     check_output(folder)
+    recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
     prompts = training_prompts(run)
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
@@ -109,6 +110,23 @@ def align(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False
     return Aligned(folder, verdict, scores, why)
 
 
+def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
+    """The recipe with the batch sizes that this machine's memory allows, and MLX kept to that memory."""
+    from .method.prompts import longest_prompt, prompts_from
+    from .system import memory
+
+    screen.line(f"prompts: {prompts_from(recipe)}")
+    machine = memory.this_machine(recipe.run.memory_limit)
+    try:
+        plan = memory.fitted(recipe, memory.read_shape(base.path), machine, longest_prompt(recipe))
+        screen.line(memory.summary(recipe, plan))
+        recipe = plan.recipe
+    except UserError as error:  # an architecture whose configuration has other names
+        screen.line(f"memory: not planned, {error}")
+    memory.set_limits(machine)
+    return recipe
+
+
 def _before_and_after(
     run: "Run", teacher: "Teacher", student: "nn.Module", tokens: "SafetyTokens"
 ) -> "dict[str, Scores]":
@@ -144,11 +162,7 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
 
 
 def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> None:
-    """Show the scores, draw the report, and say what to do with the adapters.
-
-    Raises:
-        UserError: the student is not safer than its base, unless the run is forced.
-    """
+    """Show the scores, draw the report, and say what to do with the adapters of a student that is safer."""
     from .evals.scores import show
     from .report import write_report
 
@@ -163,11 +177,6 @@ def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> N
     if not_aligned is None:
         command = f"mlx_lm.generate --model {settings.model} --adapter-path {folder}"
         screen.line(f"adapters: {folder} ({command}); record: {record}")
-        return
-    warning = f"not aligned: {not_aligned}; the adapters in {folder} are not to be used"
-    if not run.force:
-        raise UserError(warning)
-    screen.line(warning)
 
 
 def _direction_record(found: "FoundDirections", chosen: "ChosenTeacher") -> dict[str, Any]:
@@ -239,15 +248,14 @@ def _run(argv: list[str] | None) -> None:
         load_data(run.data)
     if asked.train.resume_adapter_file is not None:
         read_header(Path(asked.train.resume_adapter_file).expanduser())
-    from .method.prompts import longest_prompt, prompts_from
-    from .system import memory
-    from .system.load import load
+    from .system.load import config_and_headers, load
 
     name = model_name(run.model)
-    machine = memory.this_machine(run.memory_limit)
     if dry_run:
-        from .system.load import config_and_headers
+        from .method.prompts import longest_prompt
+        from .system import memory
 
+        machine = memory.this_machine(run.memory_limit)
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
         plan = memory.fitted(recipe, memory.shape_of(config, headers), machine, longest_prompt(recipe))
@@ -257,20 +265,18 @@ def _run(argv: list[str] | None) -> None:
     recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen()
     screen.line(f"model: {name}" + (f", recipe {found}" if found else ""))
-    screen.line(f"prompts: {prompts_from(recipe)}")
-    try:
-        plan = memory.fitted(recipe, memory.read_shape(base.path), machine, longest_prompt(recipe))
-        screen.line(memory.summary(recipe, plan))
-        recipe = plan.recipe
-    except UserError as error:  # an architecture whose configuration has other names
-        screen.line(f"memory: not planned, {error}")
-    memory.set_limits(machine)
     if check:
         with tempfile.TemporaryDirectory() as scratch:  # what is found for it is not kept
-            align(replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check")), base, screen, check=True)
+            kept_nowhere = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))
+            align_model(kept_nowhere, base, screen, check=True)
         return
     _earlier_run(folder, recipe, resume is not None or yes, screen)
-    align(recipe, base, screen, force=force)
+    why = align_model(recipe, base, screen, force=force).not_aligned
+    if why is not None:
+        warning = f"not aligned: {why}; the adapters in {folder} are not to be used"
+        if not force:
+            raise UserError(warning)
+        screen.line(warning)
 
 
 def _last_seconds(folder: Path) -> float | None:
@@ -331,6 +337,8 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
             f"--adapter-path {folder} holds this run, unfinished; add --yes to go on, or give another folder"
         )
 
+
+command_module(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import command_module
 from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, model_name, one_model
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
@@ -133,14 +134,10 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
     Raises:
         UserError: what a user can mend, in one sentence.
     """
-    from .method.prompts import built_in_sets, render_all
-    from .method.run import ONE_AT_A_TIME, can_batch
+    from .method.run import batch_size
     from .method.student import with_adapters
 
-    prompts = render_all(base.tokenizer, built_in_sets(args.model).harmful_validation)
-    if not can_batch(base, prompts) and args.batch_size > 1:
-        screen.line(ONE_AT_A_TIME)
-        args.batch_size = 1
+    args.batch_size = batch_size(base, args.batch_size, screen)
     models = {"base": base.model}
     if args.adapter_path is not None:
         models["student"] = with_adapters(base.model, args.adapter_path)
@@ -236,6 +233,8 @@ def _run(argv: list[str] | None) -> None:
         args.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         screen.line(f"scores: {args.out}")
 
+
+command_module(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

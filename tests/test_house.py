@@ -23,8 +23,9 @@ ORDER = [
     "evals.heldout evals.verdict",
     "evals.lm_tasks evals.selection report",
     "align evaluate chat tokens",
-    "cli",
+    "api cli",
     "__main__",
+    "direction losses residual safety_tokens",
 ]
 LEVELS = {name: level for level, row in enumerate(ORDER) for name in row.split()}
 MODULES = {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from safesteer_mlx import evaluate
-from safesteer_mlx.method import prompts
+from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import Direction, _sampling_time, mean_differences
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.residual import hidden_states
-from safesteer_mlx.method.run import ONE_AT_A_TIME, Run
+from safesteer_mlx.method.run import Run
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.train import MovingTeacher, StepMetrics, Training, collapsed, train_student
 from safesteer_mlx.recipe import resolve
@@ -28,7 +28,7 @@ UNEQUAL = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
 def loaded(model, **more):
     """A model with as much around it as its stage needs: a tokenizer whose every answer is "Of course."."""
     tokenizer = SimpleNamespace(has_thinking=False, decode=lambda *_, **__: "Of course.")
-    return SimpleNamespace(model=model, tokenizer=tokenizer, eos_ids=[49], config={}, thinks=False, **more)
+    return SimpleNamespace(model=model, name="m", tokenizer=tokenizer, eos_ids=[49], config={}, thinks=False, **more)
 
 
 def test_a_student_that_cannot_be_batched_is_asked_one_at_a_time_whether_it_collapsed(tiny_model):
@@ -45,12 +45,12 @@ def test_evaluate_asks_an_architecture_that_cannot_be_batched_one_at_a_time(
     name, size, tiny_model, monkeypatch, capsys
 ):
     used = []
-    monkeypatch.setattr(prompts, "render_all", lambda *_: UNEQUAL)
+    monkeypatch.setattr(runs, "render_all", lambda *_: UNEQUAL)
     monkeypatch.setattr(evaluate, "_scores", lambda args, *_: used.append(args.batch_size) or {})
     monkeypatch.setattr(evaluate, "_tasks", lambda args, *_: used.append(args.batch_size) or {})
     asked = evaluate.Asked({"harmful": []}, {}, [], [SimpleNamespace()])  # type: ignore[list-item]
     evaluate.score(evaluate.parse([]), asked, loaded(tiny_model(name)), Screen())  # type: ignore[arg-type]
-    assert used == [size, size] and (ONE_AT_A_TIME in capsys.readouterr().out) == (size == 1)
+    assert used == [size, size] and ("answers are generated one at a time" in capsys.readouterr().out) == (size == 1)
 
 
 class Scattered(nn.Module):

@@ -17,14 +17,13 @@ from ..recipe import Recipe, result_settings
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Store, fingerprint
-from .prompts import Prompts, PromptSets, prompt_sets, render_prompts
+from .prompts import Prompts, PromptSets, built_in_sets, prompt_sets, render_all, render_prompts
 from .residual import last_logits
 from .rollout import Completion, Sampling, answers, generate, stream_key
 from .token_file import read_token_file
 
 T = TypeVar("T")
 
-ONE_AT_A_TIME = "mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly"
 ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
 
 
@@ -111,10 +110,24 @@ def check_padding(recipe: Recipe, base: Loaded, prompts: Sequence[Sequence[int]]
     Raises:
         UserError: padding changes the forward pass itself.
     """
-    if can_batch(base, prompts) or recipe.run.generation_batch_size == 1:
-        return recipe
-    screen.line(ONE_AT_A_TIME)
-    return replace(recipe, run=replace(recipe.run, generation_batch_size=1))
+    size = recipe.run.generation_batch_size
+    size = size if can_batch(base, prompts) or size == 1 else _one_at_a_time(screen)
+    return replace(recipe, run=replace(recipe.run, generation_batch_size=size))
+
+
+def batch_size(base: Loaded, wanted: int, screen: Screen) -> int:
+    """Answers at a time, told by the model's own prompts or the package's: 1 where `can_batch` says no.
+
+    Raises:
+        UserError: as `can_batch`.
+    """
+    prompts = render_all(base.tokenizer, built_in_sets(base.name).harmful_validation)
+    return wanted if can_batch(base, prompts) or wanted == 1 else _one_at_a_time(screen)
+
+
+def _one_at_a_time(screen: Screen) -> int:
+    screen.line("mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly")
+    return 1
 
 
 def can_batch(base: Loaded, prompts: Sequence[Sequence[int]]) -> bool:

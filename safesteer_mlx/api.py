@@ -1,0 +1,87 @@
+"""The package as a library: a model is loaded, aligned and scored in a few lines, with the commands' own defaults.
+
+`safesteer_mlx.load`, `.align` and `.evaluate` are these functions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .align import Aligned, align_model
+from .evals.heldout import ANSWER_TOKENS, HeldOut, first_of_each, make_test_set
+from .evals.scores import Scores
+from .method.prompts import built_in_sets
+from .method.rollout import Sampling
+from .method.run import batch_size
+from .method.student import with_adapters
+from .recipe import BUNDLED, Recipe, model_name, resolve
+from .system import load as loading
+from .system.load import Loaded
+from .system.screen import Screen, UserError
+
+__all__ = ["Aligned", "Loaded", "Recipe", "Scores", "UserError", "align", "evaluate", "load"]
+
+KINDS = ("harmful", "harmless", "borderline")
+
+
+def load(
+    model: str = BUNDLED, *, revision: str | None = None, thinking: str = "auto", trust_remote_code: bool = False
+) -> Loaded:
+    """Load and freeze a model: a folder, a Hub id, or `tiny-chat`, the bundled one.
+
+    Raises:
+        UserError: there is no such model, or it is none that can be aligned.
+    """
+    return loading.load(model_name(model), trust_remote_code, thinking, revision)
+
+
+def align(
+    base: Loaded,
+    adapter_path: str | Path = "adapters",
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    check: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+    **settings: Any,
+) -> Aligned:
+    """Align a model as `safesteer-mlx align` does, and return what came of it; `settings` are the YAML keys.
+
+    `preset` is `paper` or None, `config` a YAML file, `check` ends with the verdict, `force` goes on past every alarm.
+    A run that made nothing safer says why in `not_aligned`.
+
+    Raises:
+        UserError: a setting that does not fit, or what stopped the run.
+    """
+    given = {**settings, "model": base.name, "adapter_path": str(adapter_path)}
+    recipe, _ = resolve(base.config, given, preset, None if config is None else Path(config))
+    return align_model(recipe, base, Screen(quiet), check=check, force=force)
+
+
+def evaluate(
+    base: Loaded,
+    adapter_path: str | Path | None = None,
+    *,
+    test_prompts: int | None = 100,
+    max_tokens: int = ANSWER_TOKENS,
+    seed: int = 42,
+    quiet: bool = True,
+) -> dict[str, Scores]:
+    """Score a model on the built-in held-out prompts, `base` and, with adapters, `student`; None takes all prompts.
+
+    Raises:
+        UserError: the adapters are not this model's.
+    """
+    screen, sets = Screen(quiet), built_in_sets(base.name)
+    kinds = {kind: getattr(sets, f"{kind}_test")[:test_prompts] for kind in KINDS}
+    sampling = Sampling(base.eos_ids, max_tokens, batch_size=batch_size(base, 64, screen))
+    test = make_test_set(base, kinds, first_of_each(sets.capability_test, test_prompts), sampling)
+    held_out = HeldOut(base, test, [], seed, sampling)
+    models = {"base": base.model}
+    if adapter_path is not None:
+        models["student"] = with_adapters(base.model, Path(adapter_path))
+    scores = {}
+    for name, model in models.items():
+        with screen.stage(f"scoring the {name}") as advance:
+            scores[name] = held_out.score(model, progress=advance)
+    return scores
