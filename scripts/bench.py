@@ -32,17 +32,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 from shapes import QWEN_05B, QWEN_7B, memory_shape, qwen2
 
 from safesteer_mlx.method import direction as directions
-from safesteer_mlx.method import stages
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as training
-from safesteer_mlx.method.losses import distillation_loss, localized_loss
+from safesteer_mlx.method.losses import Divergence, Scored, distillation_loss, localized_loss
+from safesteer_mlx.method.prompts import longest_prompt
 from safesteer_mlx.method.residual import answer_states, head, pad_right
-from safesteer_mlx.method.rollout import Completion, generate, stream_key
-from safesteer_mlx.method.safety_tokens import contrast_tokens, select_tokens
+from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
+from safesteer_mlx.method.run import Run, make_run
+from safesteer_mlx.method.safety_tokens import contrast_tokens, find_tokens, select_tokens
 from safesteer_mlx.method.student import make_student
-from safesteer_mlx.method.teacher import steered_teacher
-from safesteer_mlx.method.train import Rollouts, StepMetrics, TrainingPrompt, make_optimizer
-from safesteer_mlx.recipe import MODELS, PRESETS, Recipe, TrainSettings, resolve
+from safesteer_mlx.method.teacher import find_teacher, make_teacher, settled, steered_teacher
+from safesteer_mlx.method.train import Rollouts, StepMetrics, Training, TrainingPrompt, make_optimizer
+from safesteer_mlx.recipe import MODELS, PRESETS, TrainSettings, number_of_steps, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.memory import (
     ModelShape,
@@ -58,6 +59,7 @@ from safesteer_mlx.system.screen import Screen
 Row = dict[str, Any]
 
 BUNDLED = str(MODELS / "tiny-chat")
+GROUPED = "grouped_reverse_kl"
 # With these the published tests find a direction on the bundled model; no candidate of its passes a threshold of 0.
 PUBLISHED = {"steering_threshold": -1.5, "direction_validation": 96}
 NARROW = {"hidden": 512, "intermediate": 1408, "layers": 28, "heads": 8, "kv_heads": 2, "vocabulary": 32_000}
@@ -135,8 +137,8 @@ def bench_loss(repeats: int, length: int = 512, vocabulary: int = 151_936, hidde
 
     def ours(h: mx.array) -> mx.array:
         each = mx.full((length,), 1 / length)
-        options: Row = {"watched": tokens, "tokens": tokens, "kind": "grouped_reverse_kl"}
-        return localized_loss(h, teacher, to_logits, to_logits, each, **options)[0]
+        target = Scored(teacher, to_logits)
+        return localized_loss(Scored(h, to_logits), target, each, tokens, Divergence(GROUPED, tokens))[0]
 
     def plain(h: mx.array) -> mx.array:
         options: Row = {"tokens": tokens, "kind": "grouped_reverse_kl"}
@@ -166,13 +168,11 @@ class OurStep:
         layer = len(model.layers) // 2
         hidden = model.model.norm.weight.size
         teacher = steered_teacher(model, layer, mx.random.normal((hidden,)), 1.0)
-        training.generate = lambda student, rows, **more: [by_prompt[tuple(row)] for row in rows]  # type: ignore[assignment]
+        training.generate = lambda student, rows, *how: [by_prompt[tuple(row)] for row in rows]  # type: ignore[assignment]
         loss = resolve({}, {"keep": 0, "guidance": 1.0})[0].loss  # as mlx-lm, of every position
         tokens = mx.array(np.random.default_rng(1).permutation(vocabulary)[:50])
-        self._steps = training.train(
-            self.student, model, teacher, tokens, harmful, harmless, settings, loss,
-            eos_ids=[0], seed=0, optimizer=make_optimizer(settings),
-        )  # fmt: skip
+        how = (settings, loss, [0], 0, make_optimizer(settings))
+        self._steps = training.train(Training(self.student, model, teacher, tokens, harmful, harmless, *how))
 
     def __call__(self) -> list[mx.array]:
         while not isinstance(found := next(self._steps), StepMetrics):
@@ -264,8 +264,8 @@ def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, l
     mx.eval(targets, each)
 
     def objective(of: nn.Module, targets: mx.array) -> mx.array:
-        options: Row = {"watched": tokens, "tokens": tokens, "kind": "grouped_reverse_kl"}
-        return localized_loss(answer_states(of, read, said), targets, head(of), head(model), each, **options)[0]
+        own = Scored(answer_states(of, read, said), head(of))
+        return localized_loss(own, Scored(targets, head(model)), each, tokens, Divergence(GROUPED, tokens))[0]
 
     plain = nn.value_and_grad(student, objective)
     state = [student.state, model.state, mx.random.state]
@@ -276,19 +276,18 @@ def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, l
     return [{"part": "compile", "what": what, **row, "first_call_seconds": first}]
 
 
-def bundled(**changes: Any) -> tuple[Recipe, Loaded, stages.Rendered, stages.PromptSets]:
-    """The bundled model, its recipe with some settings changed, and its prompts."""
+def bundled(**changes: Any) -> Run:
+    """A run of the bundled model with some settings changed; nothing is written, unless a folder is given."""
     base = load(BUNDLED)
-    recipe = stages.settled(resolve(base.config, {"model": BUNDLED, **changes})[0], base, 7)
-    sets = stages.prompt_sets(recipe)
-    return recipe, base, stages.render_prompts(recipe, sets, base.tokenizer), sets
+    given = {"model": BUNDLED, "adapter_path": "/nowhere", **changes}
+    return settled(make_run(resolve(base.config, given)[0], base, Screen(quiet=True)), 7)
 
 
 def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, int]]]:
     """The search for the published choice on the bundled model, alone: search(exhaustive) -> block passes, choice."""
-    recipe, base, rendered, _ = bundled(**changes)
-    openers = list(stages.read_answers(recipe, base, rendered, Screen(quiet=True)).openers.values())
-    s = recipe.direction
+    run = bundled(**changes)
+    base, prompts, s = run.base, run.prompts, run.recipe.direction
+    openers = [*directions.find_openers(run).openers.values()]
     limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
 
     def kept(harmful, harmless):
@@ -296,9 +295,9 @@ def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, i
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
     found = directions.mean_differences(
-        base.model, *kept(rendered.harmful_direction_train, rendered.harmless_direction_train), rendered.n_eoi
+        base.model, *kept(prompts.harmful_direction_train, prompts.harmless_direction_train), prompts.n_eoi
     )
-    scoring = kept(rendered.harmful_direction_validation, rendered.harmless_direction_validation)
+    scoring = kept(prompts.harmful_direction_validation, prompts.harmless_direction_validation)
 
     def search(exhaustive: bool) -> tuple[int, tuple[int, int]]:
         scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
@@ -327,20 +326,19 @@ def bench_search(repeats: int) -> list[Row]:
     Ours has more to do: it reads how the model refuses, and asks teachers for answers. Block passes are those over
     whole prompts; what drawing answers takes is in the seconds, and their number is said.
     """
-    recipe, base, rendered, _ = bundled()
-    screen, done = Screen(quiet=True), {}
+    run, done = bundled(), {}
     published = {
         "as many prompts": published_search(steering_threshold=PUBLISHED["steering_threshold"]),
         f"{PUBLISHED['direction_validation']} prompts of each kind": published_search(**PUBLISHED),
     }
 
     def ours() -> list[mx.array]:
-        found = stages.find_directions(recipe, base, rendered, screen)
-        chosen = stages.find_teacher(recipe, base, rendered, found, screen)
-        answers = len(rendered.harmful_direction_train) + len(rendered.harmless_direction_train)
+        found = directions.find_directions(run)
+        chosen = find_teacher(run, found)
+        answers = len(run.prompts.harmful_direction_train) + len(run.prompts.harmless_direction_train)
         asked = 1 + sum(trial.refused is not None for trial in chosen.trials)  # the base, too
         done["answers"] = answers + asked * (len(chosen.base.harmful) + len(chosen.base.harmless))
-        done["ours"] = found.scores.block_passes + trial_passes(recipe, base, rendered, chosen.trials)
+        done["ours"] = found.scores.block_passes + trial_passes(run, chosen.trials)
         return []
 
     def other(name: str) -> list[mx.array]:
@@ -360,13 +358,13 @@ def bench_search(repeats: int) -> list[Row]:
     return rows
 
 
-def trial_passes(recipe: Recipe, base: Loaded, rendered: stages.Rendered, trials: list[teachers.TeacherTrial]) -> int:
+def trial_passes(run: Run, trials: list[teachers.TeacherTrial]) -> int:
     """Block passes of the trials' forward passes: those of the grid share what comes before the block they steer."""
-    n_layers, asked = len(base.model.layers), stages.validation(recipe, base, rendered)
+    n_layers, asked = len(run.base.model.layers), teachers.validation(run)
     harmful, harmless = (
         min(n, len(rows)) for n, rows in zip(teachers.FIRST_PASSES, (asked.harmful, asked.harmless), strict=True)
     )
-    grid, total = set(recipe.teacher.coeff_grid), 0
+    grid, total = set(run.recipe.teacher.coeff_grid), 0
     by_direction: dict[tuple[int, int], list[float]] = {}
     for trial in trials:
         if trial.harmful_opened is not None:
@@ -380,10 +378,10 @@ def trial_passes(recipe: Recipe, base: Loaded, rendered: stages.Rendered, trials
 
 def bench_rollouts(repeats: int, tokens: int = 64) -> list[Row]:
     """Answers drawn: ours, mlx-lm's batch_generate on the same prompts, and one prompt at a time."""
-    _, base, rendered, _ = bundled()
+    run = bundled()
+    base, prompts = run.base, run.prompts.harmful_validation
     larger = qwen2(**NARROW | {"vocabulary": base.vocabulary})
     mx.eval(larger.parameters())
-    prompts = rendered.harmful_validation
     return [
         *rollouts("bundled model", base.model, base, prompts[:32], tokens, repeats, alone=True),
         *rollouts("28 blocks of width 512", larger, base, prompts[:16], tokens, repeats),
@@ -398,7 +396,7 @@ def rollouts(
 
     def ours(size: int = len(prompts)) -> list[mx.array]:
         # No end of turn, so that all draw as many tokens.
-        generate(model, prompts, eos_ids=[], max_tokens=tokens, temp=1.0, keys=keys, batch_size=size)
+        generate(model, prompts, Sampling([], tokens, 1.0, batch_size=size), keys)
         return []
 
     def theirs() -> list[mx.array]:
@@ -443,8 +441,7 @@ def published_step(
     """One optimizer step on a batch whose first `harmful` prompts are harmful ones, by whole logits."""
     read = [p.ids for p in batch]
     keys = [stream_key(0, i) for i in range(len(batch))]
-    how: Row = {"temp": 1.0, "keys": keys, "batch_size": 64}
-    drawn = generate(student, read, eos_ids=eos_ids, max_tokens=max_tokens, **how)
+    drawn = generate(student, read, Sampling(eos_ids, max_tokens, 1.0, batch_size=64), keys)
     whole = pad_right([[*row, *c.ids] for row, c in zip(read, drawn, strict=True)])
     mask = np.zeros(whole.shape)
     for i, (row, c) in enumerate(zip(read, drawn, strict=True)):
@@ -464,9 +461,9 @@ def published_step(
 
 def published_run(n_prompts: int) -> None:
     """A plain port of the published order: every candidate in full, logits of whole batches, nothing shared."""
-    recipe, base, rendered, sets = bundled(**PUBLISHED)
-    screen, model = Screen(quiet=True), base.model
-    openers = list(stages.read_answers(recipe, base, rendered, screen).openers.values())
+    run = bundled(**PUBLISHED)
+    recipe, base, rendered, model = run.recipe, run.base, run.prompts, run.base.model
+    openers = [*directions.find_openers(run).openers.values()]
     s = recipe.direction
     h, b = directions.filter_by_refusal_score(
         model, rendered.harmful_direction_train, rendered.harmless_direction_train, openers
@@ -490,12 +487,12 @@ def published_run(n_prompts: int) -> None:
     m, horizon = recipe.tokens.token_samples, recipe.tokens.horizon
     rows = [row for row in harmless for _ in range(m)]
     keys = [stream_key(0, i) for i in range(len(rows))]
-    drawn = generate(teacher, rows, eos_ids=base.eos_ids, max_tokens=horizon - 1, temp=1.0, keys=keys, batch_size=64)
+    drawn = generate(teacher, rows, Sampling(base.eos_ids, horizon - 1, 1.0, batch_size=64), keys)
     tokens = published_tokens(model, teacher, rows, drawn, recipe.tokens.safety_tokens)
     student = make_student(model, recipe.train, 0)
     optimizer = make_optimizer(recipe.train)
-    harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
-    steps = training.number_of_steps(n_prompts, recipe.train, recipe.loss)
+    harmful, anchors = training.training_prompts(run)
+    steps = number_of_steps(n_prompts, recipe.train, recipe.loss)
     rng = np.random.default_rng(0)
     half = recipe.train.batch_size // 2
     for _ in range(steps):
@@ -506,25 +503,17 @@ def published_run(n_prompts: int) -> None:
 
 def our_run(n_prompts: int) -> None:
     """Ours, up to the trained student: all epochs over as many harmful prompts, whenever it has learned."""
-    from safesteer_mlx.system.store import Checkpoint, RunFolder
-
-    recipe, base, rendered, sets = bundled()
-    recipe = replace(recipe, train=replace(recipe.train, save_every=10**6, grad_checkpoint="off"))
-    screen = Screen(quiet=True)
-    student = make_student(base.model, recipe.train, 0)
-    found = stages.find_directions(recipe, base, rendered, screen)
-    chosen = stages.find_teacher(recipe, base, rendered, found, screen)
-    teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
-    recipe = stages.settled(recipe, base, chosen.opening)
-    tokens = stages.find_tokens(recipe, base, rendered, teacher, found, screen)
-    recipe, _ = stages.what_to_learn(recipe, base, rendered, teacher, tokens)
-    harmful, anchors = stages.training_prompts(recipe, sets, base, screen)
-    prompts = harmful[:n_prompts], anchors[:n_prompts]
     with tempfile.TemporaryDirectory() as folder:
-        stages.train_student(
-            recipe, base, rendered, student, teacher, None, mx.array(tokens.ids), None, prompts,
-            Checkpoint(RunFolder(Path(folder)), "bench"), lambda: None, screen,
-        )  # fmt: skip
+        run = bundled(save_every=10**6, grad_checkpoint="off", adapter_path=folder)
+        student = make_student(run.base.model, run.recipe.train, 0)
+        found = directions.find_directions(run)
+        chosen = find_teacher(run, found)
+        teacher = make_teacher(run, chosen.direction, chosen.coeff)
+        run = settled(run, chosen.opening)
+        tokens = find_tokens(run, teacher, found)
+        run, _ = training.what_to_learn(run, teacher, tokens)
+        prompts = tuple(rows[:n_prompts] for rows in training.training_prompts(run))
+        training.train_student(run, training.make_training(run, student, teacher, tokens, prompts, None))
 
 
 def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
@@ -549,7 +538,7 @@ def shape_run(ours: bool, shape: dict[str, Any]) -> None:
     teacher = steered_teacher(model, layer, mx.array(found[position, layer].astype(np.float32)), 1.0)
     rows = [row for row in harmless for _ in range(2)]
     keys = [stream_key(0, i) for i in range(len(rows))]
-    drawn = generate(teacher.model, rows, eos_ids=[], max_tokens=6, temp=1.0, keys=keys, batch_size=64)
+    drawn = generate(teacher.model, rows, Sampling([], 6, 1.0, batch_size=64), keys)
     if ours:
         options: Row = {"eot_ids": [], "banned_ids": [], "inner_top_k": 50, "min_steered_prob": 0.0}
         answers = [c.ids for c in drawn]
@@ -564,9 +553,8 @@ def shape_run(ours: bool, shape: dict[str, Any]) -> None:
     optimizer = make_optimizer(settings)
     prompts = [TrainingPrompt(ids, ids, kind) for kind in (True, False) for ids in (harmful if kind else harmless)]
     if ours:
-        how: Row = {"eos_ids": [], "seed": 0, "optimizer": optimizer}
-        loss = resolve({}, {"keep": 0, "guidance": 1.0})[0].loss
-        for _ in training.train(student, model, teacher, tokens, prompts[:8], prompts[8:], settings, loss, **how):
+        how = (settings, resolve({}, {"keep": 0, "guidance": 1.0})[0].loss, [], 0, optimizer)
+        for _ in training.train(Training(student, model, teacher, tokens, prompts[:8], prompts[8:], *how)):
             pass
     else:
         for _ in range(steps):
@@ -603,9 +591,10 @@ def weight_bytes(model: nn.Module) -> int:
 def bench_run(repeats: int, n_prompts: int = 100) -> list[Row]:
     """The whole run of the bundled model: ours, and the published order ported plainly."""
     what = f"bundled model, {n_prompts} prompts, to the trained student; ours / published order"
-    recipe, base, _, _ = bundled()
+    run = bundled()
+    recipe, base = run.recipe, run.base
     row = runs(_bundled_run, n_prompts, weight_bytes(base.model), max(1, repeats // 2))
-    planned = plan(recipe, read_shape(base.path), this_machine(), stages.longest_prompt(recipe))
+    planned = plan(recipe, read_shape(base.path), this_machine(), longest_prompt(recipe))
     above = planned.peak - planned.weights
     return [{"part": "run", "what": what, **row, "planned_bytes": above, "planned_ratio": above / row["ours_bytes"]}]
 
@@ -675,8 +664,8 @@ def bench_7b(length: int) -> list[Row]:
     def objective(of: nn.Module) -> mx.array:
         states = answer_states(of, [prompts[0].ids], [answers[0].ids])
         each = mx.full((len(states),), 1 / len(states))
-        options: Row = {"watched": tokens, "tokens": tokens, "kind": "grouped_reverse_kl"}
-        return localized_loss(states, target, head(of), head(model), each, **options)[0]
+        scored = Scored(target, head(model))
+        return localized_loss(Scored(states, head(of)), scored, each, tokens, Divergence(GROUPED, tokens))[0]
 
     value, gradient = nn.value_and_grad(student, objective)(student)
     optimizer.update(student, gradient)

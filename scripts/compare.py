@@ -14,22 +14,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from safesteer_mlx.evals.heldout import TestSet, count_refusals, drift, evaluate, first_of_each, make_test_set
+from safesteer_mlx.evals.heldout import ANSWER_TOKENS, HeldOut, drift, first_of_each, make_test_set
 from safesteer_mlx.evals.scores import HOW
-from safesteer_mlx.method import stages
+from safesteer_mlx.method.direction import find_directions
 from safesteer_mlx.method.judge import is_refusal
-from safesteer_mlx.method.prompts import Instruction, PromptSets, render, render_all
-from safesteer_mlx.method.rollout import generate
+from safesteer_mlx.method.prompts import Instruction, instructions_to_train_on, prompt_sets, render, render_all
+from safesteer_mlx.method.rollout import Sampling, generate
+from safesteer_mlx.method.run import Run, make_run
+from safesteer_mlx.method.safety_tokens import SafetyTokens, find_tokens
 from safesteer_mlx.method.student import make_student
-from safesteer_mlx.method.teacher import Teacher
-from safesteer_mlx.method.train import StepMetrics, TrainingPrompt, course, make_optimizer, number_of_steps, train
-from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, resolve
+from safesteer_mlx.method.teacher import ChosenTeacher, Teacher, find_teacher, make_teacher, settled
+from safesteer_mlx.method.train import (
+    StepMetrics,
+    TrainingPrompt,
+    course,
+    make_training,
+    train,
+    training_prompts,
+    what_to_learn,
+)
+from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, number_of_steps, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.model_files import read_object
 from safesteer_mlx.system.screen import Screen
@@ -48,8 +58,9 @@ Measure = Callable[[int], None]
 
 
 def settings(seed: int, changes: dict[str, Any]) -> Recipe:
-    """The bundled model's recipe with some settings changed."""
-    return resolve(read_object(MODEL / "config.json"), {"model": str(MODEL), "seed": seed, **changes})[0]
+    """The bundled model's recipe with some settings changed; nothing is written to its folder."""
+    given = {"model": str(MODEL), "seed": seed, "adapter_path": "/nowhere", **changes}
+    return resolve(read_object(MODEL / "config.json"), given)[0]
 
 
 def refusal_examples(
@@ -62,9 +73,7 @@ def refusal_examples(
     """
     guarded = [render(base.tokenizer, item.text, SAFE) for item in items]
     found = []
-    answers = (
-        generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=64) for rows in ([p.ids for p in harmful], guarded)
-    )
+    answers = (generate(base.model, rows, Sampling(base.eos_ids, 64)) for rows in ([p.ids for p in harmful], guarded))
     for prompt, *both in zip(harmful, *answers, strict=True):
         chosen = next((a for a in both if a.finished and is_refusal(a.text(base.tokenizer))), None)
         if chosen is not None:
@@ -110,91 +119,67 @@ def fine_tune(student: Any, examples: list[tuple[list[int], int]], recipe: Recip
 
 @dataclass(frozen=True)
 class Prepared:
-    """What stages 1 to 3 found at one seed, and the held-out prompts."""
+    """What stages 1 to 3 found at one seed, and what scores on the held-out prompts."""
 
-    sets: PromptSets
-    rendered: stages.Rendered
-    chosen: stages.ChosenTeacher
+    run: Run
+    chosen: ChosenTeacher
     teacher: Teacher
-    tokens: stages.SafetyTokens
-    test: TestSet
+    tokens: SafetyTokens
+    held_out: HeldOut
 
 
 def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     """Stages 1 to 3."""
-    sets = stages.prompt_sets(recipe)
-    rendered = stages.render_prompts(recipe, sets, base.tokenizer)
-    found = stages.find_directions(recipe, base, rendered, screen)
-    chosen = stages.find_teacher(recipe, base, rendered, found, screen)
-    teacher = stages.make_teacher(recipe, base, rendered, chosen.direction, chosen.coeff)
-    recipe = stages.settled(recipe, base, chosen.opening)
-    tokens = stages.find_tokens(recipe, base, rendered, teacher, found, screen)
-    n = recipe.run.test_prompts
+    run = make_run(recipe, base, screen)
+    found = find_directions(run)
+    chosen = find_teacher(run, found)
+    teacher = make_teacher(run, chosen.direction, chosen.coeff)
+    tokens = find_tokens(settled(run, chosen.opening), teacher, found)
+    sets, n = run.prompts.sets, recipe.run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
-    test = make_test_set(base.model, base.tokenizer, kinds, first_of_each(sets.capability_test, n), base.eos_ids)
-    return Prepared(sets, rendered, chosen, teacher, tokens, test)
+    sampling = Sampling(base.eos_ids, ANSWER_TOKENS, batch_size=64)
+    test = make_test_set(base, kinds, first_of_each(sets.capability_test, n), sampling)
+    return Prepared(run, chosen, teacher, tokens, HeldOut(base, test, tokens.ids.tolist(), recipe.run.seed, sampling))
 
 
-def train_variant(
-    name: str, recipe: Recipe, base: Loaded, prepared: Prepared, every: int, screen: Screen
-) -> dict[str, Any]:
+def train_variant(name: str, run: Run, prepared: Prepared, every: int) -> dict[str, Any]:
     """One variant at one seed: its scores, and the curve of refusals and drift while it trained."""
-    import mlx.core as mx
-
+    recipe, base, held_out = run.recipe, run.base, prepared.held_out
     student = make_student(base.model, recipe.train, recipe.run.seed, base.quantized)
-    harmful, anchors = stages.training_prompts(recipe, prepared.sets, base, screen)
-    steps = number_of_steps(len(harmful), recipe.train, recipe.loss)
-    rows = render_all(base.tokenizer, prepared.test.kinds["harmful"])
+    prompts = training_prompts(run)
+    steps = number_of_steps(len(prompts[0]), recipe.train, recipe.loss)
+    rows = render_all(base.tokenizer, held_out.test.kinds["harmful"])
     curve: list[dict[str, float]] = []
 
     def measure(step: int) -> None:
         if every and (step % every == 0 or step == steps):
-            refused, _ = count_refusals(student, base.tokenizer, rows, True, eos_ids=base.eos_ids, seed=recipe.run.seed)
-            over_all, outside = drift(base.model, student, prepared.test, prepared.tokens.ids.tolist())
-            curve.append({"step": step, "refused": refused.count, "drift": over_all, "drift_outside": outside})
+            refused = sum(is_refusal(text) for text, _ in held_out.answers(student, rows, True))
+            over_all, outside = drift(base.model, student, held_out.test, held_out.tokens)
+            curve.append({"step": step, "refused": refused, "drift": over_all, "drift_outside": outside})
 
     started = time.time()
     if name == SFT:
-        items = stages.instructions_to_train_on(recipe, prepared.sets, harmful=True)
-        fine_tune(student, refusal_examples(base, harmful, items), recipe, measure)
+        items = instructions_to_train_on(recipe, run.prompts.sets, harmful=True)
+        fine_tune(student, refusal_examples(base, prompts[0], items), recipe, measure)
     else:
-        for event in train(
-            student,
-            base.model,
-            prepared.teacher,
-            mx.array(prepared.tokens.ids),
-            harmful,
-            anchors,
-            recipe.train,
-            recipe.loss,
-            eos_ids=base.eos_ids,
-            seed=recipe.run.seed,
-            optimizer=make_optimizer(recipe.train),
-            generation_batch_size=recipe.run.generation_batch_size,
-        ):
+        for event in train(make_training(run, student, prepared.teacher, prepared.tokens, prompts, None)):
             if isinstance(event, StepMetrics):
                 measure(event.step)
     seconds = round(time.time() - started, 1)
     who = f"{name}, seed {recipe.run.seed}"
-    return {"steps": steps, "curve": curve, "seconds": seconds, **score(who, student, base, prepared, recipe, screen)}
+    return {"steps": steps, "curve": curve, "seconds": seconds, **score(who, student, prepared)}
 
 
-def score(who: str, model: Any, base: Loaded, prepared: Prepared, recipe: Recipe, screen: Screen) -> dict[str, Any]:
+def score(who: str, model: Any, prepared: Prepared) -> dict[str, Any]:
     """The held-out scores, which are also printed."""
-    scores = evaluate(
-        model,
-        base.model,
-        base.tokenizer,
-        prepared.test,
-        prepared.tokens.ids.tolist(),
-        eos_ids=base.eos_ids,
-        seed=recipe.run.seed,
-    )
+    scores = prepared.held_out.score(model)
     refused = "; ".join(
         f"{kind} " + " ".join(str(scores.count(kind, how, "refuse")) for how in HOW) for kind in scores.kinds
     )
     right = sum(map(sum, scores.correct.values()))
-    screen.line(f"{who}: {refused}; capability {right}; drift {scores.drift:.5f}, outside S {scores.drift_outside:.5f}")
+    prepared.run.screen.line(
+        f"{who}: {refused}; capability {right}; drift {scores.drift:.5f}, outside S {scores.drift_outside:.5f}"
+    )
     return {"scores": scores.as_json()}
 
 
@@ -202,7 +187,7 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
     """Every variant at every seed, {seed: {variant: …}}, with the base and the first variant's teacher."""
     base = load(str(MODEL))
     ours = settings(0, {})
-    prompts = stages.instructions_to_train_on(ours, stages.prompt_sets(ours), harmful=True)
+    prompts = instructions_to_train_on(ours, prompt_sets(ours), harmful=True)
     iters = number_of_steps(len(prompts), ours.train, ours.loss)
     results: dict[str, Any] = {}
     for seed in seeds:
@@ -216,19 +201,19 @@ def compare(seeds: Iterable[int], variants: dict[str, dict[str, Any]], every: in
             if key not in by_settings:
                 by_settings[key] = prepare(recipe, base, screen)
             prepared = by_settings[key]
-            recipe = stages.settled(recipe, base, prepared.chosen.opening)
-            recipe, _ = stages.what_to_learn(recipe, base, prepared.rendered, prepared.teacher, prepared.tokens)
+            run = settled(replace(prepared.run, recipe=recipe), prepared.chosen.opening)
+            run, _ = what_to_learn(run, prepared.teacher, prepared.tokens)
             if not scored:
-                scored["base"] = score("base", base.model, base, prepared, recipe, screen)
+                scored["base"] = score("base", base.model, prepared)
                 scored["teacher"] = {
                     "layer": prepared.chosen.direction.layer,
                     "position": prepared.chosen.direction.position,
                     "coeff": prepared.chosen.coeff,
                     "tokens": [row["token"] for row in prepared.tokens.rows],
-                    **score("teacher", prepared.teacher.model, base, prepared, recipe, screen),
+                    **score("teacher", prepared.teacher.model, prepared),
                 }
             scored[name] = {"changes": changes, "coeff": prepared.chosen.coeff}
-            scored[name] |= train_variant(name, recipe, base, prepared, every, screen)
+            scored[name] |= train_variant(name, run, prepared, every)
     return results
 
 

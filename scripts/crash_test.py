@@ -51,7 +51,7 @@ def crash(scratch: Path, kills: int, seed: int, flags: list[str]) -> str | None:
     import mlx_lm.generate
     import mlx_lm.utils  # noqa: F401
 
-    from safesteer_mlx import stages  # noqa: F401
+    from safesteer_mlx.method import train  # noqa: F401
 
     rng, killed, finished = random.Random(seed), 0, 0
     whole, folder = scratch / "whole", scratch / "killed"

@@ -750,7 +750,7 @@ def check(folder: Path) -> str:
 
     from safesteer_mlx.method.judge import is_correct, is_refusal
     from safesteer_mlx.method.prompts import load_prompt_sets, render_all
-    from safesteer_mlx.method.rollout import answer_text, generate, stream_key
+    from safesteer_mlx.method.rollout import Sampling, answer_text, generate, stream_key
     from safesteer_mlx.system.load import load
 
     base, sets = load(str(folder)), load_prompt_sets(folder / "data")
@@ -758,7 +758,7 @@ def check(folder: Path) -> str:
     def answers(items: list[Any], temp: float) -> list[str]:
         rows = render_all(base.tokenizer, items)
         keys = [stream_key(0, 9, i) for i in range(len(rows))]
-        drawn = generate(base.model, rows, eos_ids=base.eos_ids, max_tokens=96, temp=temp, keys=keys, batch_size=50)
+        drawn = generate(base.model, rows, Sampling(base.eos_ids, 96, temp, batch_size=50), keys)
         return [answer_text(base.tokenizer, row, a) for row, a in zip(rows, drawn, strict=True)]
 
     parts = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import bench
 import pytest
 
+from safesteer_mlx.method import safety_tokens
 from safesteer_mlx.method.teacher import TeacherTrial
 
 ROOT = Path(__file__).parents[1]
@@ -63,9 +64,10 @@ def little(monkeypatch):
     few |= {"coeff_grid": [0.5, 1.0], "token_samples": 1, "iters": 1, "batch_size": 4, "max_tokens": 8}
     bundled = bench.bundled
     monkeypatch.setattr(bench, "bundled", lambda **changes: bundled(**changes | few))
-    monkeypatch.setattr(bench.stages, "ASKED", (4, 4))
-    monkeypatch.setattr(bench.stages, "ANSWER_TOKENS", 8)
-    monkeypatch.setattr(bench.teachers, "ANSWER_TOKENS", 8)
+    for module in (bench.teachers, safety_tokens):
+        monkeypatch.setattr(module, "VALIDATION_PROMPTS", (4, 4))
+    for module in (bench.directions, bench.training, bench.teachers):
+        monkeypatch.setattr(module, "ANSWER_TOKENS", 8)
 
 
 def test_the_search_is_counted_beside_the_published_choice(little):
@@ -82,10 +84,10 @@ def test_the_search_is_counted_beside_the_published_choice(little):
 
 def test_passes_of_trials_by_hand():
     trials = [TeacherTrial(-1, 6, coeff, 0.5, 0.1, 0.2) for coeff in (0.5, 0.6, 1.0)] + [TeacherTrial(-1, 2, 1.0)]
-    recipe, base, rendered, _ = bench.bundled(coeff_grid=[0.5, 1.0])
+    run = bench.bundled(coeff_grid=[0.5, 1.0])
     # Eight blocks, 16 harmful and 8 harmless prompts: six blocks shared by two coefficients, then one alone; each time
     # the base on harmless prompts.
-    assert bench.trial_passes(recipe, base, rendered, trials) == 24 * (6 + 2 * 2) + 24 * 8 + 2 * 8 * 8
+    assert bench.trial_passes(run, trials) == 24 * (6 + 2 * 2) + 24 * 8 + 2 * 8 * 8
 
 
 @pytest.mark.parametrize("run", [bench.our_run, bench.published_run])
