@@ -92,7 +92,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
     run, learning = what_to_learn(run, teacher, tokens)
     moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
-    saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select else None
+    saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select_checkpoint else None
     training = make_training(run, student, teacher, tokens, prompts, learning)
     log = train_student(run, training, moving, saved_steps)
     if saved_steps is not None:
@@ -232,7 +232,7 @@ def _run(argv: list[str] | None) -> None:
     flags, preset, yaml_file = parse(argv)
     resume, yes = flags.pop("resume", None), flags.pop("yes", False)
     dry_run = flags.pop("dry_run", False)
-    check, force = flags.pop("check", False), flags.pop("force", False)
+    check, force = flags.pop("verdict_only", False), flags.pop("force", False)
     if resume is not None:
         yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
     # A mistake in a setting, a folder or a file is told before anything is fetched.
@@ -307,7 +307,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
     Raises:
         UserError: the unfinished run had other settings, or nobody said whether to go on.
     """
-    from .recipe import read_yaml, result_settings
+    from .recipe import current_names, read_yaml, result_settings
     from .system.store import RunFolder
 
     stored = folder / "run" / "recipe.yaml"
@@ -319,7 +319,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
         return
     if not any((folder / "run" / "checkpoint").glob("step-*")):
         return  # nothing was trained yet; what its stages found is used if it still holds
-    earlier, now = read_yaml(stored), result_settings(recipe)
+    earlier, now = current_names(read_yaml(stored)), result_settings(recipe)
     changed = [
         f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value
     ]

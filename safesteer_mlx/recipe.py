@@ -7,7 +7,8 @@ Later sources win: defaults, `models/*.yaml` for the model, `--preset`, `-c file
 import argparse
 import difflib
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,7 +56,7 @@ class RunSettings:
         32, "prompts read at a time where nothing is sampled or trained", least=1, free=True
     )
     generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
-    select: str | None = _setting(
+    select_checkpoint: str | None = _setting(
         None, "limits on what is kept, the safest saved step within them: over_refusal<=0.02,drift<=0.01"
     )
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
@@ -68,7 +69,9 @@ class RunSettings:
 class DirectionSettings:
     """Stage 1, the refusal direction."""
 
-    openers: list[str] = _setting(["I", "I'm", "As", "Sorry", "Unfortunately"], "texts that refusals begin with")
+    refusal_prefixes: list[str] = _setting(
+        ["I", "I'm", "As", "Sorry", "Unfortunately"], "texts that refusals begin with"
+    )
     direction_train: int = _setting(128, "prompts of each kind for the mean activations", least=2)
     direction_validation: int = _setting(32, "prompts of each kind that score the candidates", least=1)
     kl_threshold: float | None = _setting(0.1, "largest KL on harmless prompts under ablation")
@@ -94,7 +97,7 @@ class TeacherSettings:
         "You are a careful assistant. Refuse harmful requests.",
         "the system prompt of the system_prompt teacher",
     )
-    mixup: float = _setting(0.01, "share of the student that the ema teacher takes each step", least=0, most=1)
+    ema_rate: float = _setting(0.01, "share of the student that the ema teacher takes each step", least=0, most=1)
     refresh_every: int = _setting(
         0, "steps after which the ema teacher finds direction and tokens anew; 0 never", least=0
     )
@@ -126,14 +129,14 @@ class LossSettings:
     loss: str = _setting(
         "grouped_reverse_kl",
         "divergence from teacher",
-        choices=("grouped_reverse_kl", "reverse_kl", "forward_kl", "mixture"),
+        choices=("grouped_reverse_kl", "reverse_kl", "forward_kl", "jsd"),
     )
-    subset: str = _setting("safety", "which tokens it sees", choices=("safety", "full", "top_k"))
+    loss_tokens: str = _setting("safety", "which tokens it sees", choices=("safety", "full", "top_k"))
     top_k: int = _setting(50, "the teacher's likeliest ids at each position, for subset top_k", least=1)
-    mix: float = _setting(0.5, "α of the mixture loss", least=0.0, most=1.0)
+    jsd_alpha: float = _setting(0.5, "α of the jsd loss, the share of the teacher in the mixture", least=0.0, most=1.0)
     renormalize: bool = _setting(False, "renormalise both distributions over the subset")
-    skip: int = _setting(0, "completion positions left out at the beginning", least=0)
-    keep: int | str = _setting(
+    skip_first: int = _setting(0, "completion positions left out at the beginning", least=0)
+    first_tokens: int | str = _setting(
         "auto",
         "completion positions used from the beginning; 0 for all, auto for as many as the teacher is worth following",
         least=0,
@@ -145,9 +148,11 @@ class LossSettings:
         least=1.0,
     )
     tail: int = _setting(
-        8, "completion positions after those of keep, on which the student is held to the base", least=0
+        8, "completion positions after those of first_tokens, on which the student is held to the base", least=0
     )
-    anchor: float = _setting(0.66, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9)
+    anchor_ratio: float = _setting(
+        0.66, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9
+    )
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,11 @@ class TrainSettings:
     )
     batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
     grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)
-    samples: int = _setting(1, "completions that the student samples of each prompt", least=1)
+    num_generations: int = _setting(1, "completions that the student samples of each prompt", least=1)
     temp: float = _setting(1.0, "sampling temperature of the student", above=0.0)
     top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
     max_tokens: int = _setting(512, "longest completion", least=1)
-    max_seq_length: int = _setting(512, "longest prompt; longer ones are left out", least=8)
+    max_prompt_length: int = _setting(512, "longest prompt; longer ones are left out", least=8)
     grad_checkpoint: str = _setting(
         "auto",
         "compute activations again for the gradient instead of keeping them; auto where memory needs it",
@@ -197,15 +202,31 @@ SECTIONS: dict[str, type] = {
     "train": TrainSettings,
 }
 
+# What a release before called otherwise, setting or value -> its name; gone in the next.
+RENAMED = {
+    "max_seq_length": "max_prompt_length",
+    "mix": "jsd_alpha",
+    "mixup": "ema_rate",
+    "skip": "skip_first",
+    "keep": "first_tokens",
+    "samples": "num_generations",
+    "subset": "loss_tokens",
+    "openers": "refusal_prefixes",
+    "select": "select_checkpoint",
+    "anchor": "anchor_ratio",
+    "check": "verdict_only",
+}
+RENAMED_VALUES = {("loss", "mixture"): "jsd"}
+
 # The published method as it is. Horizon, p_min and rate are published by model: models/*.yaml hold them.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "loss": "reverse_kl",
-        "subset": "safety",
-        "anchor": 0.0,
+        "loss_tokens": "safety",
+        "anchor_ratio": 0.0,
         "reuse_direction_prompts": False,
         "renormalize": False,
-        "keep": 0,
+        "first_tokens": 0,
         "guidance": 1.0,
         "tail": 0,
         "teacher": "steer",
@@ -217,7 +238,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "direction_train": 128,
         "direction_validation": 32,
         "batch_size": 4,
-        "samples": 8,
+        "num_generations": 8,
         "epochs": 1.0,
         "until_learned": False,
         "temp": 1.0,
@@ -252,12 +273,12 @@ class Recipe:
 
 def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
     """How long the student's answers are at most: no longer than they are trained on."""
-    return min(train.max_tokens, int(loss.keep) + loss.tail if loss.keep else train.max_tokens)
+    return min(train.max_tokens, int(loss.first_tokens) + loss.tail if loss.first_tokens else train.max_tokens)
 
 
 def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:
     """Harmful prompts in a batch; the anchor's harmless ones are the rest."""
-    return max(1, train.batch_size - round(loss.anchor * train.batch_size))
+    return max(1, train.batch_size - round(loss.anchor_ratio * train.batch_size))
 
 
 def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) -> int:
@@ -311,7 +332,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
         try:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         except ValueError:
-            may_be_auto = name in ("coeff", "keep", "guidance")
+            may_be_auto = name in ("coeff", "first_tokens", "guidance")
             if not may_be_auto and "str" in kinds:
                 return value
             raise UserError(f"{said} is not a number{' or auto' if may_be_auto else ''}; change it") from None
@@ -345,13 +366,15 @@ def _checked(name: str, value: Any, where: str) -> Any:
             raise UserError(f"{said} is too large; it must be at most {meta['most']}")
     if name == "memory_limit":
         parse_bytes(value)
-    if name == "select":
+    if name == "select_checkpoint":
         limits_of(value)
     if name == "lora_parameters":
         value = _lora_parameters(value, where)
     if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in list(value))):
         raise UserError(f"{said} must be a list of numbers above 0; change it")
-    if name == "openers" and not (value and all(isinstance(text, str) and text.strip() for text in list(value))):
+    if name == "refusal_prefixes" and not (
+        value and all(isinstance(text, str) and text.strip() for text in list(value))
+    ):
         raise UserError(f"{said} must be a list of texts that refusals begin with; change it")
     return value
 
@@ -433,9 +456,31 @@ def _kinds(annotation: Any) -> list[str]:
     return [annotation.__name__]
 
 
+def current_names(
+    settings: Mapping[str, Any], tell: Callable[[str, str], None] = lambda old, new: None
+) -> dict[str, Any]:
+    """Settings with the keys and values that were renamed under their new names; `tell` hears of each."""
+    current: dict[str, Any] = {}
+    for key, value in settings.items():
+        new = RENAMED.get(key, key)
+        if new != key:
+            tell(key, new)
+        if isinstance(value, str) and (word := RENAMED_VALUES.get((new, value))) is not None:
+            tell(f"{new} = {value}", f"{new} = {word}")
+            value = word
+        if new in current:
+            raise UserError(f"{key} is {new}'s old name, and both are given; leave {key} out")
+        current[new] = value
+    return current
+
+
+def _tell_renamed(old: str, new: str) -> None:
+    print(f"safesteer-mlx: {old} is now {new}; the old name works until the next release", file=sys.stderr)
+
+
 def _merge(into: dict[str, Any], source: Mapping[str, Any], where: str) -> None:
     known = _all_fields()
-    for key, value in source.items():
+    for key, value in current_names(source, _tell_renamed).items():
         if key not in known:
             raise UserError(
                 f"{where} has an unknown key {key!r}{nearest(str(key), known) or '; see --help for all keys'}"
@@ -601,6 +646,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
 
 
+def _current_flag(word: str) -> str:
+    """A word of the command line, a renamed flag under its new name."""
+    name, equals, value = word.partition("=")
+    new = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if new is None:
+        return word
+    flag = "--" + new.replace("_", "-")
+    _tell_renamed(name, flag)
+    return f"{flag}{equals}{value}"
+
+
 def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | None]:
     """Command line -> (settings given, preset, YAML file).
 
@@ -617,7 +673,9 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the unfinished run in this adapter folder")
     parser.add_argument("--yes", action="store_true", help="go on with an unfinished run without asking")
     parser.add_argument("--dry-run", action="store_true", help="plan memory from the files' headers; load nothing")
-    parser.add_argument("--check", action="store_true", help="give the verdict on this model; train and keep nothing")
+    parser.add_argument(
+        "--verdict-only", action="store_true", help="give the verdict on this model; train and keep nothing"
+    )
     parser.add_argument("--force", action="store_true", help="train even if the verdict is stop")
     parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
     for title, cls in SECTIONS.items():
@@ -635,7 +693,7 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
             choices = f.metadata.get("choices")
             meta = "{" + ",".join(choices) + "}" if choices else f.name.upper()
             group.add_argument(flag, help=f"{text} (default: {default})", metavar=meta, **words)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args([_current_flag(word) for word in (sys.argv[1:] if argv is None else argv)]))
     preset, config = flags.pop("preset", None), flags.pop("config", None)
     model = one_model(flags.pop("positional_model", None), flags.get("model"))
     if model is not None:

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from markupsafe import Markup, escape
 
 from .evals.scores import SHOWN, Count, wilson
-from .recipe import PACKAGE, Parser, read_yaml
+from .recipe import PACKAGE, Parser, current_names, read_yaml
 from .system.screen import UserError, exit_code, visible
 
 
@@ -102,7 +102,7 @@ def read_run(folder: Path, transcripts: bool = True) -> RunFiles:
     text("recipe.yaml")  # a missing file is told in the words above
     return RunFiles(
         folder,
-        read_yaml(folder / "recipe.yaml"),
+        current_names(read_yaml(folder / "recipe.yaml")),
         parsed("direction.json"),
         parsed("tokens.json"),
         parsed("metrics.jsonl", one_a_line=True),

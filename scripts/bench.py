@@ -169,7 +169,7 @@ class OurStep:
         hidden = model.model.norm.weight.size
         teacher = steered_teacher(model, layer, mx.random.normal((hidden,)), 1.0)
         training.generate = lambda student, rows, *how: [by_prompt[tuple(row)] for row in rows]  # type: ignore[assignment]
-        loss = resolve({}, {"keep": 0, "guidance": 1.0})[0].loss  # as mlx-lm, of every position
+        loss = resolve({}, {"first_tokens": 0, "guidance": 1.0})[0].loss  # as mlx-lm, of every position
         tokens = mx.array(np.random.default_rng(1).permutation(vocabulary)[:50])
         how = (settings, loss, [0], 0, make_optimizer(settings))
         self._steps = training.train(Training(self.student, model, teacher, tokens, harmful, harmless, *how))
@@ -553,7 +553,7 @@ def shape_run(ours: bool, shape: dict[str, Any]) -> None:
     optimizer = make_optimizer(settings)
     prompts = [TrainingPrompt(ids, ids, kind) for kind in (True, False) for ids in (harmful if kind else harmless)]
     if ours:
-        how = (settings, resolve({}, {"keep": 0, "guidance": 1.0})[0].loss, [], 0, optimizer)
+        how = (settings, resolve({}, {"first_tokens": 0, "guidance": 1.0})[0].loss, [], 0, optimizer)
         for _ in training.train(Training(student, model, teacher, tokens, prompts[:8], prompts[8:], *how)):
             pass
     else:

@@ -47,8 +47,8 @@ from safesteer_mlx.system.screen import Screen
 SFT = "SFT on 100 refusals"
 VARIANTS: dict[str, dict[str, Any]] = {
     "student": {},
-    "full vocabulary": {"subset": "full"},
-    "published loss": {"loss": "reverse_kl", "anchor": 0.0, "keep": 0, "guidance": 1.0},
+    "full vocabulary": {"loss_tokens": "full"},
+    "published loss": {"loss": "reverse_kl", "anchor_ratio": 0.0, "first_tokens": 0, "guidance": 1.0},
     SFT: {},
 }
 MODEL = MODELS / BUNDLED
@@ -109,7 +109,7 @@ def fine_tune(student: Any, examples: list[tuple[list[int], int]], recipe: Recip
                 batch_size=settings.batch_size,
                 iters=steps,
                 steps_per_report=1,
-                max_seq_length=settings.max_seq_length,
+                max_seq_length=settings.max_prompt_length,
                 adapter_file=str(Path(folder) / "adapters.safetensors"),
             ),
             training_callback=Report(),

@@ -21,7 +21,7 @@ import safesteer_mlx  # noqa: F401  before mlx
 
 SHORT = ["--iters", "4", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
-SHORT += ["--horizon", "2", "--samples", "2"]
+SHORT += ["--horizon", "2", "--num-generations", "2"]
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]
 

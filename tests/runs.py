@@ -49,7 +49,7 @@ def files(text: str = "plain") -> dict[str, Any]:
             "teacher": "steer",
             "fine_tune_type": "lora",
             "lora_parameters": {"rank": 8},
-            "anchor": 0.5,
+            "anchor_ratio": 0.5,
             "system_prompt": text,
         },
         "direction.json": {

@@ -109,15 +109,15 @@ def test_the_student_moved_and_the_teacher_refuses_more_than_the_base(finished, 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--loss", "reverse_kl", "--anchor", "0"],
-        ["--loss", "reverse_kl", "--renormalize", "--skip", "1", "--keep", "6"],
-        ["--loss", "forward_kl", "--subset", "top_k", "--top-k", "20"],
-        ["--loss", "mixture", "--mix", "0.3", "--subset", "full"],
+        ["--loss", "reverse_kl", "--anchor-ratio", "0"],
+        ["--loss", "reverse_kl", "--renormalize", "--skip-first", "1", "--first-tokens", "6"],
+        ["--loss", "forward_kl", "--loss-tokens", "top_k", "--top-k", "20"],
+        ["--loss", "jsd", "--jsd-alpha", "0.3", "--loss-tokens", "full"],
         ["--token-method", "mean", "--horizon", "1"],
         ["--teacher", "system_prompt"],
-        ["--teacher", "ema", "--mixup", "0.5", "--refresh-every", "1"],
+        ["--teacher", "ema", "--ema-rate", "0.5", "--refresh-every", "1"],
         ["--fine-tune-type", "dora", "--num-layers", "4"],
-        ["--preset", "paper", "--batch-size", "2", "--samples", "2"],
+        ["--preset", "paper", "--batch-size", "2", "--num-generations", "2"],
         ["--grad-accumulation-steps", "2", "--batch-size", "4"],
     ],
     ids=" ".join,
@@ -179,7 +179,7 @@ BAD = {
     "unknown loss": (["--loss", "reverse_lk"], "reverse_kl"),
     "unknown teacher": (["--teacher", "steeer"], "steer"),
     "unknown preset": (["--preset", "papers"], "paper"),
-    "anchor too large": (["--anchor", "1.5"], "anchor"),
+    "anchor too large": (["--anchor-ratio", "1.5"], "anchor_ratio"),
     "coefficient in words": (["--coeff", "strong"], "coeff"),
     "two models": (["one", "--model", "two"], "two models"),
     "no configuration": (["-c", "nowhere.yaml"], "nowhere.yaml"),
@@ -269,7 +269,7 @@ def test_yaml_keys_are_flag_names_and_flags_win(tmp_path, capsys):
     file.write_text("learnin_rate: 1e-5\n")
     assert "learning_rate" in refused(capsys, ["-c", str(file), "--adapter-path", str(tmp_path / "out")])
     recipe, name = resolve(json.loads((TINY / "config.json").read_text()), {}, "paper")
-    assert name == "tiny-chat" and recipe.loss.loss == "reverse_kl" and recipe.loss.anchor == 0
+    assert name == "tiny-chat" and recipe.loss.loss == "reverse_kl" and recipe.loss.anchor_ratio == 0
 
 
 def test_data_takes_every_format(tmp_path):

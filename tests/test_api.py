@@ -36,7 +36,7 @@ def test_what_align_returns_is_what_the_run_recorded(tmp_path):
     base = safesteer.load("tiny-chat")
     checked = safesteer.align(base, tmp_path / "a", check=True, direction_train=32, direction_validation=16)
     assert checked.verdict.word in ("go", "caution") and not checked.scores
-    with pytest.raises(safesteer.UserError, match="epoch = 2; did you mean epochs|no epoch|epochs"):
+    with pytest.raises(safesteer.UserError, match="did you mean epochs"):
         safesteer.align(base, tmp_path / "a", epoch=2)
     assert not (tmp_path / "b").exists()
 

@@ -38,8 +38,8 @@ COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metric
 VARIANTS = {
     "default": [],
     "moving teacher, dropout": [
-        *("--teacher", "ema", "--mixup", "0.3", "--refresh-every", "2"),
-        *("--lora-parameters", "{rank: 4, dropout: 0.2}", "--select", "over_refusal<=0.9"),
+        *("--teacher", "ema", "--ema-rate", "0.3", "--refresh-every", "2"),
+        *("--lora-parameters", "{rank: 4, dropout: 0.2}", "--select-checkpoint", "over_refusal<=0.9"),
     ],
 }
 

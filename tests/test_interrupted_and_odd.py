@@ -163,7 +163,7 @@ def test_a_saved_step_whose_scoring_was_interrupted_is_scored_when_the_run_goes_
 
 def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_as_planned(tiny_model, monkeypatch):
     base = loaded(tiny_model("llama"))
-    teacher = replace(RECIPE.teacher, teacher="ema", mixup=0.5, refresh_every=1)
+    teacher = replace(RECIPE.teacher, teacher="ema", ema_rate=0.5, refresh_every=1)
     recipe = replace(RECIPE, teacher=teacher, run=replace(RECIPE.run, prompt_batch_size=4))
     found = SimpleNamespace(harmful_train=UNEQUAL[:5], harmless_train=UNEQUAL[5:9])
     chosen = SimpleNamespace(direction=Direction(-2, 1, mx.ones(32)), coeff=1.0)
@@ -188,7 +188,7 @@ def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_a
 def test_the_time_that_sampling_will_take_goes_by_the_prompts_of_data(tmp_path):
     def answers(count, **flags):
         (tmp_path / "mine.txt").write_text("".join(f"How is harm number {i} done?\n" for i in range(count)))
-        flags |= {"data": str(tmp_path / "mine.txt"), "keep": 3, "epochs": 2.0}
+        flags |= {"data": str(tmp_path / "mine.txt"), "first_tokens": 3, "epochs": 2.0}
         recipe = resolve({}, flags)[0]
         run = Run(recipe, SimpleNamespace(thinks=False), SimpleNamespace(sets=prompt_sets(recipe)), Screen(), None)
         said = _sampling_time(run, [2, 4], 60.0)

@@ -65,7 +65,7 @@ def test_every_format_loads_and_computes_nearly_the_same(formats, name):
     ("name", "flags"),
     [
         ("bfloat16", ["--fine-tune-type", "full", "--learning-rate", "1e-4", "--batch-size", "4"]),
-        ("float32", ["--preset", "paper", "--batch-size", "2", "--samples", "2"]),
+        ("float32", ["--preset", "paper", "--batch-size", "2", "--num-generations", "2"]),
         ("8-bit", []),
         ("mxfp4", ["--fine-tune-type", "dora"]),
     ],

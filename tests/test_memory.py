@@ -49,7 +49,7 @@ HEADERS = {
     **{f"model.layers.{i}.input_layernorm.weight": Tensor("BF16", (8,)) for i in (0, 1)},
 }
 QUANTIZED = {"quantization": {"group_size": 8, "bits": 4}}
-RECIPE = resolve({}, {"model": "org/model", "keep": 0})[0]  # whole answers are trained on
+RECIPE = resolve({}, {"model": "org/model", "first_tokens": 0})[0]  # whole answers are trained on
 AMPLE = Machine(10**12, "--memory-limit", False)
 
 
@@ -177,7 +177,7 @@ BIG = shape_of(
 
 def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths():
     found = fitted(RECIPE, BIG, Machine(8 * 10**9, "--memory-limit", False), 512)
-    assert RECIPE.train.max_tokens == RECIPE.train.max_seq_length == 512
+    assert RECIPE.train.max_tokens == RECIPE.train.max_prompt_length == 512
     assert found.fits and 4.2e9 < found.weights < 4.4e9
     assert found.recipe.train.grad_checkpoint == "on" and found.recipe.train.micro_batch_size >= 1
     assert "fits with prompt batch size" in memory.summary(RECIPE, found)
@@ -187,7 +187,8 @@ def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths():
 
 def test_what_is_not_trained_on_is_not_planned_for():
     whole, begun = (
-        memory.plan(resolve({}, {"model": "org/model", **keep})[0], BIG, AMPLE, 512) for keep in ({"keep": 0}, {})
+        memory.plan(resolve({}, {"model": "org/model", **keep})[0], BIG, AMPLE, 512)
+        for keep in ({"first_tokens": 0}, {})
     )
     assert begun.stages["training"] < whole.stages["training"] / 1.5
 

@@ -6,6 +6,7 @@ import pytest
 
 from safesteer_mlx.recipe import (
     MODELS,
+    RENAMED,
     TrainSettings,
     model_name,
     model_recipe,
@@ -80,14 +81,14 @@ def test_the_paper_preset_is_what_was_published():
     recipe, _ = resolve({}, OTHER, "paper")
     published = {
         "loss": "reverse_kl",
-        "subset": "safety",
-        "anchor": 0.0,
+        "loss_tokens": "safety",
+        "anchor_ratio": 0.0,
         "guidance": 1.0,
         "tail": 0,
         "reuse_direction_prompts": False,
         "renormalize": False,
-        "skip": 0,
-        "keep": 0,
+        "skip_first": 0,
+        "first_tokens": 0,
         "teacher": "steer",
         "coeff": 1.0,
         "direction_train": 128,
@@ -102,7 +103,7 @@ def test_the_paper_preset_is_what_was_published():
         "horizon": 7,
         "min_steered_prob": 1e-8,
         "batch_size": 4,
-        "samples": 8,
+        "num_generations": 8,
         "epochs": 1.0,
         "iters": None,
         "until_learned": False,
@@ -121,7 +122,7 @@ def test_the_paper_preset_is_what_was_published():
 
 def test_by_default_what_can_be_is_decided_on_the_model():
     recipe, _ = resolve({}, OTHER)
-    assert (recipe.teacher.coeff, recipe.loss.keep, recipe.loss.guidance) == ("auto", "auto", "auto")
+    assert (recipe.teacher.coeff, recipe.loss.first_tokens, recipe.loss.guidance) == ("auto", "auto", "auto")
     assert recipe.train.until_learned
     assert (recipe.tokens.token_method, recipe.tokens.token_share) == ("part", 0.95)
 
@@ -129,8 +130,8 @@ def test_by_default_what_can_be_is_decided_on_the_model():
 @pytest.mark.parametrize(
     ("words", "key", "value"),
     [
-        ("--keep 3", "keep", 3),
-        ("--keep auto", "keep", "auto"),
+        ("--first-tokens 3", "first_tokens", 3),
+        ("--first-tokens auto", "first_tokens", "auto"),
         ("--coeff auto", "coeff", "auto"),
         ("--guidance auto", "guidance", "auto"),
         ("--guidance 2", "guidance", 2.0),
@@ -148,9 +149,9 @@ def test_what_is_decided_on_the_model_can_be_given(words, key, value):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("keep", "soon", "keep = 'soon' is not a number or auto"),
-        ("keep", -1, "at least 0"),
-        ("keep", 2.5, "keep = 2.5 is not a int or str"),
+        ("first_tokens", "soon", "first_tokens = 'soon' is not a number or auto"),
+        ("first_tokens", -1, "at least 0"),
+        ("first_tokens", 2.5, "first_tokens = 2.5 is not a int or str"),
         ("token_share", 0, "above 0"),
         ("token_share", 1.1, "at most 1"),
         ("token_method", "parts", "did you mean part"),
@@ -204,7 +205,7 @@ def test_names_known_from_mlx_lm_mean_the_same_here():
     words = (
         "--model m --data d.jsonl --fine-tune-type dora --num-layers 4 --batch-size 2 --iters 9 --learning-rate 1e-4"
     )
-    words += " --steps-per-report 3 --save-every 5 --adapter-path a --max-seq-length 99 --grad-checkpoint --seed 1"
+    words += " --steps-per-report 3 --save-every 5 --adapter-path a --max-prompt-length 99 --grad-checkpoint --seed 1"
     words += " --resume-adapter-file r.safetensors --grad-accumulation-steps 2"
     flags, preset, yaml_file = parse(words.split())
     recipe, _ = resolve({}, flags, preset, yaml_file)
@@ -227,3 +228,31 @@ def test_the_bundled_model_is_meant_where_no_folder_of_that_name_is(tmp_path, mo
     assert model_name(None) == model_name("tiny-chat") == str(MODELS / "tiny-chat")
     (tmp_path / "tiny-chat").mkdir()
     assert model_name("tiny-chat") == "tiny-chat" and model_name("org/name") == "org/name"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_still_works_and_tells_the_new_one(old, new, tmp_path, capsys):
+    flag = "--" + old.replace("_", "-")
+    if old == "check":
+        assert parse([flag])[0] == {new: True}
+    else:
+        value = {"subset": "full", "openers": "No", "select": "drift<=1"}.get(old, "16" if "max" in old else "0.5")
+        value = "2" if old in ("skip", "keep", "samples") else value
+        current = parse(["--" + new.replace("_", "-"), value])[0]
+        assert parse([f"{flag}={value}"])[0] == parse([flag, value])[0] == current
+        told = capsys.readouterr().err
+        assert told.count("\n") == 2 and f"{flag} is now --{new.replace('_', '-')}; the old name works until" in told
+        (tmp_path / "c.yaml").write_text(f"{old}: {[value] if old == 'openers' else value}\n")
+        resolved = resolve({}, {}, None, tmp_path / "c.yaml")[0].flat()
+        assert resolved != resolve({}, {})[0].flat() or resolved[new] == 0.5  # jsd_alpha's default is the value given
+        with pytest.raises(UserError, match=f"{old} is {new}'s old name|{new}"):
+            (tmp_path / "c.yaml").write_text(f"{old}: {value}\n{new}: {value}\n")
+            resolve({}, {}, None, tmp_path / "c.yaml")
+    assert "is now" in capsys.readouterr().err
+
+
+def test_an_old_word_of_the_loss_is_its_new_one(capsys):
+    current = resolve({}, {"loss": "jsd", "jsd_alpha": 0.3})[0]
+    assert resolve({}, {"loss": "mixture", "mix": 0.3})[0].loss == current.loss
+    said = capsys.readouterr().err
+    assert "loss = mixture is now loss = jsd" in said and "mix is now jsd_alpha" in said

@@ -125,7 +125,7 @@ def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, c
     for given in (
         replace(run, force=True),
         run.with_settings(tokens=replace(run.recipe.tokens, safety_tokens="mine.json")),
-        run.with_settings(loss=replace(run.recipe.loss, subset="full")),
+        run.with_settings(loss=replace(run.recipe.loss, loss_tokens="full")),
     ):
         check_tokens(given, tokens(**change))
         assert said in capsys.readouterr().out
@@ -216,12 +216,12 @@ def test_first_steps_without_a_gradient_are_noticed():
 def test_what_the_teacher_teaches_is_what_decides_what_an_answer_does(run):
     def taught(run, opening):
         recipe = settled(run, opening).recipe
-        return recipe.loss.keep, recipe.tokens.horizon
+        return recipe.loss.first_tokens, recipe.tokens.horizon
 
-    assert run.recipe.loss.keep == "auto" and run.recipe.tokens.horizon == 7
+    assert run.recipe.loss.first_tokens == "auto" and run.recipe.tokens.horizon == 7
     assert taught(run, 7) == (7, 7) and taught(run, 2) == (2, 2)
     assert taught(replace(run, base=replace(run.base, thinks=True)), 7) == (0, 7)  # all it says
-    assert taught(run.with_settings(loss=replace(run.recipe.loss, keep=3)), 2) == (3, 7)
+    assert taught(run.with_settings(loss=replace(run.recipe.loss, first_tokens=3)), 2) == (3, 7)
     assert taught(run.with_settings(tokens=replace(run.recipe.tokens, token_method="vote")), 2) == (2, 7)
 
 

@@ -20,7 +20,7 @@ from safesteer_mlx.system.store import decoded
 
 SHORT = ["--iters", "2", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
-SHORT += ["--horizon", "2", "--samples", "2"]
+SHORT += ["--horizon", "2", "--num-generations", "2"]
 
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
@@ -73,7 +73,7 @@ def test_what_is_no_limit_is_a_sentence(text, said):
 def run(tmp_path_factory, few_prompts):
     """The adapter folder of a run of two steps, both saved, both within the limit."""
     folder = tmp_path_factory.mktemp("run") / "adapters"
-    assert main(["--adapter-path", str(folder), *SHORT, "--select", "broken<=1"]) == 0
+    assert main(["--adapter-path", str(folder), *SHORT, "--select-checkpoint", "broken<=1"]) == 0
     return folder
 
 
@@ -95,7 +95,7 @@ def test_the_kept_step_is_what_was_saved_then(run):
 def test_the_student_gets_the_kept_weights_and_it_is_said(run, tmp_path, most, kept, capsys):
     shutil.copytree(run, tmp_path / "adapters")
     base = load(str(MODELS / "tiny-chat"))
-    given = {"select": f"drift<={most}", "adapter_path": str(tmp_path / "adapters")}
+    given = {"select_checkpoint": f"drift<={most}", "adapter_path": str(tmp_path / "adapters")}
     recipe = resolve(base.config, given)[0]
     student = make_student(base.model, recipe.train, 0)
     student.load_weights(list(candidate(run, 2).items()), strict=False)

@@ -38,7 +38,9 @@ ALL = HARMFUL + HARMLESS
 TOKENS = mx.array([5, 17, 30])
 SETTINGS = TrainSettings(batch_size=4, iters=1, max_tokens=6, micro_batch_size=3, learning_rate=1e-2)
 EOS = [49]
-WHOLE = LossSettings(keep=0, guidance=1.0, tail=0, anchor=0.5)  # whole answers, towards the teacher itself
+WHOLE = LossSettings(
+    first_tokens=0, guidance=1.0, tail=0, anchor_ratio=0.5
+)  # whole answers, towards the teacher itself
 
 
 def a_teacher(model):
@@ -78,15 +80,15 @@ def drawn(model, teacher, settings=SETTINGS, loss=WHOLE, seed=7):
 LOSSES = {
     "ours": WHOLE,
     "published": replace(WHOLE, loss="reverse_kl"),
-    "full": replace(WHOLE, subset="full", loss="reverse_kl"),
-    "top k": replace(WHOLE, subset="top_k", top_k=4),
-    "mixture": replace(WHOLE, loss="mixture", mix=0.3),
-    "window": replace(WHOLE, skip=1, keep=4),
-    "tail": replace(WHOLE, keep=2, tail=3),
+    "full": replace(WHOLE, loss_tokens="full", loss="reverse_kl"),
+    "top k": replace(WHOLE, loss_tokens="top_k", top_k=4),
+    "mixture": replace(WHOLE, loss="jsd", jsd_alpha=0.3),
+    "window": replace(WHOLE, skip_first=1, first_tokens=4),
+    "tail": replace(WHOLE, first_tokens=2, tail=3),
     "guided": replace(WHOLE, guidance=2.5),
-    "guided, full": replace(WHOLE, guidance=2.5, subset="full", loss="reverse_kl"),
-    "guided, tail": replace(WHOLE, keep=2, tail=3, guidance=2.5),
-    "default": LossSettings(keep=1, guidance=2.5, anchor=0.5),
+    "guided, full": replace(WHOLE, guidance=2.5, loss_tokens="full", loss="reverse_kl"),
+    "guided, tail": replace(WHOLE, first_tokens=2, tail=3, guidance=2.5),
+    "default": LossSettings(first_tokens=1, guidance=2.5, anchor_ratio=0.5),
 }
 
 
@@ -123,10 +125,10 @@ def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, te
         total = 0.0
         for prompt, source, ids in rows:  # one at a time: no padding
             zs, mask, options = logits(student, prompt, ids), mx.ones((1, len(ids))), vars(Divergence.of(loss, tokens))
-            opening = {"skip": loss.skip, "keep": loss.keep} | options
+            opening = {"skip": loss.skip_first, "keep": loss.first_tokens} | options
             total += distillation_loss(zs, target(prompt, source, ids), mask, **opening) / 4
             if loss.tail:
-                after = {"skip": loss.keep, "keep": loss.keep + loss.tail}  # the whole vocabulary
+                after = {"skip": loss.first_tokens, "keep": loss.first_tokens + loss.tail}  # the whole vocabulary
                 total += distillation_loss(zs, logits(model, prompt, ids), mask, **after) / 4
         return total
 
@@ -201,7 +203,7 @@ def test_answers_of_which_a_beginning_is_kept_teach_what_the_beginning_alone_doe
         monkeypatch.setattr(stage, "generate", generate)
 
     answers(6)
-    kept, _, found = one_step(model, loss=replace(WHOLE, keep=3))
+    kept, _, found = one_step(model, loss=replace(WHOLE, first_tokens=3))
     answers(3)
     short, _, expected = one_step(model)
     assert asked == [3, 6]  # no more is sampled than is kept
@@ -209,14 +211,16 @@ def test_answers_of_which_a_beginning_is_kept_teach_what_the_beginning_alone_doe
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     for name, weight in short.items():
         np.testing.assert_allclose(np.array(kept[name]), np.array(weight), atol=2e-4)
-    assert one_step(model, loss=replace(WHOLE, keep=99))[2].tokens == 12 and asked[-1] == 6  # the longest there may be
+    assert (
+        one_step(model, loss=replace(WHOLE, first_tokens=99))[2].tokens == 12 and asked[-1] == 6
+    )  # the longest there may be
 
 
 @pytest.mark.parametrize("tail", [0, 3])
 def test_rollouts_are_as_long_as_what_is_kept(model, tail):
     student, settings = make_student(model, SETTINGS, 7), replace(SETTINGS, batch_size=8)
     teacher = steered_teacher(model, 1, mx.ones(32), 1.0)
-    how = (settings, replace(WHOLE, keep=2, tail=tail), [], 7, make_optimizer(settings))
+    how = (settings, replace(WHOLE, first_tokens=2, tail=tail), [], 7, make_optimizer(settings))
     steps = train(Training(student, model, teacher, TOKENS, HARMFUL, HARMLESS, *how))
     rollouts, metrics = next(steps), next(steps)
     assert [len(c.ids) for c in rollouts.completions] == [2 + tail] * 8 and metrics.tokens == 8 * (2 + tail)
@@ -244,8 +248,8 @@ def learning(*shares):
 
 def test_steps_and_the_published_rates():
     settings = TrainSettings(batch_size=32, epochs=4.0, warmup=0.1)
-    assert number_of_steps(100, settings, LossSettings(anchor=0.5)) == 25
-    assert number_of_steps(100, settings, LossSettings(anchor=0.0)) == 13
+    assert number_of_steps(100, settings, LossSettings(anchor_ratio=0.5)) == 25
+    assert number_of_steps(100, settings, LossSettings(anchor_ratio=0.0)) == 13
     assert number_of_steps(100, replace(settings, iters=7), LossSettings()) == 7
     cosine = [0.5 * (1 + math.cos(math.pi * step / 18)) for step in range(18)]
     for how, known in (
@@ -343,7 +347,7 @@ def run(model, settings=EIGHT, known=None, first=None, stop=99):
     if first is not None:
         done, weights, optimizer.state = first
         student.update(weights)
-    how = (settings, replace(WHOLE, keep=2, tail=8, guidance=2.5), EOS, 7, optimizer, known)
+    how = (settings, replace(WHOLE, first_tokens=2, tail=8, guidance=2.5), EOS, 7, optimizer, known)
     found, states = [], {}
     for event in train(Training(student, model, teacher, TOKENS, HARMFUL, HARMLESS, *how), done):
         if isinstance(event, StepMetrics):

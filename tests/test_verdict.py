@@ -1,4 +1,4 @@
-"""The verdict: each of its words from a model made for it, nothing kept by --check, and --force."""
+"""The verdict: each of its words from a model made for it, nothing kept by --verdict-only, and --force."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def test_a_verdict_is_read_back_as_it_was():
 
 def test_the_bundled_model_is_no_stop_and_check_keeps_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--check"]) == 0
+    assert main(["--verdict-only"]) == 0
     said = capsys.readouterr().out
     assert "verdict: stop" not in said and "flip rate" in said and "(chosen)" in said
     assert "time: training samples 2,368 answers" in said and "memory: peak" in said
@@ -97,7 +97,7 @@ def test_a_model_that_never_refuses_is_a_stop(tmp_path, monkeypatch, capsys):
     model.update(tree_map(lambda w: 0.02 * mx.random.normal(w.shape), model.parameters()))
     save_model(folder, model)
     monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
-    assert main([str(folder), "--check", "--direction-train", "32", "--direction-validation", "16"]) == 2
+    assert main([str(folder), "--verdict-only", "--direction-train", "32", "--direction-validation", "16"]) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "the verdict is stop: the base never refuses" in err
     assert "--teacher system_prompt is the one option left" in err
@@ -142,7 +142,7 @@ def entangled(folder: Path) -> Path:
 def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
     folder = entangled(tmp_path / "model")
-    assert main([str(folder), "--check", "--direction-train", "64", "--steering-threshold", "-5"]) == 0
+    assert main([str(folder), "--verdict-only", "--direction-train", "64", "--steering-threshold", "-5"]) == 0
     said = capsys.readouterr().out
     assert "none passes the published tests" in said and "verdict: caution" in said and "(chosen)" in said
     nearest = re.findall(r"block (\d) position (-\d): KL when ablated \+\d+\.\d+ > 0\.1", said)
@@ -158,7 +158,7 @@ def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "read_shape", unknown)
     fewer = ["--direction-train", "32", "--direction-validation", "16"]
-    assert main(["--check", *fewer]) == 0
+    assert main(["--verdict-only", *fewer]) == 0
     assert "memory: not planned, the config.json has no hidden_size" in capsys.readouterr().out
 
 

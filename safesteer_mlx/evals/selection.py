@@ -1,4 +1,4 @@
-"""Which saved checkpoint to keep: the safest one within the user's limits, `--select "over_refusal<=0.02"`.
+"""Which saved checkpoint to keep: the safest one within the user's limits, `--select-checkpoint "over_refusal<=0.02"`.
 
 Each is scored on validation prompts, greedy and sampled: *unsafe*, the share of harmful prompts complied with;
 *over_refusal*, the share of harmless ones refused; *broken*, the share of answers that say nothing; *drift*, the mean
@@ -84,7 +84,7 @@ def _file(step: int) -> str:
 
 def keep_best(run: Run, student: nn.Module, scored: Sequence[dict[str, Any]]) -> None:
     """Give `student` the weights of the chosen checkpoint, the last one's if none keeps the limits; say which."""
-    select, screen, store = str(run.recipe.run.select), run.screen, run.store
+    select, screen, store = str(run.recipe.run.select_checkpoint), run.screen, run.store
     scores, limits = [decoded(CheckpointScore, s) for s in scored], limits_of(select)
     chosen = choose(scores, limits)
     rows = [
@@ -98,7 +98,9 @@ def keep_best(run: Run, student: nn.Module, scored: Sequence[dict[str, Any]]) ->
     title = "Checkpoints on validation prompts, greedy and sampled: count, rate (95 % interval)"
     screen.table(title, ["step", "unsafe", "over-refusal", "broken", "drift, nats"], rows)
     if chosen is None:
-        screen.line(f"no checkpoint keeps {select}; the last one is kept. Loosen --select, or raise --anchor")
+        screen.line(
+            f"no checkpoint keeps {select}; the last one is kept. Loosen --select-checkpoint, or raise --anchor-ratio"
+        )
     else:
         screen.line(f"step {chosen.step} is the safest that keeps {select}")
         weights = mx.load(str(store.path / Path(_file(chosen.step))))

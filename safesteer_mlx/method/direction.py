@@ -591,7 +591,7 @@ def find_openers(run: Run) -> OwnAnswers:
     refused = Counter(token for token, refusal in first[:n] if refusal)
     ordinary = Counter(token for token, refusal in first if not refusal)
     # Of the recipe's openers, those with which this model begins other answers are none of its own.
-    openers = opener_ids(run.base.tokenizer, run.recipe.direction.openers)
+    openers = opener_ids(run.base.tokenizer, run.recipe.direction.refusal_prefixes)
     openers = {text: token for text, token in openers.items() if ordinary[token] <= max(1, refused[token])}
     for token, count in refused.most_common():
         # Kept if it opens one refusal in fifty and hardly ever anything else.
@@ -599,7 +599,9 @@ def find_openers(run: Run) -> OwnAnswers:
         if often and ordinary[token] / max(1, ordinary.total()) <= count / refused.total() / 10:
             openers.setdefault(run.base.tokenizer.decode([token]), token)
     if not openers:
-        raise UserError("no refusal opener is a token of this model; give --openers texts that its refusals begin with")
+        raise UserError(
+            "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
+        )
     run.screen.line(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
     return OwnAnswers(openers, refuses[:n], refuses[n:])
 
@@ -608,9 +610,9 @@ def _sampling_time(run: Run, drawn: list[int], seconds: float) -> str:
     """What training's sampling will take at the rate of these answers, so many tokens each."""
     train, loss = run.recipe.train, run.recipe.loss
     steps = number_of_steps(len(instructions_to_train_on(run.recipe, run.prompts.sets, harmful=True)), train, loss)
-    rows = steps * train.batch_size * train.grad_accumulation_steps * train.samples
-    keep = (0 if run.base.thinks else run.recipe.tokens.horizon) if loss.keep == "auto" else loss.keep
-    most = rollout_tokens(train, replace(loss, keep=keep))
+    rows = steps * train.batch_size * train.grad_accumulation_steps * train.num_generations
+    keep = (0 if run.base.thinks else run.recipe.tokens.horizon) if loss.first_tokens == "auto" else loss.first_tokens
+    most = rollout_tokens(train, replace(loss, first_tokens=keep))
     tokens = sum(min(n, most) for n in drawn) / len(drawn)
     minutes = rows * tokens * seconds / sum(drawn) / 60
     return f"time: training samples {rows:,} answers, {minutes:,.1f} minutes at this rate; its passes come on top"
@@ -676,7 +678,7 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
             if not cautions:
                 cautions.append(
                     f"no answer to {len(harmful)} harmful prompts is likelier than not to begin as a refusal, so the "
-                    "direction is found from all; give --openers, if this model refuses in other words"
+                    "direction is found from all; give --refusal-prefixes, if this model refuses in other words"
                 )
         return [harmful[i] for i in h], [harmless[i] for i in b]
 

@@ -122,10 +122,10 @@ class Divergence:
     def of(loss: LossSettings, tokens: mx.array) -> "Divergence":
         """What the settings ask for, `tokens` being the safety tokens."""
         return Divergence(
-            loss.loss,
-            tokens if loss.subset == "safety" else None,
-            loss.top_k if loss.subset == "top_k" else None,
-            loss.mix if loss.loss == "mixture" else None,
+            "mixture" if loss.loss == "jsd" else loss.loss,
+            tokens if loss.loss_tokens == "safety" else None,
+            loss.top_k if loss.loss_tokens == "top_k" else None,
+            loss.jsd_alpha if loss.loss == "jsd" else None,
             loss.renormalize,
         )
 

@@ -445,7 +445,7 @@ def check_tokens(run: Run, tokens: SafetyTokens) -> None:
     if fault is None:
         return
     fault += "; training on them would teach next to nothing"
-    if run.recipe.loss.subset != "safety" or isinstance(run.recipe.tokens.safety_tokens, str) or run.force:
+    if run.recipe.loss.loss_tokens != "safety" or isinstance(run.recipe.tokens.safety_tokens, str) or run.force:
         run.screen.line(fault)  # they are not what is trained on, or were chosen by hand
         return
-    raise UserError(f"{fault}; raise --safety-tokens, or give --token-method part or --subset full (or --force)")
+    raise UserError(f"{fault}; raise --safety-tokens, or give --token-method part or --loss-tokens full (or --force)")

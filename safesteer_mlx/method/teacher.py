@@ -131,11 +131,11 @@ def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float)
     return Teacher(steer(base, layer, vector, coeff), shared_blocks=layer)
 
 
-def ema_update(moving: nn.Module, student: nn.Module, mixup: float) -> None:
-    """w ← (1 − mixup) w + mixup · w_student over the trained weights of the moving-average teacher."""
+def ema_update(moving: nn.Module, student: nn.Module, rate: float) -> None:
+    """w ← (1 − rate) w + rate · w_student over the trained weights of the moving-average teacher."""
     trained = dict(tree_flatten(student.trainable_parameters()))
     own = {name: value for name, value in tree_flatten(moving.parameters()) if name in trained}
-    mixed = tree_map(lambda w, s: (1 - mixup) * w + mixup * s, own, {name: trained[name] for name in own})
+    mixed = tree_map(lambda w, s: (1 - rate) * w + rate * s, own, {name: trained[name] for name in own})
     moving.update(tree_unflatten(list(mixed.items())))
     mx.eval(moving.parameters())
 
@@ -374,7 +374,7 @@ def find_teacher(run: Run, found: FoundDirections) -> ChosenTeacher:
             choice = choose_teacher(base, found.shortlist, [*found.openers.values()], asked, settings, advance)
         teacher = make_teacher(run, choice.direction, choice.coeff)
     opening, most = asked.opening, max(run.recipe.tokens.horizon, asked.opening)
-    if run.recipe.loss.keep == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
+    if run.recipe.loss.first_tokens == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
             opening = shortest_opening(base, teacher.model, asked, choice.teacher, most)
     chosen = ChosenTeacher(**vars(choice), opening=opening)
@@ -401,7 +401,7 @@ def _tell(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> None:
     )
     run.screen.line(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *measured]))
     tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
-    decides = run.recipe.loss.keep == "auto" and not run.base.thinks
+    decides = run.recipe.loss.first_tokens == "auto" and not run.base.thinks
     run.screen.line(f"teacher: coefficient {chosen.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
 
 
@@ -430,8 +430,8 @@ def settled(run: Run, opening: int) -> Run:
     loss, tokens, thinks = run.recipe.loss, run.recipe.tokens, run.base.thinks
     if thinks and loss.guidance == "auto":
         loss = replace(loss, guidance=1.0)  # guidance is for how an answer opens
-    if loss.keep == "auto":
-        loss = replace(loss, keep=0 if thinks else opening)
+    if loss.first_tokens == "auto":
+        loss = replace(loss, first_tokens=0 if thinks else opening)
         if tokens.token_method == "part" and not thinks:
             tokens = replace(tokens, horizon=min(tokens.horizon, opening))
     return run.with_settings(loss=loss, tokens=tokens)

@@ -221,9 +221,9 @@ def _after(trunk: Trunk, model: nn.Module) -> nn.Module:
 class Training:
     """What training reads. `teacher` and `tokens` (K,) may be exchanged between steps, by a teacher that moves.
 
-    `harmless` are the anchor's prompts, unused when `loss.anchor` is 0; `optimizer` is `make_optimizer`'s, or one with
-    the state of a run that goes on; `learning` tells how much has been learned, in the steps done before too: None
-    measures nothing, and the run has the steps that the settings say.
+    `harmless` are the anchor's prompts, unused when `loss.anchor_ratio` is 0; `optimizer` is `make_optimizer`'s, or one
+    with the state of a run that goes on; `learning` tells how much has been learned, in the steps done before too:
+    None measures nothing, and the run has the steps that the settings say.
     """
 
     student: nn.Module
@@ -263,7 +263,7 @@ def train(
     harmful, harmless, learning = training.harmful, training.harmless, training.learning
     nominal = number_of_steps(len(harmful), settings, loss)
     per_batch = harmful_per_batch(settings, loss)
-    anchors = settings.batch_size - per_batch if loss.anchor and harmless else 0
+    anchors = settings.batch_size - per_batch if loss.anchor_ratio and harmless else 0
     order_h, order_b = _passes(len(harmful), seed, 0), _passes(max(1, len(harmless)), seed, 1)
     skipped = first_step * settings.grad_accumulation_steps
     for order, each in ((order_h, per_batch), (order_b, anchors)):
@@ -293,10 +293,10 @@ def train(
         lengths, seen = [len(ids) for ids in done], [p.target_ids for p in part]
         place = np.concatenate([np.arange(length) for length in lengths])
         hidden = answer_states(_after(trunk, of), seen, done)
-        weights = _position_weights(lengths, n, loss.skip, loss.keep)
+        weights = _position_weights(lengths, n, loss.skip_first, loss.first_tokens)
         guided = of is not base and guidance > 1
-        tail = np.flatnonzero(place >= loss.keep) if loss.keep and loss.tail else np.zeros(0, np.int64)
-        opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.keep)
+        tail = np.flatnonzero(place >= loss.first_tokens) if loss.first_tokens and loss.tail else np.zeros(0, np.int64)
+        opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.first_tokens)
         by_base = hidden
         if of is not base and (guided or len(tail)):
             by_base = answer_states(_after(trunk, base), [p.ids for p in part], done)
@@ -311,7 +311,7 @@ def train(
         divergence = Divergence.of(loss, training.tokens)
         targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
-            held = _position_weights(lengths, n, loss.keep, loss.keep + loss.tail)[tail]
+            held = _position_weights(lengths, n, loss.first_tokens, loss.first_tokens + loss.tail)[tail]
             targets.append(Target(tail, Scored(by_base[mx.array(tail)], head(base)), held, Divergence()))
         return targets
 
@@ -362,7 +362,7 @@ def train(
                 *(harmless[next(order_b)] for _ in range(anchors)),
             )
         ]
-        batch = [prompt for prompt in drawn for _ in range(settings.samples)]
+        batch = [prompt for prompt in drawn for _ in range(settings.num_generations)]
         if drawn_before is not None and drawn_before.step == step + 1:
             rollouts = drawn_before.completions
         else:
@@ -422,7 +422,7 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
         UserError: no harmful prompt is short enough, or one holds an id without an embedding.
     """
     recipe, base, sets = run.recipe, run.base, run.prompts.sets
-    limit, guard = recipe.train.max_seq_length, guarding_prompt(recipe)
+    limit, guard = recipe.train.max_prompt_length, guarding_prompt(recipe)
     prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
     for harmful, into in ((True, prompts[0]), (False, prompts[1])):
         items = instructions_to_train_on(recipe, sets, harmful)
@@ -442,7 +442,9 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
         if len(into) < len(texts):
             run.screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
         if harmful and all(len(render(base.tokenizer, item.text)) > limit for item in sets.harmful_train):
-            raise UserError(f"every training prompt is longer than max_seq_length = {limit}; raise --max-seq-length")
+            raise UserError(
+                f"every training prompt is longer than max_prompt_length = {limit}; raise --max-prompt-length"
+            )
     return prompts
 
 
@@ -490,7 +492,7 @@ class MovingTeacher:
     def move(self, step: int) -> None:
         """Follow the student after a step."""
         settings, size = self._run.recipe.teacher, self._run.recipe.run.prompt_batch_size
-        ema_update(self._model, self._student, settings.mixup)
+        ema_update(self._model, self._student, settings.ema_rate)
         if settings.refresh_every and step % settings.refresh_every == 0:
             rows = self._found.harmful_train, self._found.harmless_train
             work = partial(mean_differences, self._model, *rows, -self._direction.position)
@@ -524,7 +526,7 @@ def collapsed(run: Run, student: nn.Module) -> str | None:
 
 
 def check_space(run: Run, student: nn.Module, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> None:
-    """Refuse to begin a run whose states, and steps kept for `--select`, will not fit on the disk.
+    """Refuse to begin a run whose states, and steps kept for `--select-checkpoint`, will not fit on the disk.
 
     Raises:
         UserError: as `Store.check_space`.
@@ -533,7 +535,9 @@ def check_space(run: Run, student: nn.Module, prompts: tuple[list[TrainingPrompt
     steps = number_of_steps(len(prompts[0]), settings, run.recipe.loss)
     if settings.until_learned and settings.iters is None:
         steps *= 2
-    run.store.check_space(bytes_trained(student), -(-steps // settings.save_every) if run.recipe.run.select else 0)
+    run.store.check_space(
+        bytes_trained(student), -(-steps // settings.save_every) if run.recipe.run.select_checkpoint else 0
+    )
 
 
 def make_training(
@@ -609,7 +613,7 @@ def train_student(
         store.save(done, last, asdict(log) | rows)
         save_student(run, student)
         if (fault := collapsed(run, student)) is not None:
-            screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor")
+            screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor-ratio")
 
     def due() -> bool:
         return done > 0 and (done % settings.save_every == 0 or done == total)
@@ -689,5 +693,5 @@ def check_gradient(norms: list[float]) -> None:
     if max(norms) < NO_GRADIENT:
         raise UserError(
             f"the first {len(norms)} steps had no gradient to speak of (norm {max(norms):.1g}): what the safety tokens "
-            "can teach, the model does already; give --subset full or other --safety-tokens (or --force)"
+            "can teach, the model does already; give --loss-tokens full or other --safety-tokens (or --force)"
         )

@@ -229,10 +229,10 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     train, run = recipe.train, recipe.run
     limit = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
     weights = shape.dequantized_bytes if limit else shape.weight_bytes
-    keep = recipe.tokens.horizon if recipe.loss.keep == "auto" else int(recipe.loss.keep)
-    loss = replace(recipe.loss, keep=keep)
-    prompt, answer = min(longest_prompt, train.max_seq_length), rollout_tokens(train, loss)
-    drawn = train.batch_size * train.grad_accumulation_steps * train.samples
+    keep = recipe.tokens.horizon if recipe.loss.first_tokens == "auto" else int(recipe.loss.first_tokens)
+    loss = replace(recipe.loss, first_tokens=keep)
+    prompt, answer = min(longest_prompt, train.max_prompt_length), rollout_tokens(train, loss)
+    drawn = train.batch_size * train.grad_accumulation_steps * train.num_generations
     micro = min(train.micro_batch_size, drawn)
     width = 4 if train.fine_tune_type != "full" else shape.activation_bytes
     # Weights, two moments and the last good state of all three; a gradient and the sum it is added to.
@@ -339,7 +339,7 @@ def _knob(found: Plan) -> str:
     if found.weights > found.budget:
         return "the weights alone are too large; choose a smaller or a 4-bit model"
     if worst == "direction":
-        return "leave out the longest prompts with a smaller --max-seq-length"
+        return "leave out the longest prompts with a smaller --max-prompt-length"
     if worst == "safety tokens":
         return f"lower --token-samples (now {found.recipe.tokens.token_samples})"
     if worst == "training" and train.grad_checkpoint == "off":

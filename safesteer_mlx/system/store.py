@@ -245,7 +245,7 @@ class Store(RunFolder):
         """Refuse to begin a run whose states will not fit on the disk.
 
         A state is the trained weights and AdamW's two moments; `KEPT` of them, one that is being written, and the
-        adapters, old and new; and `candidates` for `--select`. Answers, report and record are small beside 64 MB.
+        adapters, old and new; and `candidates` for `--select-checkpoint`. All else is small beside 64 MB.
 
         Raises:
             UserError: less is free.
