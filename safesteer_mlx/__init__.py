@@ -1,7 +1,7 @@
 """safesteer-mlx: safety alignment of chat models on Apple's MLX by localized on-policy distillation.
 
 The method is SafeSteer (arXiv 2606.02530). `align.py` reads as its method section; every stage is a
-function in a module of its own. Nothing heavy is imported here, so that `--help` stays quick.
+function in a module of its own, in `method/`. Nothing heavy is imported here, so that `--help` stays quick.
 """
 
 import ctypes

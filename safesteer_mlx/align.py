@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, command_module
-from .recipe import Recipe, model_name, parse, resolve
+from .recipe import HELD_OUT_TOKENS, Recipe, model_name, parse, resolve
 from .system.hub import prepare
 from .system.model_files import read_header
 from .system.screen import Screen, UserError, exit_code
@@ -131,11 +131,11 @@ def _before_and_after(
     run: "Run", teacher: "Teacher", student: "nn.Module", tokens: "SafetyTokens"
 ) -> "dict[str, Scores]":
     """The scores of base, teacher and student on held-out prompts."""
-    from .evals.heldout import ANSWER_TOKENS, HeldOut, first_of_each, make_test_set
+    from .evals.heldout import HeldOut, first_of_each, make_test_set
 
     sets, n = run.prompts.sets, run.recipe.run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
-    sampling = run.sampling(ANSWER_TOKENS)
+    sampling = run.sampling(HELD_OUT_TOKENS)
     test = make_test_set(run.base, kinds, first_of_each(sets.capability_test, n), sampling)
     held_out = HeldOut(run.base, test, tokens.ids.tolist(), run.recipe.run.seed, sampling)
     scores = {}

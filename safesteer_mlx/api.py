@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .align import Aligned, align_model
-from .evals.heldout import ANSWER_TOKENS, HeldOut, first_of_each, make_test_set
+from .evals.heldout import HeldOut, first_of_each, make_test_set
 from .evals.scores import Scores
 from .method.prompts import built_in_sets
 from .method.rollout import Sampling
 from .method.run import batch_size
 from .method.student import with_adapters
-from .recipe import BUNDLED, Recipe, model_name, resolve
+from .recipe import BUNDLED, HELD_OUT_TOKENS, Recipe, model_name, resolve
 from .system import load as loading
 from .system.load import Loaded
 from .system.screen import Screen, UserError
@@ -63,7 +63,7 @@ def evaluate(
     adapter_path: str | Path | None = None,
     *,
     test_prompts: int | None = 100,
-    max_tokens: int = ANSWER_TOKENS,
+    max_tokens: int = HELD_OUT_TOKENS,
     seed: int = 42,
     quiet: bool = True,
 ) -> dict[str, Scores]:

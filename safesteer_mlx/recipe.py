@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 MODELS = PACKAGE / "models" if (PACKAGE / "models").is_dir() else PACKAGE.parent / "models"
 BUNDLED = "tiny-chat"
 THINKING = ("auto", "on", "off")
+HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:

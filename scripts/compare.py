@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from safesteer_mlx.evals.heldout import ANSWER_TOKENS, HeldOut, drift, first_of_each, make_test_set
+from safesteer_mlx.evals.heldout import HeldOut, drift, first_of_each, make_test_set
 from safesteer_mlx.evals.scores import HOW
 from safesteer_mlx.method.direction import find_directions
 from safesteer_mlx.method.judge import is_refusal
@@ -39,7 +39,7 @@ from safesteer_mlx.method.train import (
     training_prompts,
     what_to_learn,
 )
-from safesteer_mlx.recipe import BUNDLED, MODELS, SECTIONS, Recipe, number_of_steps, resolve
+from safesteer_mlx.recipe import BUNDLED, HELD_OUT_TOKENS, MODELS, SECTIONS, Recipe, number_of_steps, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.model_files import read_object
 from safesteer_mlx.system.screen import Screen
@@ -137,7 +137,7 @@ def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     tokens = find_tokens(settled(run, chosen.opening), teacher, found)
     sets, n = run.prompts.sets, recipe.run.test_prompts
     kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
-    sampling = Sampling(base.eos_ids, ANSWER_TOKENS, batch_size=64)
+    sampling = Sampling(base.eos_ids, HELD_OUT_TOKENS, batch_size=64)
     test = make_test_set(base, kinds, first_of_each(sets.capability_test, n), sampling)
     return Prepared(run, chosen, teacher, tokens, HeldOut(base, test, tokens.ids.tolist(), recipe.run.seed, sampling))
 

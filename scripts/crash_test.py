@@ -1,6 +1,7 @@
 """Kill a run at random moments, go on until it is done, and compare its bytes with an uninterrupted run's.
 
     python scripts/crash_test.py --kills 200
+    python scripts/crash_test.py --kills 50 -- --coeff auto      the search for a coefficient too, slowly
 
 A run is a process, killed by SIGKILL after a random time and started again with `--yes`. When one is done, its
 adapters and record must be those of the run that was left alone, byte for byte; then the next begins, until the
@@ -21,7 +22,8 @@ import safesteer_mlx  # noqa: F401  before mlx
 
 SHORT = ["--iters", "4", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
-SHORT += ["--horizon", "2", "--num-generations", "2"]
+SHORT += ["--horizon", "2", "--num-generations", "2", "--coeff", "1"]
+ASKED = 8, 4  # validation prompts, so that the kills fall on training rather than on the search
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]
 
@@ -31,7 +33,9 @@ def run(folder: Path, flags: list[str], seconds: float | None = None) -> int | N
     child = os.fork()
     if child == 0:
         from safesteer_mlx.align import main
+        from safesteer_mlx.method import safety_tokens, teacher
 
+        teacher.VALIDATION_PROMPTS = safety_tokens.VALIDATION_PROMPTS = ASKED
         log = os.open(folder.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import safesteer_mlx  # isort: skip  # noqa: F401  before MLX, so that OpenBLAS takes precedence
 
 import importlib
+import inspect
 
 import mlx.core as mx
 import numpy as np
@@ -39,17 +40,52 @@ def build(name: str, seed: int = 0):
     return model
 
 
+_PREPARED: dict[tuple, object] = {}  # what stages 1 to 3 found in this process
+
+
+def _once(self, find, *found):
+    """`Run.once`, but that what a stage finds is found once for all runs that only differ in what comes after it."""
+    from safesteer_mlx.method import teacher
+
+    recipe = self.recipe
+    key = (
+        find,
+        self.base.weights_hash,
+        self.base.thinks,
+        repr((recipe.direction, recipe.teacher, recipe.tokens, recipe.loss.first_tokens)),
+        repr((recipe.run.seed, recipe.run.prompt_batch_size, recipe.run.generation_batch_size)),
+        (teacher.VALIDATION_PROMPTS, hash(repr(self.prompts))),
+    )
+
+    def finds(*_):
+        if key not in _PREPARED:
+            _PREPARED[key] = find(self, *found)
+        return _PREPARED[key]
+
+    kind = inspect.signature(find).return_annotation
+    return self.store.once(find.__name__.removeprefix("find_"), finds, kind)
+
+
 @pytest.fixture(scope="module")
 def few_prompts():
-    """The search for the teacher and checkpoint selection ask four prompts a kind, for tests of something else."""
+    """For tests of something else than the search: it and checkpoint selection ask four prompts a kind, and runs that
+    only differ in what comes after stages 1 to 3 share what these found."""
     from safesteer_mlx.evals import selection
-    from safesteer_mlx.method import safety_tokens, teacher
+    from safesteer_mlx.method import run, safety_tokens, teacher
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "once", _once)
         patch.setattr(selection, "PROMPTS", 4)
         for module in (teacher, safety_tokens):
             patch.setattr(module, "VALIDATION_PROMPTS", (4, 4))
         yield
+    _PREPARED.clear()
+
+
+@pytest.fixture
+def nothing_prepared(few_prompts):
+    """For a test of what the stages find, twice: no run before it is drawn on."""
+    _PREPARED.clear()
 
 
 @pytest.fixture(params=["qwen2", "llama", "gemma2"])

@@ -76,7 +76,7 @@ def test_a_second_run_says_that_it_replaces_the_first_and_a_report_it_cannot_dra
     assert not (tmp_path / "adapters" / "run" / "report.html").exists()  # nor the replaced run's
 
 
-def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
+def test_two_runs_with_one_seed_give_identical_bytes(finished, nothing_prepared, tmp_path):
     again = aligned(tmp_path / "adapters", "--test-prompts", "24")
     for name in ("adapters.safetensors", "run/direction.json", "run/tokens.json", "run/metrics.jsonl"):
         assert (finished / name).read_bytes() == (again / name).read_bytes(), name
@@ -86,14 +86,14 @@ def test_two_runs_with_one_seed_give_identical_bytes(finished, tmp_path):
 def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finished):
     from mlx_lm import load
 
-    from safesteer_mlx.evals.heldout import ANSWER_TOKENS
     from safesteer_mlx.method.judge import is_refusal
     from safesteer_mlx.method.prompts import load_instructions, render_all
     from safesteer_mlx.method.rollout import Sampling, generate
+    from safesteer_mlx.recipe import HELD_OUT_TOKENS
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
     prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:24])
-    answers = generate(model, prompts, Sampling(sorted(tokenizer.eos_token_ids), ANSWER_TOKENS))
+    answers = generate(model, prompts, Sampling(sorted(tokenizer.eos_token_ids), HELD_OUT_TOKENS))
     scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["outcomes"]["harmful"]
     assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["refuse"]
 
@@ -127,7 +127,7 @@ def test_every_variant_runs_to_the_end(flags, tmp_path):
     assert (folder / "adapters.safetensors").stat().st_size > 0
 
 
-def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(tmp_path, monkeypatch):
+def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(nothing_prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(teachers, "VALIDATION_PROMPTS", (32, 16))
     folder = aligned(tmp_path / "adapters", "--coeff", "auto")
     found = json.loads((folder / "run" / "direction.json").read_text())

@@ -66,8 +66,9 @@ def little(monkeypatch):
     monkeypatch.setattr(bench, "bundled", lambda **changes: bundled(**changes | few))
     for module in (bench.teachers, safety_tokens):
         monkeypatch.setattr(module, "VALIDATION_PROMPTS", (4, 4))
-    for module in (bench.directions, bench.training, bench.teachers):
-        monkeypatch.setattr(module, "ANSWER_TOKENS", 8)
+    for module in (bench.directions, bench.training):
+        monkeypatch.setattr(module, "REFUSAL_TOKENS", 8)
+    monkeypatch.setattr(bench.teachers, "VALIDATION_TOKENS", 8)
 
 
 def test_the_search_is_counted_beside_the_published_choice(little):

@@ -20,7 +20,6 @@ from ..system.screen import Advance, UserError, silent
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]
-ANSWER_TOKENS = 96
 DRIFT_PROMPTS = 64
 DRIFT_BATCH = 16
 PERPLEXITY_TOKENS = 512  # in one piece of a text

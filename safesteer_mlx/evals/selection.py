@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 
 from ..method.judge import is_broken, outcome
 from ..method.run import Run
-from ..recipe import limits_of
+from ..recipe import HELD_OUT_TOKENS, limits_of
 from ..system.store import decoded, save_arrays
-from .heldout import ANSWER_TOKENS, HeldOut, TestSet, drift, own_answers
+from .heldout import HeldOut, TestSet, drift, own_answers
 from .scores import Count
 
 PROMPTS = 64  # of each kind
@@ -55,7 +55,7 @@ class SavedSteps:
         harmful, harmless = (
             rows[:PROMPTS] for rows in (run.prompts.harmful_validation, run.prompts.harmless_validation)
         )
-        sampling = run.sampling(ANSWER_TOKENS)
+        sampling = run.sampling(HELD_OUT_TOKENS)
         test = TestSet({}, [], *own_answers(run.base, harmless, sampling), {})
         self._asked = harmful, harmless
         self._held_out = HeldOut(run.base, test, tokens, run.recipe.run.seed, sampling)

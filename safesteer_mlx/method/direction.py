@@ -41,7 +41,7 @@ from .residual import (
     steer,
     take_positions,
 )
-from .run import ANSWER_TOKENS, Run
+from .run import REFUSAL_TOKENS, Run
 
 Ids = Sequence[int]
 Candidate = tuple[int, int]  # row of the position, block
@@ -580,7 +580,7 @@ def find_openers(run: Run) -> OwnAnswers:
     rows = [*run.prompts.harmful_direction_train, *run.prompts.harmless_direction_train]
     n, began = len(run.prompts.harmful_direction_train), time.monotonic()
     with run.screen.stage("reading how the model refuses") as advance:
-        drawn = run.answers(run.base.model, rows, run.sampling(ANSWER_TOKENS, temp=1.0), (4,), advance)
+        drawn = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
     run.screen.line(_sampling_time(run, [len(c.ids) for c, _ in drawn], time.monotonic() - began))
     refuses = [is_refusal(text) for _, text in drawn]
     share = f"{sum(refuses[:n])} of {n} harmful prompts are refused"

@@ -24,7 +24,7 @@ from .token_file import read_token_file
 
 T = TypeVar("T")
 
-ANSWER_TOKENS = 32  # of an answer, enough to tell a refusal
+REFUSAL_TOKENS = 32  # of an answer, enough to tell a refusal
 
 
 @dataclass(frozen=True)

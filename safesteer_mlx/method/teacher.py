@@ -37,7 +37,7 @@ from .run import Run
 Rows = Sequence[list[int]]
 
 VALIDATION_PROMPTS = 64, 32  # harmful and harmless ones that teachers are asked
-ANSWER_TOKENS = 48  # of a validation answer, enough to tell a refusal
+VALIDATION_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
 OPENINGS = 1, 2, 4, 7  # tokens that it may take to decide what an answer does
 NEARLY = 0.05  # of the answers: an opening that refuses so many fewer than the best is enough
@@ -347,7 +347,7 @@ def validation(run: Run) -> Validation:
         prompts.harmless_validation[:harmless],
         run.recipe.run.seed,
         run.recipe.tokens.horizon if run.base.thinks else OPENING,
-        run.answer_tokens(ANSWER_TOKENS),
+        run.answer_tokens(VALIDATION_TOKENS),
         run.recipe.run.generation_batch_size,
         run.recipe.run.prompt_batch_size,
         guarded,

@@ -47,7 +47,7 @@ from .losses import (
 from .prompts import guarding_prompt, instructions_to_train_on, render
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import Completion, Sampling, generate, stream_key
-from .run import ANSWER_TOKENS, Run
+from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import SafetyTokens, find_tokens, openings
 from .student import bytes_trained, first_trained_block, save_student
 from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered_teacher
@@ -516,7 +516,7 @@ class MovingTeacher:
 def collapsed(run: Run, student: nn.Module) -> str | None:
     """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
     rows = run.prompts.harmless_validation[:COLLAPSE_PROMPTS]
-    texts = [text for _, text in run.answers(student, rows, run.sampling(ANSWER_TOKENS))]
+    texts = [text for _, text in run.answers(student, rows, run.sampling(REFUSAL_TOKENS))]
     refused, empty = sum(map(is_refusal, texts)), sum(not text.strip() for text in texts)
     if refused >= 0.9 * len(rows):
         return f"the student refuses {refused} of {len(rows)} harmless prompts"

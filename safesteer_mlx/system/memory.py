@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..recipe import Recipe, TrainSettings, parse_bytes, rollout_tokens
+from ..recipe import HELD_OUT_TOKENS, Recipe, TrainSettings, parse_bytes, rollout_tokens
 from .model_files import Tensor, bytes_of, check_weights, read_object
 from .screen import Screen, UserError
 
 T = TypeVar("T")
 
-HEAD_ROWS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
-ANSWER_TOKENS = 96  # of a held-out answer
+HEAD_LOGITS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
 # Bytes a token: (kept for each block, per I, D and KV), (alive beside it, per I, D, KV and heads · length).
@@ -196,7 +195,7 @@ def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: int, length: i
 
 def loss_bytes(shape: ModelShape, rows: int) -> int:
     """The chunked loss on `rows` positions: hidden states of student and target, and one chunk's logits."""
-    logits = min(rows * shape.vocabulary, max(HEAD_ROWS, shape.vocabulary))
+    logits = min(rows * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary))
     return 4 * HEAD_ARRAYS * logits + 3 * 4 * rows * shape.hidden
 
 
@@ -244,14 +243,14 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
     read = forward_bytes(shape, run.prompt_batch_size, prompt)
     # Continuations, rollouts, held-out answers: how many at a time and how long; the largest counts.
-    asked = ((rows, recipe.tokens.horizon), (min(rows, drawn), answer), (rows, ANSWER_TOKENS))
+    asked = ((rows, recipe.tokens.horizon), (min(rows, drawn), answer), (rows, HELD_OUT_TOKENS))
     answers, length = max(asked, key=lambda a: sampling_bytes(shape, a[0], prompt, a[1]))
     kept = gradient_bytes(shape, train, micro, prompt + answer, train.grad_checkpoint == "on")
     stages = {
         "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": forward_bytes(shape, run.prompt_batch_size, scored)
         + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
-        + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_ROWS, shape.vocabulary)),
+        + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary)),
         "sampling": sampling_bytes(shape, answers, prompt, length),
         "training": kept + loss_bytes(shape, micro * answer),
     }
