@@ -662,7 +662,7 @@ def test_a_disk_that_fills_up_is_a_sentence(tmp_path, capsys, monkeypatch):
     def full(*args, **more):
         raise OSError(28, "No space left on device", str(tmp_path / "out"))
 
-    monkeypatch.setattr(align, "align", full)
+    monkeypatch.setattr(align, "align_model", full)
     assert "No space left on device" in refused(capsys, tmp_path)
 
 
