@@ -49,7 +49,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
         UserError: what a user can mend, in one sentence.
     """
     from .evals.selection import SavedSteps, keep_best
-    from .evals.verdict import give_verdict, not_aligned
+    from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
     from .method.direction import find_directions
     from .method.run import make_run
@@ -79,7 +79,9 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     # Before anything is trained: is this model fit for it?
     verdict = give_verdict(run, directions, chosen)
     run.store.json("verdict.json", asdict(verdict))
-    show_verdict(verdict, run)
+    show_verdict(verdict, screen)
+    if verdict.word == "stop" and not force:
+        raise refuse_to_go_on(verdict)
     if check:
         return Aligned(folder, verdict, {})
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..method.direction import FoundDirections
 from ..method.run import Run
 from ..method.teacher import ChosenTeacher
-from ..system.screen import UserError
+from ..system.screen import Screen, UserError
 from .scores import Count, Scores, paired
 
 CANDIDATES = 3  # shown
@@ -117,13 +117,8 @@ def _best_candidates(run: Run, found: FoundDirections, chosen: ChosenTeacher) ->
     return rows
 
 
-def show(verdict: Verdict, run: Run) -> None:
-    """The verdict as tables and a word.
-
-    Raises:
-        UserError: the word is stop, unless the run is forced.
-    """
-    screen = run.screen
+def show(verdict: Verdict, screen: Screen) -> None:
+    """The verdict as tables and a word."""
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:+.3f}"
@@ -150,8 +145,6 @@ def show(verdict: Verdict, run: Run) -> None:
     screen.line(f"verdict: {verdict.word}")
     for reason in verdict.reasons:
         screen.line(f"  {reason}")
-    if verdict.word == "stop" and not run.force:
-        raise refuse_to_go_on(verdict)
 
 
 def refuse_to_go_on(verdict: Verdict) -> UserError:
