@@ -105,7 +105,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
 
     # Before and after, on prompts that no stage has seen.
     scores = _before_and_after(run, teacher, student, tokens)
-    learned = None if learning is None else learning.come(student, run.recipe.run.prompt_batch_size)
+    learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
     why = not_aligned(scores["base"], scores["student"], learned)
     _record(run, scores, why, {"seconds": round(time.time() - started, 1), "seconds_by_step": log.seconds})
     _tell(run, scores, why)

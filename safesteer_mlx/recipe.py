@@ -174,6 +174,9 @@ class TrainSettings:
     until_learned: bool = _setting(
         True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
     )
+    keep_best: bool = _setting(
+        True, "end with the weights of the step that did best on validation prompts, not of the last one"
+    )
     batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
     grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)
     num_generations: int = _setting(1, "completions that the student samples of each prompt", least=1)
@@ -242,6 +245,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_generations": 8,
         "epochs": 1.0,
         "until_learned": False,
+        "keep_best": False,
         "temp": 1.0,
         "top_p": 1.0,
         "max_tokens": 512,

@@ -105,12 +105,14 @@ class Moving:
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """train(moving=None, score=None): `train_student` for 4 steps, each a whole number added to the one weight; what
-    is written is in one folder, so a second call goes on."""
+    is written is in one folder, so a second call goes on. `train.worth` is what steps are worth, if they are measured.
+    """
+    worth = {}
 
     def steps(training, first_step, drawn_before):
         for step in range(first_step + 1, 5):
             training.student.weight = training.student.weight + 1
-            yield StepMetrics(step, 4, 1.0, 1.0, 1.0, 0.1, 0.9, 1.0, 1e-3, 8, 0.0, 0.5)
+            yield StepMetrics(step, 4, 1.0, 1.0, 1.0, 0.1, 0.9, 1.0, 1e-3, 8, 0.0, 0.5, worth.get(step, float("nan")))
 
     monkeypatch.setattr(stage, "train", steps)
     for name in ("collapsed", "save_student"):
@@ -128,7 +130,7 @@ def train(tmp_path, monkeypatch):
         around = Run(recipe, None, None, Screen(), store)  # type: ignore[arg-type]
         return student, train_student(around, training, moving, scorer)
 
-    run.store = store
+    run.store, run.worth = store, worth
     return run
 
 
@@ -159,6 +161,28 @@ def test_a_saved_step_whose_scoring_was_interrupted_is_scored_when_the_run_goes_
     _, log = train(score=score)
     assert log.scored == [{"step": 2}, {"step": 4}] and [row["step"] for row in log.metrics] == [1, 2, 3, 4]
     assert scored == (["interrupted", 2, 4] if at == 2 else [2, "interrupted", 4])
+
+
+@pytest.mark.parametrize(
+    ("worth", "kept"), [({2: 0.9, 4: 0.8}, 2), ({2: 0.8, 4: 0.9}, 4), ({2: 0.9, 4: 0.9}, 4), ({}, 4)]
+)
+@pytest.mark.parametrize("interrupted", [None, 4])
+def test_the_run_ends_with_the_step_that_did_best_also_where_it_was_interrupted(
+    train, worth, kept, interrupted, capsys
+):
+    train.worth.update(worth)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            train(Moving(interrupted))
+    student, log = train()
+    assert student.weight.item() == kept and len(log.metrics) == 4
+    assert (f"step {kept} of 4 did best on validation prompts and is kept" in capsys.readouterr().out) == (kept < 4)
+
+
+def test_steps_that_were_saved_to_select_from_are_not_chosen_twice(train):
+    train.worth.update({2: 0.9, 4: 0.8})
+    student, _ = train(score=lambda step: {"step": step})
+    assert student.weight.item() == 4
 
 
 def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_as_planned(tiny_model, monkeypatch):

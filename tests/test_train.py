@@ -243,7 +243,7 @@ def what_numbers_are_worked_out_with(monkeypatch):
 def learning(*shares):
     """What there is to learn, after measurements of every third step."""
     done = [x for share in shares for x in (None, None, share)]
-    return Learning([[1, 2]], np.array([5]), NOTHING, ALL_OF_IT, done)
+    return Learning([[1, 2]], np.array([5]), NOTHING, ALL_OF_IT, 1, done)
 
 
 def test_steps_and_the_published_rates():
@@ -340,6 +340,18 @@ def test_what_a_harmless_prompt_was_moved_counts_against_what_was_learned():
     assert known.share(np.array([[0.95, 0.05], [0.2, 0.8]])) < 1
 
 
+def test_what_a_student_is_worth_by_hand():
+    base = np.array([[0.2, 0.8], [0.3, 0.7], [0.1, 0.9]])  # the first two are harmful
+    known = replace(learning(), base=base, teacher=base, n_harmful=1)
+    student = np.array([[0.7, 0.3], [0.5, 0.5], [0.0, 1.0]])
+    # One harmful prompt at 0.7; of the harmless ones one rose by 0.2, and one that fell does not make up for it.
+    assert known.worth(student) == pytest.approx(0.7 - stage.COST * 0.2 / 2)
+    assert replace(known, n_harmful=2).worth(student) == pytest.approx(0.6)
+    assert known.worth(base) == pytest.approx(0.2)
+    rows = [{"step": 3, "worth": 0.5}, {"step": 4, "worth": None}, {"step": 6, "worth": 0.5}, {"step": 9, "worth": 0.4}]
+    assert stage.best_step(rows) == 6 and stage.best_step(rows[1:2]) is None and stage.best_step([{"step": 1}]) is None
+
+
 def run(model, settings=EIGHT, known=None, first=None, stop=99):
     """The steps of a run, from a state after some of them, and the states after each."""
     teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
@@ -375,7 +387,7 @@ def test_a_run_goes_on_until_it_has_learned(model, monkeypatch, learned, steps):
     assert [m.step for m in found] == [*range(1, steps + 1)]
     told = [m.learned for m in found]
     assert told[2::3] == [*map(float, learned), *[0.0] * 9][: len(told) // 3]
-    assert all(math.isnan(x) for i, x in enumerate(told) if i % 3 != 2)
+    assert [i for i, x in enumerate(told, 1) if not math.isnan(x)] == sorted({*range(3, steps + 1, 3), steps})
     known_from = steps - 2 if steps < 16 else 99  # what a step says is what is known by then
     assert [m.steps for m in found] == [steps if m.step >= known_from else 16 for m in found]
     rate = course(8, EIGHT, learning(*[float(x) for x in learned])).rate
@@ -398,7 +410,7 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(model, monkeypatch, begi
     rows, ids = [p.ids for p in HARMFUL], TOKENS.tolist()
     teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
     tables = (openings(m, rows, ids, 2) for m in (model, teacher.model))
-    known = Learning(rows, np.array(ids), *tables)
+    known = Learning(rows, np.array(ids), *tables, len(rows))
     whole, _ = run(model, known=known)
     assert len(whole) == 8 and not math.isnan(whole[2].learned)
     before, states = run(model, known=known, stop=begin)

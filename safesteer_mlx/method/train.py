@@ -14,11 +14,16 @@ Where we deviate, with `until_learned`: the run is as long as the model needs. W
 tokens where answers to validation prompts begin is measured every few steps; once `LEARNED` of the base's divergence
 from the teacher is gone there, and stays so, the rate falls to zero and the run ends. Until then the rate is constant
 for as long as the epochs take, and falls over as many steps again.
+
+Where we deviate, with `keep_best`: what the student makes of harmless prompts goes up and down while it trains, far
+more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
+did best on validation prompts: where answers begin, the mean mass of the safety tokens on harmful ones, less `COST`
+times what it rose on harmless ones.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -58,6 +63,7 @@ FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teac
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
+COST = 3.0  # of a refusal too many on harmless prompts, in refusals of harmful ones
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 
 
@@ -90,6 +96,7 @@ class StepMetrics:
     tokens: int
     truncated: float  # share of rollouts that ran out of length
     learned: float  # share of what there is to learn, on validation prompts; NaN if not measured
+    worth: float  # refusals on harmful validation prompts, less what they rose on harmless ones; NaN if not measured
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,14 @@ def make_optimizer(train: TrainSettings) -> optim.Optimizer:
 @dataclass(frozen=True)
 class Learning:
     """What is to be learned: base's and target's probabilities of the safety tokens, and of all others together, where
-    answers to validation prompts begin (N, K + 1); and how far the student was after each step so far."""
+    answers to validation prompts begin (N, K + 1), the first `n_harmful` of them harmful ones; and how far the student
+    was after each step so far."""
 
     prompts: Sequence[Ids]
     tokens: np.ndarray
     base: np.ndarray
     teacher: np.ndarray
+    n_harmful: int
     shares: Sequence[float | None] = ()
 
     def share(self, student: np.ndarray) -> float:
@@ -126,9 +135,17 @@ class Learning:
         past = (student - self.teacher) * (self.teacher - self.base) > 0
         return 1 - _grouped(np.where(past, self.teacher, student), self.teacher) / whole if whole > 1e-6 else 0.0
 
-    def come(self, student: nn.Module, batch_size: int) -> float:
-        """`share` of a student as it is."""
-        return self.share(openings(student, self.prompts, self.tokens, batch_size))
+    def worth(self, student: np.ndarray) -> float:
+        """What a student is worth to keep, of (N, K + 1): mean P(S) on harmful prompts − `COST` · its mean rise over
+        the base on harmless ones, where it rose."""
+        mass, before = (p[:, :-1].sum(-1) for p in (student, self.base))
+        n, rises = self.n_harmful, np.maximum(mass - before, 0)[self.n_harmful :]
+        return float(mass[:n].mean() - COST * rises.sum() / max(1, len(rises)))
+
+    def measure(self, student: nn.Module, batch_size: int) -> tuple[float, float]:
+        """`share` and `worth` of a student as it is."""
+        now = openings(student, self.prompts, self.tokens, batch_size)
+        return self.share(now), self.worth(now)
 
 
 def _grouped(p: np.ndarray, q: np.ndarray) -> float:
@@ -383,10 +400,10 @@ def train(
         training.optimizer.learning_rate = now.rate(step, settings.learning_rate)
         training.optimizer.update(student, grads)
         mx.eval(student.trainable_parameters(), training.optimizer.state)
-        learned = math.nan
+        learned = worth = math.nan
         if learning is not None:
-            if (step + 1) % MEASURED_EVERY == 0:
-                learned = learning.come(student, settings.micro_batch_size)
+            if (step + 1) % MEASURED_EVERY == 0 or step + 1 == now.steps:
+                learned, worth = learning.measure(student, settings.micro_batch_size)
             learning = replace(learning, shares=[*learning.shares, None if math.isnan(learned) else learned])
         is_harmful = np.array([p.harmful for p in batch])
         yield StepMetrics(
@@ -402,6 +419,7 @@ def train(
             sum(len(r.ids) for r in rollouts),
             float(np.mean([not r.finished for r in rollouts])),
             learned,
+            worth,
         )
         step += 1
 
@@ -471,8 +489,8 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     target[:, :-1] *= np.exp(np.array(shift, np.float64))[:, None]
     target /= target.sum(-1, keepdims=True)
     held = openings(base.model, prompts.harmless_validation, tokens.ids, size)
-    read = [*rows, *prompts.harmless_validation]
-    return run, Learning(read, tokens.ids, np.concatenate([own, held]), np.concatenate([target, held]))
+    read, both = [*rows, *prompts.harmless_validation], (np.concatenate([part, held]) for part in (own, target))
+    return run, Learning(read, tokens.ids, *both, n_harmful=len(rows))
 
 
 class MovingTeacher:
@@ -596,10 +614,12 @@ def train_student(
     settings, student, store, screen = run.recipe.train, training.student, run.store, run.screen
     nominal = number_of_steps(len(training.harmful), settings, run.recipe.loss)
     log, done = TrainingLog([], [], []), 0
+    best: dict[str, mx.array] = {}  # the weights of the best step so far
 
     def state() -> dict[str, mx.array]:
         parts = {"student": student.trainable_parameters(), "optimizer": training.optimizer.state}
         arrays = {f"{part}.{name}": w for part, tree in parts.items() for name, w in tree_flatten(tree)}
+        arrays |= {f"best.{name}": w for name, w in best.items()}
         return arrays | ({} if moving is None else {f"teacher.{name}": w for name, w in moving.state().items()})
 
     def follow_teacher() -> None:
@@ -623,7 +643,7 @@ def train_student(
             log.scored.append(scorer.score(done))
 
     if (saved := store.latest()) is not None:
-        parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}}
+        parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}, "best": {}}
         for name, array in saved.arrays.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = array
@@ -632,7 +652,7 @@ def train_student(
         if moving is not None:
             moving.restore(parts["teacher"])
             follow_teacher()
-        log, done = TrainingLog(**saved.data), saved.step
+        log, done, best = TrainingLog(**saved.data), saved.step, parts["best"]
         if training.learning is not None:
             training.learning = replace(training.learning, shares=[row["learned"] for row in log.metrics])
     total = course(nominal, settings, training.learning).steps
@@ -660,6 +680,8 @@ def train_student(
                 now = time.monotonic()
                 log.metrics.append({k: None if v != v else v for k, v in asdict(event).items()})  # NaN is not JSON
                 log.seconds.append(round(now - began, 3))
+                if settings.keep_best and best_step(log.metrics) == event.step:
+                    best = dict(tree_flatten(student.trainable_parameters()))
                 began, done, total, last = now, event.step, event.steps, state()
                 note = f"loss {event.loss:.4f}, safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
                 advance(event.step, event.steps, note)
@@ -685,7 +707,17 @@ def train_student(
             kept = f"the adapters so far are in {run.recipe.run.adapter_path}; " if done else ""
             screen.line(f"interrupted after {done} of {total} steps; {kept}the same command with --yes goes on")
             raise
+    step = best_step(log.metrics)
+    if settings.keep_best and step is not None and step < done and scorer is None:
+        student.update(tree_unflatten(list(best.items())))
+        screen.line(f"step {step} of {done} did best on validation prompts and is kept")
     return log
+
+
+def best_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step, of those that were measured, whose student is worth most, the later of two alike; None without any."""
+    measured = [(row["worth"], row["step"]) for row in metrics if row.get("worth") is not None]
+    return max(measured)[1] if measured else None
 
 
 def check_gradient(norms: list[float]) -> None:

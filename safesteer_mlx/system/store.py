@@ -244,13 +244,14 @@ class Store(RunFolder):
     def check_space(self, trained_bytes: int, candidates: int = 0) -> None:
         """Refuse to begin a run whose states will not fit on the disk.
 
-        A state is the trained weights and AdamW's two moments; `KEPT` of them, one that is being written, and the
-        adapters, old and new; and `candidates` for `--select-checkpoint`. All else is small beside 64 MB.
+        A state is the trained weights, AdamW's two moments and the best weights so far; `KEPT` of them, one that is
+        being written, and the adapters, old and new; and `candidates` for `--select-checkpoint`. All else is small
+        beside 64 MB.
 
         Raises:
             UserError: less is free.
         """
-        needed = (3 * (KEPT + 1) + 2 + candidates) * trained_bytes + 64 * 10**6
+        needed = (4 * (KEPT + 1) + 2 + candidates) * trained_bytes + 64 * 10**6
         folder = next(p for p in self.states.absolute().parents if p.exists())
         free = shutil.disk_usage(folder).free
         if free < needed:
