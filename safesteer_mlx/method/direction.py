@@ -29,6 +29,7 @@ from ..recipe import number_of_steps, rollout_tokens
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError, silent
 from .judge import is_refusal
+from .losses import inside_and_rest
 from .prompts import Rows, instructions_to_train_on, opener_ids
 from .residual import (
     ablate,
@@ -86,9 +87,9 @@ class Direction:
 
 def filled(scores: CandidateScores, more: CandidateScores) -> CandidateScores:
     """`scores`, and where they were not measured, `more`."""
-    tables = ("ablation_kl", "ablation_refusal", "steering_refusal")
-    merged = {t: np.where(np.isnan(own := getattr(scores, t)), getattr(more, t), own) for t in tables}
-    return CandidateScores(**merged, block_passes=scores.block_passes + more.block_passes)
+    names = ("ablation_kl", "ablation_refusal", "steering_refusal")
+    tables = {name: np.where(np.isnan(own := getattr(scores, name)), getattr(more, name), own) for name in names}
+    return CandidateScores(**tables, block_passes=scores.block_passes + more.block_passes)
 
 
 def _batches(prompts: Sequence[Ids], size: int = PROMPT_BATCH) -> Iterator[list[int]]:
@@ -96,15 +97,6 @@ def _batches(prompts: Sequence[Ids], size: int = PROMPT_BATCH) -> Iterator[list[
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _over_prompts(prompts: Sequence[Ids], score: Callable[[list[Ids]], mx.array], batch_size: int) -> np.ndarray:
-    """score(batch of prompts) -> (B, ...) for all prompts, in the order given: (N, ...) float64."""
-    out: list[np.ndarray] = [np.empty(0)] * len(prompts)
-    for batch in _batches(prompts, batch_size):
-        for i, value in zip(batch, np.array(score([prompts[i] for i in batch]), np.float64), strict=True):
-            out[i] = value
-    return np.stack(out)
 
 
 def mean_differences(
@@ -139,18 +131,19 @@ def _refusal_score(logits: mx.array, refusal_ids: Ids) -> mx.array:
     R is a set: two openers may begin with one token, whose probability counts once.
     """
     normaliser = mx.logsumexp(logits, axis=-1)
-    ids = mx.array(sorted(set(refusal_ids)))
-    refusing = mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - normaliser)
-    others = mx.put_along_axis(logits, mx.broadcast_to(ids, (len(logits), ids.size)), mx.array(-mx.inf), axis=-1)
-    other = mx.exp(mx.logsumexp(others, axis=-1) - normaliser)
-    return mx.log(refusing + 1e-8) - mx.log(other + 1e-8)
+    inside, rest = inside_and_rest(logits, mx.array(sorted(set(refusal_ids))))
+    refusal, other = mx.exp(mx.logsumexp(inside, axis=-1) - normaliser), mx.exp(rest - normaliser)
+    return mx.log(refusal + 1e-8) - mx.log(other + 1e-8)
 
 
 def refusal_scores(
     model: nn.Module, prompts: Sequence[Ids], refusal_ids: Ids, batch_size: int = PROMPT_BATCH
 ) -> np.ndarray:
     """The refusal score of each prompt: (N,). Above 0 the next token more likely opens a refusal than not."""
-    return _over_prompts(prompts, lambda rows: _refusal_score(last_logits(model, rows), refusal_ids), batch_size)
+    scores = np.empty(len(prompts))
+    for batch in _batches(prompts, batch_size):
+        scores[batch] = np.array(_refusal_score(last_logits(model, [prompts[i] for i in batch]), refusal_ids))
+    return scores
 
 
 def steered_logits(
@@ -190,15 +183,15 @@ def opening_probabilities(
         for batch in _batches(prompts, size):
             rows = [prompts[i] for i in batch]
             inputs = block_inputs(model, pad_right(rows))[direction.layer] if can_resume else None
-            each = mx.concatenate(
+            vectors = mx.concatenate(
                 [mx.broadcast_to(c * direction.vector, (len(rows), direction.vector.size)) for c in coeffs]
             )
-            logits = steered_logits(model, direction.layer, each, rows * len(coeffs), inputs)
-            opened = mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - mx.logsumexp(logits, axis=-1))
-            kl = mx.zeros_like(opened)
+            logits = steered_logits(model, direction.layer, vectors, rows * len(coeffs), inputs)
+            refusal = mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - mx.logsumexp(logits, axis=-1))
+            kl = mx.zeros_like(refusal)
             if with_kl:
                 kl = _kl(mx.concatenate([last_logits(model, rows)] * len(coeffs)), logits)
-            sums += np.array(mx.stack([opened, kl]), np.float64).reshape(2, len(coeffs), len(rows)).sum(-1)
+            sums += np.array(mx.stack([refusal, kl]), np.float64).reshape(2, len(coeffs), len(rows)).sum(-1)
         return sums / len(prompts)
 
     (on_harmful, _), (on_harmless, kl) = over(harmful, False), over(harmless, True)
@@ -269,45 +262,48 @@ def score_candidates(
     passes = (len(harmless) + 3) * n_layers
 
     def in_groups(
-        found: list[Candidate], rows: list[Ids], score: Callable[[mx.array, list[Ids]], mx.array]
+        pairs: list[Candidate], rows: list[Ids], score: Callable[[mx.array, list[Ids]], mx.array]
     ) -> np.ndarray:
         """score(vectors (C·B, D), rows (C·B)) for a few candidates at a time: (C, B)."""
         size = max(1, batch_size // len(rows))
         out = []
-        for start in range(0, len(found), size):
-            group = found[start : start + size]
+        for start in range(0, len(pairs), size):
+            group = pairs[start : start + size]
             each = mx.stack([vectors[c] for c in group for _ in rows])
             out.append(np.array(score(each, rows * len(group)), np.float64).reshape(len(group), len(rows)))
         return np.concatenate(out)
 
-    def steering(found: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
-        rows = [harmless[i] for i in which]
+    def steering(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
+        rows = [harmless[i] for i in indices]
         inputs = block_inputs(model, pad_right(rows)) if can_resume else []
-        scores = np.empty((len(found), len(rows)))
-        cost = len(rows) * max(layer for _, layer in found) if can_resume else 0
-        for layer in sorted({layer for _, layer in found}):
-            at = [i for i, c in enumerate(found) if c[1] == layer]
+        scores = np.empty((len(pairs), len(rows)))
+        cost = len(rows) * max(layer for _, layer in pairs) if can_resume else 0
+        for layer in sorted({layer for _, layer in pairs}):
+            at = [i for i, c in enumerate(pairs) if c[1] == layer]
 
             def score(each: mx.array, repeated: list[Ids], layer: int = layer) -> mx.array:
                 logits = steered_logits(model, layer, each, repeated, inputs[layer] if can_resume else None)
                 return _refusal_score(logits, refusal_ids)
 
-            scores[at] = in_groups([found[i] for i in at], rows, score)
+            scores[at] = in_groups([pairs[i] for i in at], rows, score)
             cost += len(at) * len(rows) * (n_layers - layer if can_resume else n_layers)
         return scores, cost
 
-    def kl(found: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
-        def score(each: mx.array, rows: list[Ids]) -> mx.array:
-            of_base = mx.concatenate([base[mx.array(which)]] * (len(rows) // len(which)))
-            return _kl(of_base, last_logits(ablate(model, each), rows))
+    def ablation(
+        pairs: list[Candidate], rows: list[Ids], score: Callable[[mx.array], mx.array]
+    ) -> tuple[np.ndarray, int]:
+        """score(logits under ablation (C·B, V)) for each, and the cost."""
+        scores = in_groups(pairs, rows, lambda each, repeated: score(last_logits(ablate(model, each), repeated)))
+        return scores, len(pairs) * len(rows) * n_layers
 
-        return in_groups(found, [harmless[i] for i in which], score), len(found) * len(which) * n_layers
+    def kl(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
+        def score(logits: mx.array) -> mx.array:
+            return _kl(mx.concatenate([base[mx.array(indices)]] * (len(logits) // len(indices))), logits)
 
-    def refusal(found: list[Candidate], which: list[int]) -> tuple[np.ndarray, int]:
-        def score(each: mx.array, rows: list[Ids]) -> mx.array:
-            return _refusal_score(last_logits(ablate(model, each), rows), refusal_ids)
+        return ablation(pairs, [harmless[i] for i in indices], score)
 
-        return in_groups(found, [harmful[i] for i in which], score), len(found) * len(which) * n_layers
+    def refusal(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
+        return ablation(pairs, [harmful[i] for i in indices], lambda logits: _refusal_score(logits, refusal_ids))
 
     moved = candidates.any(-1)  # a vector of no length changes nothing: its scores are the base's own
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
@@ -315,13 +311,14 @@ def score_candidates(
         own["steering_refusal"] = float(np.array(_refusal_score(base, refusal_ids), np.float64).mean())
         own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids, batch_size).mean())
         passes += len(harmful) * n_layers
-    asked = np.zeros(moved.shape, bool)
+    candidate_mask = moved | exhaustive
     if only is not None:
+        candidate_mask = np.zeros(moved.shape, bool)
         for candidate in only:
-            asked[candidate] = True
+            candidate_mask[candidate] = True
         own = dict.fromkeys(own, np.nan)  # of the others nothing is known
     scores = search(
-        moved | exhaustive if only is None else asked,
+        candidate_mask,
         own,
         Scorers(steering, kl, refusal, floor),
         ([list(b) for b in _batches(harmless, ASKED_AT_ONCE)], [list(b) for b in _batches(harmful, ASKED_AT_ONCE)]),
@@ -360,32 +357,30 @@ def search(
     progress = how.progress
     scores = CandidateScores(*(np.full(moved.shape, np.nan) for _ in range(3)))
     allowed = range(pruned_from(n_layers, prune_last))
-    wanted = [(p, layer) for layer in allowed for p in range(n_pos) if moved[p, layer]]
+    candidates = [(p, layer) for layer in allowed for p in range(n_pos) if moved[p, layer]]
     for name, value in own.items():
         getattr(scores, name)[:, : len(allowed)][~moved[:, : len(allowed)]] = value
     n_harmless, n_harmful = (sum(map(len, part)) for part in batches)
     passes = 0
 
     def ask_all(
-        ask: Ask, of: list[Candidate], parts: list[list[int]], floor: np.ndarray, limit: float, begun: np.ndarray
+        ask: Ask, of: list[Candidate], parts: list[list[int]], floor: np.ndarray, limit: float, initial: np.ndarray
     ) -> np.ndarray:
-        """Sums of scores (C,) over `begun` and the prompts of `parts`; NaN for a candidate dropped on the way.
+        """Sums of scores (C,) over `initial` and the prompts of `parts`; NaN for a candidate dropped on the way.
 
         Dropped is one whose sum will pass `limit` even if every answer left is the least there can be.
         """
         nonlocal passes
-        sums, alive = begun.copy(), list(range(len(of)))
+        sums, alive = initial.copy(), list(range(len(of)))
         for i, part in enumerate(parts):
-            left = sum(float(floor[later].sum()) for later in parts[i + 1 :])
+            remaining = sum(float(floor[later].sum()) for later in parts[i + 1 :])  # of what is left to ask
             values, cost = ask([of[c] for c in alive], part)
             passes += cost
             sums[alive] += values.sum(1)
-            alive = [c for c in alive if not sums[c] + left > limit]
+            alive = [c for c in alive if not sums[c] + remaining > limit]
             if not alive:
                 break
-        found = np.full(len(of), np.nan)
-        found[alive] = sums[alive]
-        return found
+        return np.where(np.isin(np.arange(len(of)), alive), sums, np.nan)
 
     def put(into: np.ndarray, of: list[Candidate], values: np.ndarray) -> None:
         for c, value in zip(of, values, strict=True):
@@ -393,34 +388,34 @@ def search(
 
     harmless, harmful = batches
     least = np.full(max(n_harmless, n_harmful), -SCORE_BOUND - 1e-3)
-    total, left = 3 * len(wanted), wanted
-    if left:
+    total, alive = 3 * len(candidates), candidates
+    if alive:
         # To the end, for all: where no candidate passes, this is what they are ranked by.
-        sums = ask_all(scorers.steering, left, harmless, least, np.inf, np.zeros(len(left)))
-        put(scores.steering_refusal, left, sums / n_harmless)
+        sums = ask_all(scorers.steering, alive, harmless, least, np.inf, np.zeros(len(alive)))
+        put(scores.steering_refusal, alive, sums / n_harmless)
         if not exhaustive:
-            left = [c for c in left if not _fails(scores.steering_refusal[c], steering_threshold, at_least=True)]
-    progress(len(wanted), total)
-    if left:
+            alive = [c for c in alive if not _fails(scores.steering_refusal[c], steering_threshold, at_least=True)]
+    progress(len(candidates), total)
+    if alive:
         limit = np.inf if kl_threshold is None else kl_threshold * n_harmless
-        sums = ask_all(scorers.kl, left, harmless, scorers.kl_floor, limit, np.zeros(len(left)))
-        put(scores.ablation_kl, left, sums / n_harmless)
+        sums = ask_all(scorers.kl, alive, harmless, scorers.kl_floor, limit, np.zeros(len(alive)))
+        put(scores.ablation_kl, alive, sums / n_harmless)
         if not exhaustive:
-            left = [c for c in left if not _fails(scores.ablation_kl[c], kl_threshold, at_least=False)]
-    progress(2 * len(wanted), total)
-    if left:
+            alive = [c for c in alive if not _fails(scores.ablation_kl[c], kl_threshold, at_least=False)]
+    progress(2 * len(candidates), total)
+    if alive:
         # All answer the first prompts; then the most promising first, so that the others are dropped soon.
-        begun = ask_all(scorers.refusal, left, harmful[:1], least, np.inf, np.zeros(len(left)))
-        still = [c for c in zip(*np.nonzero(~moved), strict=True) if not failed_tests(scores, *c, *limits)]
-        best = np.inf if exhaustive or not still else own["ablation_refusal"] * n_harmful
-        order = np.argsort(begun, kind="stable")
+        initial = ask_all(scorers.refusal, alive, harmful[:1], least, np.inf, np.zeros(len(alive)))
+        passing = [c for c in zip(*np.nonzero(~moved), strict=True) if not failed_tests(scores, *c, *limits)]
+        best = np.inf if exhaustive or not passing else own["ablation_refusal"] * n_harmful
+        order = np.argsort(initial, kind="stable")
         for start in range(0, len(order), GROUP):
             which = order[start : start + GROUP]
-            part = [left[i] for i in which]
-            sums = ask_all(scorers.refusal, part, harmful[1:], least, np.inf if exhaustive else best, begun[which])
+            part = [alive[i] for i in which]
+            sums = ask_all(scorers.refusal, part, harmful[1:], least, np.inf if exhaustive else best, initial[which])
             put(scores.ablation_refusal, part, sums / n_harmful)
             best = np.nanmin([best, *sums])
-            progress(2 * len(wanted) + start + len(part), total)
+            progress(2 * len(candidates) + start + len(part), total)
     progress(total, total)
     return replace(scores, block_passes=passes)
 
@@ -444,19 +439,19 @@ def failed_tests(
 ) -> list[str]:
     """Which tests the candidate at [position, layer] fails, in words; empty when it passes."""
     p = (position, layer)
-    failed = []
+    tests = []
     if layer >= pruned_from(scores.ablation_kl.shape[1], prune_last):
-        failed.append(f"block {layer} is in the last {prune_last:.0%}")
+        tests.append(f"block {layer} is in the last {prune_last:.0%}")
     for name, score, threshold, at_least in (
         ("refusal when steered", scores.steering_refusal[p], steering_threshold, True),
         ("KL when ablated", scores.ablation_kl[p], kl_threshold, False),
         ("refusal when ablated", scores.ablation_refusal[p], None, False),
     ):
         if np.isnan(score):
-            failed.append(f"{name} was not measured or is not a number")
+            tests.append(f"{name} was not measured or is not a number")
         elif _fails(score, threshold, at_least):
-            failed.append(f"{name} {score:+.3f} {'<' if at_least else '>'} {threshold:g}")
-    return failed
+            tests.append(f"{name} {score:+.3f} {'<' if at_least else '>'} {threshold:g}")
+    return tests
 
 
 def choose_direction(
@@ -508,11 +503,11 @@ def shortlist(
                 continue
             failed = failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
             ranked.append((len(failed), -steering if failed else ablated, p - n_pos, layer, failed))
-    found: list[tuple[int, int, list[str]]] = []
+    near: list[tuple[int, int, list[str]]] = []
     for *_, position, layer, failed in sorted(ranked):
-        if len(found) < count and sum(at == layer for _, at, _ in found) < A_BLOCK:
-            found.append((position, layer, failed))
-    return found
+        if len(near) < count and sum(at == layer for _, at, _ in near) < A_BLOCK:
+            near.append((position, layer, failed))
+    return near
 
 
 def spread(n_pos: int, n_layers: int) -> list[Candidate]:
@@ -580,41 +575,41 @@ def find_openers(run: Run) -> OwnAnswers:
     rows = [*run.prompts.harmful_direction_train, *run.prompts.harmless_direction_train]
     n, began = len(run.prompts.harmful_direction_train), time.monotonic()
     with run.screen.stage("reading how the model refuses") as advance:
-        drawn = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
-    run.screen.line(_sampling_time(run, [len(c.ids) for c, _ in drawn], time.monotonic() - began))
-    refuses = [is_refusal(text) for _, text in drawn]
-    share = f"{sum(refuses[:n])} of {n} harmful prompts are refused"
+        answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
+    run.screen.line(_sampling_time(run, [len(c.ids) for c, _ in answers], time.monotonic() - began))
+    refusals = [is_refusal(text) for _, text in answers]
+    share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
     if run.base.thinks:
         run.screen.line(f"the model thinks first; {share}")
-        return OwnAnswers({}, refuses[:n], refuses[n:])
-    first = [(completion.ids[0], refused) for (completion, _), refused in zip(drawn, refuses, strict=True)]
-    refused = Counter(token for token, refusal in first[:n] if refusal)
-    ordinary = Counter(token for token, refusal in first if not refusal)
+        return OwnAnswers({}, refusals[:n], refusals[n:])
+    openings = [(completion.ids[0], refusal) for (completion, _), refusal in zip(answers, refusals, strict=True)]
+    in_refusals = Counter(token for token, refusal in openings[:n] if refusal)
+    in_others = Counter(token for token, refusal in openings if not refusal)
     # Of the recipe's openers, those with which this model begins other answers are none of its own.
     openers = opener_ids(run.base.tokenizer, run.recipe.direction.refusal_prefixes)
-    openers = {text: token for text, token in openers.items() if ordinary[token] <= max(1, refused[token])}
-    for token, count in refused.most_common():
+    openers = {text: token for text, token in openers.items() if in_others[token] <= max(1, in_refusals[token])}
+    for token, count in in_refusals.most_common():
         # Kept if it opens one refusal in fifty and hardly ever anything else.
-        often = count >= max(2, refused.total() / 50)
-        if often and ordinary[token] / max(1, ordinary.total()) <= count / refused.total() / 10:
+        often = count >= max(2, in_refusals.total() / 50)
+        if often and in_others[token] / max(1, in_others.total()) <= count / in_refusals.total() / 10:
             openers.setdefault(run.base.tokenizer.decode([token]), token)
     if not openers:
         raise UserError(
             "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
         )
     run.screen.line(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
-    return OwnAnswers(openers, refuses[:n], refuses[n:])
+    return OwnAnswers(openers, refusals[:n], refusals[n:])
 
 
-def _sampling_time(run: Run, drawn: list[int], seconds: float) -> str:
+def _sampling_time(run: Run, lengths: list[int], seconds: float) -> str:
     """What training's sampling will take at the rate of these answers, so many tokens each."""
     train, loss = run.recipe.train, run.recipe.loss
     steps = number_of_steps(len(instructions_to_train_on(run.recipe, run.prompts.sets, harmful=True)), train, loss)
     rows = steps * train.batch_size * train.grad_accumulation_steps * train.num_generations
     keep = (0 if run.base.thinks else run.recipe.tokens.horizon) if loss.first_tokens == "auto" else loss.first_tokens
     most = rollout_tokens(train, replace(loss, first_tokens=keep))
-    tokens = sum(min(n, most) for n in drawn) / len(drawn)
-    minutes = rows * tokens * seconds / sum(drawn) / 60
+    tokens = sum(min(n, most) for n in lengths) / len(lengths)
+    minutes = rows * tokens * seconds / sum(lengths) / 60
     return f"time: training samples {rows:,} answers, {minutes:,.1f} minutes at this rate; its passes come on top"
 
 
@@ -640,14 +635,12 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     nothing, scores = no_direction(model)
     if run.recipe.teacher.teacher == "system_prompt":
         return FoundDirections({}, scores, [nothing], [[]], *scoring)
-    harmful = [r for r, refused in zip(prompts.harmful_direction_train, own.harmful_refused, strict=True) if refused]
-    harmless = [
-        r for r, refused in zip(prompts.harmless_direction_train, own.harmless_refused, strict=True) if not refused
-    ]
+    harmful, harmless = prompts.harmful_direction_train, prompts.harmless_direction_train
+    harmful = [row for row, refusal in zip(harmful, own.harmful_refused, strict=True) if refusal] or harmful
+    harmless = [row for row, refusal in zip(harmless, own.harmless_refused, strict=True) if not refusal]
     if not harmless:
         raise UserError(f"the base refuses all {len(own.harmless_refused)} harmless prompts; choose another model")
-    kept = harmful or prompts.harmful_direction_train
-    candidates = mean_differences(model, kept, harmless, prompts.n_eoi, batch_size)
+    candidates = mean_differences(model, harmful, harmless, prompts.n_eoi, batch_size)
     n_pos, n_layers = candidates.shape[:2]
     prune_last = run.recipe.direction.prune_last
     at = spread(n_pos, pruned_from(n_layers, prune_last))
@@ -661,7 +654,7 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
         "--thinking off, where its template can, aligns its plain answers"
     )
     scores = CandidateScores(none, none, none)
-    return FoundDirections({}, scores, directions, [[] for _ in directions], *scoring, kept, harmless, [caution])
+    return FoundDirections({}, scores, directions, [[] for _ in directions], *scoring, harmful, harmless, [caution])
 
 
 def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
@@ -669,7 +662,7 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
     limits = {name: getattr(settings, name) for name in ("kl_threshold", "steering_threshold", "prune_last")}
     cautions: list[str] = []
 
-    def kept(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
+    def by_score(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
         h, b = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
         if not len(b):
             raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
@@ -685,11 +678,11 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
     scoring = prompts.harmful_direction_validation, prompts.harmless_direction_validation
     if run.recipe.teacher.teacher == "system_prompt":
         nothing, scores = no_direction(model)
-        return FoundDirections(own.openers, scores, [nothing], [[]], scoring[0], kept(*scoring)[1])
+        return FoundDirections(own.openers, scores, [nothing], [[]], scoring[0], by_score(*scoring)[1])
     with run.screen.stage("finding the refusal direction") as advance:
-        train = kept(prompts.harmful_direction_train, prompts.harmless_direction_train)
+        train = by_score(prompts.harmful_direction_train, prompts.harmless_direction_train)
         candidates = mean_differences(model, *train, prompts.n_eoi, batch_size)
-        scoring = kept(*scoring)
+        scoring = by_score(*scoring)
         search = partial(score_candidates, model, candidates, *scoring, refusal_ids, batch_size=batch_size)
         scores = search(**limits, progress=advance)
         near = shortlist(scores, *limits.values())
@@ -706,10 +699,10 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
         named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near[:NEAREST])
         cautions.append(f"no refusal direction passes the published tests (nearest: {named})")
     directions = [Direction(p, at, mx.array(candidates[p, at].astype(np.float32))) for p, at, _ in near]
-    passed = sum(not failed for *_, failed in near)
+    tests = [failed for *_, failed in near]
+    n_passing = tests.count([])
     run.screen.line(
         f"directions: {len(near)} of {candidates.shape[0] * candidates.shape[1]} to be tried as teachers"
-        + (f", {passed} of them pass the published tests" if passed else ", none passes the published tests")
+        f", {f'{n_passing} of them pass' if n_passing else 'none passes'} the published tests"
     )
-    tests = [failed for *_, failed in near]
     return FoundDirections(own.openers, scores, directions, tests, *scoring, *train, cautions)

@@ -41,11 +41,6 @@ CHUNK_LOGITS = 2**22
 KINDS = ("grouped_reverse_kl", "reverse_kl", "forward_kl", "mixture")
 
 
-def _excluded(logits: mx.array, ids: mx.array) -> mx.array:
-    """logits (..., V) with the ids (..., K) of each position at −inf."""
-    return mx.put_along_axis(logits, ids, mx.array(-mx.inf, logits.dtype), axis=-1)
-
-
 @mx.custom_function
 def _split(logits: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
     """Logits (..., V) -> those at the ids (..., K), and the logsumexp of all others (...).
@@ -53,7 +48,8 @@ def _split(logits: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
     All that a divergence on a subset needs to know. The gradient is written out because it is one array of
     the logits' size, where autograd would hold several.
     """
-    return mx.take_along_axis(logits, ids, axis=-1), mx.logsumexp(_excluded(logits, ids), axis=-1)
+    others = mx.put_along_axis(logits, ids, mx.array(-mx.inf, logits.dtype), axis=-1)
+    return mx.take_along_axis(logits, ids, axis=-1), mx.logsumexp(others, axis=-1)
 
 
 @_split.vjp
@@ -63,6 +59,11 @@ def _split_vjp(primals, cotangents, outputs):
     return mx.put_along_axis(slope, ids, inside, axis=-1), mx.zeros_like(ids)
 
 
+def inside_and_rest(logits: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
+    """Logits (B, V) -> those at ids (K,), (B, K), and the logsumexp of all others (B,), which keeps its digits."""
+    return _split(logits, mx.broadcast_to(ids, (len(logits), ids.size)))  # pyright: ignore[reportGeneralTypeIssues]
+
+
 MOST_SURE = 6.0  # log-odds of the safety tokens beyond which guidance does not push, P = 0.9975
 SURE, MOST_OF = 0.97, 0.75  # the mass of the safety tokens that guidance is to reach, and on how many prompts
 FARTHEST = 10.0
@@ -70,13 +71,13 @@ FARTHEST = 10.0
 
 def safety_log_odds(hidden: mx.array, head: Head, tokens: mx.array, *, temp: float = 1.0) -> mx.array:
     """log P(S) / (1 − P(S)) at each position: hidden (R, D), tokens (K,) -> (R,), float32, chunk by chunk."""
-    size, found = head(hidden[None, :1]).shape[-1], []
+    size, log_odds = head(hidden[None, :1]).shape[-1], []
     for start in range(0, len(hidden), chunk_rows(size)):
         z = head(hidden[None, start : start + chunk_rows(size)])[0].astype(mx.float32) / temp
-        inside, rest = _split(z, mx.broadcast_to(tokens, (len(z), tokens.size)))  # pyright: ignore[reportGeneralTypeIssues]
-        found.append(mx.logsumexp(inside, axis=-1) - rest)
-        mx.eval(found[-1])  # frees the chunk's logits
-    return mx.concatenate(found)
+        inside, rest = inside_and_rest(z, tokens)
+        log_odds.append(mx.logsumexp(inside, axis=-1) - rest)
+        mx.eval(log_odds[-1])  # frees the chunk's logits
+    return mx.concatenate(log_odds)
 
 
 def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, first: mx.array | bool = True) -> mx.array:
@@ -89,8 +90,8 @@ def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, first: mx
     """
     if guidance < 1:
         raise ValueError(f"a guidance of {guidance:g} is less than the teacher; it must be at least 1")
-    beyond = (guidance - 1) * mx.maximum(teacher - base, 0.0)
-    return mx.where((teacher > 0) | first, mx.minimum(beyond, mx.maximum(MOST_SURE - teacher, 0.0)), 0.0)
+    lift = (guidance - 1) * mx.maximum(teacher - base, 0.0)
+    return mx.where((teacher > 0) | first, mx.minimum(lift, mx.maximum(MOST_SURE - teacher, 0.0)), 0.0)
 
 
 def far_enough(teacher: np.ndarray, base: np.ndarray) -> float:
@@ -98,9 +99,9 @@ def far_enough(teacher: np.ndarray, base: np.ndarray) -> float:
 
     From both log-odds where they begin, (N,) and (N,). From 1 to `FARTHEST`: what the teacher hardly raises is noise.
     """
-    beyond, least = np.maximum(teacher - base, 0.0), np.log(SURE / (1 - SURE))
-    needed = np.where(teacher >= least, 1.0, 1 + (least - teacher) / np.maximum(beyond, 1e-9))
-    return round(float(np.clip(np.quantile(needed, MOST_OF), 1.0, FARTHEST)), 3)
+    lift, least = np.maximum(teacher - base, 0.0), np.log(SURE / (1 - SURE))
+    guidance = np.where(teacher >= least, 1.0, 1 + (least - teacher) / np.maximum(lift, 1e-9))
+    return round(float(np.clip(np.quantile(guidance, MOST_OF), 1.0, FARTHEST)), 3)
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ class Divergence:
         if tokens is not None:
             ids = [int(token) for token in np.array(tokens)]
             # An index out of range would corrupt memory instead of raising.
-            if wrong := [token for token in ids if not 0 <= token < size]:
-                raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {size}")
+            if outside := [token for token in ids if not 0 <= token < size]:
+                raise ValueError(f"token id {outside[0]} is outside the vocabulary of {size}")
             if len(set(ids)) < len(ids):
                 raise ValueError(f"{len(ids)} token ids hold {len(ids) - len(set(ids))} twice; give each once")
         if top_k is not None and not 1 <= top_k <= size:
@@ -242,10 +243,10 @@ def sequence_losses(
 
     0 for a row with nothing kept. `options` are those of `token_divergence`.
     """
-    kept = kept_positions(mask, skip, keep)
+    mask = kept_positions(mask, skip, keep)
     # Before the divergence, not after it: inf or NaN in padding would reach the gradient as 0 · NaN.
-    zs, zt = (mx.where(kept[..., None] > 0, z, 0.0) for z in (student_logits, teacher_logits))
-    return (token_divergence(zs, zt, **options) * kept).sum(-1) / mx.maximum(kept.sum(-1), 1.0)
+    zs, zt = (mx.where(mask[..., None] > 0, z, 0.0) for z in (student_logits, teacher_logits))
+    return (token_divergence(zs, zt, **options) * mask).sum(-1) / mx.maximum(mask.sum(-1), 1.0)
 
 
 def distillation_loss(
@@ -349,14 +350,14 @@ def localized_loss(
 
     @mx.custom_function
     def loss(hs: mx.array, ht: mx.array, w: mx.array) -> tuple[mx.array, ...]:
-        done: list[tuple[mx.array, ...]] = []
+        chunks: list[tuple[mx.array, ...]] = []
         for start in range(0, hs.shape[0], chunk):
             part = slice(start, start + chunk)
             # Waits for the chunk before it: only one chunk's logits are alive.
             inputs = [hs[part], ht[part]]
-            h, target = mx.depends(inputs, list(done[-1])) if done else inputs
-            done.append(one_chunk(h, target, w[part], added[part]))
-        value, each, *masses, slope = zip(*done, strict=True)
+            h, target = mx.depends(inputs, list(chunks[-1])) if chunks else inputs
+            chunks.append(one_chunk(h, target, w[part], added[part]))
+        value, each, *masses, slope = zip(*chunks, strict=True)
         return sum(value), mx.concatenate(each), mx.stack([mx.concatenate(m) for m in masses]), mx.concatenate(slope)
 
     @loss.vjp

@@ -90,8 +90,8 @@ def _instruction(item: Any, where: str) -> Instruction:
             f"{where} holds no prompt but {keys}; give each one a non-empty 'instruction' (or prompt, messages, text)"
         )
     if bad := next((ch for ch in text if ch == "\0" or "\ud800" <= ch <= "\udfff"), None):
-        said = "a NUL character" if bad == "\0" else "half a character (a lone surrogate)"
-        raise UserError(f"{where} holds {said}; save it as UTF-8 text, or take that prompt out")
+        character = "a NUL character" if bad == "\0" else "half a character (a lone surrogate)"
+        raise UserError(f"{where} holds {character}; save it as UTF-8 text, or take that prompt out")
     return Instruction(text, str(item.get("category", "")), str(item.get("answer", "")))
 
 
@@ -111,16 +111,16 @@ def load_instructions(path: Path) -> list[Instruction]:
         items = _json(text, str(path))
         if not isinstance(items, list):
             raise UserError(f"{path} holds a {type(items).__name__}; a .json prompt file is a list")
-        found = [_instruction(item, f"{path} item {i + 1}") for i, item in enumerate(items)]
+        instructions = [_instruction(item, f"{path} item {i + 1}") for i, item in enumerate(items)]
     else:
-        found = []
+        instructions = []
         for number, line in enumerate(text.split("\n"), 1):
             if line := line.strip():
                 where = f"{path} line {number}"
-                found.append(_instruction(_json(line, where) if path.suffix == ".jsonl" else line, where))
-    if not found:
+                instructions.append(_instruction(_json(line, where) if path.suffix == ".jsonl" else line, where))
+    if not instructions:
         raise UserError(f"{path} holds no prompts; put at least one in it")
-    return found
+    return instructions
 
 
 def _text(path: Path) -> str:
@@ -195,12 +195,12 @@ def opener_ids(tokenizer: Any, openers: Sequence[str]) -> dict[str, int]:
     turns = [{"role": "user", "content": _PROBES[1]}]
     header = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     before = tokenizer.encode(header, add_special_tokens=False)
-    found = {}
+    first_ids = {}
     for opener in openers:
         ids = tokenizer.encode(header + opener, add_special_tokens=False)
         if ids[: len(before)] == before and len(ids) > len(before):
-            found[opener] = ids[len(before)]
-    return found
+            first_ids[opener] = ids[len(before)]
+    return first_ids
 
 
 def special_ids(tokenizer: Any, vocabulary: int) -> list[int]:
@@ -241,11 +241,11 @@ def prompt_sets(recipe: Recipe) -> PromptSets:
 def prompts_from(recipe: Recipe) -> str:
     """Where the prompts come from, in words."""
     own = own_prompts(recipe.run.model)
-    said = "the built-in ones" if own is None else f"the model's own, {own}"
+    source = "the built-in ones" if own is None else f"the model's own, {own}"
     if recipe.run.data is None:
-        return said
+        return source
     beside = " and the direction's" if recipe.run.reuse_direction_prompts else ""
-    return f"{said}; harmful training prompts from {recipe.run.data}{beside}"
+    return f"{source}; harmful training prompts from {recipe.run.data}{beside}"
 
 
 def longest_prompt(recipe: Recipe) -> int:
@@ -265,8 +265,8 @@ def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Prompts:
         items = getattr(sets, name)
         if len(items) < count:
             raise UserError(f"{name} holds {len(items)} prompts, {count} are needed; lower the setting or add prompts")
-        chosen = np.random.default_rng([recipe.run.seed, which]).permutation(len(items))[:count]
-        return [items[i] for i in sorted(chosen)]
+        indices = np.random.default_rng([recipe.run.seed, which]).permutation(len(items))[:count]
+        return [items[i] for i in sorted(indices)]
 
     settings, validation = recipe.direction, recipe.direction.direction_validation
     guard = guarding_prompt(recipe)

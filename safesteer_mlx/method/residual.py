@@ -48,16 +48,11 @@ def _path_to_body(model: nn.Module) -> list[str]:
     )
 
 
-def _follow(model: nn.Module, path: Sequence[str]) -> nn.Module:
-    for name in path:
-        model = model[int(name)] if isinstance(model, list) else model[name]
-    return model
-
-
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The model's own list of decoder blocks (writing to it takes effect)."""
-    first = model.layers[0]
-    body = _follow(model, _path_to_body(model))
+    first, body = model.layers[0], model
+    for name in _path_to_body(model):
+        body = body[int(name)] if isinstance(body, list) else body[name]
     return next(value for value in body.values() if _holds(value, first))
 
 
@@ -206,11 +201,11 @@ def resume(model: nn.Module, layer: int, inputs: mx.array) -> nn.Module:
     def start(block, x, *args, **kwargs):
         return block(inputs, *args, **kwargs)
 
-    changed = [copy.copy(block) for block in own[: layer + 1]]
-    for block in changed[:-1]:
+    first = [copy.copy(block) for block in own[: layer + 1]]
+    for block in first[:-1]:
         _override(block, "Skipped", lambda block, x, *args, **kwargs: x)
-    _override(changed[-1], "Resumed", start)
-    body[name] = changed + own[layer + 1 :]
+    _override(first[-1], "Resumed", start)
+    body[name] = first + own[layer + 1 :]
     return view
 
 
@@ -218,20 +213,20 @@ def resumes(model: nn.Module, tokens: mx.array) -> bool:
     """Whether this architecture can begin at a block: nothing but the residual stream goes from block to block."""
     layer = len(blocks(model)) // 2
     expected = hidden_states(model, tokens).astype(mx.float32)
-    found = hidden_states(resume(model, layer, block_inputs(model, tokens)[layer]), tokens).astype(mx.float32)
-    return mx.allclose(found, expected, rtol=1e-3, atol=1e-3 * mx.abs(expected).max().item()).item() is True
+    resumed = hidden_states(resume(model, layer, block_inputs(model, tokens)[layer]), tokens).astype(mx.float32)
+    return mx.allclose(resumed, expected, rtol=1e-3, atol=1e-3 * mx.abs(expected).max().item()).item() is True
 
 
 def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
     """The final hidden states, after the last norm and before the LM head: tokens (B, T) -> (B, T, D)."""
-    kept = []
+    states = []
 
     def call(body, *args, **kwargs):
-        kept.append(body(*args, **kwargs))
-        return kept[0][:, :1]  # the head is applied to one position, and lazily: it is never computed
+        states.append(body(*args, **kwargs))
+        return states[0][:, :1]  # the head is applied to one position, and lazily: it is never computed
 
     _with_body(model, call)(tokens)
-    return kept[0]
+    return states[0]
 
 
 def head(model: nn.Module) -> Callable[[mx.array], mx.array]:
@@ -276,17 +271,17 @@ def answer_states(
 
 def block_inputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
     """x[l] for every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
-    kept = []
+    inputs = []
     reading = view(model)
 
     def call(block, x, *args, **kwargs):
-        kept.append(x)
+        inputs.append(x)
         return block(x, *args, **kwargs)
 
     for block in blocks(reading):
         _override(block, "Read", call)
     reading(tokens)
-    return kept
+    return inputs
 
 
 def last_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> mx.array:

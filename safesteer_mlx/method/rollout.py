@@ -53,8 +53,8 @@ def stream_key(seed: int, *which: int) -> mx.array:
 
 def _points(key: mx.array, count: int) -> list[float]:
     """`count` numbers in [0, 1), drawn with `key`; none so near 1 that it rounds to it."""
-    drawn = mx.vmap(lambda k: mx.random.uniform(key=k))(mx.random.split(key, count))
-    return mx.minimum(drawn, 1 - 2**-22).tolist()
+    points = mx.vmap(lambda k: mx.random.uniform(key=k))(mx.random.split(key, count))
+    return mx.minimum(points, 1 - 2**-22).tolist()
 
 
 def _sampler(points: Sequence[float], temp: float, top_p: float) -> Callable[[mx.array], mx.array]:
@@ -64,14 +64,14 @@ def _sampler(points: Sequence[float], temp: float, top_p: float) -> Callable[[mx
     """
     from mlx_lm.sample_utils import apply_top_p
 
-    left = iter(points)
+    rest = iter(points)
 
     def sample(logprobs: mx.array) -> mx.array:
         if 0.0 < top_p < 1.0:
             logprobs = apply_top_p(logprobs, top_p)
         scaled = logprobs.astype(mx.float32) if temp == 1 else logprobs.astype(mx.float32) * (1 / temp)
         below = mx.cumsum(mx.exp(scaled - scaled.max(axis=-1, keepdims=True)), axis=-1)
-        return mx.argmax(below > next(left) * below[:, -1:], axis=-1)
+        return mx.argmax(below > next(rest) * below[:, -1:], axis=-1)
 
     return sample
 
@@ -87,9 +87,9 @@ class _Reader:
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         self._model = model
-        asked = {tuple(p) for p in prompts}
-        shortest = min(map(len, asked)) - 1  # the last id is the engine's to read
-        self._common = next((i for i in range(shortest) if len({p[i] for p in asked}) > 1), shortest)
+        unique = {tuple(p) for p in prompts}
+        shortest = min(map(len, unique)) - 1  # the last id is the engine's to read
+        self._common = next((i for i in range(shortest) if len({p[i] for p in unique}) > 1), shortest)
         self._start = make_prompt_cache(model)
         self._plain = all(type(layer) is KVCache for layer in self._start)
         if not self._plain:
@@ -104,11 +104,11 @@ class _Reader:
 
     def __call__(self, prompts: Sequence[Ids]) -> tuple[list[list[int]], list[Any]]:
         """What is left to read of each prompt, and the cache of what was read (None for nothing), (N,) each."""
-        asked = Counter(tuple(p) for p in prompts)
+        counts = Counter(tuple(p) for p in prompts)
         common, start = self._common, self._start
         whole = {
             p: self._read(copy.deepcopy(start), p[common:-1])
-            for p, n in asked.items()
+            for p, n in counts.items()
             if n > 1 and len(p) > common + 1 and self._plain
         }
         rest = [list(p[-1:] if tuple(p) in whole else p[common:]) for p in prompts]
@@ -142,11 +142,11 @@ def generate(
     """
     if not prompts:
         return []
-    sampled = sampling.temp > 0
-    if sampled and (keys is None or len(keys) != len(prompts)):
+    random = sampling.temp > 0
+    if random and (keys is None or len(keys) != len(prompts)):
         raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
     model.eval()  # LoRA's dropout would act while sampling
-    points = [_points(key, sampling.max_tokens + 1) for key in keys] if sampled and keys is not None else None
+    points = [_points(key, sampling.max_tokens + 1) for key in keys] if random and keys is not None else None
 
     def draw(size: int) -> list[Completion]:
         samplers = points and [_sampler(each, sampling.temp, sampling.top_p) for each in points]
@@ -176,13 +176,13 @@ def _generate(
         mx.set_wired_limit(limit)
     read = _Reader(model, prompts)
     place: dict[int, int] = {}
-    drawn: list[list[int]] = [[] for _ in prompts]
+    tokens: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    done = 0
+    n_finished = 0
 
     def feed() -> None:
         """Give the engine one batch more than it runs: every prompt that waits there holds a cache."""
-        while len(place) < min(len(prompts), done + 2 * batch_size):
+        while len(place) < min(len(prompts), n_finished + 2 * batch_size):
             part = slice(len(place), len(place) + batch_size)
             rest, caches = read(prompts[part])
             uids = engine.insert(rest, [max_tokens] * len(rest), caches=caches, samplers=samplers and samplers[part])
@@ -191,14 +191,14 @@ def _generate(
     feed()
     while responses := engine.next_generated():
         for r in responses:
-            drawn[place[r.uid]].append(r.token)
+            tokens[place[r.uid]].append(r.token)
             if r.finish_reason is not None:
                 finished[place[r.uid]] = r.finish_reason == "stop"
-                done += 1
-        progress(done, len(prompts))
+                n_finished += 1
+        progress(n_finished, len(prompts))
         feed()
     engine.close()
-    return [Completion(ids, end) for ids, end in zip(drawn, finished, strict=True)]
+    return [Completion(ids, end) for ids, end in zip(tokens, finished, strict=True)]
 
 
 def answers(

@@ -64,11 +64,11 @@ class Run:
         keys = [self.key(*stream, i) for i in range(len(rows))] if sampling.temp else None
         return answers(model, self.base.tokenizer, rows, sampling, keys, progress)
 
-    def once(self, find: Callable[..., T], *found: Any) -> T:
-        """What a stage finds in this run, or what it found before: `find_tokens` is kept as `tokens`."""
+    def once(self, find: Callable[..., T], *results: Any) -> T:
+        """What a stage finds in this run from earlier results, or found before: `find_tokens` is kept as `tokens`."""
         name = find.__name__.removeprefix("find_")
         kind = inspect.signature(find).return_annotation
-        return self.store.once(name, lambda: find(self, *found), kind)
+        return self.store.once(name, lambda: find(self, *results), kind)
 
     def with_settings(self, **sections: Any) -> "Run":
         """The run with sections of its recipe replaced."""
@@ -100,8 +100,8 @@ def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
     Raises:
         UserError: the file cannot be read, or does not fit the model's vocabulary.
     """
-    given = recipe.tokens.safety_tokens
-    return np.array(read_token_file(Path(given), base.tokenizer, base.vocabulary)) if isinstance(given, str) else None
+    file = recipe.tokens.safety_tokens
+    return np.array(read_token_file(Path(file), base.tokenizer, base.vocabulary)) if isinstance(file, str) else None
 
 
 def check_padding(recipe: Recipe, base: Loaded, prompts: Sequence[Sequence[int]], screen: Screen) -> Recipe:
@@ -110,8 +110,7 @@ def check_padding(recipe: Recipe, base: Loaded, prompts: Sequence[Sequence[int]]
     Raises:
         UserError: padding changes the forward pass itself.
     """
-    size = recipe.run.generation_batch_size
-    size = size if can_batch(base, prompts) or size == 1 else _one_at_a_time(screen)
+    size = _batch_size(base, prompts, recipe.run.generation_batch_size, screen)
     return replace(recipe, run=replace(recipe.run, generation_batch_size=size))
 
 
@@ -121,11 +120,12 @@ def batch_size(base: Loaded, wanted: int, screen: Screen) -> int:
     Raises:
         UserError: as `can_batch`.
     """
-    prompts = render_all(base.tokenizer, built_in_sets(base.name).harmful_validation)
-    return wanted if can_batch(base, prompts) or wanted == 1 else _one_at_a_time(screen)
+    return _batch_size(base, render_all(base.tokenizer, built_in_sets(base.name).harmful_validation), wanted, screen)
 
 
-def _one_at_a_time(screen: Screen) -> int:
+def _batch_size(base: Loaded, prompts: Sequence[Sequence[int]], wanted: int, screen: Screen) -> int:
+    if can_batch(base, prompts) or wanted == 1:
+        return wanted
     screen.line("mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly")
     return 1
 
@@ -151,5 +151,5 @@ def can_batch(base: Loaded, prompts: Sequence[Sequence[int]]) -> bool:
         tokens = [c.ids[0] for c in generate(base.model, rows, Sampling(base.eos_ids, 1))]
     except (ValueError, RuntimeError):
         return False
-    wrong = sum(token != int(best) for token, best in zip(tokens, alone.argmax(-1).tolist(), strict=True))
-    return wrong <= 1  # half precision may turn a near tie
+    differences = sum(token != int(best) for token, best in zip(tokens, alone.argmax(-1).tolist(), strict=True))
+    return differences <= 1  # half precision may turn a near tie

@@ -35,7 +35,7 @@ from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError
 from .direction import FoundDirections
 from .judge import is_refusal
-from .losses import chunk_rows
+from .losses import chunk_rows, inside_and_rest
 from .prompts import special_ids
 from .residual import answer_states, block_inputs, head, last_logits, pad_right, resume, resumes
 from .rollout import Sampling, generate
@@ -88,17 +88,16 @@ class TokenContrast:
             rest = [np.maximum(1 - np.cumsum(np.exp(z), axis=1), 1e-12) for z in (log_teacher, log_base)]
             inside.append(of_tokens + rest[0] * np.log(rest[0] / rest[1]))
             whole.append(np.array((mx.exp(both[1]) * (both[1] - both[0])).sum(-1), np.float64))
-        wanted = np.ones(len(at.place), bool) if of is None else of
-        total = max(np.concatenate(whole)[wanted].sum(), 1e-12)
-        return np.clip(np.concatenate(inside)[wanted].sum(0) / total, 0.0, 1.0)
+        mask = np.ones(len(at.place), bool) if of is None else of
+        total = max(np.concatenate(whole)[mask].sum(), 1e-12)
+        return np.clip(np.concatenate(inside)[mask].sum(0) / total, 0.0, 1.0)
 
     def explained_where_it_decides(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> float:
         """The share that all of `tokens` explain at the first, second, … position of answers to some of the prompts,
         whichever is largest among those where the teacher writes them at least half as often as anywhere."""
         at, mass = self.positions, self.openings(tokens, prompts)
-        of_prompts = (at.prompt >= prompts.start) & (at.prompt < prompts.stop)
         places = np.flatnonzero(mass >= mass.max() / 2)
-        return max(float(self.explained(tokens, of_prompts & (at.place == place))[-1]) for place in places)
+        return max(float(self.explained(tokens, at.of(prompts) & (at.place == place))[-1]) for place in places)
 
     def openings(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
         """The teacher's mean probability of `tokens` at the first, second, … scored position of some of the prompts.
@@ -107,8 +106,8 @@ class TokenContrast:
         """
         ids, at = mx.array(np.asarray(tokens, np.int32)), self.positions
         mass = [np.array(mx.exp(both[1][:, ids]).sum(-1), np.float64) for both in at.chunks()]
-        wanted = (at.prompt >= prompts.start) & (at.prompt < prompts.stop)
-        place, mass = at.place[wanted], np.concatenate(mass)[wanted]
+        mask = at.of(prompts)
+        place, mass = at.place[mask], np.concatenate(mass)[mask]
         return np.bincount(place, mass) / np.maximum(np.bincount(place), 1)
 
 
@@ -122,6 +121,10 @@ class Positions:
     states: tuple[mx.array, mx.array]
     heads: tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
     chunk: int
+
+    def of(self, prompts: range) -> np.ndarray:
+        """Which of the positions are of some of the prompts, (R,) bool."""
+        return (self.prompt >= prompts.start) & (self.prompt < prompts.stop)
 
     def chunks(self) -> Iterator[tuple[mx.array, mx.array]]:
         """log π0 and log πt, a chunk of positions at a time: (C, V) each, float32."""
@@ -164,7 +167,7 @@ def _scored_states(
 ) -> list[mx.array]:
     """Base's and teacher's hidden states at the last prompt position and at each continuation token, row after
     row: (R, D) each."""
-    kept: tuple[list[mx.array], list[mx.array]] = ([], [])
+    states: tuple[list[mx.array], list[mx.array]] = ([], [])
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         models = [base, teacher]
@@ -172,10 +175,10 @@ def _scored_states(
             tokens = pad_right([[*p, *c] for p, c in zip(prompts[part], continuations[part], strict=True)])
             trunk = block_inputs(base, tokens)[shared_blocks]
             models = [resume(model, shared_blocks, trunk) for model in models]
-        for states, model, read in zip(kept, models, (prompts, teacher_prompts), strict=True):
-            states.append(answer_states(model, read[part], continuations[part], and_after=True))
-        mx.eval(kept[0][-1], kept[1][-1])
-    return [mx.concatenate(states) for states in kept]
+        for each, model, rows in zip(states, models, (prompts, teacher_prompts), strict=True):
+            each.append(answer_states(model, rows[part], continuations[part], and_after=True))
+        mx.eval(states[0][-1], states[1][-1])
+    return [mx.concatenate(each) for each in states]
 
 
 def contrast_tokens(
@@ -196,13 +199,15 @@ def contrast_tokens(
         ValueError: no prompts, unequal numbers of prompts and continuations, or no position left.
     """
     how = Contrast(**contrast_settings)
-    shared_blocks, seen = how.shared_blocks, how.teacher_prompts
+    shared_blocks, teacher_prompts = how.shared_blocks, how.teacher_prompts
     if not prompts or len(prompts) != len(continuations):
         raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations do not make pairs")
     lengths = [1 + len(c) for c in continuations]
-    if shared_blocks and (seen is not None or not resumes(base, pad_right([prompts[0]]))):
+    if shared_blocks and (teacher_prompts is not None or not resumes(base, pad_right([prompts[0]]))):
         shared_blocks = 0
-    states = _scored_states(base, teacher, prompts, seen or prompts, continuations, shared_blocks, how.batch_size)
+    states = _scored_states(
+        base, teacher, prompts, teacher_prompts or prompts, continuations, shared_blocks, how.batch_size
+    )
     heads = head(base), head(teacher)
     chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
     every = np.arange(sum(lengths))
@@ -215,8 +220,8 @@ def contrast_tokens(
             "score; lower --coeff or change --horizon"
         )
     prompt, place = np.repeat(np.arange(len(lengths)), lengths), np.concatenate([np.arange(n) for n in lengths])
-    kept = mx.array(keep)
-    positions = Positions(prompt[keep], place[keep], (states[0][kept], states[1][kept]), heads, chunk)
+    rows = mx.array(keep)
+    positions = Positions(prompt[keep], place[keep], (states[0][rows], states[1][rows]), heads, chunk)
 
     of_deciding = positions.prompt < (len(prompts) if how.deciding is None else how.deciding)
     decides = mx.array(of_deciding | ~of_deciding.any())  # all, where the base ends its turn at once on those
@@ -260,11 +265,11 @@ def refusing_tokens(openings: Sequence[Ids], refused: Sequence[bool]) -> list[in
     Raises:
         ValueError: not one outcome for each opening.
     """
-    seen, refusals = Counter(), Counter()
-    for ids, refuses in zip(openings, refused, strict=True):
-        seen.update(set(ids))
-        refusals.update(set(ids) if refuses else ())
-    return sorted(token for token, n in seen.items() if refusals[token] + 1 > REFUSES * (n + 2))
+    answers, refusals = Counter(), Counter()
+    for ids, refusal in zip(openings, refused, strict=True):
+        answers.update(set(ids))
+        refusals.update(set(ids) if refusal else ())
+    return sorted(token for token, n in answers.items() if refusals[token] + 1 > REFUSES * (n + 2))
 
 
 def select_tokens(
@@ -284,8 +289,8 @@ def select_tokens(
     if method not in METHODS:
         raise ValueError(f"unknown selection method {method!r}; choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     ranks = {"vote": contrast.votes, "mean": contrast.mean_delta, "part": contrast.part}[method]
-    chosen = contrast.eligible & (ranks > 0) if method != "mean" else contrast.eligible
-    ids = np.flatnonzero(chosen & contrast.raised if method == "part" and among is None else chosen)
+    eligible = contrast.eligible & (ranks > 0) if method != "mean" else contrast.eligible
+    ids = np.flatnonzero(eligible & contrast.raised if method == "part" and among is None else eligible)
     ids = ids if among is None else np.intersect1d(ids, np.asarray(among, np.int64))
     ids = ids[np.lexsort((ids, -contrast.mean_delta[ids], -ranks[ids]))][:k]
     if method != "part" or not len(ids):
@@ -300,15 +305,13 @@ def openings(
 
     float64; the others' from the logsumexp of their logits, so that it keeps its digits near 0.
     """
-    ids, found = mx.array(np.asarray(tokens, np.int32)), []
+    ids, probabilities = mx.array(np.asarray(tokens, np.int32)), []
     for start in range(0, len(prompts), batch_size):
         logits = last_logits(model, prompts[start : start + batch_size])
-        inside = mx.take(logits, ids, axis=-1)
-        others = mx.put_along_axis(logits, mx.broadcast_to(ids, (len(logits), ids.size)), mx.array(-mx.inf), axis=-1)
-        rest = mx.logsumexp(others, axis=-1, keepdims=True)
-        outcomes = mx.concatenate([inside, rest], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-        found.append(np.exp(np.array(outcomes, np.float64)))
-    return np.concatenate(found)
+        inside, rest = inside_and_rest(logits, ids)
+        outcomes = mx.concatenate([inside, rest[:, None]], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+        probabilities.append(np.exp(np.array(outcomes, np.float64)))
+    return np.concatenate(probabilities)
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,7 @@ class SafetyTokens:
         return np.array([row["id"] for row in self.rows], np.int64)
 
 
-def find_tokens(run: Run, teacher: Teacher, found: FoundDirections) -> SafetyTokens:
+def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> SafetyTokens:
     """The safety tokens, from the teacher's own continuations of harmless prompts, as published, and with the method
     `part` of harmful ones too; of harmful ones alone, if a system prompt makes the teacher.
 
@@ -341,24 +344,26 @@ def find_tokens(run: Run, teacher: Teacher, found: FoundDirections) -> SafetyTok
     m = settings.token_samples if settings.horizon > 1 else 1  # without a continuation they would be alike
     guarded, by_part = teacher.system_prompt is not None, settings.token_method == "part"
     if guarded:
-        read, seen = prompts.harmful_direction_validation, prompts.harmful_direction_validation_guarded
+        harmful, teacher_rows = prompts.harmful_direction_validation, prompts.harmful_direction_validation_guarded
+        base_rows = harmful
     else:
-        read = seen = [*(prompts.harmful_validation[: VALIDATION_PROMPTS[0]] if by_part else []), *found.harmless]
-    n_harmful = m * (len(read) if guarded else len(read) - len(found.harmless))
-    read, seen = ([row for row in rows for _ in range(m)] for rows in (read, seen))
+        harmful = prompts.harmful_validation[: VALIDATION_PROMPTS[0]] if by_part else []
+        base_rows = teacher_rows = [*harmful, *directions.harmless]
+    n_harmful = m * len(harmful)
+    base_rows, teacher_rows = ([row for row in rows for _ in range(m)] for rows in (base_rows, teacher_rows))
     with run.screen.stage("finding the safety tokens") as advance:
-        continuations = _continuations(run, teacher, seen, advance)
+        continuations = _continuations(run, teacher, teacher_rows, advance)
         compare = partial(
             contrast_tokens,
             base.model,
             teacher.model,
-            read,
+            base_rows,
             continuations,
             eot_ids=base.eos_ids,
             banned_ids=special_ids(base.tokenizer, base.vocabulary),
             inner_top_k=settings.inner_top_k,
             min_steered_prob=settings.min_steered_prob,
-            teacher_prompts=seen if guarded else None,
+            teacher_prompts=teacher_rows if guarded else None,
             deciding=n_harmful or None,
             shared_blocks=teacher.shared_blocks if run.recipe.teacher.teacher == "steer" else 0,
         )
@@ -373,11 +378,11 @@ def find_tokens(run: Run, teacher: Teacher, found: FoundDirections) -> SafetyTok
             "--min-steered-prob, or give a larger --coeff"
         )
     if n_harmful:
-        opened = contrast.openings(tokens, range(n_harmful))
+        masses = contrast.openings(tokens, range(n_harmful))
         explained = contrast.explained_where_it_decides(tokens, range(n_harmful))
     else:  # harmful prompts were not among them: their first position alone
-        first = openings(teacher.model, found.harmful, tokens, size)
-        opened = [first[:, :-1].sum(-1).mean()]
+        first = openings(teacher.model, directions.harmful, tokens, size)
+        masses = [first[:, :-1].sum(-1).mean()]
         explained = float(contrast.explained(tokens)[-1])
     rows = [
         {
@@ -395,7 +400,7 @@ def find_tokens(run: Run, teacher: Teacher, found: FoundDirections) -> SafetyTok
         f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does "
         f"where they decide; first {' '.join(repr(row['token']) for row in rows[:10])}"
     )
-    return SafetyTokens(rows, explained, [float(mass) for mass in opened])
+    return SafetyTokens(rows, explained, [float(mass) for mass in masses])
 
 
 def _continuations(run: Run, teacher: Teacher, rows: list[list[int]], progress: Advance) -> list[list[int]]:
@@ -420,11 +425,11 @@ def _selected(run: Run, teacher: Teacher, contrast: TokenContrast) -> np.ndarray
 def _refusing(run: Run, teacher: Teacher) -> list[int] | None:
     """The ids with which answers to harmful prompts refuse, if the teacher opens them and the base goes on; None, where
     no id does."""
-    asked = validation(run)
-    seen = None if asked.system_prompted is None else (list(asked.system_prompted[0]) * TOLD, [])
-    harmful = replace(asked, harmful=list(asked.harmful) * TOLD, harmless=[], system_prompted=seen)
+    prompts = validation(run)
+    guarded = None if prompts.system_prompted is None else (list(prompts.system_prompted[0]) * TOLD, [])
+    harmful = replace(prompts, harmful=list(prompts.harmful) * TOLD, harmless=[], system_prompted=guarded)
     answers = opened_answers(run.base, teacher.model, replace(harmful, opening=run.recipe.tokens.horizon))
-    ids = refusing_tokens([opened.ids for opened, _ in answers], [is_refusal(text) for _, text in answers])
+    ids = refusing_tokens([opening.ids for opening, _ in answers], [is_refusal(text) for _, text in answers])
     if not ids:
         run.screen.line("no token that opens the teacher's answers tells a refusal, so all that steering raises count")
     return ids or None

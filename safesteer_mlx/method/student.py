@@ -59,21 +59,21 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
 
 
 def _load_adapters(student: nn.Module, path: Path) -> None:
-    held = read_header(path)
+    file = read_header(path)
     own = dict(tree_flatten(student.trainable_parameters()))
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
     remedy = "give the fine_tune_type, num_layers and lora_parameters of its adapter_config.json"
-    for names, how in ((shapes.keys() - held.keys(), "lacks"), (held.keys() - shapes.keys(), "holds other weights:")):
+    for names, how in ((shapes.keys() - file.keys(), "lacks"), (file.keys() - shapes.keys(), "holds other weights:")):
         if names:
             raise UserError(f"resume_adapter_file = {path} {how} {some(sorted(names))}; {remedy}")
-    for name, tensor in held.items():
+    for name, tensor in file.items():
         if tensor.shape != shapes[name] or tensor.dtype not in ("F32", "F16", "BF16"):
             raise UserError(
                 f"resume_adapter_file = {path} holds other weights: {name} is {list(tensor.shape)} of {tensor.dtype}, "
                 f"not {list(shapes[name])}; {remedy}"
             )
-    found = mx.load(str(path), format="safetensors")
-    student.load_weights(list(found.items()), strict=False)  # type: ignore[union-attr]
+    weights = mx.load(str(path), format="safetensors")
+    student.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
 
 
 def bytes_trained(student: nn.Module) -> int:
@@ -116,20 +116,20 @@ def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
     model = view(base)
     try:
         load_adapters(model, str(folder))
-        held = set(mx.load(str(folder / "adapters.safetensors")))
+        names = set(mx.load(str(folder / "adapters.safetensors")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
             f"--adapter-path {folder} does not fit this model ({lines[-1].strip()[:150]}); "
             "give the model it was made for"
         ) from None
-    wanted = {name for name, _ in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _LEAVES}
-    if missing := sorted(wanted - held):
+    expected = {name for name, _ in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _LEAVES}
+    if missing := sorted(expected - names):
         raise UserError(
-            f"--adapter-path {folder} lacks {len(missing)} of its {len(wanted)} weights ({missing[0]} first); "
+            f"--adapter-path {folder} lacks {len(missing)} of its {len(expected)} weights ({missing[0]} first); "
             "make the adapters again"
         )
-    if not held:
+    if not names:
         raise UserError(f"--adapter-path {folder} holds no weights; make the adapters again")
     model.freeze()
     model.eval()
@@ -152,8 +152,8 @@ def check_saved(run: Run, student: nn.Module) -> None:
     """
     folder, rows = Path(run.recipe.run.adapter_path), run.prompts.harmful_validation[:4]
     saved = with_adapters(run.base.model, folder)
-    read, trained, before = (last_logits(model, rows) for model in (saved, student, run.base.model))
-    if not mx.allclose(read, trained, rtol=1e-3, atol=1e-3):
+    from_disk, in_memory, base = (last_logits(model, rows) for model in (saved, student, run.base.model))
+    if not mx.allclose(from_disk, in_memory, rtol=1e-3, atol=1e-3):
         raise UserError(f"the adapters in {folder} do not give what was trained; run the same command again with --yes")
-    if mx.array_equal(read, before):
+    if mx.array_equal(from_disk, base):
         raise UserError(f"the adapters in {folder} change nothing; raise --learning-rate or --epochs")

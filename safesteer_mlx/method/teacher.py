@@ -172,23 +172,22 @@ def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> lis
     Each prompt has random streams of its own, the same for every teacher, so that two are compared on equal luck.
     """
     q = prompts
-    rows, seen = [*q.harmful, *q.harmless], [*q.harmful, *q.harmless]
-    if q.system_prompted is not None:
-        seen = [*q.system_prompted[0], *q.system_prompted[1]]
+    rows = [*q.harmful, *q.harmless]
+    teacher_rows = rows if q.system_prompted is None else [*q.system_prompted[0], *q.system_prompted[1]]
 
-    def draw(model: nn.Module, read: Rows, which: list[int], max_tokens: int, part: int) -> list[Completion]:
-        keys = [stream_key(q.seed, 3, part, i) for i in which]
-        return generate(model, read, Sampling(base.eos_ids, max_tokens, 1.0, batch_size=q.batch_size), keys)
+    def draw(model: nn.Module, rows: Rows, indices: Sequence[int], max_tokens: int, part: int) -> list[Completion]:
+        keys = [stream_key(q.seed, 3, part, i) for i in indices]
+        return generate(model, rows, Sampling(base.eos_ids, max_tokens, 1.0, batch_size=q.batch_size), keys)
 
     opening = min(q.opening, q.max_tokens)
-    opened = draw(teacher, seen, list(range(len(rows))), opening, 0)
-    answers = list(opened)
+    openings = draw(teacher, teacher_rows, range(len(rows)), opening, 0)
+    answers = list(openings)
     open_ended = [i for i, a in enumerate(answers) if not a.finished and opening < q.max_tokens]
-    begun = [[*rows[i], *answers[i].ids] for i in open_ended]
-    for i, rest in zip(open_ended, draw(base.model, begun, open_ended, q.max_tokens - opening, 1), strict=True):
+    prefixes = [[*rows[i], *answers[i].ids] for i in open_ended]
+    for i, rest in zip(open_ended, draw(base.model, prefixes, open_ended, q.max_tokens - opening, 1), strict=True):
         answers[i] = Completion([*answers[i].ids, *rest.ids], rest.finished)
     texts = [answer_text(base.tokenizer, row, a) for row, a in zip(rows, answers, strict=True)]
-    return list(zip(opened, texts, strict=True))
+    return list(zip(openings, texts, strict=True))
 
 
 def ask(base: Loaded, teacher: nn.Module, prompts: Validation) -> Outcomes:
@@ -219,14 +218,14 @@ def choose_teacher(
     if not directions:
         raise ValueError("0 directions to choose from; at least 1 is needed")
     grid = sorted(set(settings.coeff_grid))
-    asked, total = 0, len(directions) + 1 + (min(ASKED, len(directions)) if refusal_ids else 0) + 2 * ROUNDS
+    steps, total = 0, len(directions) + 1 + (min(ASKED, len(directions)) if refusal_ids else 0) + 2 * ROUNDS
     trials: dict[tuple[int, float], TeacherTrial] = {}  # by number of the direction and coefficient
     answers: dict[tuple[int, float], Outcomes] = {}
 
     def tell() -> None:
-        nonlocal asked
-        asked += 1
-        progress(min(asked, total), total)
+        nonlocal steps
+        steps += 1
+        progress(min(steps, total), total)
 
     def measure(direction: Direction, coeffs: Sequence[float]) -> list[TeacherTrial]:
         """Step 1, where there are tokens that tell."""
@@ -248,9 +247,9 @@ def choose_teacher(
         if (which, coeff) not in trials:
             [trials[which, coeff]] = measure(direction, [coeff])
         model = steered_teacher(base.model, direction.layer, direction.vector, coeff).model
-        found = answers[which, coeff] = ask(base, model, prompts)
-        shares = {"refused": found.refused, "over_refused": found.over_refused, "broken": found.broken}
-        trials[which, coeff] = replace(trials[which, coeff], **shares)
+        trial, o = trials[which, coeff], ask(base, model, prompts)
+        answers[which, coeff] = o
+        trials[which, coeff] = replace(trial, refused=o.refused, over_refused=o.over_refused, broken=o.broken)
         tell()
 
     def rank(key: tuple[int, float]) -> tuple[bool, float, float]:
@@ -259,10 +258,10 @@ def choose_teacher(
         return over == 0, -over, trials[key].value
 
     if refusal_ids:
-        begin = [first_enough([trials[which, c] for c in grid]) for which in range(len(directions))]
-        order = sorted(range(len(directions)), key=lambda w: -begin[w].value)
+        starts = [first_enough([trials[which, c] for c in grid]) for which in range(len(directions))]
+        order = sorted(range(len(directions)), key=lambda w: -starts[w].value)
         for which in order[:ASKED]:
-            answer(which, begin[which].coeff)
+            answer(which, starts[which].coeff)
     else:
         for which in range(len(directions)):
             answer(which, min(grid, key=lambda c: abs(c - 1.0)))
@@ -276,17 +275,17 @@ def choose_teacher(
     return Choice(directions[which], coeff, ordered, own, answers[best])
 
 
-def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, found: Outcomes, most: int) -> int:
+def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, outcomes: Outcomes, most: int) -> int:
     """How many tokens of an answer the teacher must write, at most `most`, for it to do what it can.
 
-    The fewest with which nearly as many answers refuse as with any: the more it writes, the more it spoils. `found` is
-    what answers do of which it writes `prompts.opening`.
+    The fewest with which nearly as many answers refuse as with any: the more it writes, the more it spoils. `outcomes`
+    are of answers of which it writes `prompts.opening`.
     """
-    refused = {prompts.opening: found.refused}
+    refusals = {prompts.opening: outcomes.refused}
     for opening in OPENINGS:
-        if opening <= most and opening not in refused:
-            refused[opening] = ask(base, teacher, replace(prompts, opening=opening)).refused
-    return min(opening for opening, share in refused.items() if share >= max(refused.values()) - NEARLY - 1e-9)
+        if opening <= most and opening not in refusals:
+            refusals[opening] = ask(base, teacher, replace(prompts, opening=opening)).refused
+    return min(opening for opening, share in refusals.items() if share >= max(refusals.values()) - NEARLY - 1e-9)
 
 
 def first_passes(
@@ -298,50 +297,45 @@ def first_passes(
     def measure(size: int) -> tuple[np.ndarray, ...]:
         return opening_probabilities(base.model, direction, coeffs, harmful, harmless, refusal_ids, size)
 
-    found, _ = with_smaller_batches(prompts.prompt_batch_size, measure, "the search for the teacher")
+    curves, _ = with_smaller_batches(prompts.prompt_batch_size, measure, "the search for the teacher")
     return [
         TeacherTrial(direction.position, direction.layer, coeff, *(float(value) for value in values))
-        for coeff, *values in zip(coeffs, *found, strict=True)
+        for coeff, *values in zip(coeffs, *curves, strict=True)
     ]
 
 
 def first_enough(curve: Sequence[TeacherTrial]) -> TeacherTrial:
     """Of one direction's trials, coefficients ascending: the first that opens nearly as many refusals as any does."""
-    opened = [share if (share := trial.harmful_opened or 0.0) == share else 0.0 for trial in curve]
-    return next(trial for trial, share in zip(curve, opened, strict=True) if share >= ENOUGH * max(opened))
+    shares = [share if (share := trial.harmful_opened or 0.0) == share else 0.0 for trial in curve]
+    return next(trial for trial, share in zip(curve, shares, strict=True) if share >= ENOUGH * max(shares))
 
 
-def beside(coeff: float, grid: Sequence[float], asked: Sequence[float]) -> list[float]:
+def beside(coeff: float, grid: Sequence[float], tried: Sequence[float]) -> list[float]:
     """The coefficients to ask next around one: the grid's on either side, or if they were asked, halfway to them."""
-    found = []
+    coeffs = []
     for side in (-1, 1):
-        neighbours = [c for c in {*grid, *asked} if side * (c - coeff) > 0]
+        neighbours = [c for c in {*grid, *tried} if side * (c - coeff) > 0]
         if not neighbours:
             continue
         near = min(neighbours, key=lambda c: abs(c - coeff))
-        found.append(near if near not in asked else round((coeff * near) ** 0.5, 4))
-    return found
+        coeffs.append(near if near not in tried else round((coeff * near) ** 0.5, 4))
+    return coeffs
 
 
 @dataclass(frozen=True)
-class ChosenTeacher:
-    """Stage 2's result: direction and coefficient, the trials they were chosen from, if they were, what answers to
-    validation prompts do, of the base and of the teacher, and how many tokens of one it can write without harm."""
+class ChosenTeacher(Choice):
+    """Stage 2's result: the choice, without trials if direction and coefficient were given, and how many tokens of an
+    answer the teacher can write without harm."""
 
-    direction: Direction
-    coeff: float
-    trials: list[TeacherTrial]
-    base: Outcomes
-    teacher: Outcomes
     opening: int
 
 
 def validation(run: Run) -> Validation:
     """What base and teachers are asked, and how."""
     prompts, (harmful, harmless) = run.prompts, VALIDATION_PROMPTS
-    guarded = None
+    system_prompted = None
     if run.recipe.teacher.teacher == "system_prompt":
-        guarded = prompts.harmful_validation_guarded[:harmful], prompts.harmless_validation_guarded[:harmless]
+        system_prompted = prompts.harmful_validation_guarded[:harmful], prompts.harmless_validation_guarded[:harmless]
     return Validation(
         prompts.harmful_validation[:harmful],
         prompts.harmless_validation[:harmless],
@@ -350,47 +344,49 @@ def validation(run: Run) -> Validation:
         run.answer_tokens(VALIDATION_TOKENS),
         run.recipe.run.generation_batch_size,
         run.recipe.run.prompt_batch_size,
-        guarded,
+        system_prompted,
     )
 
 
-def find_teacher(run: Run, found: FoundDirections) -> ChosenTeacher:
+def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
     """Direction and coefficient by what the teacher does; a coefficient that was given takes the first direction.
 
     Raises:
         UserError: steering with the coefficient that was given changes nothing.
     """
-    base, screen, settings, asked = run.base, run.screen, run.recipe.teacher, validation(run)
+    base, screen, settings, prompts = run.base, run.screen, run.recipe.teacher, validation(run)
     if settings.teacher == "system_prompt" or settings.coeff != "auto":
         coeff = 0.0 if settings.teacher == "system_prompt" else float(settings.coeff)
-        teacher = make_teacher(run, found.shortlist[0], coeff)
+        teacher = make_teacher(run, directions.shortlist[0], coeff)
         with screen.stage("asking base and teacher") as advance:
-            own = ask(base, base.model, asked)
+            own = ask(base, base.model, prompts)
             advance(1, 2)
-            choice = Choice(found.shortlist[0], coeff, [], own, ask(base, teacher.model, asked))
+            choice = Choice(directions.shortlist[0], coeff, [], own, ask(base, teacher.model, prompts))
             advance(2, 2)
     else:
         with screen.stage("finding the teacher") as advance:
-            choice = choose_teacher(base, found.shortlist, [*found.openers.values()], asked, settings, advance)
+            choice = choose_teacher(
+                base, directions.shortlist, [*directions.openers.values()], prompts, settings, advance
+            )
         teacher = make_teacher(run, choice.direction, choice.coeff)
-    opening, most = asked.opening, max(run.recipe.tokens.horizon, asked.opening)
+    opening, most = prompts.opening, max(run.recipe.tokens.horizon, prompts.opening)
     if run.recipe.loss.first_tokens == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
-            opening = shortest_opening(base, teacher.model, asked, choice.teacher, most)
+            opening = shortest_opening(base, teacher.model, prompts, choice.teacher, most)
     chosen = ChosenTeacher(**vars(choice), opening=opening)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
     else:
-        _tell(run, found, chosen)
+        _tell(run, directions, chosen)
     return chosen
 
 
-def _tell(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> None:
+def _tell(run: Run, directions: FoundDirections, choice: ChosenTeacher) -> None:
     """The direction with its published scores, as far as they were measured, and the coefficient."""
-    d, scores, opening = chosen.direction, found.scores, chosen.opening
+    d, scores, opening = choice.direction, directions.scores, choice.opening
     n_positions, n_layers = scores.ablation_kl.shape
     at = (d.position + n_positions, d.layer)
-    measured = (
+    texts = (
         f"{name} {score[at]:{how}}"
         for name, score, how in (
             ("KL under ablation", scores.ablation_kl, ".3f"),
@@ -399,10 +395,10 @@ def _tell(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> None:
         )
         if score[at] == score[at]
     )
-    run.screen.line(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *measured]))
+    run.screen.line(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *texts]))
     tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
     decides = run.recipe.loss.first_tokens == "auto" and not run.base.thinks
-    run.screen.line(f"teacher: coefficient {chosen.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
+    run.screen.line(f"teacher: coefficient {choice.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
 
 
 def make_teacher(run: Run, direction: Direction, coeff: float) -> Teacher:

@@ -58,13 +58,13 @@ def check_fit(where: str, rows: Sequence[Mapping[str, Any]], tokenizer: Any, voc
     """
     special = set(special_ids(tokenizer, vocabulary))
     for row in rows:
-        said = f"{where}: token {quoted(row['token'])}, id {row['id']},"
+        which = f"{where}: token {quoted(row['token'])}, id {row['id']},"
         if not 0 <= row["id"] < vocabulary:
-            raise UserError(f"{said} is none of this model's {vocabulary}; give a file made for this model")
+            raise UserError(f"{which} is none of this model's {vocabulary}; give a file made for this model")
         if row["id"] in special:
-            raise UserError(f"{said} is a special token of this model, which no answer's text holds; leave it out")
+            raise UserError(f"{which} is a special token of this model, which no answer's text holds; leave it out")
         if (own := tokenizer.decode([row["id"]])) != row["token"]:
-            raise UserError(f"{said} is {quoted(own)} in this model; give a file made for this model")
+            raise UserError(f"{which} is {quoted(own)} in this model; give a file made for this model")
 
 
 def quoted(text: str) -> str:

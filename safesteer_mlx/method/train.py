@@ -183,11 +183,11 @@ def course(steps: int, train: TrainSettings, learning: Learning | None = None) -
     if learning is None or not train.until_learned or train.iters is not None:
         return Course(steps, warm, warm)
     longest = Course(2 * steps, warm, steps)
-    fall, row = math.ceil(FALL * steps), 0
+    fall, in_a_row = math.ceil(FALL * steps), 0
     for step, share in enumerate(learning.shares, start=1):
         if share is not None:
-            row = row + 1 if share >= LEARNED else 0
-        if row == 2 and step + fall < longest.steps:
+            in_a_row = in_a_row + 1 if share >= LEARNED else 0
+        if in_a_row == 2 and step + fall < longest.steps:
             return Course(step + fall, warm, step, longest.rate(step, 1.0))
     return longest
 
@@ -203,8 +203,8 @@ def _passes(n: int, seed: int, which: int) -> Iterator[int]:
 def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: int) -> np.ndarray:
     """What each answer position counts in the step's loss, answer after answer: m[n,t] / T_n / rollouts, (R,)."""
     mask = mx.array([[float(t < length) for t in range(max(lengths))] for length in lengths])
-    kept = np.array(kept_positions(mask, skip, keep))
-    weights = kept / np.maximum(kept.sum(1, keepdims=True), 1.0) / rollouts
+    weights = np.array(kept_positions(mask, skip, keep))
+    weights = weights / np.maximum(weights.sum(1, keepdims=True), 1.0) / rollouts
     return weights[np.array(mask) > 0].astype(np.float32)
 
 
@@ -270,13 +270,8 @@ def train(
     Raises:
         NotFiniteError: the loss or its gradient is not finite; the student is as before the step.
     """
-    student, base, settings, loss, seed = (
-        training.student,
-        training.base,
-        training.settings,
-        training.loss,
-        training.seed,
-    )
+    student, base, seed = training.student, training.base, training.seed
+    settings, loss = training.settings, training.loss
     harmful, harmless, learning = training.harmful, training.harmless, training.learning
     nominal = number_of_steps(len(harmful), settings, loss)
     per_batch = harmful_per_batch(settings, loss)
@@ -305,18 +300,18 @@ def train(
         ]
         return sum(value for value, *_ in parts), [each for _, each, _ in parts], parts[0][2]
 
-    def targets_of(part: list[TrainingPrompt], done: list[list[int]], trunk: Trunk, of: nn.Module, n: int):
+    def targets_of(part: list[TrainingPrompt], answers: list[list[int]], trunk: Trunk, of: nn.Module, n: int):
         """The opening's target, `of`, and the tail's, the base; `n` rollouts are in the batch."""
-        lengths, seen = [len(ids) for ids in done], [p.target_ids for p in part]
+        lengths = [len(ids) for ids in answers]
         place = np.concatenate([np.arange(length) for length in lengths])
-        hidden = answer_states(_after(trunk, of), seen, done)
+        hidden = answer_states(_after(trunk, of), [p.target_ids for p in part], answers)
         weights = _position_weights(lengths, n, loss.skip_first, loss.first_tokens)
         guided = of is not base and guidance > 1
         tail = np.flatnonzero(place >= loss.first_tokens) if loss.first_tokens and loss.tail else np.zeros(0, np.int64)
         opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.first_tokens)
         by_base = hidden
         if of is not base and (guided or len(tail)):
-            by_base = answer_states(_after(trunk, base), [p.ids for p in part], done)
+            by_base = answer_states(_after(trunk, base), [p.ids for p in part], answers)
         mx.async_eval(hidden, by_base)  # computed while the graph of the student is built
         first, shift = hidden[mx.array(opening)], None
         if guided:
@@ -328,8 +323,8 @@ def train(
         divergence = Divergence.of(loss, training.tokens)
         targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
-            held = _position_weights(lengths, n, loss.first_tokens, loss.first_tokens + loss.tail)[tail]
-            targets.append(Target(tail, Scored(by_base[mx.array(tail)], head(base)), held, Divergence()))
+            weights = _position_weights(lengths, n, loss.first_tokens, loss.first_tokens + loss.tail)[tail]
+            targets.append(Target(tail, Scored(by_base[mx.array(tail)], head(base)), weights, Divergence()))
         return targets
 
     loss_and_grad = nn.value_and_grad(student, objective)  # pyright: ignore[reportPrivateImportUsage]
@@ -348,14 +343,13 @@ def train(
             for start in range(0, len(of_kind), size):
                 index = of_kind[start : start + size]
                 part = [batch[i] for i in index]
-                done = [rollouts[i].ids for i in index]
-                lengths = [len(ids) for ids in done]
-                source, alike = (
-                    (training.teacher.model, training.teacher.shared_blocks) if kind else (base, first_trained)
-                )
-                trunk = shared_prefix(base, min(alike, first_trained) if can_resume else 0, [p.ids for p in part], done)
-                targets = targets_of(part, done, trunk, source, len(batch))
-                (_, each, mass), grad = loss_and_grad(student, part, done, trunk, targets)
+                answers = [rollouts[i].ids for i in index]
+                lengths = [len(ids) for ids in answers]
+                teacher = training.teacher if kind else Teacher(base, shared_blocks=first_trained)
+                layer = min(teacher.shared_blocks, first_trained) if can_resume else 0
+                trunk = shared_prefix(base, layer, [p.ids for p in part], answers)
+                targets = targets_of(part, answers, trunk, teacher.model, len(batch))
+                (_, each, mass), grad = loss_and_grad(student, part, answers, trunk, targets)
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
                 weighted = np.zeros(sum(lengths))
@@ -371,7 +365,7 @@ def train(
     sampling = Sampling(training.eos_ids, most, settings.temp, settings.top_p, size)
     step = first_step
     while step < (now := course(nominal, settings, learning)).steps:
-        drawn = [
+        prompts = [
             prompt
             for _ in range(settings.grad_accumulation_steps)
             for prompt in (
@@ -379,7 +373,7 @@ def train(
                 *(harmless[next(order_b)] for _ in range(anchors)),
             )
         ]
-        batch = [prompt for prompt in drawn for _ in range(settings.num_generations)]
+        batch = [prompt for prompt in prompts for _ in range(settings.num_generations)]
         if drawn_before is not None and drawn_before.step == step + 1:
             rollouts = drawn_before.completions
         else:
@@ -426,8 +420,8 @@ def train(
 
 def trained_change(student: nn.Module, before: dict[str, mx.array]) -> float:
     """The largest change of any trained weight since `before`."""
-    now = dict(tree_flatten(student.trainable_parameters()))
-    return max(mx.abs(now[name] - value).max().item() for name, value in before.items())
+    weights = dict(tree_flatten(student.trainable_parameters()))
+    return max(mx.abs(weights[name] - value).max().item() for name, value in before.items())
 
 
 def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
@@ -449,14 +443,14 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
             run.screen.line(f"{len(items) - len(texts)} prompts are there twice and are used once")
         for text in texts:
             ids = render(base.tokenizer, text)
-            seen = render(base.tokenizer, text, guard) if harmful and guard else ids
+            target_ids = render(base.tokenizer, text, guard) if harmful and guard else ids
             if max(ids) >= base.vocabulary:  # MLX would read beyond the embedding
                 raise UserError(
                     f"a training prompt holds a special token (id {max(ids)}) for which model {base.name} has no "
                     "embedding; take that prompt out"
                 )
             if len(ids) <= limit:
-                into.append(TrainingPrompt(ids, seen, harmful))
+                into.append(TrainingPrompt(ids, target_ids, harmful))
         if len(into) < len(texts):
             run.screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
         if harmful and all(len(render(base.tokenizer, item.text)) > limit for item in sets.harmful_train):
@@ -477,9 +471,9 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     if base.thinks:
         return run, None
     rows, size = prompts.harmful_validation, recipe.run.prompt_batch_size
-    seen = rows if teacher.system_prompt is None else prompts.harmful_validation_guarded
-    pairs = ((base.model, rows), (teacher.model, seen))
-    own, target = (openings(model, read, tokens.ids, size) for model, read in pairs)
+    guarded = rows if teacher.system_prompt is None else prompts.harmful_validation_guarded
+    own = openings(base.model, rows, tokens.ids, size)
+    target = openings(teacher.model, guarded, tokens.ids, size)
     odds = [np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own)]
     if recipe.loss.guidance == "auto":
         run = run.with_settings(loss=replace(recipe.loss, guidance=far_enough(*odds)))
@@ -488,18 +482,18 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     shift = guidance_shift(*map(mx.array, odds), float(run.recipe.loss.guidance))
     target[:, :-1] *= np.exp(np.array(shift, np.float64))[:, None]
     target /= target.sum(-1, keepdims=True)
-    held = openings(base.model, prompts.harmless_validation, tokens.ids, size)
-    read, both = [*rows, *prompts.harmless_validation], (np.concatenate([part, held]) for part in (own, target))
-    return run, Learning(read, tokens.ids, *both, n_harmful=len(rows))
+    harmless = openings(base.model, prompts.harmless_validation, tokens.ids, size)
+    both = (np.concatenate([part, harmless]) for part in (own, target))
+    return run, Learning([*rows, *prompts.harmless_validation], tokens.ids, *both, n_harmful=len(rows))
 
 
 class MovingTeacher:
     """The moving-average teacher (method page, 2, variant a): follows the student after each step, and finds
     direction and tokens anew if the recipe says so. `state` is all that a run needs to go on."""
 
-    def __init__(self, run: Run, student: nn.Module, found: FoundDirections, chosen: ChosenTeacher):
-        self._run, self._student, self._found = run, student, found
-        self._direction, self._coeff, self._vector = chosen.direction, chosen.coeff, chosen.direction.vector
+    def __init__(self, run: Run, student: nn.Module, directions: FoundDirections, choice: ChosenTeacher):
+        self._run, self._student, self._directions = run, student, directions
+        self._direction, self._coeff, self._vector = choice.direction, choice.coeff, choice.direction.vector
         self._model, self.tokens = moving_average(student), None
 
     @property
@@ -512,17 +506,17 @@ class MovingTeacher:
         settings, size = self._run.recipe.teacher, self._run.recipe.run.prompt_batch_size
         ema_update(self._model, self._student, settings.ema_rate)
         if settings.refresh_every and step % settings.refresh_every == 0:
-            rows = self._found.harmful_train, self._found.harmless_train
+            rows = self._directions.harmful_train, self._directions.harmless_train
             work = partial(mean_differences, self._model, *rows, -self._direction.position)
             new, _ = with_smaller_batches(size, work, "the search for the direction")
             self._vector = mx.array(new[0, self._direction.layer].astype(np.float32))
-            self.tokens = mx.array(find_tokens(self._run, self.teacher, self._found).ids)
+            self.tokens = mx.array(find_tokens(self._run, self.teacher, self._directions).ids)
 
     def state(self) -> dict[str, mx.array]:
         """Trained weights, direction and, once found anew, tokens."""
-        trained = dict(tree_flatten(self._student.trainable_parameters()))
-        own = {f"model.{name}": w for name, w in tree_flatten(self._model.parameters()) if name in trained}
-        return {**own, "vector": self._vector, **({} if self.tokens is None else {"tokens": self.tokens})}
+        names = dict(tree_flatten(self._student.trainable_parameters()))
+        weights = {f"model.{name}": w for name, w in tree_flatten(self._model.parameters()) if name in names}
+        return {**weights, "vector": self._vector, **({} if self.tokens is None else {"tokens": self.tokens})}
 
     def restore(self, state: dict[str, mx.array]) -> None:
         """Take up a state."""
@@ -613,7 +607,7 @@ def train_student(
     """
     settings, student, store, screen = run.recipe.train, training.student, run.store, run.screen
     nominal = number_of_steps(len(training.harmful), settings, run.recipe.loss)
-    log, done = TrainingLog([], [], []), 0
+    log, step = TrainingLog([], [], []), 0
     best: dict[str, mx.array] = {}  # the weights of the best step so far
 
     def state() -> dict[str, mx.array]:
@@ -629,18 +623,18 @@ def train_student(
 
     def keep() -> None:
         # An interrupt may have come after a step's row, before its state was taken.
-        rows = {"metrics": log.metrics[:done], "seconds": log.seconds[:done]}
-        store.save(done, last, asdict(log) | rows)
+        rows = {"metrics": log.metrics[:step], "seconds": log.seconds[:step]}
+        store.save(step, last, asdict(log) | rows)
         save_student(run, student)
         if (fault := collapsed(run, student)) is not None:
-            screen.line(f"step {done}: {fault}; lower --learning-rate or --epochs, or raise --anchor-ratio")
+            screen.line(f"step {step}: {fault}; lower --learning-rate or --epochs, or raise --anchor-ratio")
 
     def due() -> bool:
-        return done > 0 and (done % settings.save_every == 0 or done == total)
+        return step > 0 and (step % settings.save_every == 0 or step == total)
 
     def score_once() -> None:
-        if scorer is not None and due() and all(row["step"] != done for row in log.scored):
-            log.scored.append(scorer.score(done))
+        if scorer is not None and due() and all(row["step"] != step for row in log.scored):
+            log.scored.append(scorer.score(step))
 
     if (saved := store.latest()) is not None:
         parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}, "best": {}}
@@ -652,24 +646,24 @@ def train_student(
         if moving is not None:
             moving.restore(parts["teacher"])
             follow_teacher()
-        log, done, best = TrainingLog(**saved.data), saved.step, parts["best"]
+        log, step, best = TrainingLog(**saved.data), saved.step, parts["best"]
         if training.learning is not None:
             training.learning = replace(training.learning, shares=[row["learned"] for row in log.metrics])
     total = course(nominal, settings, training.learning).steps
-    if done:
-        screen.line(f"going on after step {done} of {total}")
+    if step:
+        screen.line(f"going on after step {step} of {total}")
     for name in store.damaged:
         screen.line(f"{store.states / name} is damaged and is not used; the state before it is")
     rollouts = None
-    if (drawn := store.found("rollouts")) is not None:
-        rollouts = Rollouts(drawn["step"], [Completion(ids, finished) for ids, finished in drawn["completions"]])
+    if (record := store.found("rollouts")) is not None:
+        rollouts = Rollouts(record["step"], [Completion(ids, finished) for ids, finished in record["completions"]])
     before, last = dict(tree_flatten(student.trainable_parameters())), state()
 
     began = time.monotonic()
     with screen.stage("training") as advance:
         try:
             score_once()  # where an interrupt left it out
-            for event in train(training, done, rollouts):
+            for event in train(training, step, rollouts):
                 if isinstance(event, Rollouts):
                     completions = [(c.ids, c.finished) for c in event.completions]
                     store.keep("rollouts", {"step": event.step, "completions": completions})
@@ -682,7 +676,7 @@ def train_student(
                 log.seconds.append(round(now - began, 3))
                 if settings.keep_best and best_step(log.metrics) == event.step:
                     best = dict(tree_flatten(student.trainable_parameters()))
-                began, done, total, last = now, event.step, event.steps, state()
+                began, step, total, last = now, event.step, event.steps, state()
                 note = f"loss {event.loss:.4f}, safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
                 advance(event.step, event.steps, note)
                 if event.step == 1 and trained_change(student, before) == 0:
@@ -695,22 +689,21 @@ def train_student(
                     score_once()
                     keep()
         except NotFiniteError:
-            if done:  # the last step that was applied
+            if step:  # the last step that was applied
                 keep()
             raise
         except KeyboardInterrupt:
-            if done:
-                student.update(
-                    tree_unflatten([(n.removeprefix("student."), w) for n, w in last.items() if n[:8] == "student."])
-                )
+            if step:
+                weights = [(n.removeprefix("student."), w) for n, w in last.items() if n.startswith("student.")]
+                student.update(tree_unflatten(weights))
                 keep()
-            kept = f"the adapters so far are in {run.recipe.run.adapter_path}; " if done else ""
-            screen.line(f"interrupted after {done} of {total} steps; {kept}the same command with --yes goes on")
+            where = f"the adapters so far are in {run.recipe.run.adapter_path}; " if step else ""
+            screen.line(f"interrupted after {step} of {total} steps; {where}the same command with --yes goes on")
             raise
-    step = best_step(log.metrics)
-    if settings.keep_best and step is not None and step < done and scorer is None:
+    kept = best_step(log.metrics)
+    if settings.keep_best and kept is not None and kept < step and scorer is None:
         student.update(tree_unflatten(list(best.items())))
-        screen.line(f"step {step} of {done} did best on validation prompts and is kept")
+        screen.line(f"step {kept} of {step} did best on validation prompts and is kept")
     return log
 
 

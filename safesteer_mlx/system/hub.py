@@ -106,9 +106,9 @@ def _patient(request: Any) -> None:
     """Some of the library's requests ask for no timeout at all; those get the one that others have."""
     from huggingface_hub import constants
 
-    given = request.extensions.get("timeout", {})
+    own = request.extensions.get("timeout", {})
     seconds = constants.HF_HUB_ETAG_TIMEOUT
-    request.extensions["timeout"] = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = {kind: own.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
 
 
 @contextmanager

@@ -131,15 +131,14 @@ def load(name: str, trust_remote_code: bool = False, thinking: str = "auto", rev
     mx.eval(model.parameters())
     model.eval()
     model.freeze()
-    quantized = any(hasattr(module, "bits") for _, module in model.named_modules())
-    slow = quantized and mx.default_device() == mx.Device(mx.cpu)
     sizes = [m.weight.size * 32 // m.bits for _, m in model.named_modules() if hasattr(m, "bits")]
+    slow = bool(sizes) and mx.default_device() == mx.Device(mx.cpu)
     if dequantize := slow and 4 * sum(sizes) <= _DEQUANTIZED_BYTES:
         model = dequantize_model(model)
         model.freeze()
         mx.eval(model.parameters())
     thinks = tokenizer.has_thinking and thinking != "off"
-    return Loaded(name, path, model, tokenizer, config, quantized, bool(dequantize), thinks)
+    return Loaded(name, path, model, tokenizer, config, bool(sizes), dequantize, thinks)
 
 
 def _switched(tokenizer: Any, thinking: bool) -> Any:

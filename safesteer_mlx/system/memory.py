@@ -10,6 +10,7 @@ Where memory is exhausted all the same, `with_smaller_batches` does the work aga
 mathematics.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -102,10 +103,10 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     bits = quantization.get("bits", 4) if isinstance(quantization, dict) else 0
 
     def size(*names: str) -> int:
-        found = next((text[name] for name in names if isinstance(text.get(name), int)), None)
-        if found is None:
+        value = next((text[name] for name in names if isinstance(text.get(name), int)), None)
+        if value is None:
             raise UserError(f"the config.json has no {names[0]}; without --dry-run a run goes on all the same")
-        return found
+        return value
 
     n_layers, hidden = size("num_hidden_layers", "n_layers", "num_layers"), size("hidden_size", "dim")
     heads = size("num_attention_heads", "n_heads")
@@ -115,9 +116,7 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     for name, tensor in tensors.items():
         packed = f"{name.removesuffix('.weight')}.scales" in tensors and name.endswith(".weight")
         shape = (*tensor.shape[:-1], tensor.shape[-1] * 32 // bits) if packed and bits else tensor.shape
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         if not name.endswith((".scales", ".biases")) or not bits:
             values += count
         parts = name.split(".")
@@ -137,7 +136,7 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
         vocabulary=size("vocab_size"),
         activation_bytes=4 if floating and all(kind == "F32" for kind in floating) else 2,
         quantized=bool(bits),
-        linears=tuple(tuple(found) for found in blocks),
+        linears=tuple(map(tuple, blocks)),
     )
 
 
@@ -149,8 +148,7 @@ def this_machine(limit: str | None = None) -> Machine:
     if limit is not None:
         return Machine(parse_bytes(limit), "--memory-limit", on_cpu)
     if mx.metal.is_available():
-        recommended = int(mx.device_info()["max_recommended_working_set_size"])
-        return Machine(recommended, "Metal's recommended working set", on_cpu)
+        return Machine(_recommended(), "Metal's recommended working set", on_cpu)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(physical, "physical memory", on_cpu)
 
@@ -162,8 +160,14 @@ def set_limits(machine: Machine) -> None:
     mx.set_memory_limit(machine.memory)
     mx.set_cache_limit(machine.memory // 8)  # freed buffers kept for the next step
     if mx.metal.is_available():
-        recommended = int(mx.device_info()["max_recommended_working_set_size"])
-        mx.set_wired_limit(min(machine.memory, recommended))
+        mx.set_wired_limit(min(machine.memory, _recommended()))
+
+
+def _recommended() -> int:
+    """Bytes that Metal recommends to use at most."""
+    import mlx.core as mx
+
+    return int(mx.device_info()["max_recommended_working_set_size"])
 
 
 def _per_token(shape: ModelShape, rates: tuple[float, float, float, float], length: int) -> float:
@@ -188,8 +192,7 @@ def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: int, length: i
     if checkpointed:
         each, rates = _KEPT_CHECKPOINTED[a] * shape.hidden, _GRADIENT_CHECKPOINTED[a]
     else:
-        i, d, kv = _KEPT[a]
-        each, rates = i * shape.intermediate + d * shape.hidden + kv * shape.kv, _GRADIENT[a]
+        each, rates = _per_token(shape, (*_KEPT[a], 0.0), length), _GRADIENT[a]
     return int(rows * length * (blocks * each + _per_token(shape, rates, length)))
 
 
@@ -226,13 +229,13 @@ def trained_values(shape: ModelShape, train: TrainSettings) -> int:
 def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: int) -> Plan:
     """The bytes of each stage, for prompts of up to `longest_prompt` tokens."""
     train, run = recipe.train, recipe.run
-    limit = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
-    weights = shape.dequantized_bytes if limit else shape.weight_bytes
+    dequantizes = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
+    weights = shape.dequantized_bytes if dequantizes else shape.weight_bytes
     keep = recipe.tokens.horizon if recipe.loss.first_tokens == "auto" else int(recipe.loss.first_tokens)
     loss = replace(recipe.loss, first_tokens=keep)
     prompt, answer = min(longest_prompt, train.max_prompt_length), rollout_tokens(train, loss)
-    drawn = train.batch_size * train.grad_accumulation_steps * train.num_generations
-    micro = min(train.micro_batch_size, drawn)
+    rollouts = train.batch_size * train.grad_accumulation_steps * train.num_generations
+    micro = min(train.micro_batch_size, rollouts)
     width = 4 if train.fine_tune_type != "full" else shape.activation_bytes
     # Weights, two moments and the last good state of all three; a gradient and the sum it is added to.
     trained = 8 * width * trained_values(shape, train)
@@ -243,21 +246,21 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
     read = forward_bytes(shape, run.prompt_batch_size, prompt)
     # Continuations, rollouts, held-out answers: how many at a time and how long; the largest counts.
-    asked = ((rows, recipe.tokens.horizon), (min(rows, drawn), answer), (rows, HELD_OUT_TOKENS))
-    answers, length = max(asked, key=lambda a: sampling_bytes(shape, a[0], prompt, a[1]))
-    kept = gradient_bytes(shape, train, micro, prompt + answer, train.grad_checkpoint == "on")
+    samplings = ((rows, recipe.tokens.horizon), (min(rows, rollouts), answer), (rows, HELD_OUT_TOKENS))
+    answers, length = max(samplings, key=lambda a: sampling_bytes(shape, a[0], prompt, a[1]))
+    activations = gradient_bytes(shape, train, micro, prompt + answer, train.grad_checkpoint == "on")
     stages = {
         "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": forward_bytes(shape, run.prompt_batch_size, scored)
         + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
         + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary)),
         "sampling": sampling_bytes(shape, answers, prompt, length),
-        "training": kept + loss_bytes(shape, micro * answer),
+        "training": activations + loss_bytes(shape, micro * answer),
     }
     parts = {
         "direction": {f"activations of {run.prompt_batch_size} prompts": read},
         "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, prompt + length)},
-        "training": {f"activations of {micro} completions": kept, "loss": loss_bytes(shape, micro * answer)},
+        "training": {f"activations of {micro} completions": activations, "loss": loss_bytes(shape, micro * answer)},
     }
     share = 1.0 if machine.source == "--memory-limit" else ROOM
     return Plan(recipe, weights, trained, stages, parts, int(share * machine.memory))
@@ -276,8 +279,8 @@ def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: 
         return plan(recipe, shape, machine, longest_prompt)
 
     def over(*names: str) -> bool:
-        found = now()
-        return found.weights + found.trained + max(found.stages[name] for name in names) > found.budget
+        p = now()
+        return p.weights + p.trained + max(p.stages[name] for name in names) > p.budget
 
     auto = recipe.train.grad_checkpoint == "auto"
     if auto:
@@ -293,30 +296,30 @@ def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: 
     return now()
 
 
-def show(asked: Recipe, found: Plan, machine: Machine, screen: Screen, seconds: float | None = None) -> None:
+def show(asked: Recipe, plan: Plan, machine: Machine, screen: Screen, seconds: float | None = None) -> None:
     """The plan as a table, what was lowered to fit, and what helps if it does not."""
 
     def megabytes(n: int) -> str:
         return f"{n / 1e6:,.0f} MB"
 
-    rows = [["weights (one copy for base, teacher and student)", megabytes(found.weights)]]
-    rows.append(["trained weights, gradients, optimizer, last state", megabytes(found.trained)])
-    for name, n in found.stages.items():
+    rows = [["weights (one copy for base, teacher and student)", megabytes(plan.weights)]]
+    rows.append(["trained weights, gradients, optimizer, last state", megabytes(plan.trained)])
+    for name, n in plan.stages.items():
         rows.append([f"{name}, while it runs", megabytes(n)])
-        rows += [[f"  of it {part}", megabytes(of_it)] for part, of_it in found.parts.get(name, {}).items()]
-    rows += [["peak", megabytes(found.peak)], [f"this machine: {machine.source}", megabytes(machine.memory)]]
+        rows += [[f"  of it {part}", megabytes(of_it)] for part, of_it in plan.parts.get(name, {}).items()]
+    rows += [["peak", megabytes(plan.peak)], [f"this machine: {machine.source}", megabytes(machine.memory)]]
     screen.table("Memory, planned", ["", "bytes"], rows)
-    screen.line(summary(asked, found))
+    screen.line(summary(asked, plan))
     if seconds is None:
         screen.line("time: not known before a step was measured; the run shows what is left")
     else:
         screen.line(f"time: {seconds / 60:,.1f} minutes, as the last run here took")
 
 
-def summary(asked: Recipe, found: Plan) -> str:
+def summary(asked: Recipe, plan: Plan) -> str:
     """One line: the peak, whether it fits, what was lowered for it, and which knob is left."""
-    now = found.recipe
-    changed = [
+    now = plan.recipe
+    changes = [
         f"{name.replace('_', ' ')} {getattr(after, name)}"
         for before, after, name in (
             (asked.run, now.run, "prompt_batch_size"),
@@ -326,21 +329,21 @@ def summary(asked: Recipe, found: Plan) -> str:
         )
         if getattr(before, name) != getattr(after, name) and getattr(after, name) != "off"
     ]
-    lowered = f" with {', '.join(changed)}" if changed else ""
-    said = f"memory: peak {found.peak / 1e9:.2f} GB of {found.budget / 1e9:.2f} GB"
-    if found.fits:
-        return f"{said}, fits{lowered}"
-    return f"{said}, does NOT fit{lowered}: {_knob(found)}"
+    settings = f" with {', '.join(changes)}" if changes else ""
+    peak = f"memory: peak {plan.peak / 1e9:.2f} GB of {plan.budget / 1e9:.2f} GB"
+    if plan.fits:
+        return f"{peak}, fits{settings}"
+    return f"{peak}, does NOT fit{settings}: {_knob(plan)}"
 
 
-def _knob(found: Plan) -> str:
-    train, worst = found.recipe.train, max(found.stages, key=found.stages.__getitem__)
-    if found.weights > found.budget:
+def _knob(plan: Plan) -> str:
+    train, worst = plan.recipe.train, max(plan.stages, key=plan.stages.__getitem__)
+    if plan.weights > plan.budget:
         return "the weights alone are too large; choose a smaller or a 4-bit model"
     if worst == "direction":
         return "leave out the longest prompts with a smaller --max-prompt-length"
     if worst == "safety tokens":
-        return f"lower --token-samples (now {found.recipe.tokens.token_samples})"
+        return f"lower --token-samples (now {plan.recipe.tokens.token_samples})"
     if worst == "training" and train.grad_checkpoint == "off":
         return "give --grad-checkpoint"
     if train.max_tokens > 64:
@@ -349,13 +352,13 @@ def _knob(found: Plan) -> str:
 
 
 # What MLX's allocators and Metal's command buffers say.
-_SAID = ("insufficient memory", "unable to allocate", "out of memory", "bad_alloc", "maximum allowed buffer size")
+_SIGNS = ("insufficient memory", "unable to allocate", "out of memory", "bad_alloc", "maximum allowed buffer size")
 
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether MLX, or the system below it, says that memory is exhausted."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in said for words in _SAID))
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
 
 
 def with_smaller_batches(size: int, work: Callable[[int], T], what: str) -> tuple[T, int]:

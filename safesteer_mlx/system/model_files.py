@@ -66,16 +66,16 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON:
             raise UserError(f"{path} is {path.stat().st_size} bytes long, far too much for JSON; fetch the model again")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); fetch the model again") from None
     except UserError:
         raise
     except (ValueError, RecursionError):  # broken JSON, broken UTF-8, numbers or brackets without end
         raise UserError(f"{path} is not JSON; fetch the model again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not an object; fetch the model again")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object; fetch the model again")
+    return content
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -92,20 +92,20 @@ def read_header(path: Path) -> dict[str, Tensor]:
         # Opened by Python too, whose errors name their reason; of the values, none is read.
         with path.open("rb"), safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it has no __iter__
-            found = {name: Tensor(its.get_dtype(), tuple(its.get_shape())) for name, its in slices.items()}
+            tensors = {name: Tensor(its.get_dtype(), tuple(its.get_shape())) for name, its in slices.items()}
     except OSError as error:
         raise wrong(f"cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise wrong(f"of {path.stat().st_size} bytes is truncated or no safetensors file ({reason:.200})") from None
-    if not found:
+    if not tensors:
         raise wrong("holds no tensor")
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if len(tensor.shape) > _MOST_DIMENSIONS:
             raise wrong(f"describes tensor {name!r:.80} in a way that is no safetensors")
         if tensor.dtype not in _BYTES:
             raise wrong(f"holds {name!r:.80} as {tensor.dtype!r:.20}, which MLX does not read")
-    return found
+    return tensors
 
 
 def _shape(tensor: Tensor) -> str:
@@ -130,14 +130,14 @@ def _check_links(folder: Path) -> None:
 
 def _check_code(folder: Path, config: dict[str, Any]) -> None:
     """Neither the model nor its tokenizer may ask for code of its own."""
-    asked = {"config.json": config}
+    configs = {"config.json": config}
     if (folder / "tokenizer_config.json").exists():
-        asked["tokenizer_config.json"] = read_object(folder / "tokenizer_config.json")
-    for file, found in asked.items():
+        configs["tokenizer_config.json"] = read_object(folder / "tokenizer_config.json")
+    for file, content in configs.items():
         for key in ("model_file", "auto_map"):
-            if found.get(key):
+            if content.get(key):
                 raise UserError(
-                    f"model {folder} wants to run code of its own ({key} = {found[key]!r:.100} in {file}); "
+                    f"model {folder} wants to run code of its own ({key} = {content[key]!r:.100} in {file}); "
                     "if you trust it, pass --trust-remote-code, else choose another model"
                 )
 
@@ -146,12 +146,12 @@ def check_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of all weight files; the index, if there is one, must say the same."""
     files = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
-    listed: dict[str, Any] = {}
+    index_map: dict[str, Any] = {}
     if index.exists():
-        listed = read_object(index).get("weight_map", {})
-        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        index_map = read_object(index).get("weight_map", {})
+        if not isinstance(index_map, dict) or not all(isinstance(file, str) for file in index_map.values()):
             raise UserError(f"{index} has no weight_map of tensor to file; fetch the model again")
-        for file in sorted(set(listed.values())):
+        for file in sorted(set(index_map.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise UserError(
                     f"{index} names {file!r:.100}, no safetensors file of its folder; fetch the model again"
@@ -160,18 +160,18 @@ def check_weights(folder: Path) -> dict[str, Tensor]:
                 raise UserError(f"{folder} lacks {file}, which its index names; fetch the model again")
     if not files:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        held = f"holds weights as {pickles[0]}, which are not read, but no" if pickles else "holds no"
-        raise UserError(f"{folder} {held} model*.safetensors; fetch them or convert the model with mlx_lm.convert")
+        holds = f"holds weights as {pickles[0]}, which are not read, but no" if pickles else "holds no"
+        raise UserError(f"{folder} {holds} model*.safetensors; fetch them or convert the model with mlx_lm.convert")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = read_header(file)
-        if twice := sorted(tensors.keys() & found.keys()):
+        its = read_header(file)
+        if twice := sorted(tensors.keys() & its.keys()):
             raise UserError(f"{folder} holds {twice[0]!r:.80} in two files; keep one set of weights there")
-        if lost := sorted(name for name, its in listed.items() if its == file.name and name not in found):
-            raise UserError(f"{file} lacks {some(lost)}, which the index places there; fetch the model again")
-        tensors |= found
-    if lost := sorted(listed.keys() - tensors.keys()):
-        raise UserError(f"{index} names {some(lost)} outside model*.safetensors; fetch the model again")
+        if missing := sorted(name for name, place in index_map.items() if place == file.name and name not in its):
+            raise UserError(f"{file} lacks {some(missing)}, which the index places there; fetch the model again")
+        tensors |= its
+    if missing := sorted(index_map.keys() - tensors.keys()):
+        raise UserError(f"{index} names {some(missing)} outside model*.safetensors; fetch the model again")
     return tensors
 
 

@@ -34,8 +34,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return 2
     except OSError as error:  # a full disk, missing permissions, a folder that went away
         where = f" {error.filename}" if error.filename else ""
-        said = f"cannot read or write{where} ({error.strerror or error}); mend that, then run the same command again"
-        print(f"safesteer-mlx: {visible(said, '')}", file=sys.stderr)
+        reason = f"cannot read or write{where} ({error.strerror or error}); mend that, then run the same command again"
+        print(f"safesteer-mlx: {visible(reason, '')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("safesteer-mlx: interrupted", file=sys.stderr)

@@ -94,8 +94,8 @@ def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
     """`mx.save_safetensors`, in one step as `write`."""
     part = path.with_name(f".{path.stem}.part.safetensors")  # MLX adds the ending if it is another
     mx.save_safetensors(str(part), arrays)
-    with part.open("rb") as done:
-        os.fsync(done.fileno())
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
     put_in_place(part, path)
 
 
@@ -235,8 +235,8 @@ class Store(RunFolder):
 
     def once(self, name: str, find: Callable[[], T], kind: type[T]) -> T:
         """What `find` finds, a dataclass of this `kind`, or what it found before."""
-        if (kept := self.found(name)) is not None:
-            return decoded(kind, kept)
+        if (content := self.found(name)) is not None:
+            return decoded(kind, content)
         result = find()
         self.keep(name, encoded(result))
         return result
@@ -270,24 +270,24 @@ class Store(RunFolder):
         file.chmod(0o600)
         self.keep(file.stem, {"arrays_sha256": _sha256(file), "data": data})
         steps = self._steps()
-        kept = [name for name in steps if name <= file.stem][:KEPT]
-        for old in set(steps) - set(kept):
+        recent = [name for name in steps if name <= file.stem][:KEPT]
+        for old in set(steps) - set(recent):
             (self.states / f"{old}.json").unlink(missing_ok=True)
             (self.states / f"{old}.safetensors").unlink(missing_ok=True)
 
     def latest(self) -> SavedStep | None:
         """The last state that is whole."""
         for name in self._steps():
-            kept, file = self.found(name), self.states / f"{name}.safetensors"
-            if kept is None:
+            content, file = self.found(name), self.states / f"{name}.safetensors"
+            if content is None:
                 continue
-            if not file.is_file() or _sha256(file) != kept["arrays_sha256"]:
+            if not file.is_file() or _sha256(file) != content["arrays_sha256"]:
                 self.damaged.append(file.name)
                 continue
             arrays = mx.load(str(file))
             assert isinstance(arrays, dict)
             mx.eval(arrays)  # now, since the file may be deleted while the run goes on
-            return SavedStep(int(name.split("-")[1]), arrays, kept["data"])
+            return SavedStep(int(name.split("-")[1]), arrays, content["data"])
         return None
 
     def _steps(self) -> list[str]:
