@@ -155,8 +155,8 @@ def _figures(run: RunFiles) -> Iterable[tuple[str, str, Callable]]:
         yield (
             "direction",
             "The three published tests of each candidate direction, by block and position (−1 is the last token before "
-            f"the answer). Framed: the chosen one, block {direction['layer']}, position −{-direction['position']}. Plain "
-            "cells were not measured: an earlier test had spoken against them.",
+            f"the answer). Framed: the chosen one, block {direction['layer']}, position −{-direction['position']}. "
+            "Plain cells were not measured: an earlier test had spoken against them.",
             lambda theme: figures.direction(direction, theme),
         )
     if (verdict := run.verdict) is not None:
