@@ -59,7 +59,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     from .method.train import MovingTeacher, check_space, make_training, train_student, training_prompts, what_to_learn
     from .system.store import check_output
 
-    started, folder = time.time(), Path(recipe.run.adapter_path)
+    start, folder = time.time(), Path(recipe.run.adapter_path)
     check_output(folder)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
@@ -107,7 +107,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     scores = _before_and_after(run, teacher, student, tokens)
     learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
     why = not_aligned(scores["base"], scores["student"], learned)
-    _record(run, scores, why, {"seconds": round(time.time() - started, 1), "seconds_by_step": log.seconds})
+    _record(run, scores, why, {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds})
     _tell(run, scores, why)
     return Aligned(folder, verdict, scores, why)
 
@@ -133,18 +133,13 @@ def _before_and_after(
     run: "Run", teacher: "Teacher", student: "nn.Module", tokens: "SafetyTokens"
 ) -> "dict[str, Scores]":
     """The scores of base, teacher and student on held-out prompts."""
-    from .evals.heldout import HeldOut, first_of_each, make_test_set
+    from .evals.heldout import HeldOut, held_out_prompts, make_test_set
 
-    sets, n = run.prompts.sets, run.recipe.run.test_prompts
-    kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
-    sampling = run.sampling(HELD_OUT_TOKENS)
-    test = make_test_set(run.base, kinds, first_of_each(sets.capability_test, n), sampling)
-    held_out = HeldOut(run.base, test, tokens.ids.tolist(), run.recipe.run.seed, sampling)
-    scores = {}
-    for name, model in (("base", run.base.model), ("teacher", teacher.model), ("student", student)):
-        with run.screen.stage(f"scoring the {name}") as advance:
-            scores[name] = held_out.score(model, teacher.system_prompt if name == "teacher" else None, advance)
-    return scores
+    settings, sampling = run.recipe.run, run.sampling(HELD_OUT_TOKENS)
+    test = make_test_set(run.base, *held_out_prompts(run.prompts.sets, settings.test_prompts), sampling)
+    held_out = HeldOut(run.base, test, tokens.ids.tolist(), settings.seed, sampling)
+    models = {"base": run.base.model, "teacher": teacher.model, "student": student}
+    return dict(held_out.score_each(models, run.screen, {"teacher": teacher.system_prompt}))
 
 
 def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, timing: dict[str, Any]) -> None:
@@ -181,7 +176,7 @@ def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> N
         screen.line(f"adapters: {folder} ({command}); record: {record}")
 
 
-def _direction_record(found: "FoundDirections", chosen: "ChosenTeacher") -> dict[str, Any]:
+def _direction_record(directions: "FoundDirections", chosen: "ChosenTeacher") -> dict[str, Any]:
     from .system.store import encoded
 
     return {
@@ -189,10 +184,10 @@ def _direction_record(found: "FoundDirections", chosen: "ChosenTeacher") -> dict
         "layer": chosen.direction.layer,
         "coeff": chosen.coeff,
         "opening": chosen.opening,
-        "openers": found.openers,
+        "openers": directions.openers,
         "trials": encoded(chosen.trials),
         "vector": encoded(chosen.direction.vector),
-        "scores": encoded(found.scores),
+        "scores": encoded(directions.scores),
     }
 
 
@@ -234,12 +229,12 @@ def _run(argv: list[str] | None) -> None:
     flags, preset, yaml_file = parse(argv)
     resume, yes = flags.pop("resume", None), flags.pop("yes", False)
     dry_run = flags.pop("dry_run", False)
-    check, force = flags.pop("verdict_only", False), flags.pop("force", False)
+    verdict_only, force = flags.pop("verdict_only", False), flags.pop("force", False)
     if resume is not None:
         yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
     # A mistake in a setting, a folder or a file is told before anything is fetched.
-    asked = resolve({}, flags, preset, yaml_file)[0]
-    run = asked.run
+    draft = resolve({}, flags, preset, yaml_file)[0]
+    run = draft.run
     prepare(run.offline)
     from .method.prompts import load_data
     from .system.store import check_output
@@ -248,8 +243,8 @@ def _run(argv: list[str] | None) -> None:
     check_output(folder)
     if run.data is not None:
         load_data(run.data)
-    if asked.train.resume_adapter_file is not None:
-        read_header(Path(asked.train.resume_adapter_file).expanduser())
+    if draft.train.resume_adapter_file is not None:
+        read_header(Path(draft.train.resume_adapter_file).expanduser())
     from .system.load import config_and_headers, load
 
     name = model_name(run.model)
@@ -264,18 +259,18 @@ def _run(argv: list[str] | None) -> None:
         memory.show(recipe, plan, machine, Screen(), _last_seconds(folder))
         return
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
-    recipe, found = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
+    recipe, recipe_name = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen()
-    screen.line(f"model: {name}" + (f", recipe {found}" if found else ""))
-    if check:
+    screen.line(f"model: {name}" + (f", recipe {recipe_name}" if recipe_name else ""))
+    if verdict_only:
         with tempfile.TemporaryDirectory() as scratch:  # what is found for it is not kept
-            kept_nowhere = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))
-            align_model(kept_nowhere, base, screen, check=True)
+            recipe = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))
+            align_model(recipe, base, screen, check=True)
         return
     _earlier_run(folder, recipe, resume is not None or yes, screen)
-    why = align_model(recipe, base, screen, force=force).not_aligned
-    if why is not None:
-        warning = f"not aligned: {why}; the adapters in {folder} are not to be used"
+    reason = align_model(recipe, base, screen, force=force).not_aligned
+    if reason is not None:
+        warning = f"not aligned: {reason}; the adapters in {folder} are not to be used"
         if not force:
             raise UserError(warning)
         screen.line(warning)
@@ -293,14 +288,14 @@ def _settings_of(
     folder: Path, flags: dict[str, Any], preset: str | None, yaml_file: Path | None
 ) -> tuple[Path, dict[str, Any]]:
     """The settings file of the run in `folder`, and flags that lead back to it."""
-    stored = folder / "run" / "recipe.yaml"
+    settings = folder / "run" / "recipe.yaml"
     if preset is not None or yaml_file is not None:
         raise UserError("--resume takes its settings from the run; leave --config and --preset out")
-    if not stored.is_file():
+    if not settings.is_file():
         raise UserError(f"--resume {folder} holds no run; give the --adapter-path of one that was interrupted")
     if (folder / "run" / "manifest.json").is_file():
         raise UserError(f"--resume {folder} is a finished run; there is nothing left to do")
-    return stored, {**flags, "adapter_path": str(folder)}
+    return settings, {**flags, "adapter_path": str(folder)}
 
 
 def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> None:
@@ -312,8 +307,8 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
     from .recipe import current_names, read_yaml, result_settings
     from .system.store import RunFolder
 
-    stored = folder / "run" / "recipe.yaml"
-    if not stored.is_file():
+    settings = folder / "run" / "recipe.yaml"
+    if not settings.is_file():
         return
     if (folder / "run" / "manifest.json").is_file():
         screen.line(f"{folder} holds an earlier run, which this one replaces")
@@ -321,7 +316,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
         return
     if not any((folder / "run" / "checkpoint").glob("step-*")):
         return  # nothing was trained yet; what its stages found is used if it still holds
-    earlier, now = current_names(read_yaml(stored)), result_settings(recipe)
+    earlier, now = current_names(read_yaml(settings)), result_settings(recipe)
     changed = [
         f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .align import Aligned, align_model
-from .evals.heldout import HeldOut, first_of_each, make_test_set
+from .evals.heldout import HeldOut, held_out_prompts, make_test_set
 from .evals.scores import Scores
 from .method.prompts import built_in_sets
 from .method.rollout import Sampling
@@ -19,8 +19,6 @@ from .system.load import Loaded
 from .system.screen import Screen, UserError
 
 __all__ = ["Aligned", "Loaded", "Recipe", "Scores", "UserError", "align", "evaluate", "load"]
-
-KINDS = ("harmful", "harmless", "borderline")
 
 
 def load(
@@ -53,8 +51,8 @@ def align(
     Raises:
         UserError: a setting that does not fit, or what stopped the run.
     """
-    given = {**settings, "model": base.name, "adapter_path": str(adapter_path)}
-    recipe, _ = resolve(base.config, given, preset, None if config is None else Path(config))
+    settings |= {"model": base.name, "adapter_path": str(adapter_path)}
+    recipe, _ = resolve(base.config, settings, preset, None if config is None else Path(config))
     return align_model(recipe, base, Screen(quiet), check=check, force=force)
 
 
@@ -73,15 +71,9 @@ def evaluate(
         UserError: the adapters are not this model's.
     """
     screen, sets = Screen(quiet), built_in_sets(base.name)
-    kinds = {kind: getattr(sets, f"{kind}_test")[:test_prompts] for kind in KINDS}
     sampling = Sampling(base.eos_ids, max_tokens, batch_size=batch_size(base, 64, screen))
-    test = make_test_set(base, kinds, first_of_each(sets.capability_test, test_prompts), sampling)
-    held_out = HeldOut(base, test, [], seed, sampling)
+    test = make_test_set(base, *held_out_prompts(sets, test_prompts), sampling)
     models = {"base": base.model}
     if adapter_path is not None:
         models["student"] = with_adapters(base.model, Path(adapter_path))
-    scores = {}
-    for name, model in models.items():
-        with screen.stage(f"scoring the {name}") as advance:
-            scores[name] = held_out.score(model, progress=advance)
-    return scores
+    return dict(HeldOut(base, test, [], seed, sampling).score_each(models, screen))

@@ -37,11 +37,11 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
     if coeff is not None:
         path = folder / "run" / "direction.json"
         try:
-            found = json.loads(path.read_text("utf-8"))
-            vector = mx.array(found["vector"], mx.float32)
+            record = json.loads(path.read_text("utf-8"))
+            vector = mx.array(record["vector"], mx.float32)
             if not mx.any(vector).item():
                 raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
-            voices["teacher"] = steer(base, found["layer"], vector, coeff)
+            voices["teacher"] = steer(base, record["layer"], vector, coeff)
             mx.eval(last_logits(voices["teacher"], [[0]]))  # a vector of another width fails only when it is used
         except UserError:
             raise
@@ -118,26 +118,26 @@ def _show(pieces: Iterator[tuple[str, str]], names: Sequence[str], interactive: 
     from rich.table import Table
     from rich.text import Text
 
-    said = dict.fromkeys(names, "")
+    answers = dict.fromkeys(names, "")
     if not interactive:
         for name, text in pieces:
-            said[name] += text
-        for name, text in said.items():
+            answers[name] += text
+        for name, text in answers.items():
             print(f"{name}: {visible(text).strip()}", flush=True)
-        return said
+        return answers
 
     def columns() -> Table:
         table = Table(expand=True)
         for name in names:
             table.add_column(name, ratio=1)
-        table.add_row(*(Text(visible(text)) for text in said.values()))
+        table.add_row(*(Text(visible(text)) for text in answers.values()))
         return table
 
     with Live(columns(), console=Console(highlight=False), auto_refresh=False) as live:
         for name, text in pieces:
-            said[name] += text
+            answers[name] += text
             live.update(columns(), refresh=True)
-    return said
+    return answers
 
 
 def _messages(interactive: bool) -> Iterator[str]:
@@ -181,10 +181,10 @@ def converse(args: argparse.Namespace) -> None:
         if message == "/reset":
             turns = {name: [] for name in voices}
             continue
-        asked = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
-        prompts = {name: render(loaded.tokenizer, own) for name, own in asked.items()}
-        said = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
-        turns = {name: [*own, {"role": "assistant", "content": said[name]}] for name, own in asked.items()}
+        pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
+        prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
+        answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
+        turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

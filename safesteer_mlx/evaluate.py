@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .system.load import Loaded
 
 BUILT_IN = "built-in"
-KINDS = ("harmful", "harmless", "borderline")
 
 
 def _parser() -> Parser:
@@ -67,15 +66,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
     """
-    given = _parser().parse_args(argv)
-    given.model = model_name(one_model(given.positional_model, given.model))
-    if given.adapter_path is not None:
-        given.adapter_path = adapter_folder(given.adapter_path)
-    if given.perplexity is not None and not given.perplexity.is_file():
-        raise UserError(f"--perplexity {given.perplexity} does not exist; give a text file")
-    if given.out is not None and not given.out.absolute().parent.is_dir():
-        raise UserError(f"--out {given.out}: there is no folder {given.out.absolute().parent}; make it first")
-    return given
+    args = _parser().parse_args(argv)
+    args.model = model_name(one_model(args.positional_model, args.model))
+    if args.adapter_path is not None:
+        args.adapter_path = adapter_folder(args.adapter_path)
+    if args.perplexity is not None and not args.perplexity.is_file():
+        raise UserError(f"--perplexity {args.perplexity} does not exist; give a text file")
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {args.out.absolute().parent}; make it first")
+    return args
 
 
 @dataclass(frozen=True)
@@ -96,30 +95,30 @@ def read_suites(args: argparse.Namespace) -> Asked:
     """
     import numpy as np
 
-    from .evals.heldout import first_of_each
+    from .evals.heldout import held_out_prompts
     from .evals.lm_tasks import check_tasks
     from .evals.suites import find_suite, load_suite
     from .method.prompts import built_in_sets
 
     n = args.test_prompts or None
     parts = [text.partition("=") for text in args.suite]
-    found = {name: find_suite(name) for name, _, _ in parts if name != BUILT_IN}
-    asked = Asked({}, {}, [], [suite for suite in found.values() if suite.kind == "task"])
-    if asked.tasks:
-        check_tasks(any(t.runs_code for t in asked.tasks), args.confirm_run_unsafe_code)
+    suites = {name: find_suite(name) for name, _, _ in parts if name != BUILT_IN}
+    prompts = Asked({}, {}, [], [suite for suite in suites.values() if suite.kind == "task"])
+    if prompts.tasks:
+        check_tasks(any(t.runs_code for t in prompts.tasks), args.confirm_run_unsafe_code)
     for name, _, file in parts:
-        if file and (name == BUILT_IN or found[name].kind == "task"):
+        if file and (name == BUILT_IN or suites[name].kind == "task"):
             raise UserError(f"--suite {name}={file}: {name} is not read from a file; leave ={file} out")
         if name == BUILT_IN:
-            sets = built_in_sets(args.model)
-            asked.kinds.update({kind: getattr(sets, f"{kind}_test")[:n] for kind in KINDS})
-            asked.capability.extend(first_of_each(sets.capability_test, n))
-        elif (suite := found[name]).kind != "task":
+            kinds, capability = held_out_prompts(built_in_sets(args.model), n)
+            prompts.kinds.update(kinds)
+            prompts.capability.extend(capability)
+        elif (suite := suites[name]).kind != "task":
             items = load_suite(suite, Path(file).expanduser() if file else None)
             # Many suites are sorted by category: their first few would be of one.
             order = np.random.default_rng(args.seed).permutation(len(items))[:n]
-            asked.kinds[suite.name], asked.kind_of[suite.name] = [items[i] for i in order], suite.kind
-    return asked
+            prompts.kinds[suite.name], prompts.kind_of[suite.name] = [items[i] for i in order], suite.kind
+    return prompts
 
 
 def _safety_tokens(folder: Path | None) -> list[int]:
@@ -128,7 +127,7 @@ def _safety_tokens(folder: Path | None) -> list[int]:
     return [int(t["id"]) for t in json.loads(path.read_text("utf-8"))] if path and path.is_file() else []
 
 
-def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen) -> dict[str, Any]:
+def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Screen) -> dict[str, Any]:
     """Score the base, and the aligned model if there are adapters; print the tables, return what --out holds.
 
     Raises:
@@ -144,25 +143,25 @@ def score(args: argparse.Namespace, asked: Asked, base: "Loaded", screen: Screen
     result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "positional_model"}}
     if args.perplexity is not None:
         result["perplexity"] = _perplexities(args, models, base, screen)
-    if asked.kinds:
-        result |= _scores(args, asked, models, base, screen)
-    if asked.tasks:
-        result["tasks"] = _tasks(args, asked, models, base, screen)
+    if prompts.kinds:
+        result |= _scores(args, prompts, models, base, screen)
+    if prompts.tasks:
+        result["tasks"] = _tasks(args, prompts, models, base, screen)
     return result
 
 
 def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loaded", screen: Screen) -> dict[str, Any]:
     from .evals.heldout import perplexity
 
-    found = {name: perplexity(model, base.tokenizer, args.perplexity) for name, model in models.items()}
-    for name, (value, error, tokens) in found.items():
+    perplexities = {name: perplexity(model, base.tokenizer, args.perplexity) for name, model in models.items()}
+    for name, (value, error, tokens) in perplexities.items():
         screen.line(f"perplexity of {args.perplexity}, {name}: {value:.3f} ± {error:.3f} over {tokens} tokens")
     keys = ("perplexity", "standard_error", "tokens")
-    return {name: dict(zip(keys, values, strict=True)) for name, values in found.items()}
+    return {name: dict(zip(keys, values, strict=True)) for name, values in perplexities.items()}
 
 
 def _scores(
-    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
+    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
     from .evals.heldout import HeldOut, make_test_set
     from .evals.judge_model import make_judge
@@ -174,28 +173,27 @@ def _scores(
     if args.judge != "keyword":
         judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
-    test = make_test_set(base, asked.kinds, asked.capability, sampling, asked.kind_of)
+    test = make_test_set(base, prompts.kinds, prompts.capability, sampling, prompts.kind_of)
     held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, judge)
     scores = {}
-    for name, model in models.items():
-        with screen.stage(f"scoring the {name}") as advance:
-            scores[name] = held_out.score(model, progress=advance)
-        if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in scores[name].answers)):
+    for name, own in held_out.score_each(models, screen):
+        scores[name] = own
+        if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in own.answers)):
             screen.line(f"{cut} answers of the {name} ran out of --max-tokens while thinking, and count as evasions")
     show(scores, screen, f"Judge: {args.judge}")
     return {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
 
 
 def _tasks(
-    args: argparse.Namespace, asked: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
+    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
     from .evals.lm_tasks import run_tasks
 
-    found = {
+    results = {
         name: run_tasks(
             model,
             base.tokenizer,
-            [task.task for task in asked.tasks],
+            [task.task for task in prompts.tasks],
             seed=args.seed,
             batch_size=args.batch_size,
             limit=args.test_prompts or None,
@@ -203,11 +201,11 @@ def _tasks(
         )
         for name, model in models.items()
     }
-    for name, tasks in found.items():
+    for name, tasks in results.items():
         for task, metrics in tasks.items():
             numbers = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
             screen.line(f"{task}, {name}: {numbers}")
-    return found
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     args = parse(argv)
     prepare(args.offline)
-    asked = read_suites(args)  # a mistake in these is told before a model is fetched
+    prompts = read_suites(args)  # a mistake in these is told before a model is fetched
     if args.judge != "keyword":
         from .evals.judge_model import default_template, read_template
 
@@ -226,7 +224,7 @@ def _run(argv: list[str] | None) -> None:
     from .system.load import load
 
     screen = Screen()
-    result = score(args, asked, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)
+    result = score(args, prompts, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)
     if args.out is not None:
         # NaN is not JSON; a measurement that does not exist is null.
         plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)

@@ -9,9 +9,10 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any
 
 from .system.screen import UserError
@@ -95,8 +96,7 @@ class TeacherSettings:
         0.05, "share of broken answers, above the base's, that auto allows a teacher", least=0, most=1
     )
     system_prompt: str = _setting(
-        "You are a careful assistant. Refuse harmful requests.",
-        "the system prompt of the system_prompt teacher",
+        "You are a careful assistant. Refuse harmful requests.", "the system prompt of the system_prompt teacher"
     )
     ema_rate: float = _setting(0.01, "share of the student that the ema teacher takes each step", least=0, most=1)
     refresh_every: int = _setting(
@@ -205,6 +205,7 @@ SECTIONS: dict[str, type] = {
     "loss": LossSettings,
     "train": TrainSettings,
 }
+FIELDS: dict[str, Any] = {f.name: f for cls in SECTIONS.values() for f in fields(cls)}
 
 # What a release before called otherwise, setting or value -> its name; gone in the next.
 RENAMED = {
@@ -273,7 +274,7 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """Every setting as one mapping, in the order of the sections: what YAML files hold."""
-        return {f.name: getattr(getattr(self, s), f.name) for s, cls in SECTIONS.items() for f in fields(cls)}
+        return {name: value for section in SECTIONS for name, value in vars(getattr(self, section)).items()}
 
 
 def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
@@ -290,19 +291,13 @@ def number_of_steps(n_harmful: int, train: TrainSettings, loss: LossSettings) ->
     """Optimizer steps of a run: `iters`, or as many as `epochs` passes over the harmful prompts take."""
     if train.iters is not None:
         return train.iters
-    return max(
-        1,
-        math.ceil(train.epochs * n_harmful / (harmful_per_batch(train, loss) * train.grad_accumulation_steps)),
-    )
+    prompts_per_step = harmful_per_batch(train, loss) * train.grad_accumulation_steps
+    return max(1, math.ceil(train.epochs * n_harmful / prompts_per_step))
 
 
 def result_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a run's result; the others may change when a run goes on."""
-    return {name: value for name, value in recipe.flat().items() if not _all_fields()[name].metadata.get("free")}
-
-
-def _all_fields() -> dict[str, Any]:
-    return {f.name: f for cls in SECTIONS.values() for f in fields(cls)}
+    return {name: value for name, value in recipe.flat().items() if not FIELDS[name].metadata.get("free")}
 
 
 def nearest(name: str, known: Any) -> str:
@@ -322,17 +317,16 @@ def _shown(value: Any) -> str:
 
 def _checked(name: str, value: Any, where: str) -> Any:
     """A value of the field's own type and range, or a sentence that says what is wrong."""
-    setting = _all_fields()[name]
-    kinds, meta = _kinds(setting.type), setting.metadata
-    said = f"{where} {name} = {_shown(value)}"
+    kinds, meta = _kinds(FIELDS[name].type), FIELDS[name].metadata
+    subject = f"{where} {name} = {_shown(value)}"
     if value is None:
         if "None" not in kinds:
-            raise UserError(f"{said} is empty; give it a value or leave the key out")
+            raise UserError(f"{subject} is empty; give it a value or leave the key out")
         return None
     if isinstance(value, bool) and {"on", "off"} <= set(meta.get("choices", ())):
         value = "on" if value else "off"  # as YAML reads these words
     if isinstance(value, bool) and "bool" not in kinds:
-        raise UserError(f"{said} is not a {' or '.join(kinds)}; change it")
+        raise UserError(f"{subject} is not a {' or '.join(kinds)}; change it")
     if isinstance(value, str) and value != "auto" and {"float", "int"} & set(kinds):
         try:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
@@ -340,35 +334,34 @@ def _checked(name: str, value: Any, where: str) -> Any:
             may_be_auto = name in ("coeff", "first_tokens", "guidance")
             if not may_be_auto and "str" in kinds:
                 return value
-            raise UserError(f"{said} is not a number{' or auto' if may_be_auto else ''}; change it") from None
+            raise UserError(f"{subject} is not a number{' or auto' if may_be_auto else ''}; change it") from None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             real = float(value)
         except OverflowError:
-            real = float("inf")
-        if real != real or real in (float("inf"), float("-inf")):
-            raise UserError(f"{said} is not a finite number; change it")
+            real = math.inf
+        if not math.isfinite(real):
+            raise UserError(f"{subject} is not a finite number; change it")
         if "float" in kinds:
             value = real
         elif "int" in kinds and real.is_integer():
             value = int(value)
     if type(value).__name__ not in kinds:
-        raise UserError(f"{said} is not a {' or '.join(k for k in kinds if k != 'None')}; change it")
+        raise UserError(f"{subject} is not a {' or '.join(k for k in kinds if k != 'None')}; change it")
     if isinstance(value, str) and any(ch == "\0" or "\ud800" <= ch <= "\udfff" for ch in value):
-        raise UserError(f"{said} holds a NUL or bytes that are no UTF-8; write it in plain text")
+        raise UserError(f"{subject} holds a NUL or bytes that are no UTF-8; write it in plain text")
     if isinstance(value, str) and not value.strip():
-        raise UserError(f"{said} is empty; give it a value or leave it out")
+        raise UserError(f"{subject} is empty; give it a value or leave it out")
     if "choices" in meta and value not in meta["choices"]:
-        known = meta["choices"]
-        remedy = nearest(str(value), known) or "; choose one of them"
-        raise UserError(f"{said} is not one of {', '.join(known)}{remedy}")
+        remedy = nearest(str(value), meta["choices"]) or "; choose one of them"
+        raise UserError(f"{subject} is not one of {', '.join(meta['choices'])}{remedy}")
     if isinstance(value, (int, float)):
         if "least" in meta and value < meta["least"]:
-            raise UserError(f"{said} is too small; it must be at least {meta['least']}")
+            raise UserError(f"{subject} is too small; it must be at least {meta['least']}")
         if "above" in meta and value <= meta["above"]:
-            raise UserError(f"{said} is too small; it must be above {meta['above']:g}")
+            raise UserError(f"{subject} is too small; it must be above {meta['above']:g}")
         if "most" in meta and value > meta["most"]:
-            raise UserError(f"{said} is too large; it must be at most {meta['most']}")
+            raise UserError(f"{subject} is too large; it must be at most {meta['most']}")
     if name == "memory_limit":
         parse_bytes(value)
     if name == "select_checkpoint":
@@ -376,11 +369,11 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name == "lora_parameters":
         value = _lora_parameters(value, where)
     if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in list(value))):
-        raise UserError(f"{said} must be a list of numbers above 0; change it")
+        raise UserError(f"{subject} must be a list of numbers above 0; change it")
     if name == "refusal_prefixes" and not (
         value and all(isinstance(text, str) and text.strip() for text in list(value))
     ):
-        raise UserError(f"{said} must be a list of texts that refusals begin with; change it")
+        raise UserError(f"{subject} must be a list of texts that refusals begin with; change it")
     return value
 
 
@@ -391,16 +384,15 @@ def parse_bytes(text: str) -> int:
         UserError: nothing like it.
     """
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    written = text.strip().upper()
-    number = written.rstrip("KMGTIB")
-    unit = written[len(number) :]
+    amount = text.strip().upper()
+    number = amount.rstrip("KMGTIB")
     try:
-        found = float(number) * units[unit]
+        size = float(number) * units[amount.removeprefix(number)]
     except (ValueError, KeyError):
-        found = 0.0
-    if not 2**20 <= found < 2**60:
+        size = 0.0
+    if not 2**20 <= size < 2**60:
         raise UserError(f"memory_limit = {text!r:.40} is no amount of memory; write it like 12GB or 800MB")
-    return int(found)
+    return int(size)
 
 
 LIMITS = ("unsafe", "over_refusal", "broken", "drift")
@@ -412,53 +404,47 @@ def limits_of(select: str) -> dict[str, float]:
     Raises:
         UserError: not of this form, or a name that is no limit.
     """
-    found = {}
+    limits = {}
     for part in select.split(","):
         name, at_most, number = (piece.strip() for piece in part.partition("<="))
         if at_most and name not in LIMITS:
-            raise UserError(
-                f"select has no limit {name!r:.40}{nearest(name, LIMITS) or '; choose ' + ', '.join(LIMITS)}"
-            )
+            remedy = nearest(name, LIMITS) or f"; choose {', '.join(LIMITS)}"
+            raise UserError(f"select has no limit {name!r:.40}{remedy}")
         try:
-            found[name] = float(number)
+            limits[name] = float(number)
         except ValueError:
-            found[name] = math.nan
-        if not at_most or not found[name] >= 0:
+            limits[name] = math.nan
+        if not at_most or not limits[name] >= 0:
             raise UserError(f"select = {select!r:.80} is not of the form over_refusal<=0.02,drift<=0.01; change it")
-    return found
+    return limits
 
 
-def _lora_parameters(given: dict[str, Any], where: str) -> dict[str, Any]:
+def _lora_parameters(parameters: dict[str, Any], where: str) -> dict[str, Any]:
     """mlx-lm's `lora_parameters`, with ours for what is left out."""
-    value = {"rank": 8, "scale": 2.0, "dropout": 0.0} | given
+    value = {"rank": 8, "scale": 2.0, "dropout": 0.0} | parameters
     known = ("rank", "scale", "dropout", "keys")
+
+    def misfit(key: str, rule: str) -> UserError:
+        return UserError(f"{where} lora_parameters {key} = {_shown(value[key])} must be {rule}")
+
     for key in value:
         if key not in known:
-            raise UserError(
-                f"{where} lora_parameters has no {key!r}{nearest(str(key), known) or '; choose ' + ', '.join(known)}"
-            )
+            remedy = nearest(str(key), known) or f"; choose {', '.join(known)}"
+            raise UserError(f"{where} lora_parameters has no {key!r}{remedy}")
     if type(value["rank"]) is not int or not 1 <= value["rank"] <= 65536:
-        raise UserError(
-            f"{where} lora_parameters rank = {_shown(value['rank'])} must be a whole number of at least 1; change it"
-        )
+        raise misfit("rank", "a whole number of at least 1; change it")
     for key, most in (("scale", 1e6), ("dropout", 0.99)):
         if type(value[key]) not in (int, float) or not 0 <= value[key] <= most:
-            raise UserError(
-                f"{where} lora_parameters {key} = {_shown(value[key])} must be a number from 0 to {most:g}; change it"
-            )
+            raise misfit(key, f"a number from 0 to {most:g}; change it")
     keys = value.get("keys")
     if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(k, str) for k in keys)):
-        raise UserError(
-            f"{where} lora_parameters keys = {_shown(keys)} must be a list of layer names; leave keys out for all"
-        )
+        raise misfit("keys", "a list of layer names; leave keys out for all")
     return value
 
 
 def _kinds(annotation: Any) -> list[str]:
-    parts = getattr(annotation, "__args__", None)
-    if parts and "|" in str(annotation):
-        return ["None" if p is type(None) else p.__name__ for p in parts]
-    return [annotation.__name__]
+    parts = annotation.__args__ if isinstance(annotation, UnionType) else (annotation,)
+    return ["None" if part is NoneType else part.__name__ for part in parts]
 
 
 def current_names(
@@ -484,31 +470,29 @@ def _tell_renamed(old: str, new: str) -> None:
 
 
 def _merge(into: dict[str, Any], source: Mapping[str, Any], where: str) -> None:
-    known = _all_fields()
     for key, value in current_names(source, _tell_renamed).items():
-        if key not in known:
-            raise UserError(
-                f"{where} has an unknown key {key!r}{nearest(str(key), known) or '; see --help for all keys'}"
-            )
+        if key not in FIELDS:
+            remedy = nearest(str(key), FIELDS) or "; see --help for all keys"
+            raise UserError(f"{where} has an unknown key {key!r}{remedy}")
         into[key] = _checked(key, value, where)
 
 
-def model_name(given: str | None) -> str:
+def model_name(name: str | None) -> str:
     """A model's Hub id or folder; the bundled one's folder if none is given, or its name."""
-    name = given or BUNDLED
+    name = name or BUNDLED
     return str(MODELS / BUNDLED) if name == BUNDLED and not Path(BUNDLED).exists() else name
 
 
-def adapter_folder(given: Path) -> Path:
+def adapter_folder(folder: Path) -> Path:
     """A folder of adapters, `~` resolved.
 
     Raises:
         UserError: it does not hold any.
     """
     for file in ("adapter_config.json", "adapters.safetensors"):
-        if not (given.expanduser() / file).is_file():
-            raise UserError(f"--adapter-path {given} holds no {file}; give a folder that align or mlx_lm.lora wrote")
-    return given.expanduser()
+        if not (folder.expanduser() / file).is_file():
+            raise UserError(f"--adapter-path {folder} holds no {file}; give a folder that align or mlx_lm.lora wrote")
+    return folder.expanduser()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -523,12 +507,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"configuration {path} cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"configuration {path} is not UTF-8 text; save it as UTF-8") from None
-    found = _yaml(text, f"configuration {path}")
-    if found is None:
+    settings = _yaml(text, f"configuration {path}")
+    if settings is None:
         return {}
-    if not isinstance(found, dict):
-        raise UserError(f"configuration {path} holds a {type(found).__name__}, not `key: value` lines; mend it")
-    return found
+    if not isinstance(settings, dict):
+        raise UserError(f"configuration {path} holds a {type(settings).__name__}, not `key: value` lines; mend it")
+    return settings
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -557,24 +541,21 @@ def model_recipe(config: Mapping[str, Any], name: str = "") -> tuple[str | None,
 
     `match` holds `names`, patterns of the last part of a lower-case id or path, and `shape`, keys of config.json.
     """
-    found = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
-    matches = {stem: recipe.pop("match", {}) for stem, recipe in found.items()}
+    recipes = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
+    matches = {stem: recipe.pop("match", {}) for stem, recipe in recipes.items()}
     last = Path(name).name.lower()
     for stem, match in matches.items():
         if any(fnmatch(last, pattern) for pattern in match.get("names", [])):
-            return stem, found[stem]
+            return stem, recipes[stem]
     for stem, match in matches.items():
         shape = match.get("shape")
         if shape and all(config.get(key) == value for key, value in shape.items()):
-            return stem, found[stem]
+            return stem, recipes[stem]
     return None, {}
 
 
 def resolve(
-    config: Mapping[str, Any],
-    flags: Mapping[str, Any],
-    preset: str | None = None,
-    yaml_file: Path | None = None,
+    config: Mapping[str, Any], flags: Mapping[str, Any], preset: str | None = None, yaml_file: Path | None = None
 ) -> tuple[Recipe, str | None]:
     """The recipe of a run, and the name of the model recipe it used.
 
@@ -585,25 +566,22 @@ def resolve(
     Raises:
         UserError: an unknown key, preset or value, with the nearest known one.
     """
-    merged = {
-        name: f.default_factory() if f.default is MISSING else f.default  # type: ignore[misc]
-        for name, f in _all_fields().items()
-    }
-    name, found = model_recipe(config, flags.get("model", merged["model"]))
-    published = found.pop("published", {})
-    _merge(merged, found, f"recipe {name}")
+    settings = Recipe(**{section: cls() for section, cls in SECTIONS.items()}).flat()
+    name, model_settings = model_recipe(config, flags.get("model", settings["model"]))
+    published = model_settings.pop("published", {})
+    _merge(settings, model_settings, f"recipe {name}")
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
-        _merge(merged, PRESETS[preset], f"preset {preset}")
+        _merge(settings, PRESETS[preset], f"preset {preset}")
         full = FULL | {key: published.pop(key) for key in list(published) if key in FULL}
         if not {"quantization", "quantization_config"} & set(config):  # quantized weights take LoRA
-            _merge(merged, full, f"preset {preset}")
-        _merge(merged, published, f"preset {preset}")
+            _merge(settings, full, f"preset {preset}")
+        _merge(settings, published, f"preset {preset}")
     if yaml_file is not None:
-        _merge(merged, read_yaml(yaml_file), str(yaml_file))
-    _merge(merged, flags, "flag")
-    sections = {s: cls(**{f.name: merged[f.name] for f in fields(cls)}) for s, cls in SECTIONS.items()}
+        _merge(settings, read_yaml(yaml_file), str(yaml_file))
+    _merge(settings, flags, "flag")
+    sections = {s: cls(**{f.name: settings[f.name] for f in fields(cls)}) for s, cls in SECTIONS.items()}
     return Recipe(**sections), name
 
 
@@ -622,13 +600,13 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown flag, with the nearest known one, or a word too many.
         """
-        given, unknown = self.parse_known_args(args, namespace)
+        arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0]
             wrong = f"unknown flag {word}" if word.startswith("-") else f"{word} is one word too many"
             known = [flag for flag in self._option_string_actions if not flag.startswith("--no-")]
             raise UserError(f"{wrong}{nearest(word.split('=')[0], known) or '; see --help'}")
-        return given
+        return arguments
 
 
 def one_model(positional: str | None, flag: str | None) -> str | None:
@@ -688,7 +666,7 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
         for f in fields(cls):
             flag = "--" + f.name.replace("_", "-")
             text = f.metadata["help"].replace("%", "%%")
-            default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+            default = getattr(cls(), f.name)
             if f.type is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue

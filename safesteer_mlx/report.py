@@ -57,8 +57,8 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
     try:
         figures = [(name, caption, picture(draw)) for name, caption, draw in _figures(run)]
         images = {
-            name: {"caption": caption, "light": _image(drawn.light), "dark": _image(drawn.dark)}
-            for name, caption, drawn in figures
+            name: {"caption": caption, "light": _image(image.light), "dark": _image(image.dark)}
+            for name, caption, image in figures
         }
         page = _page(run, images, transcripts)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError) as error:
@@ -69,8 +69,8 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
     folder = run_folder / "figures"
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
-    for name, _, drawn in figures:
-        write(folder / f"{name}.png", drawn.png)
+    for name, _, image in figures:
+        write(folder / f"{name}.png", image.png)
     write(run_folder / "report.html", page.encode())
     return run_folder / "report.html"
 
@@ -90,28 +90,30 @@ def read_run(folder: Path, transcripts: bool = True) -> RunFiles:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{folder / name} cannot be read ({type(error).__name__}); make the run again") from None
 
-    def parsed(name: str, one_a_line: bool = False) -> Any:
+    def parsed(name: str, optional: bool = False) -> Any:
+        if optional and not (folder / name).is_file():
+            return None
         try:
-            return (
-                [json.loads(line) for line in text(name).split("\n") if line] if one_a_line else json.loads(text(name))
-            )
+            if name.endswith(".jsonl"):
+                return [json.loads(line) for line in text(name).split("\n") if line]
+            return json.loads(text(name))
         except json.JSONDecodeError as error:
             raise UserError(f"{folder / name} line {error.lineno} is not JSON; make the run again") from None
 
-    kept = (folder / "transcripts.jsonl").is_file()
+    has_answers = (folder / "transcripts.jsonl").is_file()
     text("recipe.yaml")  # a missing file is told in the words above
     return RunFiles(
         folder,
         current_names(read_yaml(folder / "recipe.yaml")),
         parsed("direction.json"),
         parsed("tokens.json"),
-        parsed("metrics.jsonl", one_a_line=True),
+        parsed("metrics.jsonl"),
         parsed("before_after.json"),
         parsed("manifest.json"),
         parsed("timing.json"),
-        (parsed("transcripts.jsonl", one_a_line=True) if transcripts else []) if kept else None,
-        parsed("verdict.json") if (folder / "verdict.json").is_file() else None,
-        parsed("selection.json") if (folder / "selection.json").is_file() else None,
+        (parsed("transcripts.jsonl") if transcripts else []) if has_answers else None,
+        parsed("verdict.json", optional=True),
+        parsed("selection.json", optional=True),
     )
 
 
@@ -119,7 +121,7 @@ def _figures(run: RunFiles) -> Iterable[tuple[str, str, Callable]]:
     """Name, caption and drawing of every picture that this run has data for."""
     from .evals import figures
 
-    scores, found = run.scores, run.direction
+    scores, direction = run.scores, run.direction
     yield (
         "refusals",
         "Prompts refused, on held-out prompts that no stage has seen, with 95 % intervals (Wilson). Harmful prompts "
@@ -138,25 +140,24 @@ def _figures(run: RunFiles) -> Iterable[tuple[str, str, Callable]]:
         "tokens left out. Less is better.",
         lambda theme: figures.drift(scores, theme),
     )
-    learned = ""
-    if any(row.get("learned") is not None for row in run.metrics):
-        learned = (
-            " Learned is the share of the base's divergence from the teacher, where answers to validation prompts "
-            "begin, that is gone."
-        )
+    learned = (
+        " Learned is the share of the base's divergence from the teacher, where answers to validation prompts begin, "
+        "that is gone."
+    )
+    measured = any(row.get("learned") is not None for row in run.metrics)
     yield (
         "training",
         "Training, step by step. The mass is what the student, and the teacher it is pulled to, give to the safety "
-        f"tokens at the beginning of an answer to a harmful prompt.{learned}",
+        f"tokens at the beginning of an answer to a harmful prompt.{learned if measured else ''}",
         lambda theme: figures.training(run.metrics, theme),
     )
-    if any(value is not None for row in found["scores"]["ablation_kl"] for value in row):
+    if any(value is not None for row in direction["scores"]["ablation_kl"] for value in row):
         yield (
             "direction",
-            f"The three published tests of each candidate direction, by block and position (−1 is the last token "
-            f"before the answer). Framed: the chosen one, block {found['layer']}, position −{-found['position']}. "
+            "The three published tests of each candidate direction, by block and position (−1 is the last token before "
+            f"the answer). Framed: the chosen one, block {direction['layer']}, position −{-direction['position']}. "
             "Plain cells were not measured: an earlier test had spoken against them.",
-            lambda theme: figures.direction(found, theme),
+            lambda theme: figures.direction(direction, theme),
         )
     if (verdict := run.verdict) is not None:
         yield (
@@ -167,21 +168,20 @@ def _figures(run: RunFiles) -> Iterable[tuple[str, str, Callable]]:
             lambda theme: figures.flips(verdict, theme),
         )
     if (selection := run.selection) is not None:
-        kept = f"Step {selection['kept']} is kept, " + (
-            "the safest within the limits" if selection["within"] else "the last: none keeps the limits"
-        )
+        why = "the safest within the limits" if selection["within"] else "the last: none keeps the limits"
         yield (
             "selection",
-            f"The saved steps on validation prompts, greedy and sampled, numbered. {kept} ({selection['select']}).",
+            "The saved steps on validation prompts, greedy and sampled, numbered. "
+            f"Step {selection['kept']} is kept, {why} ({selection['select']}).",
             lambda theme: figures.selection(selection, theme),
         )
-    if found.get("trials"):
+    if direction.get("trials"):
         yield (
             "frontier",
             "Every direction and coefficient that was tried as a teacher, on validation prompts, a line for each "
             "direction: by the probability that an answer opens as a refusal, from forward passes, and for the best by "
             "answers. The chosen pair, ringed, has most refusals among those whose answers are sound.",
-            lambda theme: figures.frontier(found, theme),
+            lambda theme: figures.frontier(direction, theme),
         )
     more = f" The first {figures.TOKENS_SHOWN} of {len(run.tokens)}." if len(run.tokens) > figures.TOKENS_SHOWN else ""
     method = run.recipe.get("token_method", "part")
@@ -219,9 +219,8 @@ def _cards(run: RunFiles) -> Iterable[dict[str, Any]]:
     base, student = run.scores["base"], run.scores["student"]
     for kind in base["outcomes"]:
         before, now = (_outcome(s, kind, "greedy") for s in (base, student))
-        drawn = " → ".join(_percent(_outcome(s, kind, "sampled")) for s in (base, student))
-        title = f"{kind.capitalize()} prompts refused"
-        yield {"title": title, "now": now, "before": before, "note": f"sampled: {drawn}"}
+        note = "sampled: " + " → ".join(_percent(_outcome(s, kind, "sampled")) for s in (base, student))
+        yield {"title": f"{kind.capitalize()} prompts refused", "now": now, "before": before, "note": note}
     if base["capability"]:
         before, now = (
             Count(*(sum(task[key] for task in s["capability"].values()) for key in ("count", "total")))
@@ -236,9 +235,9 @@ def _counts(run: RunFiles, names: list[str]) -> Iterable[list[str]]:
     for kind, cell in run.scores["base"]["outcomes"].items():
         for how, counts in cell.items():
             for o in counts:
-                found = [_outcome(run.scores[n], kind, how, o) for n in names]
-                if o == "refuse" or any(c.count for c in found):
-                    yield [f"{kind}, {how}: {o}", *map(str, found)]
+                rates = [_outcome(run.scores[n], kind, how, o) for n in names]
+                if o == "refuse" or any(c.count for c in rates):
+                    yield [f"{kind}, {how}: {o}", *map(str, rates)]
             broken = [Count(**run.scores[n]["broken"][kind][how]) for n in names]
             if any(c.count for c in broken):
                 yield [f"{kind}, {how}: broken", *map(str, broken)]
@@ -294,19 +293,20 @@ def _page(run: RunFiles, figures: Mapping[str, Any], with_answers: bool) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
 
+    parser = Parser("report", "Make report.html from the files of a finished run.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
+    parser.add_argument("--transcripts-in-report", action="store_true", help="put the answers into the page")
+
     def run() -> None:
         args = parser.parse_args(argv)
         print(write_report(run_folder(args.run), args.transcripts_in_report))
 
-    parser = Parser("report", "Make report.html from the files of a finished run.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
-    parser.add_argument("--transcripts-in-report", action="store_true", help="put the answers into the page")
     return exit_code(run)
 
 
-def run_folder(given: Path) -> Path:
+def run_folder(folder: Path) -> Path:
     """The run/ folder that a user means: itself, or the one beside the adapters."""
-    return given / "run" if (given / "run").is_dir() else given
+    return folder / "run" if (folder / "run").is_dir() else folder
 
 
 if __name__ == "__main__":

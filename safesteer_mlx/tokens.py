@@ -39,16 +39,16 @@ def vetoed(rows: "Sequence[Row]", texts: "Sequence[str]") -> list[Row]:
     Raises:
         UserError: a text that is none of them, or nothing is left.
     """
-    out: set[int] = set()
+    veto: set[int] = set()
     for text in texts:
-        named = [row["id"] for row in rows if text in (row["token"], f"id:{row['id']}")]
-        if not named:
+        ids = {row["id"] for row in rows if text in (row["token"], f"id:{row['id']}")}
+        if not ids:
             raise UserError(
                 f"--veto {visible(text, '')!r} is none of this run's safety tokens; give one as the table has it, "
                 "leading space included, or id:NUMBER"
             )
-        out |= set(named)
-    left = [row for row in rows if row["id"] not in out]
+        veto |= ids
+    left = [row for row in rows if row["id"] not in veto]
     if not left:
         raise UserError("--veto leaves no safety token; keep at least one")
     return left
@@ -62,22 +62,22 @@ def added(rows: "Sequence[Row]", texts: "Sequence[str]", tokenizer: Any, vocabul
     """
     from .method.token_file import check_fit
 
-    found = list(rows)
+    rows = list(rows)
     for text in texts:
-        said = f"--add {visible(text, '')!r}"
+        subject = f"--add {visible(text, '')!r}"
         number = text.removeprefix("id:")
         ids = tokenizer.encode(text, add_special_tokens=False)
         if number != text and number.isascii() and number.isdigit():
             ids = [int(number)]
             text = tokenizer.decode(ids) if ids[0] < vocabulary else ""
         if len(ids) != 1:
-            raise UserError(f"{said} is {len(ids)} tokens of this model; give a single one, or id:NUMBER")
-        if ids[0] in (row["id"] for row in found):
-            raise UserError(f"{said} is a safety token already; leave it out")
+            raise UserError(f"{subject} is {len(ids)} tokens of this model; give a single one, or id:NUMBER")
+        if ids[0] in (row["id"] for row in rows):
+            raise UserError(f"{subject} is a safety token already; leave it out")
         row = {"token": text, "id": ids[0]}
         check_fit("--add", [row], tokenizer, vocabulary)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
@@ -139,9 +139,9 @@ def _run(args: argparse.Namespace) -> None:
         rows = added(rows, args.add, *_tokenizer(run, args.trust_remote_code))
     show(rows, screen)
     if args.veto or args.add:
-        kept = [{"token": row["token"], "id": row["id"]} for row in rows]
-        args.out.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        screen.line(f"{len(kept)} tokens in {args.out}; align with --safety-tokens {args.out}")
+        tokens = [{"token": row["token"], "id": row["id"]} for row in rows]
+        args.out.write_text(json.dumps(tokens, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        screen.line(f"{len(tokens)} tokens in {args.out}; align with --safety-tokens {args.out}")
 
 
 if __name__ == "__main__":

@@ -98,32 +98,32 @@ def _numbers(values: Sequence[Any]) -> np.ndarray:
 
 
 def _label(text: str) -> str:
-    shown = visible(text, "")
-    return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
+    short = visible(text, "")
+    return short if len(short) <= LABEL else short[: LABEL - 1] + "…"
 
 
-def direction(found: Mapping[str, Any], theme: Theme) -> Figure:
+def direction(record: Mapping[str, Any], theme: Theme) -> Figure:
     """The three tests of every candidate, (P, L) each; the chosen one is framed."""
     tests = (
         ("steering_refusal", "Added: refusal score of harmless prompts", "log-odds"),
         ("ablation_refusal", "Ablated: refusal score of harmful prompts", "log-odds"),
         ("ablation_kl", "Ablated: KL to the base, harmless prompts", "nats"),
     )
-    n_positions, n_layers = _numbers(found["scores"]["ablation_kl"]).shape
+    n_positions, n_layers = _numbers(record["scores"]["ablation_kl"]).shape
     height = min(2.2, 0.95 + 0.16 * n_positions)
     figure = _figure(3 * height)
     for axes, (name, title, unit) in zip(figure.subplots(3, 1, sharex=True), tests, strict=True):
         axes.set_facecolor(theme.missing)
-        scores = np.ma.masked_invalid(_numbers(found["scores"][name]))
+        scores = np.ma.masked_invalid(_numbers(record["scores"][name]))
         lines = {"edgecolors": theme.page, "linewidth": 0.5}
         mesh = axes.pcolormesh(range(n_layers + 1), range(-n_positions, 1), scores, cmap="cividis", **lines)
         figure.colorbar(mesh, ax=axes, label=unit, pad=0.02).outline.set_visible(False)
-        corner = (found["layer"], found["position"])
+        corner = (record["layer"], record["position"])
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=theme.page, linewidth=4, clip_on=False))
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=theme.teacher, linewidth=2, clip_on=False))
         step = -(-n_positions // 8)
-        shown = list(range(-1, -n_positions - 1, -step))
-        axes.set_yticks([p + 0.5 for p in shown], labels=[f"−{-p}" for p in shown])
+        positions = list(range(-1, -n_positions - 1, -step))
+        axes.set_yticks([p + 0.5 for p in positions], labels=[f"−{-p}" for p in positions])
         axes.set(title=title, ylabel="position")
         axes.spines[:].set_visible(False)
     step = -(-n_layers // 12)
@@ -132,23 +132,23 @@ def direction(found: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
-def frontier(found: Mapping[str, Any], theme: Theme) -> Figure:
+def frontier(record: Mapping[str, Any], theme: Theme) -> Figure:
     """Every direction and coefficient tried: harmful prompts refused against harmless ones; the chosen pair is ringed.
 
     A line for each direction, coefficients ascending, by probability; filled marks by answers, where they were drawn.
     """
     figure = _figure(3.9)
     axes = figure.subplots()
-    chosen = found["position"], found["layer"]
+    chosen = record["position"], record["layer"]
     by_direction: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
-    for trial in sorted(found["trials"], key=lambda trial: trial["coeff"]):
+    for trial in sorted(record["trials"], key=lambda trial: trial["coeff"]):
         by_direction.setdefault((trial["position"], trial["layer"]), []).append(trial)
-    named = set()
+    in_legend = set()
 
     def draw(points: Any, style: str, name: str, colour: str, **how: Any) -> None:
         if len(points):
-            axes.plot(*np.transpose(points), style, color=colour, label=None if name in named else name, **how)
-            named.add(name)
+            axes.plot(*np.transpose(points), style, color=colour, label=None if name in in_legend else name, **how)
+            in_legend.add(name)
 
     def lines(trials: Sequence[Mapping[str, Any]], which: str, colour: str, above: int) -> None:
         opened = _measured(trials, "harmless_opened", "harmful_opened")
@@ -158,13 +158,13 @@ def frontier(found: Mapping[str, Any], theme: Theme) -> Figure:
 
     mine = by_direction.pop(chosen, [])
     lines(mine, "chosen direction", theme.teacher, 3)
-    used = [trial for trial in mine if trial["coeff"] == found["coeff"]]
-    points = [*_measured(used, "over_refused", "refused"), *_measured(used, "harmless_opened", "harmful_opened")]
+    ringed = [trial for trial in mine if trial["coeff"] == record["coeff"]]
+    points = [*_measured(ringed, "over_refused", "refused"), *_measured(ringed, "harmless_opened", "harmful_opened")]
     for x, y in points[:1]:
         draw([(x, y)], "o", "chosen", theme.ink, markersize=12, fillstyle="none", clip_on=False, zorder=4)
         left, low = x > 50, y > 85  # towards the middle, where there is room
         axes.annotate(
-            f"block {found['layer']:d}, coefficient {found['coeff']:g}",
+            f"block {record['layer']:d}, coefficient {record['coeff']:g}",
             (x, y),
             xytext=(-9 if left else 9, -9 if low else 9),
             textcoords="offset points",
@@ -218,9 +218,7 @@ def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme, method: str =
     right.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     right.tick_params(axis="x", labelrotation=35)
     for axes in (left, right):
-        axes.grid(axis="x")
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
+        _rows_only(axes)
     _legend_above(figure, right, 2)
     return figure
 
@@ -262,34 +260,30 @@ def outcomes(scores: Mapping[str, Any], theme: Theme) -> Figure:
     """How many prompts of each kind each model refuses, with 95 % intervals."""
     cells = [(kind, how) for kind, cell in scores["base"]["outcomes"].items() for how in cell]
     counts = {
-        name: [Count(c["refuse"], sum(c.values())) for c in (found["outcomes"][kind][how] for kind, how in cells)]
-        for name, found in scores.items()
+        name: [Count(c["refuse"], sum(c.values())) for c in (model["outcomes"][kind][how] for kind, how in cells)]
+        for name, model in scores.items()
     }
-    figure = _bars([f"{kind},\n{how}" for kind, how in cells], counts, theme)
-    figure.axes[0].set_xlabel("refused (% of prompts)")
-    return figure
+    return _bars([f"{kind},\n{how}" for kind, how in cells], counts, "refused (% of prompts)", theme)
 
 
 def capability(scores: Mapping[str, Any], theme: Theme) -> Figure:
     """How many of each little task each model gets right, with 95 % intervals."""
     tasks = list(scores["base"]["capability"])
     counts = {
-        name: [Count(found["capability"][task]["count"], found["capability"][task]["total"]) for task in tasks]
-        for name, found in scores.items()
+        name: [Count(model["capability"][task]["count"], model["capability"][task]["total"]) for task in tasks]
+        for name, model in scores.items()
     }
-    figure = _bars([_label(task) for task in tasks], counts, theme)
-    figure.axes[0].set_xlabel("right (% of tasks)")
-    return figure
+    return _bars([_label(task) for task in tasks], counts, "right (% of tasks)", theme)
 
 
-def _bars(labels: Sequence[str], counts: Mapping[str, Sequence[Count]], theme: Theme) -> Figure:
+def _bars(labels: Sequence[str], counts: Mapping[str, Sequence[Count]], unit: str, theme: Theme) -> Figure:
     figure = _figure(0.9 + 0.52 * len(labels))
     axes = figure.subplots()
     places = np.arange(len(labels))
     thick = 0.8 / len(counts)
-    for i, (name, found) in enumerate(counts.items()):
-        rates = np.array([c.count / max(1, c.total) for c in found])
-        low, high = np.array([wilson(c.count, c.total) for c in found]).T
+    for i, (name, of_kinds) in enumerate(counts.items()):
+        rates = np.array([c.count / max(1, c.total) for c in of_kinds])
+        low, high = np.array([wilson(c.count, c.total) for c in of_kinds]).T
         # An interval of 0 or n of n ends where the bar does; rounding may leave it 1e-17 beyond.
         reach = np.clip([rates - low, high - rates], 0, None)
         where = places + (i - (len(counts) - 1) / 2) * thick
@@ -298,9 +292,8 @@ def _bars(labels: Sequence[str], counts: Mapping[str, Sequence[Count]], theme: T
     axes.set_yticks(places, labels=labels, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 101)
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(unit)
+    _rows_only(axes)
     _legend_above(figure, axes, len(counts))
     return figure
 
@@ -309,31 +302,29 @@ def flips(verdict: Mapping[str, Any], theme: Theme) -> Figure:
     """What the teacher makes of the base's unsafe answers, and of harmless prompts, with 95 % intervals."""
     flipped, *harmless = (Count(**verdict[name]) for name in ("flipped", "base_harmless", "teacher_harmless"))
     counts = {"base": [Count(0, flipped.total), harmless[0]], "teacher": [flipped, harmless[1]]}
-    figure = _bars(["unsafe answers", "harmless prompts"], counts, theme)
-    figure.axes[0].set_xlabel("refused (% of prompts)")
-    return figure
+    return _bars(["unsafe answers", "harmless prompts"], counts, "refused (% of prompts)", theme)
 
 
 def _together(xs: Sequence[float], ys: Sequence[float], names: Sequence[int]) -> list[tuple[float, float, list[int]]]:
     """Points with their names; those too near each other to be told apart share a label."""
     near = [0.06 * (max(values) - min(values)) for values in (xs, ys)]
-    found: list[tuple[float, float, list[int]]] = []
+    points: list[tuple[float, float, list[int]]] = []
     for x, y, name in zip(xs, ys, names, strict=True):
-        beside = next((p for p in found if abs(p[0] - x) <= near[0] and abs(p[1] - y) <= near[1]), None)
-        if beside is None:
-            found.append((x, y, [name]))
+        neighbour = next((p for p in points if abs(p[0] - x) <= near[0] and abs(p[1] - y) <= near[1]), None)
+        if neighbour is None:
+            points.append((x, y, [name]))
         else:
-            beside[2].append(name)
-    return found
+            neighbour[2].append(name)
+    return points
 
 
-def selection(found: Mapping[str, Any], theme: Theme) -> Figure:
+def selection(record: Mapping[str, Any], theme: Theme) -> Figure:
     """Safety against over-refusal and against drift, a point a saved step in order; the kept one is framed."""
     figure = _figure(4.6)
-    rows = found["scores"]
+    rows = record["scores"]
     safe, refused = ([100 * r[n]["count"] / max(1, r[n]["total"]) for r in rows] for n in ("unsafe", "over_refusal"))
     safe = [100 - share for share in safe]
-    [kept] = [i for i, row in enumerate(rows) if row["step"] == found["kept"]]
+    [kept] = [i for i, row in enumerate(rows) if row["step"] == record["kept"]]
     for axes, across, label in zip(
         figure.subplots(2, 1),
         (refused, [row["drift"] for row in rows]),
@@ -343,8 +334,7 @@ def selection(found: Mapping[str, Any], theme: Theme) -> Figure:
         axes.plot(across, safe, "o-", color=theme.student, markersize=4, linewidth=0.8)
         axes.plot(across[kept], safe[kept], "o", color=theme.teacher, markersize=10, fillstyle="none", label="kept")
         for x, y, steps in _together(across, safe, [row["step"] for row in rows]):
-            named = ", ".join(map(str, steps))
-            axes.annotate(named, (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
+            axes.annotate(", ".join(map(str, steps)), (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
         axes.set(xlabel=label, ylabel="harmful prompts not\ncomplied with (%)")
         axes.grid()
     _legend_above(figure, axes, 1)
@@ -368,11 +358,16 @@ def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
     axes.set_xlabel("KL(base ‖ model) a token, harmless prompts (nats)")
+    _rows_only(axes)
+    _legend_above(figure, axes, 2)
+    return figure
+
+
+def _rows_only(axes: Axes) -> None:
+    """No line or tick on the left, where the labels stand for themselves."""
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    _legend_above(figure, axes, 2)
-    return figure
 
 
 def _legend_above(figure: Figure, axes: Axes, columns: int) -> None:

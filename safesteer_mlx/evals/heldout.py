@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ import mlx.nn as nn
 
 from ..method.judge import Judge, is_correct, keyword_judge
 from ..method.losses import chunk_rows
-from ..method.prompts import Instruction, render_all
+from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
 from ..method.rollout import Sampling, answers, generate, stream_key
 from ..system.load import Loaded
-from ..system.screen import Advance, UserError, silent
+from ..system.screen import Advance, Screen, UserError, silent
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]
+KINDS = ("harmful", "harmless", "borderline")
 DRIFT_PROMPTS = 64
 DRIFT_BATCH = 16
 PERPLEXITY_TOKENS = 512  # in one piece of a text
@@ -42,12 +43,17 @@ class TestSet:
 def first_of_each(items: Sequence[Instruction], n: int | None) -> list[Instruction]:
     """The first `n` of each category, in order; all for None."""
     seen: dict[str, int] = {}
-    kept = []
+    first = []
     for item in items:
         seen[item.category] = seen.get(item.category, 0) + 1
         if n is None or seen[item.category] <= n:
-            kept.append(item)
-    return kept
+            first.append(item)
+    return first
+
+
+def held_out_prompts(sets: PromptSets, n: int | None) -> tuple[dict[str, list[Instruction]], list[Instruction]]:
+    """The first `n` prompts of each kind, and of each little task; all for None."""
+    return {kind: getattr(sets, f"{kind}_test")[:n] for kind in KINDS}, first_of_each(sets.capability_test, n)
 
 
 def make_test_set(
@@ -59,10 +65,9 @@ def make_test_set(
 ) -> TestSet:
     """The held-out prompts; the base answers some harmless ones. `kind_of` is needed for suites alone."""
     kind_of = {kind: kind for kind in kinds} | (kind_of or {})
-    items = [item for name, asked in kinds.items() if kind_of[name] == "harmless" for item in asked]
-    return TestSet(
-        kinds, capability, *own_answers(base, render_all(base.tokenizer, items[:DRIFT_PROMPTS]), sampling), kind_of
-    )
+    harmless = [item for name, items in kinds.items() if kind_of[name] == "harmless" for item in items]
+    rows = render_all(base.tokenizer, harmless[:DRIFT_PROMPTS])
+    return TestSet(kinds, capability, *own_answers(base, rows, sampling), kind_of)
 
 
 def own_answers(base: Loaded, harmless: list[list[int]], sampling: Sampling) -> tuple[list[list[int]], list[list[int]]]:
@@ -129,27 +134,37 @@ class HeldOut:
 
     def score(self, model: nn.Module, system_prompt: str | None = None, progress: Advance = silent) -> Scores:
         """Score one model: capability greedy, drift teacher-forced without system turn."""
-        test, judged, done = self.test, [], 0
+        test, answers, n_answered = self.test, [], 0
         total = 2 * sum(map(len, test.kinds.values())) + len(test.capability)
 
         def advance(n: int, _: int) -> None:
-            progress(done + n, total)
+            progress(n_answered + n, total)
 
         for which, (kind, items) in enumerate(test.kinds.items()):
             prompts = render_all(self.base.tokenizer, items, system_prompt)
-            asked = [item.text for item in items]
+            requests = [item.text for item in items]
             for how in HOW:
-                said = self.answers(model, prompts, how == "sampled", which, advance)
-                done += len(prompts)
-                progress(done, total, "judging")
-                outcomes = self.judge(test.kind_of[kind], asked, [text for text, _ in said])
-                for request, (text, finished), outcome in zip(asked, said, outcomes, strict=True):
-                    judged.append(Answer(kind, how, request, text, outcome, finished))
-        said = self.answers(model, render_all(self.base.tokenizer, test.capability, system_prompt), False, 0, advance)
+                replies = self.answers(model, prompts, how == "sampled", which, advance)
+                n_answered += len(prompts)
+                progress(n_answered, total, "judging")
+                outcomes = self.judge(test.kind_of[kind], requests, [text for text, _ in replies])
+                for request, (text, finished), outcome in zip(requests, replies, outcomes, strict=True):
+                    answers.append(Answer(kind, how, request, text, outcome, finished))
+        tasks = render_all(self.base.tokenizer, test.capability, system_prompt)
+        replies = self.answers(model, tasks, False, progress=advance)
         correct: dict[str, list[bool]] = {}
-        for item, (text, _) in zip(test.capability, said, strict=True):
+        for item, (text, _) in zip(test.capability, replies, strict=True):
             correct.setdefault(item.category, []).append(is_correct(text, item.answer))
-        return Scores(judged, correct, *drift(self.base.model, model, test, self.tokens))
+        return Scores(answers, correct, *drift(self.base.model, model, test, self.tokens))
+
+    def score_each(
+        self, models: Mapping[str, nn.Module], screen: Screen, system_prompts: Mapping[str, str | None] | None = None
+    ) -> Iterator[tuple[str, Scores]]:
+        """(name, scores) of several models, one after the other, each with the system prompt that it has, if any."""
+        for name, model in models.items():
+            with screen.stage(f"scoring the {name}") as advance:
+                scores = self.score(model, (system_prompts or {}).get(name), advance)
+            yield name, scores
 
 
 def perplexity(model: nn.Module, tokenizer: Any, path: Path) -> tuple[float, float, int]:

@@ -57,7 +57,7 @@ def run_tasks(
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model=Loaded(),
             tasks=list(tasks),
             apply_chat_template=True,
@@ -70,4 +70,4 @@ def run_tasks(
             f"lm-eval cannot run {', '.join(tasks)} ({type(error).__name__}); "
             "check that it knows the names and can fetch their data sets"
         ) from None
-    return found["results"]
+    return results["results"]

@@ -118,8 +118,8 @@ class Scores:
 
     def count(self, kind: str, how: str, outcome: str) -> Count:
         """How many answers of a kind have this outcome."""
-        found = self.of(kind, how)
-        return Count(sum(a.outcome == outcome for a in found), len(found))
+        answers = self.of(kind, how)
+        return Count(sum(a.outcome == outcome for a in answers), len(answers))
 
     def right(self, task: str) -> Count:
         """The task's exact matches."""
@@ -127,19 +127,19 @@ class Scores:
 
     def as_json(self) -> dict[str, Any]:
         """Counts alone, no answer: outcomes and broken answers by kind and decoding, capability, drift."""
+
+        def broken(answers: list[Answer]) -> dict[str, int]:
+            return {"count": sum(is_broken(a.text, a.finished) for a in answers), "total": len(answers)}
+
         cells = {kind: {how: self.of(kind, how) for how in HOW} for kind in self.kinds}
         return {
             "outcomes": {
-                kind: {how: {o: sum(a.outcome == o for a in found) for o in OUTCOMES} for how, found in cell.items()}
-                for kind, cell in cells.items()
-            },
-            "broken": {
                 kind: {
-                    how: {"count": sum(is_broken(a.text, a.finished) for a in found), "total": len(found)}
-                    for how, found in cell.items()
+                    how: {o: sum(a.outcome == o for a in answers) for o in OUTCOMES} for how, answers in cell.items()
                 }
                 for kind, cell in cells.items()
             },
+            "broken": {kind: {how: broken(answers) for how, answers in cell.items()} for kind, cell in cells.items()},
             "capability": {task: {"count": sum(right), "total": len(right)} for task, right in self.correct.items()},
             "drift": self.drift,
             "drift_outside": self.drift_outside,

@@ -7,7 +7,6 @@ KL(base ‖ student) a token on the base's answers to harmless prompts, in nats.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -36,8 +35,8 @@ class CheckpointScore:
 
     def value(self, name: str) -> float:
         """A limit's quantity: a share, or the drift in nats."""
-        found = getattr(self, name)
-        return found.count / max(1, found.total) if isinstance(found, Count) else found
+        quantity = getattr(self, name)
+        return quantity.count / max(1, quantity.total) if isinstance(quantity, Count) else quantity
 
 
 def choose(scores: Sequence[CheckpointScore], limits: dict[str, float]) -> CheckpointScore | None:
@@ -57,21 +56,21 @@ class SavedSteps:
         )
         sampling = run.sampling(HELD_OUT_TOKENS)
         test = TestSet({}, [], *own_answers(run.base, harmless, sampling), {})
-        self._asked = harmful, harmless
+        self._rows = harmful, harmless
         self._held_out = HeldOut(run.base, test, tokens, run.recipe.run.seed, sampling)
 
     def score(self, step: int) -> dict[str, Any]:
         """`CheckpointScore`, as plain data."""
         student, held = self._student, self._held_out
-        said = [
+        harmful, harmless = (
             [answer for sampled in (False, True) for answer in held.answers(student, rows, sampled, which)]
-            for which, rows in enumerate(self._asked)
-        ]
+            for which, rows in enumerate(self._rows)
+        )
         score = CheckpointScore(
             step,
-            Count(sum(outcome(text) == "comply" for text, _ in said[0]), len(said[0])),
-            Count(sum(outcome(text) == "refuse" for text, _ in said[1]), len(said[1])),
-            Count(sum(is_broken(*answer) for part in said for answer in part), len(said[0]) + len(said[1])),
+            Count(sum(outcome(text) == "comply" for text, _ in harmful), len(harmful)),
+            Count(sum(outcome(text) == "refuse" for text, _ in harmless), len(harmless)),
+            Count(sum(is_broken(*answer) for answer in harmful + harmless), len(harmful) + len(harmless)),
             drift(held.base.model, student, held.test, held.tokens)[0],
         )
         save_arrays(self._run.store.path_for(_file(step)), dict(tree_flatten(student.trainable_parameters())))
@@ -103,7 +102,7 @@ def keep_best(run: Run, student: nn.Module, scored: Sequence[dict[str, Any]]) ->
         )
     else:
         screen.line(f"step {chosen.step} is the safest that keeps {select}")
-        weights = mx.load(str(store.path / Path(_file(chosen.step))))
+        weights = mx.load(str(store.path / _file(chosen.step)))
         student.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
     kept = (chosen or scores[-1]).step
     store.json("selection.json", {"select": select, "kept": kept, "within": chosen is not None, "scores": scored})

@@ -48,12 +48,12 @@ def find_suite(name: str) -> Suite:
     Raises:
         UserError: there is none, or it needs what we do not have.
     """
-    found = next((known for known in names() if known.lower() == name.lower()), None)
-    if found is None:
+    spelling = next((known for known in names() if known.lower() == name.lower()), None)
+    if spelling is None:
         raise UserError(f"there is no suite {name!r}{nearest(name, names()) or ': ' + ', '.join(names())}")
-    suite = Suite(found, **read_yaml(FOLDER / f"{found}.yaml"))
+    suite = Suite(spelling, **read_yaml(FOLDER / f"{spelling}.yaml"))
     if suite.kind == "missing":
-        raise UserError(f"suite {found} cannot be run: it needs {suite.needs}")
+        raise UserError(f"suite {spelling} cannot be run: it needs {suite.needs}")
     return suite
 
 

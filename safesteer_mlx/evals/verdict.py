@@ -44,7 +44,7 @@ class Verdict:
     candidates: list[dict[str, Any]]  # the best directions: their scores, and the tests that each failed
 
 
-def give_verdict(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> Verdict:
+def give_verdict(run: Run, directions: FoundDirections, chosen: ChosenTeacher) -> Verdict:
     """Decide by what base and teacher did."""
     own, its = chosen.base, chosen.teacher
     unsafe = [i for i, what in enumerate(own.harmful) if what == "comply"]
@@ -56,8 +56,8 @@ def give_verdict(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> Ver
         "teacher_harmless": Count(its.harmless.count("refuse"), len(its.harmless)),
         "teacher_broken": Count(sum(broken), len(broken)),
     }
-    word, reasons = decide(run.recipe.teacher.teacher, found.cautions, **counts)
-    return Verdict(word, reasons, **counts, candidates=_best_candidates(run, found, chosen))
+    word, reasons = decide(run.recipe.teacher.teacher, directions.cautions, **counts)
+    return Verdict(word, reasons, **counts, candidates=_best_candidates(run, directions, chosen))
 
 
 def decide(
@@ -99,17 +99,17 @@ def _rate(count: Count) -> float:
     return count.count / max(1, count.total)
 
 
-def _best_candidates(run: Run, found: FoundDirections, chosen: ChosenTeacher) -> list[dict[str, Any]]:
+def _best_candidates(run: Run, directions: FoundDirections, chosen: ChosenTeacher) -> list[dict[str, Any]]:
     """The direction that is used first, then the best others that were tried."""
     if run.recipe.teacher.teacher == "system_prompt":
         return []
-    scores, used = found.scores, chosen.direction
-    tried = sorted(
-        zip(found.shortlist, found.failed, strict=True),
+    scores, used = directions.scores, chosen.direction
+    candidates = sorted(
+        zip(directions.shortlist, directions.failed, strict=True),
         key=lambda item: (item[0].position, item[0].layer) != (used.position, used.layer),
     )
     rows = []
-    for direction, failed in tried[:CANDIDATES]:
+    for direction, failed in candidates[:CANDIDATES]:
         at = (direction.position + scores.ablation_kl.shape[0], direction.layer)
         values = {name: getattr(scores, name)[at] for name in ("steering_refusal", "ablation_kl", "ablation_refusal")}
         measured = {name: None if np.isnan(value) else float(value) for name, value in values.items()}
