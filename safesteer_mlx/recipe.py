@@ -175,7 +175,9 @@ class TrainSettings:
         True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
     )
     keep_best: bool = _setting(
-        True, "end with the weights of the step that did best on validation prompts, not of the last one"
+        False,
+        "end with the weights of the step that refused most harmful validation prompts for the least rise on harmless "
+        "ones, not of the last one",
     )
     batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
     grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)
@@ -246,7 +248,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_generations": 8,
         "epochs": 1.0,
         "until_learned": False,
-        "keep_best": False,
         "temp": 1.0,
         "top_p": 1.0,
         "max_tokens": 512,

@@ -117,7 +117,7 @@ def train(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "train", steps)
     for name in ("collapsed", "save_student"):
         monkeypatch.setattr(stage, name, lambda *_: None)
-    recipe = replace(RECIPE, train=replace(RECIPE.train, iters=4, save_every=2))
+    recipe = replace(RECIPE, train=replace(RECIPE.train, iters=4, save_every=2, keep_best=True))
     store = Store(tmp_path / "adapters", "this run")
 
     def run(moving=None, score=None):

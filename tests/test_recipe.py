@@ -107,7 +107,6 @@ def test_the_paper_preset_is_what_was_published():
         "epochs": 1.0,
         "iters": None,
         "until_learned": False,
-        "keep_best": False,
         "temp": 1.0,
         "top_p": 1.0,
         "max_tokens": 512,
@@ -124,7 +123,7 @@ def test_the_paper_preset_is_what_was_published():
 def test_by_default_what_can_be_is_decided_on_the_model():
     recipe, _ = resolve({}, OTHER)
     assert (recipe.teacher.coeff, recipe.loss.first_tokens, recipe.loss.guidance) == ("auto", "auto", "auto")
-    assert recipe.train.until_learned and recipe.train.keep_best
+    assert recipe.train.until_learned
     assert (recipe.tokens.token_method, recipe.tokens.token_share) == ("part", 0.95)
 
 

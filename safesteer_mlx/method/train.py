@@ -15,7 +15,7 @@ tokens where answers to validation prompts begin is measured every few steps; on
 from the teacher is gone there, and stays so, the rate falls to zero and the run ends. Until then the rate is constant
 for as long as the epochs take, and falls over as many steps again.
 
-Where we deviate, with `keep_best`: what the student makes of harmless prompts goes up and down while it trains, far
+With `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far
 more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
 did best on validation prompts: where answers begin, the mean mass of the safety tokens on harmful ones, less `COST`
 times what it rose on harmless ones.
