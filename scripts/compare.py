@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from safesteer_mlx.evals.heldout import HeldOut, drift, first_of_each, make_test_set
+from safesteer_mlx.evals.heldout import HeldOut, drift, held_out_prompts, make_test_set
 from safesteer_mlx.evals.scores import HOW
 from safesteer_mlx.method.direction import find_directions
 from safesteer_mlx.method.judge import is_refusal
@@ -136,9 +136,8 @@ def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     teacher = make_teacher(run, chosen.direction, chosen.coeff)
     tokens = find_tokens(settled(run, chosen.opening), teacher, found)
     sets, n = run.prompts.sets, recipe.run.test_prompts
-    kinds = {kind: getattr(sets, f"{kind}_test")[:n] for kind in ("harmful", "harmless", "borderline")}
     sampling = Sampling(base.eos_ids, HELD_OUT_TOKENS, batch_size=64)
-    test = make_test_set(base, kinds, first_of_each(sets.capability_test, n), sampling)
+    test = make_test_set(base, *held_out_prompts(sets, n), sampling)
     return Prepared(run, chosen, teacher, tokens, HeldOut(base, test, tokens.ids.tolist(), recipe.run.seed, sampling))
 
 
