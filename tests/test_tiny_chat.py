@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from safesteer_mlx.evals.heldout import HeldOut, TestSet
+from safesteer_mlx.evals import heldout
 from safesteer_mlx.method.judge import is_correct, outcome
 from safesteer_mlx.method.prompts import built_in_sets, render_all
 from safesteer_mlx.method.rollout import Sampling
@@ -22,7 +22,9 @@ def said():
     tasks = sets.capability_test
     asked = {"harmful": sets.harmful_test[:200], "harmless": sets.harmless_test[:64], "tasks": tasks}
     rows = {name: render_all(base.tokenizer, items) for name, items in asked.items()}
-    held_out = HeldOut(base, TestSet({}, [], [], [], {}), [], 0, Sampling(base.eos_ids, 48, batch_size=64))
+    held_out = heldout.HeldOut(
+        base, heldout.TestSet({}, [], [], [], {}), [], 0, Sampling(base.eos_ids, 48, batch_size=64)
+    )
     found = {}
     for name, prompts in rows.items():
         found[name] = [text for text, _ in held_out.answers(base.model, prompts, False)]
