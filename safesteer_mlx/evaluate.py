@@ -7,13 +7,12 @@ form side by side. docs/evaluation.md says how each is measured and what its kno
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import command_module
-from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, model_name, one_model
+from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, at_least, model_name, one_model
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -38,26 +37,17 @@ def _parser() -> Parser:
         default=[BUILT_IN],
         help=f"suites to run, of the Hub or a local file; {BUILT_IN} is our own held-out prompts (default)",
     )
-    add("--test-prompts", type=_at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
+    add("--test-prompts", type=at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
     add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
     add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
-    add("--seed", type=_at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
-    add("--max-tokens", type=_at_least(1), default=96, help="longest answer, thinking included (default: 96)")
-    add("--batch-size", type=_at_least(1), default=64, help="answers generated at a time (default: 64)")
+    add("--seed", type=at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
+    add("--max-tokens", type=at_least(1), default=96, help="longest answer, thinking included (default: 96)")
+    add("--batch-size", type=at_least(1), default=64, help="answers generated at a time (default: 64)")
     add("--perplexity", type=Path, metavar="FILE", help="also the perplexity of this text")
     add("--out", type=Path, metavar="FILE.json", help="write the scores here, no answers")
     add("--confirm-run-unsafe-code", action="store_true", help="let HumanEval run the code that the model writes")
     add_model_flags(parser)
     return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -630,6 +630,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """argparse's type for a whole number that is not below `least`."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
 def _current_flag(word: str) -> str:
     """A word of the command line, a renamed flag under its new name."""
     name, equals, value = word.partition("=")

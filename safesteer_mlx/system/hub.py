@@ -90,6 +90,38 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
 
 
+def upload(folder: Path, name: str, public: bool) -> str:
+    """Make a model repository, private unless `public`, and put the files of a folder into it; its address.
+
+    Raises:
+        UserError: what kept it from being made or filled, and what helps.
+    """
+    _set_up()
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"model {name} cannot be uploaded offline; leave out --offline and HF_HUB_OFFLINE")
+    api = HfApi(constants.ENDPOINT)
+    try:
+        address = api.create_repo(name, private=not public)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="safesteer-mlx export")
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code == 409:
+            raise UserError(f"model {name} exists on the Hub already; give another --name") from None
+        if error.response.status_code in (401, 403):
+            raise UserError(
+                f"model {name} may not be made with your token; `hf auth login` with one that may write there"
+            ) from None
+        raise UserError(f"model {name} could not be uploaded ({_short(error)}); the folder {folder} stays") from None
+    except Exception as error:  # httpx's and the system's errors share no base class but this
+        raise UserError(f"model {name} could not be uploaded ({_short(error)}); the folder {folder} stays") from None
+    return str(address)
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:150]
+
+
 def _set_up() -> None:
     """No progress bars where there is no terminal, and no waiting for ever for a server that does not answer."""
     from huggingface_hub import get_session

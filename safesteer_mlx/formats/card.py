@@ -1,0 +1,118 @@
+"""The model card of an export: what it is, of what, what it answers, and what nobody looked at."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..evals.scores import wilson
+from ..system.finished import FinishedRun
+
+_LABELS = {
+    ("harmful", "comply"): "unsafe answers to harmful prompts",
+    ("harmless", "refuse"): "harmless prompts refused",
+    ("borderline", "refuse"): "harmless prompts with alarming words refused",
+}
+_NAMES = {"base": "base", "student": "scored", "shipped": "this export"}
+NOT_TESTED = (
+    "Attacks (other languages, role play, long conversations, prefilled answers) were not tried. The scores are of "
+    "safesteer-mlx's own held-out prompts, judged by phrases; they do not say that the model is safe."
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card says besides the run: the export's name, library and relation to its base (as the Hub has them), what
+    it is in a sentence, and how it is used: a shell command with {folder} and {base} in it."""
+
+    name: str
+    library: str
+    relation: str
+    what: str
+    use: str
+    licence: str | None = None
+
+
+def shown_base(run: FinishedRun) -> tuple[str, bool]:
+    """The base's Hub id, or its folder's last name, which tells nothing of this machine; and whether it is an id."""
+    name = str(run.manifest.get("model"))
+    on_hub = not name.startswith((".", "/", "~")) and name.count("/") == 1
+    return (name if on_hub else name.rstrip("/").rpartition("/")[2]), on_hub
+
+
+def model_card(run: FinishedRun, about: About, fidelity: dict[str, Any] | None) -> str:
+    """The card; `fidelity` is what the export was found to answer, None if nobody asked it.
+
+    Counts and rates alone: no prompt and no answer.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    scores = run.outcomes if fidelity is None else fidelity["scores"]
+    last = "student" if fidelity is None else "shipped"
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="safesteer-mlx",
+            dataset_name="safesteer-mlx held-out prompts",
+            metric_type=f"{kind}_{outcome}_{how}",
+            metric_name=f"{label}, {how}",
+            metric_value=round(cell[outcome] / max(1, sum(cell.values())), 4),
+        )
+        for (kind, outcome), label in _LABELS.items()
+        for how, cell in scores[last]["outcomes"].get(kind, {}).items()
+        if sum(cell.values())
+    ]
+    base, on_hub = shown_base(run)
+    data = ModelCardData(
+        license=about.licence,
+        library_name=about.library,
+        pipeline_tag="text-generation",
+        tags=["safesteer", "safety", "alignment", *(["mlx"] if about.library == "mlx" else [])],
+        base_model=base if on_hub else None,
+        base_model_relation=about.relation if on_hub else None,
+        model_name=about.name,
+        eval_results=results,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {about.name}",
+        f"{about.what} Its base is `{base}`, made safer by [safesteer-mlx](https://arxiv.org/abs/2606.02530) "
+        f"{run.manifest.get('safesteer_mlx', '')} from harmful prompts alone, with seed {run.recipe.run.seed}.",
+        f"```\n{about.use.format(folder=about.name, base=base)}\n```",
+        "## Is it what was scored?",
+        _verified(fidelity),
+        _table(scores),
+        "## What was not tested",
+        NOT_TESTED,
+        "The licence of the base holds for this model too.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _verified(fidelity: dict[str, Any] | None) -> str:
+    if fidelity is None:
+        return (
+            "**Nothing was verified**: this export was made without asking it anything. The table is of the adapters "
+            "that it was made from."
+        )
+    same = fidelity["greedy_answers_alike"]
+    said = f"{same['count']} of {same['total']} greedy answers are the scored model's, word for word"
+    if isinstance(kl := fidelity["kl_harmful"], float) and kl == kl:
+        said += f"; KL(scored ‖ this) is {kl:.1e} nats a token on harmful prompts"
+        said += f", {fidelity['kl_harmless']:.1e} on harmless ones"
+    if fidelity["fault"]:
+        return f"**It failed: {fidelity['fault']}. Do not use it as the scored model.** {said[0].upper()}{said[1:]}."
+    return f"It was asked the run's held-out prompts after it was written: {said}."
+
+
+def _table(scores: dict[str, Any]) -> str:
+    names = [name for name in _NAMES if name in scores]
+    rows = [f"| | {' | '.join(_NAMES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for (kind, outcome), label in _LABELS.items():
+        for how in ("greedy", "sampled"):
+            cells = []
+            for name in names:
+                cell = scores[name]["outcomes"].get(kind, {}).get(how, {})
+                n, total = cell.get(outcome, 0), sum(cell.values())
+                low, high = wilson(n, total)
+                cells.append(f"{n}/{total} ({100 * low:.0f}–{100 * high:.0f} %)" if total else "–")
+            rows.append(f"| {label}, {how} | {' | '.join(cells)} |")
+    return "\n".join(rows)

@@ -1,0 +1,294 @@
+"""The student as one model without adapters: its changes added to the weights, and these put on a grid again.
+
+A weight's change is some tenth of a step of a 4-bit grid. So the layers that training touched are quantized by GPTQ, on
+prompts of training and the student's own answers, and what training did not touch keeps its bytes.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..method.residual import block_inputs, blocks, hidden_states, resume, resumes, view
+from ..system.screen import Advance, silent
+from .gptq import quantize
+
+Ids = Sequence[int]
+
+BITS = ("auto", "4", "5", "6", "8", "16", "32", "mixed")
+MIXED_BITS = 6
+GROUP_SIZE = 64  # where the base has none
+_ROUNDED_WELL = 8  # bits, from which on rounding alone loses nothing
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An affine quantization: 2^bits levels in each group of an input's values."""
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that holds a weight which can be quantized: by its path in the model; `touched` by training; and the grid
+    that it is on, None for none. `foreign` says that this grid is no affine one."""
+
+    path: str
+    module: nn.Module
+    touched: bool
+    grid: Grid | None
+    foreign: bool = False
+
+    @property
+    def inner(self) -> nn.Module:
+        """The layer without its adapter."""
+        return self.module.get("linear", self.module.get("embedding", self.module)) if self.touched else self.module
+
+    @property
+    def width(self) -> int:
+        """I, the values in a row of the weight."""
+        values = self.inner["weight"].shape[-1]
+        return values * 32 // self.grid.bits if self.grid else values
+
+    @property
+    def size(self) -> int:
+        """How many values the weight has."""
+        weight: mx.array = self.inner["weight"]
+        return weight.size // weight.shape[-1] * self.width
+
+    def fused(self) -> nn.Module:
+        """The layer with its adapter added and its weight spelled out, both in float32."""
+        inner = copy.copy(self.inner)
+        inner.set_dtype(mx.float32)  # scales, biases and plain weights; packed ones are integers
+        if not self.touched:
+            return _spelled_out(inner) if self.grid else inner
+        adapted: Any = copy.copy(self.module)
+        name = "linear" if "linear" in adapted else "embedding"
+        adapted[name] = inner
+        return adapted.fuse(dequantize=True)
+
+
+def _spelled_out(quantized: nn.Module) -> nn.Module:
+    from mlx_lm.utils import dequantize_model
+
+    holder = nn.Module()
+    holder.layer = quantized
+    return dequantize_model(holder).layer
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every layer of a student, or of any model, that holds a weight which is or can be quantized, in order."""
+    modules = sorted(model.named_modules(), key=lambda item: item[0])
+    found, adapted = [], tuple(f"{path}." for path, module in modules if hasattr(module, "fuse"))
+    for path, module in modules:
+        touched = hasattr(module, "fuse")
+        if not touched and (path.startswith(adapted) or not hasattr(module, "weight")):
+            continue
+        inner = module.get("linear", module.get("embedding")) if touched else module
+        if hasattr(inner, "bits"):
+            grid, foreign = Grid(inner.bits, inner.group_size), getattr(inner, "mode", "affine") != "affine"
+        elif hasattr(inner, "to_quantized"):
+            grid, foreign = None, False
+        else:
+            continue
+        found.append(Layer(path, module, touched, grid, foreign))
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each layer: the grid that it is put on; None for a weight spelled out in `dtype`. A layer that is
+    not among them stays as it is, to the byte."""
+
+    grids: dict[str, Grid | None]
+    dtype: mx.Dtype
+    by_gptq: bool
+
+    def bytes_of(self, model: nn.Module) -> int:
+        """How many bytes the weights will take, a little too many."""
+        total = sum(x.nbytes for _, x in _flat(view_without_adapters(model)))
+        for layer in layers(model):
+            if layer.path not in self.grids:
+                continue
+            grid, inner = self.grids[layer.path], layer.inner
+            total -= sum(inner[name].nbytes for name in ("weight", "scales", "biases") if name in inner)
+            values = layer.size
+            total += values * self.dtype.size if grid is None else values * (grid.bits + 64 / grid.group_size) / 8
+        return int(total)
+
+
+def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return tree_flatten(model.parameters())  # type: ignore[return-value]
+
+
+def view_without_adapters(model: nn.Module) -> nn.Module:
+    """A view of a student that computes what its base does."""
+    base = view(model)
+    own = {layer.path: layer.inner for layer in layers(base) if layer.touched}
+    base.update_modules(tree_unflatten(list(own.items())))
+    return base
+
+
+def plan(model: nn.Module, bits: str) -> Plan:
+    """What `--bits` means for this student.
+
+    `auto`: what training touched goes back onto the grid that it came from (an affine one of as many bits, if that was
+    of another kind). `mixed`: onto one of `MIXED_BITS`. 4, 5, 6 or 8: every layer, but what training did not touch
+    stays where it has so many already. 16 and 32: every weight spelled out.
+    """
+    every = layers(model)
+    floats = [x.dtype for _, x in _flat(model) if mx.issubdtype(x.dtype, mx.floating)]
+    own = mx.float32 if mx.float32 in floats and mx.bfloat16 not in floats else floats[0]
+    half = mx.float16 if own == mx.float32 else own
+    dtype = {"16": half, "32": mx.float32}.get(bits, own)
+    if bits in ("16", "32"):
+        return Plan({layer.path: None for layer in every}, dtype, False)
+    if bits in ("auto", "mixed"):
+        touched = {layer.path: layer.grid for layer in every if layer.touched}
+        more = {"auto": None, "mixed": MIXED_BITS}[bits]
+        grids = {
+            path: grid and Grid(more or grid.bits, _group_size(_at(every, path), grid.group_size))
+            for path, grid in touched.items()
+        }
+        return Plan(grids, dtype, True)
+    allowed = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    has_grid, grids = any(layer.grid for layer in every), {}
+    for layer in every:
+        wanted = allowed(layer.path, layer.inner) if not has_grid else layer.grid is not None
+        size = _group_size(layer, layer.grid.group_size if layer.grid else GROUP_SIZE)
+        if not wanted or layer.width % size:
+            if layer.touched:
+                grids[layer.path] = layer.grid
+            continue
+        grid = Grid(int(bits), size)
+        if isinstance(wanted, dict):
+            grid = Grid(wanted.get("bits", grid.bits), wanted.get("group_size", size))
+        if layer.touched or layer.foreign or layer.grid != grid:
+            grids[layer.path] = grid
+    return Plan(grids, dtype, True)
+
+
+def _at(every: Sequence[Layer], path: str) -> Layer:
+    return next(layer for layer in every if layer.path == path)
+
+
+def _group_size(layer: Layer, size: int) -> int:
+    """A group size that MLX's affine grids have and the layer can be cut into, this one if it is one."""
+    return size if size in (32, 64, 128) and not layer.foreign else 64 if layer.width % 64 == 0 else 32
+
+
+class _Inputs(nn.Module):
+    """A layer that notes Σ x xᵀ of what it is given."""
+
+    def __init__(self, layer: nn.Module, width: int):
+        super().__init__()
+        self.layer = layer
+        self.hessian = mx.zeros((width, width))
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        self.hessian = self.hessian + flat.T @ flat
+        return self.layer(x, *args, **kwargs)
+
+
+def fuse(student: nn.Module, plan: Plan, rows: Sequence[Ids], progress: Advance = silent) -> nn.Module:
+    """The student as a model without adapters, its layers on the plan's grids. `rows` are texts to quantize by.
+
+    Block after block: what goes into a block comes from blocks that are quantized already, so that each makes good what
+    those before it lost. One block is spelled out at a time.
+    """
+    model = view(student)
+    texts = [mx.array([list(row)]) for row in rows]
+    place = {id(module): path for path, module in model.named_modules()}
+    in_blocks: set[str] = set()
+    own = blocks(model)
+    by_gptq = plan.by_gptq and any(grid and grid.bits < _ROUNDED_WELL for grid in plan.grids.values())
+    can_resume = by_gptq and resumes(model, texts[0])
+    inputs: list[mx.array] | None = None
+    for i, block in enumerate(own):
+        prefix = place[id(block)] + "."
+        every = [layer for layer in layers(model) if layer.path.startswith(prefix) and layer.path in plan.grids]
+        in_blocks |= {layer.path for layer in every}
+        slow = [layer for layer in every if _needs_gptq(layer, plan)]
+        hessians: dict[str, mx.array] = {}
+        if slow:
+            if can_resume and inputs is None:
+                inputs = [block_inputs(model, text)[i] for text in texts]
+            hessians = _hessians(model, i, prefix, slow, texts, inputs)
+        new = []
+        for layer in every:
+            new.append((layer.path.removeprefix(prefix), _placed(layer, plan, hessians.get(layer.path))))
+            mx.eval(new[-1][1].parameters())
+        block.update_modules(tree_unflatten(new))
+        if inputs is not None and i + 1 < len(own):
+            inputs = [block_inputs(resume(model, i, x), text)[i + 1] for x, text in zip(inputs, texts, strict=True)]
+            mx.eval(inputs)
+        progress(i + 1, len(own))
+    rest = [layer for layer in layers(model) if layer.path in plan.grids and layer.path not in in_blocks]
+    model.update_modules(tree_unflatten([(layer.path, _placed(layer, plan, None)) for layer in rest]))
+    if not any(layer.grid for layer in layers(model)):
+        model.set_dtype(plan.dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _needs_gptq(layer: Layer, plan: Plan) -> bool:
+    grid = plan.grids[layer.path]
+    is_embedding = isinstance(layer.inner, (nn.Embedding, nn.QuantizedEmbedding))
+    return plan.by_gptq and grid is not None and grid.bits < _ROUNDED_WELL and not is_embedding
+
+
+def _hessians(
+    model: nn.Module, i: int, prefix: str, layers: Sequence[Layer], texts: Sequence[mx.array], inputs: Any
+) -> dict[str, mx.array]:
+    """Σ x xᵀ over the inputs of some layers of block `i`, by path."""
+    block = blocks(model)[i]
+    reading = {layer.path: _Inputs(layer.module, layer.width) for layer in layers}
+    block.update_modules(tree_unflatten([(path.removeprefix(prefix), module) for path, module in reading.items()]))
+    for n, text in enumerate(texts):
+        hidden_states(model if inputs is None else resume(model, i, inputs[n]), text)
+        mx.eval([module.hessian for module in reading.values()])  # no more is computed than these need
+    return {path: module.hessian for path, module in reading.items()}
+
+
+def _placed(layer: Layer, plan: Plan, hessian: mx.array | None) -> nn.Module:
+    """The layer without its adapter, on its grid."""
+    fused: Any = layer.fused()
+    grid = plan.grids[layer.path]
+    if grid is None:
+        fused.set_dtype(plan.dtype)
+        return fused
+    if hessian is None:
+        fused.set_dtype(plan.dtype)
+        return fused.to_quantized(group_size=grid.group_size, bits=grid.bits)
+    packed = quantize(fused.weight, hessian, grid.bits, grid.group_size, plan.dtype)
+    placed = fused.to_quantized(group_size=grid.group_size, bits=grid.bits)
+    placed.set_dtype(plan.dtype)
+    placed.weight, placed.scales, placed.biases = packed
+    return placed
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """What config.json says of the model's grids: the commonest one, and by path each layer's that is on another, or on
+    none although it could be; None for no grid."""
+    every = layers(model)
+    grids = [(layer.path, layer.grid, getattr(layer.module, "mode", "affine")) for layer in every if layer.grid]
+    if not grids:
+        return None
+    keys = [(grid.bits, grid.group_size, mode) for _, grid, mode in grids]
+    bits, group_size, mode = max(sorted(set(keys)), key=keys.count)
+    config: dict[str, Any] = {"group_size": group_size, "bits": bits}
+    if mode != "affine":
+        config["mode"] = mode
+    for (path, grid, own), key in zip(grids, keys, strict=True):
+        if key != (bits, group_size, mode):
+            config[path] = {"group_size": grid.group_size, "bits": grid.bits}
+            if own != "affine" or mode != "affine":
+                config[path]["mode"] = own
+    return config

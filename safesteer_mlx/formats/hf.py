@@ -1,0 +1,57 @@
+"""A model as a transformers folder."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..system.load import Loaded
+from ..system.screen import UserError
+from .mlx_folder import write_mlx
+
+# Families whose weights mlx-lm keeps under transformers' own names, and those whose experts it stacks.
+_SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2")
+_EXPERTS = {
+    "mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+    "olmoe": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+}
+
+
+def check_family(config: dict[str, Any], what: str) -> None:
+    """Refuse a family that transformers may keep under other names.
+
+    Raises:
+        UserError: it is none of those that were tried.
+    """
+    kind = config.get("model_type")
+    if kind not in _SAME_NAMES and kind not in _EXPERTS:
+        known = ", ".join(sorted((*_SAME_NAMES, *_EXPERTS)))
+        raise UserError(f"--to {what} is there for {known}, not for model_type {kind}; give --to mlx")
+
+
+def write_hf(base: Loaded, model: nn.Module, dtype: mx.Dtype, folder: Path) -> None:
+    """Write a model without quantized weights as transformers reads it, in `dtype`."""
+    kind = base.config.get("model_type", "")
+    weights = {name: weight.astype(dtype) for name, weight in tree_flatten(model.parameters())}  # type: ignore
+    if kind in _EXPERTS:
+        weights = dict(_unstacked(weights, _EXPERTS[kind]))
+    holder = nn.Module()
+    for name, part in tree_unflatten(list(weights.items())).items():
+        holder[name] = part
+    write_mlx(base, holder, None, folder, {"dtype": str(dtype).rpartition(".")[2]})
+
+
+def _unstacked(weights: dict[str, mx.array], names: dict[str, str]):
+    """Each expert's own weights, from those that mlx-lm stacks."""
+    for name, weight in weights.items():
+        before, stacked, after = name.partition(".switch_mlp.")
+        if not stacked:
+            yield name, weight
+            continue
+        layer, _, leaf = after.partition(".")
+        for i, own in enumerate(weight):
+            yield f"{before}.experts.{i}.{names.get(layer, layer)}.{leaf}", own

@@ -1,0 +1,312 @@
+"""The exported thing, asked by what its users will ask it with: mlx-lm, transformers, PEFT, llama.cpp, or a server.
+
+PyTorch and llama.cpp are imported here alone, and only for an export that they read.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
+from ..method.prompts import render
+from ..method.rollout import Completion, Sampling, answer_text
+from ..system.load import Loaded
+from ..system.screen import Advance, UserError
+
+Ids = Sequence[int]
+SERVER_SECONDS = 300  # for one answer
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A shipped model: what it replies and, where they can be had, its logits. `samples` is False where it
+    is only asked greedily."""
+
+    name: str
+    replies: Replies
+    logits: Logits | None = None
+    samples: bool = True
+
+
+def needed(module: str, for_what: str) -> Any:
+    """An optional library.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        package = {"llama_cpp": "llama-cpp-python"}.get(module, module)
+        raise UserError(f"{for_what} needs {package}; pip install 'safesteer-mlx[export]'") from None
+
+
+def reader_for(
+    kind: str, what: str, base: Loaded, sampling: Sampling, seed: int, served_model: str | None = None
+) -> Reader:
+    """What asks `what`, a folder, a file or an address, in the way of this `kind`.
+
+    Raises:
+        UserError: it cannot be read so.
+    """
+    if kind == "server":
+        return _server(what, sampling, seed, served_model)
+    path = Path(what).expanduser()
+    if kind in ("mlx", "adapter"):
+        return _mlx(path, base, sampling, seed, with_adapter=kind == "adapter")
+    if kind == "transformers":
+        return _transformers(path, base, sampling)
+    if kind == "peft":
+        return _peft(path, base, sampling)
+    return _llama_cpp(path, base, sampling)
+
+
+def kind_of(what: str) -> str:
+    """How something is asked if nobody says.
+
+    Raises:
+        UserError: it is nothing that can be asked.
+    """
+    if what.startswith(("http://", "https://")):
+        return "server"
+    path = Path(what).expanduser()
+    if path.is_file() and (path.suffix == ".gguf" or path.name == "Modelfile"):
+        return "llama.cpp"
+    if (path / "adapter_model.safetensors").is_file():
+        return "peft"
+    if (path / "adapters.safetensors").is_file():
+        return "adapter"
+    if (path / "config.json").is_file():
+        return "mlx"
+    raise UserError(f"{what} is no folder of a model, no .gguf file and no http address; give one of these")
+
+
+def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, with_adapter: bool) -> Reader:
+    from mlx_lm import load
+
+    from ..system.model_files import check_model_folder
+
+    if not with_adapter:
+        check_model_folder(path)
+    try:
+        model, tokenizer = (load(str(base.path), adapter_path=str(path)) if with_adapter else load(str(path)))[:2]
+    except Exception as error:  # mlx-lm can raise anything at files that do not fit
+        raise UserError(f"mlx_lm.load cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
+    model.eval()
+    if (vocabulary := len(tokenizer.get_vocab())) != len(base.tokenizer.get_vocab()):
+        raise UserError(f"{path} has a vocabulary of {vocabulary}, another than the run's model; give an export of it")
+    own = replace(sampling, eos_ids=sorted(tokenizer.eos_token_ids))
+    return Reader("mlx-lm", replies_of(model, tokenizer, own, seed), logits_of(model))
+
+
+def _by_ids(
+    name: str,
+    base: Loaded,
+    sampling: Sampling,
+    greedy: Callable[[Ids, int], list[int]],
+    logits: Logits,
+) -> Reader:
+    """A reader that is given ids and gives ids, one prompt at a time."""
+
+    def replies(asked: Sequence[Question], sampled: bool, progress: Advance) -> list[tuple[str, bool]]:
+        texts = []
+        for n, question in enumerate(asked):
+            prompt = render(base.tokenizer, question.text)
+            ids = greedy(prompt, sampling.max_tokens)
+            end = next((i for i, token in enumerate(ids) if token in sampling.eos_ids), None)
+            completion = Completion(ids if end is None else ids[: end + 1], end is not None)
+            texts.append((answer_text(base.tokenizer, prompt, completion), completion.finished))
+            progress(n + 1, len(asked))
+        return texts
+
+    return Reader(name, replies, logits, samples=False)
+
+
+@contextmanager
+def _quiet():
+    """Libraries that print while they load."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
+
+
+def _torch_reader(name: str, model: Any, base: Loaded, sampling: Sampling) -> Reader:
+    torch = import_module("torch")
+    model.eval()
+    eos = list(sampling.eos_ids)
+
+    def greedy(prompt: Ids, most: int) -> list[int]:
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([list(prompt)]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=most,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=eos,
+                pad_token_id=eos[0],
+            )
+        return out[0, len(prompt) :].tolist()
+
+    def logits(prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            with torch.no_grad():
+                own = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            rows.append(mx.array(own.float().numpy()))
+        return mx.concatenate(rows)
+
+    return _by_ids(name, base, sampling, greedy, logits)
+
+
+def _transformers(path: Path, base: Loaded, sampling: Sampling) -> Reader:
+    needed("torch", "asking with transformers")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", local_files_only=True, output_loading_info=True, device_map=None
+            )
+    except Exception as error:
+        raise UserError(f"transformers cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
+    missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if missing:
+        raise UserError(
+            f"transformers knows this family's weights by other names ({missing[0]} first); export --to mlx"
+        )
+    return _torch_reader("transformers", model, base, sampling)
+
+
+def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
+    needed("torch", "asking with PEFT")
+    peft = needed("peft", "asking with PEFT")
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    from .hf import write_hf
+
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        write_hf(base, base.model, mx.float32, Path(scratch) / "base")
+        model = AutoModelForCausalLM.from_pretrained(Path(scratch) / "base", dtype="auto", local_files_only=True)
+        try:
+            model = peft.PeftModel.from_pretrained(model, str(path))
+        except Exception as error:
+            raise UserError(f"PEFT cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
+    return _torch_reader("PEFT", model, base, sampling)
+
+
+def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
+    llama_cpp = needed("llama_cpp", "asking with llama.cpp")
+    np = import_module("numpy")
+    files = {"FROM": str(path), "ADAPTER": None}
+    if path.name == "Modelfile":
+        lines = [line.split(maxsplit=1) for line in path.read_text("utf-8").splitlines()]
+        files |= {line[0]: str(path.parent / line[1]) for line in lines if len(line) == 2 and line[0] in files}
+    try:
+        with _quiet():
+            model = llama_cpp.Llama(
+                files["FROM"], lora_path=files["ADAPTER"], n_ctx=0, n_gpu_layers=0, logits_all=True, verbose=False
+            )
+    except Exception as error:
+        raise UserError(f"llama.cpp cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
+
+    def greedy(prompt: Ids, most: int) -> list[int]:
+        ids: list[int] = []
+        for token in model.generate(list(prompt), temp=0.0, repeat_penalty=1.0, reset=True):
+            ids.append(int(token))
+            if token in sampling.eos_ids or len(ids) >= most:
+                break
+        return ids
+
+    def logits(prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            model.reset()
+            model.eval([*prompt, *answer])
+            rows.append(mx.array(np.array(model.scores[len(prompt) - 1 : len(prompt) + len(answer) - 1], np.float32)))
+        return mx.concatenate(rows)
+
+    return _by_ids("llama.cpp", base, sampling, greedy, logits)
+
+
+@dataclass
+class _Server:
+    """An OpenAI-compatible server's chat."""
+
+    url: str
+    sampling: Sampling
+    seed: int
+    model: str | None = None
+    names: list[str] = field(default_factory=list)
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON that the server answers.
+
+        Raises:
+            UserError: it does not, or with an error.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            text = error.read()[:200].decode("utf-8", "replace")
+            which = f"; it serves {', '.join(self.names[:5])}: give one with --served-model" if self.names else ""
+            raise UserError(f"the server {self.url} answers HTTP {error.code} ({text.strip()}){which}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise UserError(
+                f"the server {self.url} does not answer ({reason}); start it, or check the address"
+            ) from None
+
+    def reply(self, instruction: str, temp: float, stream: int) -> tuple[str, bool]:
+        """What it says to one instruction, in a conversation of its own."""
+        body = {
+            "messages": [{"role": "user", "content": instruction}],
+            "max_tokens": self.sampling.max_tokens,
+            "temperature": temp,
+            "top_p": 1.0,
+            "seed": stream,
+        } | ({} if self.model is None else {"model": self.model})
+        try:
+            choice = self.ask("/chat/completions", body)["choices"][0]
+            return choice["message"].get("content") or "", choice["finish_reason"] == "stop"
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise UserError(
+                f"the server {self.url} answers with no chat completion; is it OpenAI-compatible?"
+            ) from None
+
+
+def _server(url: str, sampling: Sampling, seed: int, model: str | None = None) -> Reader:
+    url = url.rstrip("/")
+    url = url if url.endswith("/v1") else f"{url}/v1"
+    server = _Server(url, sampling, seed, model)
+    try:
+        server.names = [str(entry["id"]) for entry in server.ask("/models")["data"]]
+    except (KeyError, TypeError):
+        pass
+
+    def replies(asked: Sequence[Question], sampled: bool, progress: Advance) -> list[tuple[str, bool]]:
+        texts = []
+        for i, question in enumerate(asked):
+            stream = (seed * 1_000_003 + question.place[0] * 10_007 + question.place[1]) % 2**31
+            texts.append(server.reply(question.text, 1.0 if sampled else 0.0, stream))
+            progress(i + 1, len(asked))
+        return texts
+
+    return Reader("the server", replies)
