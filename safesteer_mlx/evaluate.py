@@ -30,6 +30,7 @@ def _parser() -> Parser:
     add("positional_model", nargs="?", metavar="MODEL", help="as --model")
     add("--model", help=f"Hub id or folder of the model (default: {BUNDLED}, the bundled one)")
     add("--adapter-path", type=Path, help="adapters to score beside the base")
+    add("--against", metavar="ORIGINAL", help="the model that MODEL was quantized from, to score beside it")
     add(
         "--suite",
         nargs="+",
@@ -60,6 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.model = model_name(one_model(args.positional_model, args.model))
     if args.adapter_path is not None:
         args.adapter_path = adapter_folder(args.adapter_path)
+    if args.against is not None and model_name(args.against) == args.model:
+        raise UserError(f"--against {args.against} is the model itself; give the one that it was quantized from")
     if args.perplexity is not None and not args.perplexity.is_file():
         raise UserError(f"--perplexity {args.perplexity} does not exist; give a text file")
     if args.out is not None and not args.out.absolute().parent.is_dir():
@@ -127,7 +130,8 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     from .method.student import with_adapters
 
     args.batch_size = batch_size(base, args.batch_size, screen)
-    models = {"base": base.model}
+    models = {} if args.against is None else {"original": _original(args, base)}
+    models["base"] = base.model
     if args.adapter_path is not None:
         models["student"] = with_adapters(base.model, args.adapter_path)
     result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "positional_model"}}
@@ -138,6 +142,24 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     if prompts.tasks:
         result["tasks"] = _tasks(args, prompts, models, base, screen)
     return result
+
+
+def _original(args: argparse.Namespace, base: "Loaded") -> Any:
+    """The model that the base was quantized from.
+
+    Raises:
+        UserError: it reads prompts otherwise, so that it is another model.
+    """
+    from .method.prompts import render
+    from .system.load import load
+
+    original = load(model_name(args.against), args.trust_remote_code, args.thinking)
+    same = original.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    if not same or render(original.tokenizer, "Why?") != render(base.tokenizer, "Why?"):
+        raise UserError(
+            f"--against {args.against} has another tokenizer or chat template than {base.name}; give its own"
+        )
+    return original.model
 
 
 def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loaded", screen: Screen) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _parser() -> Parser:
     parser = Parser("export", "Write what a run made for others to use, and check that it answers as what was scored.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of adapters that align wrote")
-    add("--to", required=True, choices=FORMATS, help="what to write; hub: upload it to the Hugging Face Hub as well")
+    add("--to", choices=FORMATS, help="what to write; hub: upload it to the Hugging Face Hub as well")
     add("--as", dest="form", choices=FORMATS[:-1], default="adapter", help="what hub uploads (default: adapter)")
     add("--public", action="store_true", help="for all to see on the Hub (default: private)")
     add(
@@ -75,6 +75,8 @@ def _parser() -> Parser:
 
 def _run(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
+    if args.to is None:
+        raise UserError(f"say with --to what to write: {', '.join(FORMATS)}")
     args.upload = args.to == "hub"
     args.to = args.form if args.upload else args.to
     if args.upload and args.name is None:
@@ -154,7 +156,7 @@ def _mlx(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scre
         model = fuse(student, planned, texts, advance)
     quantization = quantization_of(model)
     write_mlx(base, model, quantization, folder)
-    bits = f"{quantization['bits']} bits" if quantization else str(planned.dtype).rpartition(".")[2]
+    bits = f"{quantization['bits']} bits" if quantization else "not quantized"
     about = About(
         _name(folder),
         "mlx",
@@ -335,10 +337,13 @@ def _finish(
     run: "FinishedRun", args: Namespace, exported: Exported, fidelity: dict[str, Any] | None, screen: Screen
 ) -> int:
     """Write the card, and say what was made and how it is used."""
-    from .formats.card import model_card
+    from .formats.card import model_card, shown_base
+    from .system import hub
     from .system.store import write
 
-    write(exported.folder / "README.md", model_card(run, exported.about, fidelity).encode())
+    base, on_hub = shown_base(run)
+    about = replace(exported.about, licence=hub.licence(base) if args.upload and on_hub else None)
+    write(exported.folder / "README.md", model_card(run, about, fidelity).encode())
     if fidelity is not None and fidelity["fault"]:
         better = WOULD_HOLD.get(args.bits, "mixed")
         screen.line(f"failed: {exported.folder} is marked so in its README.md; --bits {better} keeps more")
@@ -347,9 +352,7 @@ def _finish(
         screen.line("nothing was verified; the export's README.md says so")
     screen.line(f"exported: {exported.folder}")
     if args.upload:
-        from .system.hub import upload
-
-        screen.line(f"uploaded: {upload(exported.folder, args.name, args.public)}")
+        screen.line(f"uploaded: {hub.upload(exported.folder, args.name, args.public)}")
     names = {"folder": shlex.quote(str(exported.folder)), "base": shlex.quote(run.recipe.run.model)}
     screen.line(f"use it: {exported.about.use.format(**names)}")
     return 0

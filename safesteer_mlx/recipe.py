@@ -604,9 +604,10 @@ class Parser(argparse.ArgumentParser):
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0]
-            wrong = f"unknown flag {word}" if word.startswith("-") else f"{word} is one word too many"
+            if not word.startswith("-"):
+                raise UserError(f"{word} is one word too many; see --help")
             known = [flag for flag in self._option_string_actions if not flag.startswith("--no-")]
-            raise UserError(f"{wrong}{nearest(word.split('=')[0], known) or '; see --help'}")
+            raise UserError(f"unknown flag {word}{nearest(word.split('=')[0], known) or '; see --help'}")
         return arguments
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .recipe import HELD_OUT_TOKENS, Parser, at_least
 from .system.hub import prepare
-from .system.screen import Screen, exit_code
+from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
     from .evals.fidelity import Fidelity
@@ -94,7 +94,7 @@ def _run(argv: list[str] | None) -> int:
     parser = Parser("verify", "Hold an export, or a running server, against the student that its run scored.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of adapters that align wrote")
-    add("--against", required=True, metavar="WHAT", help="a model's folder, a .gguf file, or a server's http address")
+    add("--against", metavar="WHAT", help="a model's folder, a .gguf file, or a server's http address")
     add("--with", dest="kind", choices=WITH, help="what reads it (default: by what it is)")
     add("--model", help="where the run's base is now, if it has moved")
     add("--served-model", metavar="NAME", help="the server's name for the model (default: the one that it has loaded)")
@@ -104,6 +104,8 @@ def _run(argv: list[str] | None) -> int:
     add("--offline", action="store_true", help="fetch nothing from the Hub, as HF_HUB_OFFLINE=1")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
     args = parser.parse_args(argv)
+    if args.against is None:
+        raise UserError("say with --against what to ask: a model's folder, a .gguf file, or a server's http address")
     prepare(args.offline)
     from .evals.fidelity import show
     from .system.finished import finished_run, load_base

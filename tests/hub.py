@@ -1,9 +1,10 @@
-"""A stand-in for the Hugging Face Hub on loopback: model and dataset repositories, and every way they fail."""
+"""A stand-in for the Hugging Face Hub on loopback: model and dataset repositories, uploads, and every way they fail."""
 
 import hashlib
 import json
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,9 @@ class Hub:
         self.seen: list[tuple[str, str, str | None]] = []
         self.agents: set[str] = set()
         self.faults: list[Fault] = []
+        self.licence = ""  # that the pages of all models name
+        self.private: dict[str, bool] = {}  # of repositories that were made here
+        self.large: dict[str, bytes] = {}  # uploaded apart from their commit, by sha256
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -98,12 +102,75 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
+    def do_PUT(self) -> None:
+        self.hub.seen.append((self.command, self.path, None))
+        body = self._body()
+        self.hub.large[hashlib.sha256(body).hexdigest()] = body
+        self.answer(200, b"", {})
+
+    def do_POST(self) -> None:
+        self.most = None
+        body = self._body()
+        self.hub.seen.append((self.command, self.path, None))
+        if any(fault(self) for fault in self.hub.faults):
+            return
+        path = unquote(urlsplit(self.path).path)
+        upload = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if f"models/{name}" in self.hub.repositories:
+                return self.answer(409, b"", {"X-Error-Message": "You already created this model repo"})
+            self.hub.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            self.hub.model(name, {})
+            self._json({"url": f"{self.hub.url}/{name}"})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif upload and upload[2] == "preupload":
+            files = json.loads(body)["files"]
+            self._json({"files": [self._mode(file["path"]) for file in files]})
+        elif upload:
+            self._commit(upload[1], [json.loads(line) for line in body.splitlines()])
+        elif large := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            objects = json.loads(body)["objects"]
+            action = {"upload": {"href": f"{self.hub.url}/large/{large[1]}"}}
+            self._json({"transfer": "basic", "objects": [{**each, "actions": action} for each in objects]})
+        else:
+            self._missing("RepoNotFound")
+
+    @staticmethod
+    def _mode(path: str) -> dict:
+        large = path.endswith((".safetensors", ".gguf"))
+        return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+
+    def _commit(self, name: str, lines: list[dict]) -> None:
+        repository = self.hub.repositories[f"models/{name}"]
+        files = dict(repository.commits[repository.refs["main"]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
+        sha = self.hub.model(name, files)
+        self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             try:
                 self.wfile.write(body[: self.most])
             except OSError:  # the client has gone
@@ -124,6 +191,7 @@ class Handler(BaseHTTPRequestHandler):
         if any(fault(self) for fault in self.hub.faults):
             return
         path = unquote(urlsplit(self.path).path)
+        path += "/revision/main" if re.fullmatch(r"/api/models/[^/]+/[^/]+", path) else ""
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/(.+)", path)
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if api:
@@ -148,7 +216,15 @@ class Handler(BaseHTTPRequestHandler):
                     for path, body in files.items()
                 ]
             )
-        self._json({"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files], "private": False})
+        self._json(
+            {
+                "id": name,
+                "sha": sha,
+                "siblings": [{"rfilename": path} for path in files],
+                "private": False,
+                "cardData": {"license": self.hub.licence},
+            }
+        )
 
     def _file(self, body: bytes | None, sha: str) -> None:
         if body is None:

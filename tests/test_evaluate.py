@@ -342,3 +342,29 @@ def test_drift_is_measured_on_harmless_prompts_alone_and_is_nan_without(base, ad
     assert over_all > 0 and outside != outside
     assert drift(base.model, student, with_harmless, [5])[1] > 0
     assert all(x != x for x in drift(base.model, student, without, [5]))
+
+
+def test_a_quantized_base_stands_beside_its_original(adapters, tmp_path, capsys):
+    """The original here is the base's own weights, spelled out: all three columns, and the same counts in two."""
+    from mlx_lm.utils import dequantize_model, load_model
+
+    from safesteer_mlx.formats.mlx_folder import write_mlx
+
+    base = load(TINY)
+    packed, _ = load_model(base.path)
+    original = tmp_path / "original"
+    original.mkdir()
+    write_mlx(base, dequantize_model(packed), None, original)
+    out = run(capsys, "--against", str(original), "--adapter-path", str(adapters), "--out", str(tmp_path / "o.json"))
+    assert "original → student" in out
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert found["original"]["outcomes"] == found["base"]["outcomes"]
+    assert found["original"]["drift"] < 1e-6 < found["student"]["drift"]
+
+
+def test_another_model_is_no_original(capsys):
+    from pathlib import Path
+
+    market = str(Path(__file__).parent / "zoo_models" / "market")
+    assert "another tokenizer" in refused(capsys, TINY, *FEW, "--against", market)
+    assert "the model itself" in refused(capsys, TINY, *FEW, "--against", TINY)

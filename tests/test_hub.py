@@ -39,6 +39,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as `prepare` sets it before it is read
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in takes large files the older way
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -295,3 +296,107 @@ def test_telemetry_and_update_checks_are_off():
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     assert subprocess.run([sys.executable, "-c", code], env=kept).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    from test_export import make_run
+
+    return make_run(tmp_path_factory.mktemp("finished") / "adapters")
+
+
+def exported(finished, tmp_path, *more: str) -> int:
+    from safesteer_mlx.export import main as export
+
+    return export([str(finished), "--to", "hub", "--name", "me/safer", "--no-verify", "--out", str(tmp_path), *more])
+
+
+def test_an_export_is_uploaded_with_its_card_privately_and_nothing_else(hub, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert exported(finished, tmp_path) == 0
+    repository = hub.repositories["models/me/safer"]
+    files = repository.commits[repository.refs["main"]]
+    assert set(files) == {"README.md", "adapter_config.json", "adapters.safetensors"}
+    assert files["adapters.safetensors"] == (finished / "adapters.safetensors").read_bytes()
+    assert hub.private["me/safer"] is True
+    assert f"uploaded: {hub.url}/me/safer" in capsys.readouterr().out
+    card = files["README.md"].decode()
+    assert "Nothing was verified" in card and str(TINY) not in card and "transcripts" not in card
+
+
+def test_the_card_names_a_base_of_the_hub_and_its_licence(hub, finished, tmp_path, monkeypatch):
+    import json
+    import shutil
+
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    hub.licence = "apache-2.0"
+    copied = tmp_path / "adapters"
+    shutil.copytree(finished, copied)
+    for name, old in (("recipe.yaml", str(TINY)), ("manifest.json", json.dumps(str(TINY)))):
+        path = copied / "run" / name
+        path.write_text(path.read_text().replace(old, NAME if name == "recipe.yaml" else json.dumps(NAME)))
+    assert exported(copied, tmp_path / "out") == 0
+    repository = hub.repositories["models/me/safer"]
+    front = repository.commits[repository.refs["main"]]["README.md"].decode().split("---")[1]
+    assert f"base_model: {NAME}" in front and "base_model_relation: adapter" in front and "license: apache-2.0" in front
+
+
+def test_a_fused_model_is_uploaded_publicly_if_that_is_asked(hub, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert exported(finished, tmp_path, "--as", "mlx", "--bits", "16", "--public") == 0
+    repository = hub.repositories["models/me/safer"]
+    files = repository.commits[repository.refs["main"]]
+    folder = tmp_path / "me" / "safer"
+    assert {path.name for path in folder.iterdir()} == set(files)
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert hub.private["me/safer"] is False
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"status": 401, "where": "/api/repos/create"}, "one that may write there"),
+        ({"status": 403, "where": "/api/repos/create"}, "one that may write there"),
+        ({"status": 500, "where": "/commit/"}, "could not be uploaded"),
+        ({"status": 429, "where": "/api/repos/create"}, "limits your requests"),
+    ],
+)
+def test_an_upload_that_fails_is_one_sentence_and_the_export_stays(hub, finished, tmp_path, capsys, fault, said):
+    hub.always(**fault)
+    assert exported(finished, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error
+    assert (tmp_path / "me" / "safer" / "adapters.safetensors").is_file()
+
+
+def test_a_repository_with_files_is_left_alone_and_an_empty_one_is_filled(hub, finished, tmp_path, capsys):
+    hub.model("me/safer", {"model.safetensors": b"precious"})
+    assert exported(finished, tmp_path / "a") == 2
+    assert "exists on the Hub already; give another --name" in capsys.readouterr().err
+    hub.model("me/safer", {})
+    assert exported(finished, tmp_path / "b") == 0
+
+
+def test_offline_nothing_is_uploaded(hub, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.seen.clear()
+    assert exported(finished, tmp_path) == 2
+    assert "cannot be uploaded offline" in capsys.readouterr().err and not hub.seen
+
+
+def test_an_export_that_failed_is_not_uploaded(hub, finished, tmp_path, capfd, monkeypatch):
+    from safesteer_mlx import export
+
+    hub.seen.clear()
+    monkeypatch.setattr(export, "_verified", lambda *_: {**_fidelity(), "fault": "it is the base"})
+    words = [str(finished), "--to", "hub", "--name", "me/safer", "--out", str(tmp_path)]
+    assert export.main(words) == 1 and not hub.seen
+
+
+def _fidelity() -> dict:
+    return {
+        "greedy_answers_alike": {"count": 0, "total": 1},
+        "kl_harmful": None,
+        "kl_harmless": None,
+        "scores": {name: {"outcomes": {}} for name in ("base", "student", "shipped")},
+    }

@@ -183,8 +183,8 @@ def test_versions_agree():
 
 
 def requirements() -> list[Requirement]:
-    # `eval` is mlx-lm's own extra, whose packages are neither installed nor pinned here.
-    extras = [needs for extra, needs in PROJECT["optional-dependencies"].items() if extra != "eval"]
+    # PyTorch and what needs it are neither installed nor pinned here.
+    extras = [needs for extra, needs in PROJECT["optional-dependencies"].items() if extra not in ("eval", "export")]
     return [Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]]
 
 

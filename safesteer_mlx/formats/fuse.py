@@ -56,6 +56,11 @@ class Layer:
         return values * 32 // self.grid.bits if self.grid else values
 
     @property
+    def dtype(self) -> mx.Dtype:
+        """That of the weight, or of its scales; of a grid that is not affine, whose scales are codes too, bfloat16."""
+        return mx.bfloat16 if self.foreign else self.inner["scales" if self.grid else "weight"].dtype
+
+    @property
     def size(self) -> int:
         """How many values the weight has."""
         weight: mx.array = self.inner["weight"]
@@ -102,12 +107,16 @@ def layers(model: nn.Module) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each layer: the grid that it is put on; None for a weight spelled out in `dtype`. A layer that is
-    not among them stays as it is, to the byte."""
+    """What becomes of each layer: the grid that it is put on, None for a weight spelled out. A layer that is not among
+    them stays as it is, to the byte. `dtype` is that of all numbers that are no codes, None for each layer's own."""
 
     grids: dict[str, Grid | None]
-    dtype: mx.Dtype
-    by_gptq: bool
+    dtype: mx.Dtype | None = None
+
+    @property
+    def by_gptq(self) -> bool:
+        """Whether texts are needed to quantize by."""
+        return any(grid and grid.bits < _ROUNDED_WELL for grid in self.grids.values())
 
     def bytes_of(self, model: nn.Module) -> int:
         """How many bytes the weights will take, a little too many."""
@@ -118,7 +127,8 @@ class Plan:
             grid, inner = self.grids[layer.path], layer.inner
             total -= sum(inner[name].nbytes for name in ("weight", "scales", "biases") if name in inner)
             values = layer.size
-            total += values * self.dtype.size if grid is None else values * (grid.bits + 64 / grid.group_size) / 8
+            size = (self.dtype or layer.dtype).size
+            total += values * (size if grid is None else grid.bits / 8 + 2 * size / grid.group_size)
         return int(total)
 
 
@@ -142,12 +152,9 @@ def plan(model: nn.Module, bits: str) -> Plan:
     stays where it has so many already. 16 and 32: every weight spelled out.
     """
     every = layers(model)
-    floats = [x.dtype for _, x in _flat(model) if mx.issubdtype(x.dtype, mx.floating)]
-    own = mx.float32 if mx.float32 in floats and mx.bfloat16 not in floats else floats[0]
-    half = mx.float16 if own == mx.float32 else own
-    dtype = {"16": half, "32": mx.float32}.get(bits, own)
     if bits in ("16", "32"):
-        return Plan({layer.path: None for layer in every}, dtype, False)
+        half = next((layer.dtype for layer in every if layer.dtype != mx.float32), mx.float16)
+        return Plan({layer.path: None for layer in every}, half if bits == "16" else mx.float32)
     if bits in ("auto", "mixed"):
         touched = {layer.path: layer.grid for layer in every if layer.touched}
         more = {"auto": None, "mixed": MIXED_BITS}[bits]
@@ -155,7 +162,7 @@ def plan(model: nn.Module, bits: str) -> Plan:
             path: grid and Grid(more or grid.bits, _group_size(_at(every, path), grid.group_size))
             for path, grid in touched.items()
         }
-        return Plan(grids, dtype, True)
+        return Plan(grids)
     allowed = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     has_grid, grids = any(layer.grid for layer in every), {}
     for layer in every:
@@ -170,7 +177,7 @@ def plan(model: nn.Module, bits: str) -> Plan:
             grid = Grid(wanted.get("bits", grid.bits), wanted.get("group_size", size))
         if layer.touched or layer.foreign or layer.grid != grid:
             grids[layer.path] = grid
-    return Plan(grids, dtype, True)
+    return Plan(grids)
 
 
 def _at(every: Sequence[Layer], path: str) -> Layer:
@@ -178,8 +185,9 @@ def _at(every: Sequence[Layer], path: str) -> Layer:
 
 
 def _group_size(layer: Layer, size: int) -> int:
-    """A group size that MLX's affine grids have and the layer can be cut into, this one if it is one."""
-    return size if size in (32, 64, 128) and not layer.foreign else 64 if layer.width % 64 == 0 else 32
+    """The group size of an affine grid for this layer: this one, if MLX has it and a row can be cut so."""
+    fits = size in (32, 64, 128) and layer.width % size == 0 and not layer.foreign
+    return size if fits else 64 if layer.width % 64 == 0 else 32
 
 
 class _Inputs(nn.Module):
@@ -207,8 +215,7 @@ def fuse(student: nn.Module, plan: Plan, rows: Sequence[Ids], progress: Advance 
     place = {id(module): path for path, module in model.named_modules()}
     in_blocks: set[str] = set()
     own = blocks(model)
-    by_gptq = plan.by_gptq and any(grid and grid.bits < _ROUNDED_WELL for grid in plan.grids.values())
-    can_resume = by_gptq and resumes(model, texts[0])
+    can_resume = bool(texts) and resumes(model, texts[0])
     inputs: list[mx.array] | None = None
     for i, block in enumerate(own):
         prefix = place[id(block)] + "."
@@ -231,7 +238,7 @@ def fuse(student: nn.Module, plan: Plan, rows: Sequence[Ids], progress: Advance 
         progress(i + 1, len(own))
     rest = [layer for layer in layers(model) if layer.path in plan.grids and layer.path not in in_blocks]
     model.update_modules(tree_unflatten([(layer.path, _placed(layer, plan, None)) for layer in rest]))
-    if not any(layer.grid for layer in layers(model)):
+    if plan.dtype is not None:
         model.set_dtype(plan.dtype)
     model.eval()
     mx.eval(model.parameters())
@@ -241,7 +248,7 @@ def fuse(student: nn.Module, plan: Plan, rows: Sequence[Ids], progress: Advance 
 def _needs_gptq(layer: Layer, plan: Plan) -> bool:
     grid = plan.grids[layer.path]
     is_embedding = isinstance(layer.inner, (nn.Embedding, nn.QuantizedEmbedding))
-    return plan.by_gptq and grid is not None and grid.bits < _ROUNDED_WELL and not is_embedding
+    return grid is not None and grid.bits < _ROUNDED_WELL and not is_embedding
 
 
 def _hessians(
@@ -260,17 +267,15 @@ def _hessians(
 def _placed(layer: Layer, plan: Plan, hessian: mx.array | None) -> nn.Module:
     """The layer without its adapter, on its grid."""
     fused: Any = layer.fused()
-    grid = plan.grids[layer.path]
+    grid, dtype = plan.grids[layer.path], plan.dtype or layer.dtype
+    weight = fused.weight
+    fused.set_dtype(dtype)
     if grid is None:
-        fused.set_dtype(plan.dtype)
         return fused
-    if hessian is None:
-        fused.set_dtype(plan.dtype)
-        return fused.to_quantized(group_size=grid.group_size, bits=grid.bits)
-    packed = quantize(fused.weight, hessian, grid.bits, grid.group_size, plan.dtype)
     placed = fused.to_quantized(group_size=grid.group_size, bits=grid.bits)
-    placed.set_dtype(plan.dtype)
-    placed.weight, placed.scales, placed.biases = packed
+    if hessian is not None:
+        packed = quantize(weight, hessian, grid.bits, grid.group_size, dtype)
+        placed.weight, placed.scales, placed.biases = packed
     return placed
 
 

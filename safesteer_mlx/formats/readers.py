@@ -260,8 +260,8 @@ class _Server:
             UserError: it does not, or with an error.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
         try:
+            request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
@@ -293,13 +293,12 @@ class _Server:
 
 
 def _server(url: str, sampling: Sampling, seed: int, model: str | None = None) -> Reader:
-    url = url.rstrip("/")
-    url = url if url.endswith("/v1") else f"{url}/v1"
+    url = url.rstrip("/").removesuffix("/v1") + "/v1"
     server = _Server(url, sampling, seed, model)
     try:
         server.names = [str(entry["id"]) for entry in server.ask("/models")["data"]]
-    except (KeyError, TypeError):
-        pass
+    except (UserError, KeyError, TypeError):
+        pass  # only for what is said if it answers no chat: mlx_lm.server lists none where the Hub's cache is empty
 
     def replies(asked: Sequence[Question], sampled: bool, progress: Advance) -> list[tuple[str, bool]]:
         texts = []

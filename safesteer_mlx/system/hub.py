@@ -1,4 +1,5 @@
-"""What is fetched from the Hugging Face Hub: the model and the data set that the user named, nothing else."""
+"""What is fetched from the Hugging Face Hub, the model and the data set that the user named, and what is put there when
+the user says so; nothing else."""
 
 import errno
 import json
@@ -90,6 +91,17 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
 
 
+def licence(name: str) -> str | None:
+    """The licence that a model's page names, if the page can be had."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        data = HfApi(constants.ENDPOINT).model_info(name).card_data
+        return None if data is None else data.get("license")
+    except Exception:  # offline, gone, gated: the card goes without
+        return None
+
+
 def upload(folder: Path, name: str, public: bool) -> str:
     """Make a model repository, private unless `public`, and put the files of a folder into it; its address.
 
@@ -103,23 +115,29 @@ def upload(folder: Path, name: str, public: bool) -> str:
         raise UserError(f"model {name} cannot be uploaded offline; leave out --offline and HF_HUB_OFFLINE")
     api = HfApi(constants.ENDPOINT)
     try:
-        address = api.create_repo(name, private=not public)
+        try:
+            api.create_repo(name, private=not public)
+        except errors.HfHubHTTPError as error:
+            # One that is there and empty is an upload's that broke off.
+            if error.response.status_code != 409 or set(api.list_repo_files(name)) - {".gitattributes"}:
+                raise
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="safesteer-mlx export")
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code == 409:
-            raise UserError(f"model {name} exists on the Hub already; give another --name") from None
-        if error.response.status_code in (401, 403):
-            raise UserError(
-                f"model {name} may not be made with your token; `hf auth login` with one that may write there"
-            ) from None
-        raise UserError(f"model {name} could not be uploaded ({_short(error)}); the folder {folder} stays") from None
-    except Exception as error:  # httpx's and the system's errors share no base class but this
-        raise UserError(f"model {name} could not be uploaded ({_short(error)}); the folder {folder} stays") from None
-    return str(address)
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:150]
+    except Exception as error:  # httpx's, the Hub's and the system's errors share no base class but this
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        reason = {
+            401: "may not be made with your token; `hf auth login` with one that may write there",
+            403: "may not be made with your token; `hf auth login` with one that may write there",
+            409: "exists on the Hub already; give another --name",
+            429: "was not taken because the Hub limits your requests; wait some minutes and try again",
+        }.get(status or 0)
+        if isinstance(error, errors.HFValidationError):
+            reason = "is no name that the Hub allows; give letters, digits, dots and dashes"
+        if reason is None:
+            first = (str(error).splitlines() or [type(error).__name__])[0][:150].rstrip(". ")
+            reason = f"could not be uploaded ({first}); try again later"
+        raise UserError(f"model {name} {reason}; what was to be uploaded is in {folder}") from None
+    return f"{constants.ENDPOINT}/{name}"
 
 
 def _set_up() -> None:

@@ -1,0 +1,373 @@
+"""Exports: what is written, that it is what was scored, what is said of it, and every way it is refused."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import yaml
+from mlx.utils import tree_flatten
+
+from safesteer_mlx.evals import heldout
+from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
+from safesteer_mlx.evals.scores import transcripts
+from safesteer_mlx.export import main
+from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
+from safesteer_mlx.formats.peft import write_peft
+from safesteer_mlx.method.prompts import prompt_sets
+from safesteer_mlx.method.rollout import Sampling
+from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
+from safesteer_mlx.recipe import HELD_OUT_TOKENS, MODELS, resolve
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import Screen
+
+TINY = str(MODELS / "tiny-chat")
+ASKED = 8
+
+
+def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
+    """A finished run as align leaves it, but its adapters are drawn: what the student answers is other, not better."""
+    base = load(TINY)
+    recipe, _ = resolve(
+        base.config,
+        {
+            "model": TINY,
+            "adapter_path": str(folder),
+            "test_prompts": ASKED,
+            "num_layers": num_layers,
+            "fine_tune_type": kind,
+        },
+    )
+    student = make_student(base.model, recipe.train, 0, quantized=True)
+    mx.random.seed(1)
+    own = dict(tree_flatten(student.trainable_parameters()))
+    drawn = [(name, 1.0 * mx.random.normal(w.shape)) for name, w in own.items() if name.endswith("lora_b")]
+    student.load_weights(drawn, strict=False)
+    save_adapters(folder, student, adapter_config(recipe.train, TINY, 0))
+    kinds, _ = held_out_prompts(prompt_sets(recipe), ASKED)
+    test = heldout.TestSet(kinds, [], [], [], {kind: kind for kind in kinds})
+    held_out = HeldOut(base, test, [], recipe.run.seed, Sampling(base.eos_ids, HELD_OUT_TOKENS))
+    scores = dict(held_out.score_each({"base": base.model, "student": student}, Screen(quiet=True)))
+    run = folder / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.flat()))
+    (run / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in transcripts(scores)))
+    (run / "before_after.json").write_text(json.dumps({name: s.as_json() for name, s in scores.items()}))
+    manifest = {
+        "safesteer_mlx": "0",
+        "model": TINY,
+        "model_sha256": base.weights_hash,
+        "adapters_sha256": hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest(),
+        "not_aligned": None,
+    }
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("finished") / "adapters")
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """One that a test may spoil."""
+    shutil.copytree(finished, tmp_path / "adapters")
+    return tmp_path / "adapters"
+
+
+def refused(capsys, *words: str) -> str:
+    assert main(list(map(str, words))) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said, said
+    return said
+
+
+def test_an_mlx_folder_is_the_student_keeps_the_untouched_bytes_and_says_what_it_is(finished, tmp_path, capfd):
+    assert main([str(finished), "--to", "mlx", "--out", str(tmp_path), "--verify", "8"]) == 0
+    said = capfd.readouterr().out
+    folder = tmp_path / "safesteer" / "tiny-chat-safesteer"
+    assert f"exported: {folder}" in said and f"mlx_lm.chat --model {folder}" in said
+    assert "verified" in said and "KL(student ‖ shipped)" in said
+    assert not list(tmp_path.rglob("*.part")) and not list(folder.rglob("*.jsonl"))
+
+    before, after = mx.load(f"{TINY}/model.safetensors"), mx.load(str(folder / "model.safetensors"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not mx.array_equal(before[name], after[name])}
+    assert changed and {name.split(".")[2] for name in changed} == {"5", "6", "7"}  # the last three blocks
+    assert (folder / "model.safetensors").stat().st_size < 1.01 * Path(f"{TINY}/model.safetensors").stat().st_size
+    assert (folder / "tokenizer.json").read_bytes() == Path(f"{TINY}/tokenizer.json").read_bytes()
+
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "mlx" and "safesteer" in front["tags"]
+    assert front["model-index"][0]["results"][0]["metrics"]
+    assert "word for word" in card and "not tried" in card and "base_model" not in front
+    assert str(MODELS) not in card and str(tmp_path) not in card  # nothing of this machine
+    prompts = [json.loads(line)["prompt"] for line in (finished / "run" / "transcripts.jsonl").read_text().splitlines()]
+    assert not any(prompt in card for prompt in prompts)
+
+
+def test_an_export_that_is_not_the_student_is_marked_failed(finished, tmp_path, capfd, monkeypatch):
+    from safesteer_mlx.formats import fuse
+
+    # As if fusing lost all that was trained.
+    own = fuse.fuse
+    monkeypatch.setattr(fuse, "fuse", lambda student, *rest: own(fuse.view_without_adapters(student), *rest))
+    assert main([str(finished), "--to", "mlx", "--bits", "16", "--out", str(tmp_path), "--verify", "8"]) == 1
+    said = capfd.readouterr().out
+    assert "failed: it answers as the base does" in said and "--bits 32" in said and "exported:" not in said
+    assert "It failed" in next(tmp_path.rglob("README.md")).read_text()
+
+
+def test_nothing_verified_is_said(finished, tmp_path, capsys):
+    assert main([str(finished), "--to", "adapter", "--no-verify", "--out", str(tmp_path), "--name", "me/mine"]) == 0
+    assert "nothing was verified" in capsys.readouterr().out
+    folder = tmp_path / "me" / "mine"
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapters.safetensors"]
+    assert "**Nothing was verified**" in (folder / "README.md").read_text()
+    assert (folder / "adapters.safetensors").read_bytes() == (finished / "adapters.safetensors").read_bytes()
+    assert json.loads((folder / "adapter_config.json").read_text())["model"] == "tiny-chat"  # and no path of ours
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "said"),
+    [
+        (lambda f: (f / "run" / "manifest.json").unlink(), [], "not finished"),
+        (lambda f: shutil.rmtree(f / "run"), [], "holds no run"),
+        (lambda f: (f / "adapters.safetensors").unlink(), [], "no adapters.safetensors"),
+        (lambda f: (f / "adapters.safetensors").write_bytes(b"other"), [], "not those that its run scored"),
+        (lambda f: (f / "run" / "manifest.json").write_text("{"), [], "not JSON"),
+        (lambda f: None, ["--to", "onnx"], "invalid choice: 'onnx'"),
+        (lambda f: None, ["--name", "../../up"], "PUBLISHER/NAME"),
+        (lambda f: None, ["--name", "one"], "PUBLISHER/NAME"),
+        (lambda f: None, ["--to", "hub"], "--name ORGANISATION/NAME"),
+        (lambda f: None, ["--verify", "0"], "at least 1"),
+        (lambda f: None, ["--to", "hf", "--bits", "4"], "--bits 4 is for --to mlx"),
+        (lambda f: None, ["--to", "adapter", "--bits", "8"], "--bits 8 is for fused models"),
+        (lambda f: None, ["--to", "gguf", "--llama-cpp", "/nowhere"], "holds no convert_hf_to_gguf.py"),
+        (lambda f: None, ["--model", "/nowhere/model"], "/nowhere/model does not exist"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(copied, tmp_path, capsys, spoil, flags, said):
+    spoil(copied)
+    out = tmp_path / "out"
+    words = ["--to", "mlx", *flags] if "--to" not in flags else flags
+    assert said in refused(capsys, copied, *words, "--out", out)
+    assert not [path for path in out.rglob("*") if path.is_file() or path.name.startswith(".")]
+
+
+def test_another_base_than_the_run_s_is_refused(copied, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    weights = mx.load(str(other / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    mx.save_safetensors(str(other / "model.safetensors"), weights)
+    assert "holds other weights" in refused(capsys, copied, "--to", "mlx", "--model", other, "--out", tmp_path / "out")
+
+
+def test_a_run_that_made_nothing_safer_is_exported_by_force_alone(copied, tmp_path, capsys):
+    path = copied / "run" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"not_aligned": "too few"}))
+    words = [copied, "--to", "adapter", "--no-verify", "--out", tmp_path / "out"]
+    assert "is not aligned (too few)" in refused(capsys, *words)
+    assert main([*map(str, words), "--force"]) == 0
+
+
+def test_a_folder_that_exists_is_left_alone(finished, tmp_path, capsys):
+    there = tmp_path / "safesteer" / "tiny-chat-safesteer"
+    there.mkdir(parents=True)
+    assert "exists already" in refused(capsys, finished, "--to", "mlx", "--out", tmp_path)
+    assert not list(there.iterdir())
+
+
+def test_a_full_disk_is_told_before_anything_is_written(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert "make room" in refused(capsys, finished, "--to", "mlx", "--out", tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() or path.name.startswith(".")]
+
+
+def test_a_failure_or_ctrl_c_while_writing_leaves_nothing(finished, tmp_path, capsys, monkeypatch):
+    from safesteer_mlx.formats import mlx_folder
+
+    for error, code in ((OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(mlx_folder, "copy_tokenizer", fail)
+        assert main([str(finished), "--to", "mlx", "--bits", "8", "--out", str(tmp_path / "out")]) == code
+        assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() or path.name.startswith(".")]
+
+
+def test_a_family_that_a_format_lacks_is_named(finished, tmp_path, capsys, monkeypatch):
+    from safesteer_mlx.formats import hf
+
+    monkeypatch.setattr(hf, "_SAME_NAMES", ("llama",))
+    for form in ("hf", "peft"):
+        said = refused(capsys, finished, "--to", form, "--out", tmp_path / "out")
+        assert "not for model_type qwen2" in said and "--to mlx" in said
+
+
+def test_peft_s_files_are_mlx_lm_s_turned_round(finished, tmp_path):
+    """lora_a (I, R) → lora_A (R, I); alpha = scale × rank; the trained blocks named."""
+    write_peft(with_adapters(load(TINY).model, finished), "org/base", tmp_path)
+    own, theirs = (mx.load(str(p)) for p in (finished / "adapters.safetensors", tmp_path / "adapter_model.safetensors"))
+    assert len(own) == len(theirs)
+    for name, weight in own.items():
+        other = theirs["base_model.model." + name.replace("lora_a", "lora_A.weight").replace("lora_b", "lora_B.weight")]
+        assert mx.array_equal(weight.T, other), name
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings = json.loads((finished / "adapter_config.json").read_text())["lora_parameters"]
+    assert config["r"] == settings["rank"] and config["lora_alpha"] == settings["scale"] * settings["rank"]
+    assert config["layers_to_transform"] == [5, 6, 7] and config["layers_pattern"] == "layers"
+    assert "self_attn.q_proj" in config["target_modules"] and not config["use_dora"]
+
+
+def test_a_modelfile_says_the_template_and_where_answers_end():
+    text = modelfile(load(TINY), "m.gguf", "a.gguf")
+    assert text.startswith("FROM ./m.gguf\nADAPTER ./a.gguf\n") and 'PARAMETER stop "<|im_end|>"' in text
+    turn = "<|im_start|>user\n{{ end }}{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>"
+    assert turn in text and "{{ if .System }}<|im_start|>system\n{{ .System }}" in text
+
+
+def test_a_tokenizer_is_known_by_how_it_splits_alone():
+    own = json.loads(Path(f"{TINY}/tokenizer.json").read_text())
+    assert pre_tokenizer(own) == "qwen2"
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    assert pre_tokenizer({"pre_tokenizer": level}) == "gpt-2"
+    split = {"type": "Split", "pattern": {"Regex": "x"}}
+    for other in ({}, {"pre_tokenizer": {"type": "Metaspace"}}, {"pre_tokenizer": {"pretokenizers": [split, level]}}):
+        assert pre_tokenizer(other) is None
+
+
+# With the extra `export`; docs/export.md has the command, and what it printed last.
+
+ZOO = Path(__file__).parent / "zoo_models"
+SMALL_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def moved(**more) -> dict:
+    return SMALL_LLAMA | more
+
+
+FAMILIES = {
+    "llama": moved(),
+    "mistral": moved(model_type="mistral", sliding_window=None),
+    "qwen2": moved(model_type="qwen2", tie_word_embeddings=True),
+    "qwen3": moved(model_type="qwen3", head_dim=16),
+    "gemma": moved(model_type="gemma", head_dim=16, tie_word_embeddings=True),
+    "gemma2": moved(model_type="gemma2", head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True),
+    "gemma3_text": moved(
+        model_type="gemma3_text",
+        num_hidden_layers=6,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=64,
+        tie_word_embeddings=True,
+    ),
+    "olmo2": moved(model_type="olmo2", num_key_value_heads=4),
+    "phi3": moved(model_type="phi3", pad_token_id=0),
+    "starcoder2": moved(model_type="starcoder2", norm_epsilon=1e-5, tie_word_embeddings=True),
+    "mixtral": moved(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": moved(model_type="olmoe", num_key_value_heads=4, num_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": moved(
+        model_type="qwen2_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    ),
+    "qwen3_moe": moved(
+        model_type="qwen3_moe",
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+    ),
+}
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_the_same_to_transformers(family, tmp_path):
+    """A random model of the family, written as a transformers folder: the logits of both libraries agree."""
+    from importlib import import_module
+
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from safesteer_mlx.formats.hf import check_family, write_hf
+
+    base = load(TINY)
+    config = FAMILIES[family] | {"vocab_size": 1856, "rope_theta": 10000.0, "max_position_embeddings": 512}
+    config |= {"bos_token_id": 0, "eos_token_id": 2}
+    full = AutoConfig.for_model(**config).to_dict() | config  # what mlx-lm asks for and we did not say
+    check_family(config, "hf")
+    module = import_module(f"mlx_lm.models.{'llama' if family == 'mistral' else family}")
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict(full))
+    model.eval()
+    import dataclasses
+
+    write_hf(dataclasses.replace(base, model=model, config=full), model, mx.float32, tmp_path / "hf")
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = np.random.default_rng(0).integers(3, 1000, 24).tolist()
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor([ids])).logits[0].numpy()
+    found = np.array(model(mx.array([ids]))[0])
+    assert np.abs(found - expected).max() < 1e-3 * max(1.0, np.abs(expected).max())
+
+
+def kl(said: str) -> float:
+    """KL(student ‖ shipped) on answers to harmful prompts, as the table has it."""
+    return float(re.search(r"shipped\), harmful[ │]+([.\d]+e[-+]\d+)", said)[1])  # type: ignore[index]
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(("words", "most"), [(["hf", "--bits", "32"], 1e-6), (["hf"], 1e-2), (["peft"], 1e-6)])
+def test_transformers_and_peft_give_what_the_student_does(finished, tmp_path, capfd, words, most):
+    """In float32 the same ids; in half precision a student that was drawn, and babbles, goes other ways at ties."""
+    assert main([str(finished), "--to", *words, "--out", str(tmp_path), "--verify", "8"]) == 0
+    said = capfd.readouterr().out
+    assert kl(said) < most and ("24/24" in said or words == ["hf"])
+
+
+@pytest.mark.export
+def test_peft_reads_dora(tmp_path, capfd):
+    run = make_run(tmp_path / "adapters", "dora", -1)
+    assert main([str(run), "--to", "peft", "--out", str(tmp_path / "out"), "--verify", "4"]) == 0
+    assert "12/12" in capfd.readouterr().out
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(
+    ("words", "most"), [(["gguf"], 0.3), (["gguf", "--bits", "16"], 1e-2), (["gguf-lora", "--bits", "16"], 1e-2)]
+)
+def test_llama_cpp_gives_what_the_student_does(finished, tmp_path, capfd, words, most):
+    """Needs llama.cpp's source: LLAMA_CPP names its folder."""
+    import os
+
+    source = os.environ.get("LLAMA_CPP")
+    if source is None:
+        pytest.skip("LLAMA_CPP names no llama.cpp source")
+    assert main([str(finished), "--to", *words, "--llama-cpp", source, "--out", str(tmp_path), "--verify", "8"]) == 0
+    assert kl(capfd.readouterr().out) < most
+    assert next(tmp_path.rglob("Modelfile")).read_text().startswith("FROM ./")
