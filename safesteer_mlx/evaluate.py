@@ -17,7 +17,6 @@ from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
-    from .evals.suites import Suite
     from .method.prompts import Instruction
     from .system.load import Loaded
 
@@ -35,9 +34,10 @@ def _parser() -> Parser:
         "--suite",
         nargs="+",
         metavar="NAME[=FILE]",
-        default=[BUILT_IN],
-        help=f"suites to run, of the Hub or a local file; {BUILT_IN} is our own held-out prompts (default)",
+        help=f"suites to run, of the Hub or a local file; {BUILT_IN} is our own held-out prompts (default: it alone, "
+        "without --tasks)",
     )
+    add("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, by name or as own .yaml files")
     add("--test-prompts", type=at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
     add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
     add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
@@ -59,6 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     args = _parser().parse_args(argv)
     args.model = model_name(one_model(args.positional_model, args.model))
+    args.suite = args.suite or ([] if args.tasks else [BUILT_IN])
     if args.adapter_path is not None:
         args.adapter_path = adapter_folder(args.adapter_path)
     if args.against is not None and model_name(args.against) == args.model:
@@ -77,7 +78,7 @@ class Asked:
     kinds: dict[str, list["Instruction"]]
     kind_of: dict[str, str]
     capability: list["Instruction"]
-    tasks: list["Suite"]
+    tasks: list[str]
 
 
 def read_suites(args: argparse.Namespace) -> Asked:
@@ -89,16 +90,20 @@ def read_suites(args: argparse.Namespace) -> Asked:
     import numpy as np
 
     from .evals.heldout import held_out_prompts
-    from .evals.lm_tasks import check_tasks
+    from .evals.lm_tasks import check_tasks, task_name
     from .evals.suites import find_suite, load_suite
     from .method.prompts import built_in_sets
 
     n = args.test_prompts or None
     parts = [text.partition("=") for text in args.suite]
     suites = {name: find_suite(name) for name, _, _ in parts if name != BUILT_IN}
-    prompts = Asked({}, {}, [], [suite for suite in suites.values() if suite.kind == "task"])
+    tasks = [suite for suite in suites.values() if suite.kind == "task"]
+    prompts = Asked({}, {}, [], [*(task.task for task in tasks), *args.tasks])
+    for task in args.tasks:
+        if task.endswith(".yaml"):
+            task_name(Path(task))
     if prompts.tasks:
-        check_tasks(any(t.runs_code for t in prompts.tasks), args.confirm_run_unsafe_code)
+        check_tasks(any(t.runs_code for t in tasks), args.confirm_run_unsafe_code)
     for name, _, file in parts:
         if file and (name == BUILT_IN or suites[name].kind == "task"):
             raise UserError(f"--suite {name}={file}: {name} is not read from a file; leave ={file} out")
@@ -205,7 +210,7 @@ def _tasks(
         name: run_tasks(
             model,
             base.tokenizer,
-            [task.task for task in prompts.tasks],
+            prompts.tasks,
             seed=args.seed,
             batch_size=args.batch_size,
             limit=args.test_prompts or None,

@@ -5,12 +5,14 @@ lm-eval itself is not installed here: a module with its four names stands in for
 
 import sys
 import types
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from safesteer_mlx.evals.lm_tasks import check_tasks, run_tasks
+from safesteer_mlx.evaluate import main
 from safesteer_mlx.method.residual import view
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
@@ -38,8 +40,9 @@ def test_code_is_run_only_when_asked_for_twice(monkeypatch):
 @pytest.fixture
 def lm_eval(monkeypatch):
     """What mlx-lm imports of lm-eval, and a `simple_evaluate` that asks for one log-likelihood and one answer."""
-    names = ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry")
-    top, _, model, registry = (types.ModuleType(name) for name in names)
+    names = ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry", "lm_eval.tasks")
+    top, api, model, registry, manager = (types.ModuleType(name) for name in names)
+    manager.TaskManager = lambda include_path=None: include_path  # type: ignore[attr-defined]
     model.LM = type("LM", (), {})  # type: ignore[attr-defined]
     registry.register_model = lambda name: lambda cls: cls  # type: ignore[attr-defined]
     asked = {}
@@ -57,7 +60,7 @@ def lm_eval(monkeypatch):
         return {"results": {tasks[0]: {"logprob": logprob, "right": float("104" in text)}}}
 
     top.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    for name, module in zip(names, (top, types.ModuleType("lm_eval.api"), model, registry), strict=True):
+    for name, module in zip(names, (top, api, model, registry, manager), strict=True):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "mlx_lm.evaluate", raising=False)
     yield asked
@@ -83,3 +86,45 @@ def test_a_task_that_lm_eval_does_not_know_is_a_sentence(lm_eval):
     base = load(str(MODELS / "tiny-chat"))
     with pytest.raises(UserError, match="unknown"):
         run_tasks(base.model, base.tokenizer, ["unknown"], seed=0, batch_size=1)
+
+
+def test_an_own_task_is_found_by_its_file(lm_eval, tmp_path, capsys):
+    base = load(str(MODELS / "tiny-chat"))
+    file = tmp_path / "own.yaml"
+    file.write_text("dataset_path: json\ntask: 'my_sums'\nprocess_docs: !function utils.process\n")
+    found = run_tasks(base.model, base.tokenizer, [str(file), "gsm8k"], seed=0, batch_size=1)
+    assert lm_eval["tasks"] == ["my_sums", "gsm8k"] and lm_eval["task_manager"] == [str(tmp_path)]
+    assert "my_sums" in found and capsys.readouterr().out == ""  # mlx-lm prints a line an answer
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "cannot be read"), ("dataset_path: json\n", "names no task"), (b"\xff", "no UTF-8")]
+)
+def test_an_own_task_that_is_none_is_a_sentence(tmp_path, capsys, content, said):
+    file = tmp_path / "own.yaml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main([str(MODELS / "tiny-chat"), "--tasks", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.export
+def test_a_local_task_is_run_by_lm_eval_itself(tmp_path):
+    """Own YAML, own jsonl, no network: docs/evaluation.md's example."""
+    import json
+    import os
+    import re
+    import subprocess
+
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text("utf-8")
+    example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    (tmp_path / "sums.yaml").write_text(example[1])
+    rows = [{"question": f"Add {n} and {n + 3}.", "answer": str(2 * n + 3)} for n in range(20, 40)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "safesteer_mlx.evaluate", "--tasks", "sums.yaml", "--out", "o.json", "--offline"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / "o.json").read_text())["tasks"]["base"]["sums"]
+    assert found["exact_match,last_number"] > 0.9 and "Finished processing" not in result.stdout

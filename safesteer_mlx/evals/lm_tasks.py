@@ -1,7 +1,11 @@
 """Tasks of lm-eval, through mlx-lm's own evaluator, on a model that is already loaded, adapters and all."""
 
 import os
+import re
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -26,6 +30,22 @@ def check_tasks(runs_code: bool, confirmed: bool) -> None:
         )
 
 
+def task_name(file: Path) -> str:
+    """The name that an own task's file gives it.
+
+    Raises:
+        UserError: the file cannot be read, or names none.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tasks {file} cannot be read ({getattr(error, 'strerror', None) or 'no UTF-8'})") from None
+    # Not as YAML: lm-eval's own tags name functions to import.
+    if (name := re.search(r"^task:\s*[\"']?([\w.\-]+)", text, re.MULTILINE)) is None:
+        raise UserError(f"--tasks {file} names no task; give it a line like task: {file.stem}")
+    return name[1]
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -37,6 +57,8 @@ def run_tasks(
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """lm-eval's own results by task, {task: {metric: value}}, greedy, in the model's chat template.
+
+    `tasks` are lm-eval's names, or .yaml files of one's own, which lie in their folder with what they include.
 
     Raises:
         UserError: a task that lm-eval does not know or cannot fetch.
@@ -55,16 +77,22 @@ def run_tasks(
             self._max_tokens, self._batch_size, self._sampler = None, batch_size, None
             self.use_chat_template = True
 
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+
+    files = [Path(task) for task in tasks if task.endswith(".yaml")]
+    names = [task_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
-        results = lm_eval.simple_evaluate(
-            model=Loaded(),
-            tasks=list(tasks),
-            apply_chat_template=True,
-            limit=limit,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-            **seeds,
-        )
+        with redirect_stdout(StringIO()):  # mlx-lm prints a line an answer
+            results = lm_eval.simple_evaluate(
+                model=Loaded(),
+                tasks=names,
+                task_manager=TaskManager(include_path=sorted({str(file.absolute().parent) for file in files}) or None),
+                apply_chat_template=True,
+                limit=limit,
+                confirm_run_unsafe_code=confirm_run_unsafe_code,
+                **seeds,
+            )
     except (KeyError, ValueError, OSError) as error:
         raise UserError(
             f"lm-eval cannot run {', '.join(tasks)} ({type(error).__name__}); "
