@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FORMATS = ("mlx", "adapter", "hf", "peft", "gguf", "gguf-lora", "hub")
 BITS = ("auto", "4", "5", "6", "8", "16", "32", "mixed")
 TEXTS, TEXT_TOKENS = 64, 64  # of each kind, to quantize by; of the student's answer in each
+NEEDED = dict.fromkeys(("gguf", "gguf-lora"), ("torch", "gguf"))  # to write it
+ASKED_WITH = {"hf": ("torch",), "peft": ("torch", "peft"), "gguf": ("llama_cpp",), "gguf-lora": ("llama_cpp",)}
 WOULD_HOLD = {"mixed": "8", "8": "16", "16": "32"}  # what to try after an export of so many bits that failed
 
 
@@ -82,14 +84,17 @@ def _run(argv: list[str] | None) -> int:
     if args.upload and args.name is None:
         raise UserError("--to hub needs --name ORGANISATION/NAME, where to put it on the Hub")
     prepare(args.offline)
+    from .formats.readers import check_installed
     from .system.finished import finished_run
 
     run, screen = finished_run(args.run, args.model), Screen()
     if (reason := run.manifest.get("not_aligned")) and not args.force:
         raise UserError(f"the run in {args.run} is not aligned ({reason}); --force exports it all the same")
-    folder = _target(run, args)
-    exported = _write(run, args, folder, screen)
-    fidelity = None if args.no_verify else _verified(run, args, exported, screen)
+    for module in NEEDED.get(args.to, ()) + (() if args.no_verify else ASKED_WITH.get(args.to, ())):
+        check_installed(module, f"--to {args.to}")
+    exported = _write(run, args, _target(run, args), screen)
+    _write_card(run, args, exported, None)  # until it is verified
+    fidelity = None if args.no_verify else _verified(run, args, exported)
     return _finish(run, args, exported, fidelity, screen)
 
 
@@ -119,9 +124,7 @@ def _write(run: "FinishedRun", args: Namespace, folder: Path, screen: Screen) ->
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        exported = {"mlx": _mlx, "adapter": _adapter, "hf": _hf, "peft": _peft, "gguf": _gguf, "gguf-lora": _gguf}[
-            args.to
-        ](run, base, args, part, screen)
+        exported = WRITERS[args.to](run, base, args, part, screen)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -164,7 +167,7 @@ def _mlx(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scre
         f"A model for MLX, {bits}: the adapters of a SafeSteer run, fused into its weights.",
         "mlx_lm.chat --model {folder}",
     )
-    return Exported(folder, about, "mlx", exact=quantization is None)
+    return Exported(folder, about, "mlx", exact=args.bits == "32")
 
 
 def _spelled_out(model: Any, bits: str, folder: Path, screen: Screen) -> tuple[Any, Any]:
@@ -225,7 +228,7 @@ def _no_bits(args: Namespace) -> None:
 def _peft(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, screen: Screen) -> Exported:
     from .formats.card import About, shown_base
     from .formats.hf import check_family
-    from .formats.peft import write_peft
+    from .formats.peft_adapter import write_peft
     from .method.student import with_adapters
 
     _no_bits(args)
@@ -245,7 +248,7 @@ def _gguf(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scr
     from .formats import gguf
     from .formats.card import About, shown_base
     from .formats.hf import check_family, write_hf
-    from .formats.peft import write_peft
+    from .formats.peft_adapter import write_peft
     from .method.student import with_adapters
 
     if args.bits not in ("auto", "8", "16"):
@@ -280,6 +283,9 @@ def _gguf(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scr
     return Exported(folder, about, "llama.cpp", exact=False, against="Modelfile")
 
 
+WRITERS = {"mlx": _mlx, "adapter": _adapter, "hf": _hf, "peft": _peft, "gguf": _gguf, "gguf-lora": _gguf}
+
+
 def _name(folder: Path) -> str:
     """What a folder that is being written will be called."""
     return folder.name.removeprefix(".").removesuffix(".part")
@@ -311,12 +317,15 @@ def _texts(run: "FinishedRun", base: "Loaded", screen: Screen) -> list[list[int]
     return [[*row, *answer.ids] for row, answer in zip(rows, answers, strict=True)]
 
 
-def _verified(run: "FinishedRun", args: Namespace, exported: Exported, screen: Screen) -> dict[str, Any]:
-    """What the export answers, asked in a process of its own.
+def _verified(run: "FinishedRun", args: Namespace, exported: Exported) -> dict[str, Any]:
+    """What the export answers, asked in a process of its own, to which this one leaves the memory.
 
     Raises:
         UserError: it cannot be asked.
     """
+    import mlx.core as mx
+
+    mx.clear_cache()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "fidelity.json"
         command = [sys.executable, "-m", "safesteer_mlx.verify", str(run.folder), "--with", exported.reader]
@@ -333,17 +342,22 @@ def _verified(run: "FinishedRun", args: Namespace, exported: Exported, screen: S
         return json.loads(out.read_text("utf-8"))
 
 
-def _finish(
-    run: "FinishedRun", args: Namespace, exported: Exported, fidelity: dict[str, Any] | None, screen: Screen
-) -> int:
-    """Write the card, and say what was made and how it is used."""
+def _write_card(run: "FinishedRun", args: Namespace, exported: Exported, fidelity: dict[str, Any] | None) -> None:
     from .formats.card import model_card, shown_base
-    from .system import hub
+    from .system.hub import licence
     from .system.store import write
 
     base, on_hub = shown_base(run)
-    about = replace(exported.about, licence=hub.licence(base) if args.upload and on_hub else None)
+    about = replace(exported.about, licence=licence(base) if args.upload and on_hub else None)
     write(exported.folder / "README.md", model_card(run, about, fidelity).encode())
+
+
+def _finish(
+    run: "FinishedRun", args: Namespace, exported: Exported, fidelity: dict[str, Any] | None, screen: Screen
+) -> int:
+    """Write the card, say what was made and how it is used, and upload it if that was asked."""
+    if fidelity is not None:
+        _write_card(run, args, exported, fidelity)
     if fidelity is not None and fidelity["fault"]:
         better = WOULD_HOLD.get(args.bits, "mixed")
         screen.line(f"failed: {exported.folder} is marked so in its README.md; --bits {better} keeps more")
@@ -352,7 +366,9 @@ def _finish(
         screen.line("nothing was verified; the export's README.md says so")
     screen.line(f"exported: {exported.folder}")
     if args.upload:
-        screen.line(f"uploaded: {hub.upload(exported.folder, args.name, args.public)}")
+        from .system.hub import upload
+
+        screen.line(f"uploaded: {upload(exported.folder, args.name, args.public)}")
     names = {"folder": shlex.quote(str(exported.folder)), "base": shlex.quote(run.recipe.run.model)}
     screen.line(f"use it: {exported.about.use.format(**names)}")
     return 0

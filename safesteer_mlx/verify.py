@@ -37,11 +37,14 @@ def compare(
     """Ask `against` the first `n` held-out prompts of each kind (None: all that the run asked), and hold the answers
     against those of the run's base and student.
 
-    The student's own answers are those that the run kept; if it kept none, base and student are asked again.
+    The student's own answers are those that the run kept; if it kept none, base and student are asked again. `exact`
+    in what is returned says that the student computes in float32, so that its like can be told from it by a hair.
 
     Raises:
         UserError: it cannot be asked.
     """
+    import mlx.core as mx
+
     from .evals.fidelity import (
         KL_PROMPTS,
         Fidelity,
@@ -82,7 +85,8 @@ def compare(
     kl = dict.fromkeys(rows, math.nan)
     if (shipped := reader.logits) is not None:
         kl = {name: mean_kl(states[name], student_head, shipped, rows[name], own[name]) for name in rows}
-    return Fidelity(scores, kl["harmful"], kl["harmless"])
+    in_full = all(part.dtype == mx.float32 for parts in states.values() for part in parts)
+    return Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,7 +130,7 @@ def _run(argv: list[str] | None) -> int:
         n=args.test_prompts or None,
         served_model=args.served_model,
     )
-    fidelity = replace(fidelity, exact=args.exact)
+    fidelity = replace(fidelity, exact=args.exact and fidelity.exact)
     show(fidelity, screen, args.against)
     if args.out is not None:
         write(args.out.absolute(), as_json(fidelity.as_json()))

@@ -16,7 +16,7 @@ from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
 from safesteer_mlx.evals.scores import transcripts
 from safesteer_mlx.export import main
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
-from safesteer_mlx.formats.peft import write_peft
+from safesteer_mlx.formats.peft_adapter import write_peft
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
@@ -146,9 +146,7 @@ def test_nothing_verified_is_said(finished, tmp_path, capsys):
         (lambda f: None, ["--name", "one"], "PUBLISHER/NAME"),
         (lambda f: None, ["--to", "hub"], "--name ORGANISATION/NAME"),
         (lambda f: None, ["--verify", "0"], "at least 1"),
-        (lambda f: None, ["--to", "hf", "--bits", "4"], "--bits 4 is for --to mlx"),
         (lambda f: None, ["--to", "adapter", "--bits", "8"], "--bits 8 is for fused models"),
-        (lambda f: None, ["--to", "gguf", "--llama-cpp", "/nowhere"], "holds no convert_hf_to_gguf.py"),
         (lambda f: None, ["--model", "/nowhere/model"], "/nowhere/model does not exist"),
     ],
 )
@@ -204,12 +202,32 @@ def test_a_failure_or_ctrl_c_while_writing_leaves_nothing(finished, tmp_path, ca
 
 
 def test_a_family_that_a_format_lacks_is_named(finished, tmp_path, capsys, monkeypatch):
-    from safesteer_mlx.formats import hf
+    from safesteer_mlx.formats import hf, readers
 
     monkeypatch.setattr(hf, "_SAME_NAMES", ("llama",))
-    for form in ("hf", "peft"):
+    monkeypatch.setattr(readers, "find_spec", lambda name: name)
+    for form in ("hf", "peft", "gguf"):
         said = refused(capsys, finished, "--to", form, "--out", tmp_path / "out")
         assert "not for model_type qwen2" in said and "--to mlx" in said
+
+
+def test_a_number_of_bits_that_a_format_lacks_is_named(finished, tmp_path, capsys, monkeypatch):
+    from safesteer_mlx.formats import readers
+
+    monkeypatch.setattr(readers, "find_spec", lambda name: name)
+    for form, bits in (("hf", "4"), ("gguf", "mixed"), ("peft", "16")):
+        words = [finished, "--to", form, "--bits", bits, "--out", tmp_path / "out"]
+        assert f"--bits {bits} is for" in refused(capsys, *words)
+
+
+def test_llama_cpp_s_source_is_asked_for(finished, tmp_path, capsys, monkeypatch):
+    from safesteer_mlx.formats import readers
+
+    monkeypatch.setattr(readers, "find_spec", lambda name: name)
+    words = [finished, "--to", "gguf", "--out", tmp_path / "out"]
+    assert "holds no convert_hf_to_gguf.py" in refused(capsys, *words, "--llama-cpp", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "say with --llama-cpp" in refused(capsys, *words)
 
 
 def test_peft_s_files_are_mlx_lm_s_turned_round(finished, tmp_path):

@@ -16,7 +16,7 @@ ORDER = [
     "method.prompts method.rollout system.finished formats.gptq formats.mlx_folder formats.gguf",
     "formats.card formats.fuse formats.hf method.token_file evals.suites evals.judge_model evals.figures",
     "method.run",
-    "method.direction method.student formats.peft",
+    "method.direction method.student formats.peft_adapter",
     "method.teacher",
     "method.safety_tokens",
     "method.train",

@@ -224,14 +224,14 @@ def test_another_model_s_folder_is_refused_by_its_vocabulary(finished, capsys):
     assert "vocabulary" in capsys.readouterr().err
 
 
-def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(finished, capsys, monkeypatch):
+def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(finished, tmp_path, capsys, monkeypatch):
     from safesteer_mlx.formats import readers
 
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(readers, "import_module", missing)
+    monkeypatch.setattr(readers, "find_spec", lambda name: None)
     for kind, library in (("transformers", "torch"), ("peft", "torch"), ("llama.cpp", "llama-cpp-python")):
         assert main([str(finished), "--against", TINY, "--with", kind, "--test-prompts", "1"]) == 2
         error = capsys.readouterr().err
         assert library in error and "safesteer-mlx[export]" in error and error.count("\n") == 1
+    for form in ("hf", "peft", "gguf"):  # before anything is written
+        assert export([str(finished), "--to", form, "--out", str(tmp_path)]) == 2
+        assert "safesteer-mlx[export]" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -9,12 +9,13 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
-from importlib import import_module
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
 from ..method.prompts import render
@@ -37,17 +38,15 @@ class Reader:
     samples: bool = True
 
 
-def needed(module: str, for_what: str) -> Any:
-    """An optional library.
+def check_installed(module: str, for_what: str) -> None:
+    """Is an optional library there?
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not.
     """
-    try:
-        return import_module(module)
-    except ImportError:
+    if find_spec(module) is None:
         package = {"llama_cpp": "llama-cpp-python"}.get(module, module)
-        raise UserError(f"{for_what} needs {package}; pip install 'safesteer-mlx[export]'") from None
+        raise UserError(f"{for_what} needs {package}; pip install 'safesteer-mlx[export]'")
 
 
 def reader_for(
@@ -139,7 +138,8 @@ def _quiet():
 
 
 def _torch_reader(name: str, model: Any, base: Loaded, sampling: Sampling) -> Reader:
-    torch = import_module("torch")
+    import torch  # type: ignore[import-not-found]
+
     model.eval()
     eos = list(sampling.eos_ids)
 
@@ -172,7 +172,7 @@ def _torch_reader(name: str, model: Any, base: Loaded, sampling: Sampling) -> Re
 
 
 def _transformers(path: Path, base: Loaded, sampling: Sampling) -> Reader:
-    needed("torch", "asking with transformers")
+    check_installed("torch", "asking with transformers")
     from transformers import AutoModelForCausalLM
 
     try:
@@ -191,10 +191,11 @@ def _transformers(path: Path, base: Loaded, sampling: Sampling) -> Reader:
 
 
 def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
-    needed("torch", "asking with PEFT")
-    peft = needed("peft", "asking with PEFT")
+    for library in ("torch", "peft"):
+        check_installed(library, "asking with PEFT")
     import tempfile
 
+    import peft  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM
 
     from .hf import write_hf
@@ -210,8 +211,9 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
 
 
 def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
-    llama_cpp = needed("llama_cpp", "asking with llama.cpp")
-    np = import_module("numpy")
+    check_installed("llama_cpp", "asking with llama.cpp")
+    import llama_cpp  # type: ignore[import-not-found]
+
     files = {"FROM": str(path), "ADAPTER": None}
     if path.name == "Modelfile":
         lines = [line.split(maxsplit=1) for line in path.read_text("utf-8").splitlines()]

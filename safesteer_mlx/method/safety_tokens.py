@@ -449,7 +449,7 @@ def check_tokens(run: Run, tokens: SafetyTokens) -> None:
         fault = f"the teacher opens answers to harmful prompts with safety tokens at a probability of only {first:.2f}"
     if fault is None:
         return
-    fault += "; training on them would teach next to nothing"
+    fault += "; training on them would teach little of that"
     if run.recipe.loss.loss_tokens != "safety" or isinstance(run.recipe.tokens.safety_tokens, str) or run.force:
         run.screen.line(fault)  # they are not what is trained on, or were chosen by hand
         return
