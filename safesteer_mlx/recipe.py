@@ -78,6 +78,12 @@ class DirectionSettings:
     direction_validation: int = _setting(32, "prompts of each kind that score the candidates", least=1)
     kl_threshold: float | None = _setting(0.1, "largest KL on harmless prompts under ablation")
     steering_threshold: float | None = _setting(0.0, "least refusal score of harmless prompts when steered")
+    ablation: str = _setting(
+        "auto",
+        "what ablation projects: published blocks' inputs and their parts' outputs, stream all that reaches the "
+        "stream, auto that where the published way leaves some of the direction",
+        choices=("auto", "published", "stream"),
+    )
     prune_last: float | None = _setting(0.2, "share of the last blocks never steered", least=0.0, most=0.99)
 
 
@@ -244,6 +250,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "token_method": "vote",
         "direction_train": 128,
         "direction_validation": 32,
+        "ablation": "published",
         "batch_size": 4,
         "num_generations": 8,
         "epochs": 1.0,

@@ -51,17 +51,22 @@ LATENT = {  # latent attention has a head of its own for every query head
     "v_head_dim": 32,
 }
 INDEXER = {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 4}
-BAILING = BASE | EXPERTS | GROUPS | {
-    "num_shared_experts": 1,
-    "moe_shared_expert_intermediate_size": 64,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.5,
-    "score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "use_qk_norm": True,
-    "use_bias": False,
-    "use_qkv_bias": False,
-}
+BAILING = (
+    BASE
+    | EXPERTS
+    | GROUPS
+    | {
+        "num_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "use_qk_norm": True,
+        "use_bias": False,
+        "use_qkv_bias": False,
+    }
+)
 GPT = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_head": 4, "n_layer": 4, "n_positions": 256}
 KIMI = LATENT | {  # three linear blocks to one of latent attention, counted from 1
     "num_experts": 4,
@@ -155,8 +160,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_moe_linear": BAILING | {"layer_group_size": 2, "group_norm_size": 2, "partial_rotary_factor": 0.5},
     "bailing_moe_v3": BAILING | LATENT | {"layer_group_size": 2, "short_conv_kernel_size": 4},
     "cohere": TIED | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "use_qk_norm": True},
-    "cohere2": TIED
-    | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 8, "sliding_window_pattern": 4},
+    "cohere2": TIED | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 8, "sliding_window_pattern": 4},
     "dbrx": {
         "vocab_size": VOCABULARY,
         "d_model": HIDDEN,
@@ -176,6 +180,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         | INDEXER
         | {  # a window alone, every token kept, pairs pooled (and candidates chosen), what these share, an index alone
             "num_hidden_layers": 5,
+            "num_key_value_heads": 1,
             "compress_ratios": [0, 1, 2, 2, 2],
             "kv_source_layer_ids": [1, 2],
             "index_source_layer_ids": [1, 2, 4],
@@ -215,7 +220,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": WINDOWED,
         "is_moe_layer": [False, True, True, True],
     },
-    "falcon_h1": TIED | MAMBA | {"mamba_d_ssm": 128, "mamba_rms_norm": True},
+    "falcon_h1": TIED  # the real multipliers of a tied head make a random model's logits 150 times smaller
+    | MAMBA
+    | {"mamba_d_ssm": 128, "mamba_rms_norm": True, "embedding_multiplier": 1.0, "lm_head_multiplier": 1.0},
     "gear": TIED
     | {"layer_types": ["conv_mixer", "sliding_attention", "conv_mixer", "full_attention"], "sliding_window": 8},
     "gemma": TIED,
@@ -295,7 +302,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "layer_types": ALTERNATING,
         "sliding_window": 8,
-        "rope_scaling": {"rope_type": "yarn"} | YARN,
+        "rope_scaling": YARN,
     },
     "gptj": GPT | {"rotary_dim": 8, "layer_norm_epsilon": 1e-5},
     "granite": GRANITE,
@@ -356,5 +363,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kimi_vl": nested("deepseek_v3", BASE | ROUTED | LATENT),
 }
 CONFIGS: dict[str, dict[str, Any]] = {name: config | {"model_type": name} for name, config in FAMILIES.items()}
-CANNOT: dict[str, str] = {}
-NOTES: dict[str, str] = {}
+CANNOT: dict[str, str] = {
+    "bitnet": "RuntimeError '[metal_kernel] No Metal back-end.', raised by BitLinear in bitlinear_layers.py:130",
+}
+NOTES: dict[str, str] = {
+    "gemma3n": "logits differ with and without a cache: without one, KV-shared blocks use their own k_proj, v_proj",
+}

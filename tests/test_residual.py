@@ -8,14 +8,21 @@ from conftest import build, walk
 from mlx.utils import tree_flatten
 
 from safesteer_mlx.method.residual import (
+    Plumbing,
+    UnsupportedModelError,
     _override,
     ablate,
     block_inputs,
+    block_outputs,
     blocks,
+    check_stream,
+    checkpoint_blocks,
     head,
     hidden_states,
     last_logits,
+    left_by_ablation,
     pad_right,
+    plumbing,
     resume,
     resumes,
     steer,
@@ -288,3 +295,142 @@ def test_a_wrong_block_is_named_with_the_number_of_blocks(model, layer):
 def test_a_wrong_width_is_named_with_the_models(model, width):
     with pytest.raises(ValueError, match=rf"\b{width}\b.* 32$"):
         steer(model, 0, mx.ones(width))(mx.array([ROW]))
+
+
+class Body(nn.Module):
+    """Blocks that are given the embedding too, by name, and return the stream as the second of two things."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.layers = [block(i) for i in range(3)]
+
+    def __call__(self, tokens):
+        e = x = self.embed(tokens)
+        for block in self.layers:
+            _, x = block(e, h=x)
+        return x
+
+
+class Odd(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.model, self.lm_head = Body(block), nn.Linear(32, 50)
+
+    def __call__(self, tokens):
+        return self.lm_head(self.model(tokens))
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+
+class Named(nn.Module):
+    def __init__(self, i):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def __call__(self, e, h):
+        return e, h + mx.tanh(self.linear(h)) + 0.1 * e
+
+
+def test_where_the_stream_goes_is_seen_not_assumed():
+    mx.random.seed(0)
+    model, tokens, vector = Odd(Named), mx.array([ROW]), drawn(2)
+    assert plumbing(model) == Plumbing("h", 1)
+    check_stream(model, tokens)
+
+    def by_hand(add=None):
+        e = x = model.model.embed(tokens)
+        seen = []
+        for i, block in enumerate(model.model.layers):
+            x = x + (add or {}).get(i, 0.0)
+            seen.append(x)
+            x = x + mx.tanh(block.linear(x)) + 0.1 * e
+        return np.array(mx.stack(seen)), np.array(model.lm_head(x))
+
+    np.testing.assert_allclose(np.array(mx.stack(block_inputs(model, tokens))), by_hand()[0], atol=1e-5)
+    np.testing.assert_allclose(np.array(steer(model, 1, vector)(tokens)), by_hand({1: vector})[1], atol=1e-5)
+    np.testing.assert_allclose(np.array(head(model)(hidden_states(model, tokens))), by_hand()[1], atol=1e-5)
+
+
+def test_an_architecture_that_changes_the_stream_between_blocks_is_refused(model):
+    tokens = mx.array([ROW])
+    check_stream(model, tokens)
+
+    class Halving(type(model.model)):
+        def __call__(self, tokens, *rest):
+            x = self.embed_tokens(tokens)
+            for block in self.layers:
+                x = 0.5 * block(x, None, None)
+            return self.norm(x)
+
+    halving = view(model)
+    halving.model.__class__ = Halving
+    halving(tokens)
+    with pytest.raises(UnsupportedModelError, match="one residual stream"):
+        check_stream(halving, tokens)
+
+
+def test_ablation_of_the_whole_stream_leaves_nothing_behind_sandwich_norms(tiny_model):
+    model, r, tokens = tiny_model("gemma2"), drawn(4), mx.array([ROW])
+    mx.random.seed(5)
+    for block in model.layers:  # norms that turn a direction: as trained ones do
+        for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
+            norm.weight = mx.random.normal(norm.weight.shape)
+    assert left_by_ablation(model, r, tokens) > 0.01
+    behind = [x.astype(mx.float32) for x in block_outputs(ablate(model, r, whole_stream=True), tokens)]
+    along = [mx.abs(x @ unit(r)).max().item() for x in behind]
+    assert max(along) < 1e-4
+    # And before the MLP too, which reads the stream in the middle of a block.
+    seen = []
+    ablated = ablate(model, r, whole_stream=True)
+    for block in blocks(ablated):
+        _override(block.pre_feedforward_layernorm, "Seen", lambda call, x: (seen.append(x), call(x))[1])
+    ablated(tokens)
+    assert max(mx.abs(x @ unit(r)).max().item() for x in seen) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_where_nothing_stands_between_both_ablations_are_one(tiny_model, name):
+    model, r, tokens = tiny_model(name), drawn(4), mx.array([ROW])
+    assert left_by_ablation(model, r, tokens) < 1e-5
+    both = [np.array(ablate(model, r, whole)(tokens)) for whole in (False, True)]
+    np.testing.assert_allclose(*both, atol=1e-5)
+
+
+def test_checkpoints_keep_the_gradient_of_what_blocks_hand_beside_the_stream():
+    """As Gemma 4's and Hunyuan's, whose blocks use others' keys and values."""
+
+    class Sharing(nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def __call__(self, e, h):
+            return mx.tanh(self.linear(h)) + 0.3 * e, h + mx.tanh(self.linear(h)) * e
+
+    class Passing(Body):
+        def __call__(self, tokens):
+            x = self.embed(tokens)
+            e = x
+            for block in self.layers:
+                e, x = block(e, h=x)
+            return x
+
+    mx.random.seed(0)
+    model = Odd(Sharing)
+    model.model.__class__ = Passing
+    model.train()
+    tokens = mx.array([ROW])
+    grads = []
+    for checkpointed in (False, True):
+        own = view(model)
+        if checkpointed:
+            checkpoint_blocks(own)
+        grad = nn.value_and_grad(own, lambda m: (m(tokens) ** 2).mean())(own)[1]
+        grads.append(dict(tree_flatten(grad)))
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        np.testing.assert_allclose(np.array(grads[1][name]), np.array(grads[0][name]), atol=1e-6)
+    assert max(mx.abs(g).max().item() for g in grads[0].values()) > 1e-3

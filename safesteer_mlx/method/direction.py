@@ -36,6 +36,7 @@ from .residual import (
     block_inputs,
     blocks,
     last_logits,
+    left_by_ablation,
     pad_right,
     resume,
     resumes,
@@ -54,6 +55,7 @@ NEAREST = 3  # candidates that are named where none passes the published tests
 SHORTLIST = 5  # candidates that are tried as teachers
 SPREAD = 4  # blocks that are tried where there are no tests
 A_BLOCK = 2  # of one block: neighbouring positions differ little
+LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
 SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
 
@@ -213,12 +215,13 @@ def pruned_from(n_layers: int, prune_last: float | None) -> int:
 @dataclass(frozen=True)
 class Search:
     """How candidates are searched: the published tests' thresholds (None leaves a test out), the (row, block) that are
-    measured (None for all), rows in one forward pass."""
+    measured (None for all), what ablation projects (`ablate`), rows in one forward pass."""
 
     kl_threshold: float | None = 0.1
     steering_threshold: float | None = 0.0
     prune_last: float | None = 0.2
     only: Sequence[Candidate] | None = None
+    whole_stream: bool = False
     batch_size: int = PROMPT_BATCH
     progress: Advance = silent
 
@@ -293,7 +296,11 @@ def score_candidates(
         pairs: list[Candidate], rows: list[Ids], score: Callable[[mx.array], mx.array]
     ) -> tuple[np.ndarray, int]:
         """score(logits under ablation (C·B, V)) for each, and the cost."""
-        scores = in_groups(pairs, rows, lambda each, repeated: score(last_logits(ablate(model, each), repeated)))
+
+        def logits(each: mx.array, repeated: list[Ids]) -> mx.array:
+            return score(last_logits(ablate(model, each, how.whole_stream), repeated))
+
+        scores = in_groups(pairs, rows, logits)
         return scores, len(pairs) * len(rows) * n_layers
 
     def kl(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
@@ -657,6 +664,20 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     return FoundDirections({}, scores, directions, [[] for _ in directions], *scoring, harmful, harmless, [caution])
 
 
+def _whole_stream(run: Run, candidates: np.ndarray) -> bool:
+    """Whether ablation projects all that reaches the stream, told by a candidate of a middle block (P, L, D)."""
+    if (way := run.recipe.direction.ablation) != "auto":
+        return way == "stream"
+    vector = mx.array(candidates[-1, candidates.shape[1] // 2].astype(np.float32))
+    left = left_by_ablation(run.base.model, vector, pad_right(run.prompts.harmless_validation[:1]))
+    if left > LEFT:
+        run.screen.line(
+            f"ablation: as published it leaves up to {left:.0%} of the stream along a direction (norms stand between a "
+            "block's parts and the stream), so all that reaches the stream is projected"
+        )
+    return left > LEFT
+
+
 def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
     settings, model, prompts, refusal_ids = run.recipe.direction, run.base.model, run.prompts, [*own.openers.values()]
     limits = {name: getattr(settings, name) for name in ("kl_threshold", "steering_threshold", "prune_last")}
@@ -683,7 +704,8 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
         train = by_score(prompts.harmful_direction_train, prompts.harmless_direction_train)
         candidates = mean_differences(model, *train, prompts.n_eoi, batch_size)
         scoring = by_score(*scoring)
-        search = partial(score_candidates, model, candidates, *scoring, refusal_ids, batch_size=batch_size)
+        how = {"batch_size": batch_size, "whole_stream": _whole_stream(run, candidates)}
+        search = partial(score_candidates, model, candidates, *scoring, refusal_ids, **how)
         scores = search(**limits, progress=advance)
         near = shortlist(scores, *limits.values())
         if near and near[0][2]:  # none passes: what the search left unmeasured of the nearest

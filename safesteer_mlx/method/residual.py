@@ -4,10 +4,18 @@
 Interventions change the class of a copied block in place, so that parameter names stay as they are
 and adapters keep loading; a wrapper module would rename them. Every view made here shares the
 weights of the model it was made from and leaves that model untouched.
+
+Which of its arguments a block takes the stream in, and which of its results it hands on, is seen in a
+forward pass: what one block returns is what the next one is given (`Plumbing`). `check_stream` compares
+what is read and steered so with a second way, and refuses an architecture in which they differ.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,10 +58,68 @@ def _path_to_body(model: nn.Module) -> list[str]:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The model's own list of decoder blocks (writing to it takes effect)."""
-    first, body = model.layers[0], model
-    for name in _path_to_body(model):
-        body = body[int(name)] if isinstance(body, list) else body[name]
-    return next(value for value in body.values() if _holds(value, first))
+    first = model.layers[0]
+    return next(value for value in _owner(model).values() if _holds(value, first))
+
+
+@dataclass(frozen=True)
+class Plumbing:
+    """How the stream goes through an architecture's blocks: which argument it is, by place or name, and which element
+    of what a block returns; None for all of it."""
+
+    argument: int | str = 0
+    result: int | None = None
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> mx.array:
+        """The stream among a block's arguments."""
+        return kwargs[self.argument] if isinstance(self.argument, str) else args[self.argument]
+
+    def run(self, block: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], x: mx.array) -> Any:
+        """What a block returns when it is given another stream."""
+        if isinstance(self.argument, str):
+            return block(*args, **{**kwargs, self.argument: x})
+        return block(*(x if i == self.argument else arg for i, arg in enumerate(args)), **kwargs)
+
+    def returned(self, out: Any) -> mx.array:
+        """The stream in what a block returns."""
+        return out if self.result is None else out[self.result]
+
+    def change(self, out: Any, how: Callable[[mx.array], mx.array]) -> Any:
+        """What a block returns, its stream changed."""
+        if self.result is None:
+            return how(out)
+        return type(out)(how(part) if i == self.result else part for i, part in enumerate(out))
+
+
+def plumbing(model: nn.Module) -> Plumbing:
+    """How the stream goes through this model's blocks; seen once, and kept on the list's owner."""
+    body = _owner(model)
+    if (known := vars(body).get("_plumbing")) is None:
+        known = _seen_plumbing(model)
+        object.__setattr__(body, "_plumbing", known)
+    return known
+
+
+def _seen_plumbing(model: nn.Module) -> Plumbing:
+    """By identity: the array that one block returns is an argument of the next."""
+    calls: list[tuple[dict[int | str, Any], Any]] = []
+    reading = view(model)
+
+    def call(block, *args, **kwargs):
+        calls.append(({**dict(enumerate(args)), **kwargs}, block(*args, **kwargs)))
+        return calls[-1][1]
+
+    for block in blocks(reading):
+        _override(block, "Seen", call)
+    reading(mx.zeros((1, 2), mx.int32))
+    ways: Counter[Plumbing] = Counter()
+    for (_, out), (args, _) in pairwise(calls):
+        parts = [(None, out)] if isinstance(out, mx.array) else list(enumerate(out))
+        ways.update({Plumbing(i, j) for i, arg in args.items() for j, part in parts if arg is part})
+    if ways:
+        return ways.most_common(1)[0][0]
+    # Something is done to the stream between blocks, or there is one block: `check_stream` decides.
+    return Plumbing(0, None if not calls or isinstance(calls[0][1], mx.array) else 0)
 
 
 def view(model: nn.Module) -> nn.Module:
@@ -86,12 +152,13 @@ def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0) ->
     own = blocks(steered)
     if not 0 <= layer < len(own):
         raise ValueError(f"layer {layer} is not a block of this model, which has {len(own)}")
-    shift = _by_row(coeff * vector.astype(mx.float32))
+    shift, stream = _by_row(coeff * vector.astype(mx.float32)), plumbing(model)
 
-    def call(block, x, *args, **kwargs):
+    def call(block, *args, **kwargs):
+        x = stream.given(args, kwargs)
         if shift.shape[-1] != x.shape[-1]:
             raise ValueError(f"a steering vector of {shift.shape[-1]} does not fit a model of width {x.shape[-1]}")
-        return block(x + shift.astype(x.dtype), *args, **kwargs)
+        return stream.run(block, args, kwargs, x + shift.astype(x.dtype))
 
     _override(own[layer], "Steered", call)
     return steered
@@ -108,35 +175,86 @@ def unit(vector: mx.array) -> mx.array:
     return vector / (mx.linalg.norm(vector, axis=-1, keepdims=True) + EPS)
 
 
-def ablate(model: nn.Module, vector: mx.array) -> nn.Module:
+def ablate(model: nn.Module, vector: mx.array, whole_stream: bool = False) -> nn.Module:
     """A view of `model` with the direction of `vector` projected out of the residual stream.
 
     `vector` is (D,), or (B, D) for a direction of its own in each row of the batch.
 
     x ← x − (x·r̂) r̂ at every block's input and every attention and MLP output, at all positions
     (Arditi et al. 2024, section 2.4; method page, section 1).
+
+    Ours, with `whole_stream`: where a norm stands between a part's output and the stream (sandwich norms, as Gemma's),
+    or the parts are not the block's own, that leaves some of the direction in the stream (`left_by_ablation`). What
+    such a norm makes of a part's output, and what a block returns, are projected too.
     """
-    ablated = view(model)
+    ablated, stream = view(model), plumbing(model)
     r = _by_row(unit(vector))
+    projected: list[mx.array] = []  # of the block that is computed, for the norms after its parts
 
     def project(x: mx.array) -> mx.array:
+        if x.shape[-1] != r.shape[-1] or not mx.issubdtype(x.dtype, mx.floating):
+            return x  # a router's choice, for one
         wide = x.astype(mx.float32)
         return (wide - (wide * r).sum(-1, keepdims=True) * r).astype(x.dtype)
 
-    def on_input(block, x, *args, **kwargs):
-        return block(project(x), *args, **kwargs)
+    def on_input(block, *args, **kwargs):
+        projected.clear()
+        out = stream.run(block, args, kwargs, project(stream.given(args, kwargs)))
+        return stream.change(out, project) if whole_stream else out
 
     def on_output(sublayer, *args, **kwargs):
         out = sublayer(*args, **kwargs)
-        return (project(out[0]), *out[1:]) if isinstance(out, tuple) else project(out)
+        first = project(out[0] if isinstance(out, tuple) else out)
+        projected.append(first)
+        return (first, *out[1:]) if isinstance(out, tuple) else first
+
+    def on_norm(norm, x, *args, **kwargs):
+        out = norm(x, *args, **kwargs)
+        return project(out) if any(x is part for part in projected) else out
 
     for block in blocks(ablated):
         for child in list(block.children().values()):
+            if not isinstance(child, nn.Module):
+                continue
             # Attention and MLP (or mixture-of-experts) modules have parts of their own; norms do not.
-            if isinstance(child, nn.Module) and child.children():
+            if child.children():
                 _override(child, "Ablated", on_output)
+            elif whole_stream:
+                _override(child, "Ablated", on_norm)
         _override(block, "Ablated", on_input)
     return ablated
+
+
+def left_by_ablation(model: nn.Module, vector: mx.array, tokens: mx.array) -> float:
+    """What the published ablation leaves: the largest |x·r̂| / |x| in any block's output, r̂ the direction (D,)."""
+    r = unit(vector)
+    worst = 0.0
+    for x in block_outputs(ablate(model, vector), tokens):
+        x = x.astype(mx.float32)
+        worst = max(worst, (mx.abs(x @ r) / (mx.linalg.norm(x, axis=-1) + EPS)).max().item())
+    return worst
+
+
+def _swapped(value: Any, how: Callable[[mx.array], mx.array]) -> Any:
+    """Arguments or results of a block, its arrays changed, all else as it is."""
+    if isinstance(value, mx.array):
+        return how(value)
+    if type(value) in (list, tuple):
+        return type(value)(_swapped(part, how) for part in value)
+    if type(value) is dict:
+        return {key: _swapped(part, how) for key, part in value.items()}
+    return value
+
+
+def _arrays(value: Any) -> list[mx.array]:
+    found: list[mx.array] = []
+    _swapped(value, lambda x: (found.append(x), x)[1])
+    return found
+
+
+def _with_arrays(value: Any, arrays: Sequence[mx.array]) -> Any:
+    rest = iter(arrays)
+    return _swapped(value, lambda _: next(rest))
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
@@ -146,15 +264,21 @@ def checkpoint_blocks(model: nn.Module) -> None:
     """
 
     def of(cls: type) -> type:
-        def call(self, x, *args, **kwargs):
+        def call(self, *args, **kwargs):
             if not self.training:
-                return cls.__call__(self, x, *args, **kwargs)
+                return cls.__call__(self, *args, **kwargs)
+            # All arrays are arguments, so that the gradient reaches them: some blocks get others' keys and values too.
+            given = _arrays((args, kwargs))
+            made: list[Any] = []
 
-            def inner(trained, x):
-                self.update(trained)  # arguments, so that the gradient reaches them
-                return cls.__call__(self, x, *args, **kwargs)
+            def inner(trained, given):
+                self.update(trained)
+                own, named = _with_arrays((args, kwargs), given)
+                made[:] = [cls.__call__(self, *own, **named)]
+                return _arrays(made[0])
 
-            return mx.checkpoint(inner)(self.trainable_parameters(), x)
+            computed = mx.checkpoint(inner)(self.trainable_parameters(), given)
+            return _with_arrays(made[0], computed)
 
         return type("Checkpointed" + cls.__name__, (cls,), {"__call__": call})
 
@@ -169,7 +293,7 @@ def _with_body(model: nn.Module, call: Callable) -> nn.Module:
     The copies are shallow and only along the path, so the view follows the model's parameters even
     while a gradient is being traced through it.
     """
-    view, body = _own_body(model)
+    view, body, _ = _own_body(model)
     if body is view:
         raise UnsupportedModelError(
             f"architecture {_architecture(model)} computes its logits in the module that holds its blocks, so hidden "
@@ -179,14 +303,87 @@ def _with_body(model: nn.Module, call: Callable) -> nn.Module:
     return view
 
 
-def _own_body(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A view of `model` with a body of its own, and that body; all else are the same objects."""
-    view = parent = copy.copy(model)
+def _owner(model: nn.Module) -> nn.Module:
+    """The module whose own list holds the decoder blocks."""
+    body = model
     for name in _path_to_body(model):
-        # Not through a property: the body's own entry is replaced.
-        parent[name] = copy.copy(parent[name])
-        parent = parent[name]
-    return view, parent
+        body = body[int(name)] if isinstance(body, list) else body[name]
+    return body
+
+
+def check_stream(model: nn.Module, tokens: mx.array) -> None:
+    """Hold what is read and steered here against a second way, at the first, a middle and the last block.
+
+    What goes into a block is what the one before it returned; adding a vector to the one is adding it to the other; and
+    blocks are as many as the model says.
+
+    Raises:
+        UnsupportedModelError: they differ, so that reading or steering this architecture would be wrong.
+    """
+    wrong = UnsupportedModelError(
+        f"architecture {_architecture(model)} hands its blocks something else than one residual stream, so it cannot "
+        "be read or steered; choose another model"
+    )
+    stream, own = plumbing(model), blocks(model)
+    if len(own) != len(model.layers):
+        raise wrong
+    try:
+        inputs, outputs = block_inputs(model, tokens), block_outputs(model, tokens)
+        if len(inputs) != len(own) or any(x.shape[:2] != tokens.shape or x.ndim != 3 for x in inputs):
+            raise wrong
+        vector = inputs[-1][0, -1].astype(mx.float32)
+        plain = hidden_states(model, tokens)
+        for layer in sorted({1, len(own) // 2, len(own) - 1} - {0}):
+            after = view(model)
+
+            def call(block, *args, **kwargs):
+                out = block(*args, **kwargs)
+                return stream.change(out, lambda x: x + vector.astype(x.dtype))
+
+            _override(blocks(after)[layer - 1], "Shifted", call)
+            pairs = [
+                (inputs[layer], outputs[layer - 1]),
+                (hidden_states(steer(model, layer, vector), tokens), hidden_states(after, tokens)),
+            ]
+            if not all(_close(*pair) for pair in pairs) or _close(pairs[1][0], plain, 1e-6):
+                raise wrong
+    except UnsupportedModelError:
+        raise
+    except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        raise wrong from error
+
+
+def block_outputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
+    """The stream behind every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
+    outputs = []
+    reading, stream = view(model), plumbing(model)
+
+    def call(block, *args, **kwargs):
+        out = block(*args, **kwargs)
+        outputs.append(stream.returned(out))
+        return out
+
+    for block in blocks(reading):
+        _override(block, "Read", call)
+    reading(tokens)
+    return outputs
+
+
+def _close(a: mx.array, b: mx.array, within: float = 2e-2) -> bool:
+    """Whether two streams are alike, as far as half precision tells."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return a.shape == b.shape and bool(((a - b).abs().max() <= within * b.abs().max()).item())
+
+
+def _own_body(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A view of `model`, its body (the module that computes hidden states) and the owner of its blocks' list, which is
+    the body in most architectures; these are its own, all else are the same objects."""
+    path: list[Any] = [copy.copy(model)]
+    for name in _path_to_body(model):
+        # Not through a property: the module's own entry is replaced.
+        path[-1][name] = copy.copy(path[-1][name])
+        path.append(path[-1][name])
+    return path[0], [module for module in path if callable(module)][-1], path[-1]
 
 
 def resume(model: nn.Module, layer: int, inputs: mx.array) -> nn.Module:
@@ -195,22 +392,25 @@ def resume(model: nn.Module, layer: int, inputs: mx.array) -> nn.Module:
     What comes before is known already, and is not computed. The view follows the model's parameters, as in
     `hidden_states`. For models of which `resumes` holds.
     """
-    view, body = _own_body(model)
-    name, own = next((name, value) for name, value in body.items() if _holds(value, model.layers[0]))
+    view, _, owner = _own_body(model)
+    name, own = next((name, value) for name, value in owner.items() if _holds(value, model.layers[0]))
+    stream = plumbing(model)
 
-    def start(block, x, *args, **kwargs):
-        return block(inputs, *args, **kwargs)
+    def start(block, *args, **kwargs):
+        return stream.run(block, args, kwargs, inputs)
 
     first = [copy.copy(block) for block in own[: layer + 1]]
     for block in first[:-1]:
-        _override(block, "Skipped", lambda block, x, *args, **kwargs: x)
+        _override(block, "Skipped", lambda block, *args, **kwargs: stream.given(args, kwargs))
     _override(first[-1], "Resumed", start)
-    body[name] = first + own[layer + 1 :]
+    owner[name] = first + own[layer + 1 :]
     return view
 
 
 def resumes(model: nn.Module, tokens: mx.array) -> bool:
     """Whether this architecture can begin at a block: nothing but the residual stream goes from block to block."""
+    if plumbing(model).result is not None:
+        return False
     layer = len(blocks(model)) // 2
     expected = hidden_states(model, tokens).astype(mx.float32)
     resumed = hidden_states(resume(model, layer, block_inputs(model, tokens)[layer]), tokens).astype(mx.float32)
@@ -231,7 +431,14 @@ def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
 
 def head(model: nn.Module) -> Callable[[mx.array], mx.array]:
     """The map from hidden states (..., T, D) to logits (..., T, V): tied or not, soft-capped or scaled."""
-    return _with_body(model, lambda body, hidden, *args, **kwargs: hidden)
+    given: list[mx.array] = []
+    view = _with_body(model, lambda *args, **kwargs: given.pop())
+
+    def logits(hidden: mx.array) -> mx.array:
+        given.append(hidden)
+        return view(mx.zeros(hidden.shape[:2], mx.int32))  # tokens that nothing looks at
+
+    return logits
 
 
 def pad_right(rows: Sequence[Sequence[int]], width: int | None = None) -> mx.array:
@@ -272,11 +479,11 @@ def answer_states(
 def block_inputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
     """x[l] for every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
     inputs = []
-    reading = view(model)
+    reading, stream = view(model), plumbing(model)
 
-    def call(block, x, *args, **kwargs):
-        inputs.append(x)
-        return block(x, *args, **kwargs)
+    def call(block, *args, **kwargs):
+        inputs.append(stream.given(args, kwargs))
+        return block(*args, **kwargs)
 
     for block in blocks(reading):
         _override(block, "Read", call)

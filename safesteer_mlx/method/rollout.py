@@ -162,6 +162,26 @@ def _generate(
     samplers: Sequence[Callable[[mx.array], mx.array]] | None,
     progress: Advance,
 ) -> list[Completion]:
+    """By mlx-lm's engine, or, where that fails at an architecture even for one prompt at a time, by its generator."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if not all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
+        return _generate_alone(model, prompts, sampling, samplers, progress)
+    try:
+        return _generate_together(model, prompts, sampling, samplers, progress)
+    except (TypeError, AttributeError, IndexError):
+        if sampling.batch_size > 1:
+            raise
+        return _generate_alone(model, prompts, sampling, samplers, progress)
+
+
+def _generate_together(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    sampling: Sampling,
+    samplers: Sequence[Callable[[mx.array], mx.array]] | None,
+    progress: Advance,
+) -> list[Completion]:
     from mlx_lm.generate import BatchGenerator
 
     batch_size, max_tokens = sampling.batch_size, sampling.max_tokens
@@ -199,6 +219,29 @@ def _generate(
         feed()
     engine.close()
     return [Completion(ids, end) for ids, end in zip(tokens, finished, strict=True)]
+
+
+def _generate_alone(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    sampling: Sampling,
+    samplers: Sequence[Callable[[mx.array], mx.array]] | None,
+    progress: Advance,
+) -> list[Completion]:
+    """By mlx-lm's generator for one prompt."""
+    from mlx_lm.generate import generate_step
+
+    completions = []
+    for i, prompt in enumerate(prompts):
+        ids: list[int] = []
+        own = {"sampler": samplers[i]} if samplers else {}
+        for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=sampling.max_tokens, **own):
+            ids.append(int(token))
+            if ids[-1] in sampling.eos_ids:
+                break
+        completions.append(Completion(ids, ids[-1] in sampling.eos_ids))
+        progress(i + 1, len(prompts))
+    return completions
 
 
 def answers(

@@ -349,7 +349,12 @@ def train(
                 layer = min(teacher.shared_blocks, first_trained) if can_resume else 0
                 trunk = shared_prefix(base, layer, [p.ids for p in part], answers)
                 targets = targets_of(part, answers, trunk, teacher.model, len(batch))
-                (_, each, mass), grad = loss_and_grad(student, part, answers, trunk, targets)
+                try:
+                    (_, each, mass), grad = loss_and_grad(student, part, answers, trunk, targets)
+                except ValueError as error:
+                    if "VJP" not in str(error):
+                        raise
+                    raise UserError(f"MLX has no gradient for this architecture ({error}); choose another") from None
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 mx.eval(each, mass, grads)  # frees this micro-batch's graph before the next is built
                 weighted = np.zeros(sum(lengths))

@@ -130,7 +130,12 @@ def load(name: str, trust_remote_code: bool = False, thinking: str = "auto", rev
     check_loaded(name, model, tokenizer, vocabulary)
     mx.eval(model.parameters())
     model.eval()
-    model.freeze()
+    try:
+        model.freeze()
+    except AttributeError as error:  # recurrent_gemma, whose class forgets to set itself up
+        raise UserError(
+            f"model {name} is of an architecture that mlx-lm cannot freeze ({error}); choose another"
+        ) from None
     sizes = [m.weight.size * 32 // m.bits for _, m in model.named_modules() if hasattr(m, "bits")]
     slow = bool(sizes) and mx.default_device() == mx.Device(mx.cpu)
     if dequantize := slow and 4 * sum(sizes) <= _DEQUANTIZED_BYTES:

@@ -108,8 +108,11 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
             raise UserError(f"the config.json has no {names[0]}; without --dry-run a run goes on all the same")
         return value
 
-    n_layers, hidden = size("num_hidden_layers", "n_layers", "num_layers"), size("hidden_size", "dim")
-    heads = size("num_attention_heads", "n_heads")
+    n_layers, hidden = (
+        size("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
+        size("hidden_size", "dim", "d_model", "n_embd"),
+    )
+    heads = size("num_attention_heads", "n_heads", "n_head")
     head_dim = text.get("head_dim") or hidden // heads
     blocks: list[list[tuple[int, int]]] = [[] for _ in range(n_layers)]
     values = 0
