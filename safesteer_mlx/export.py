@@ -306,12 +306,14 @@ def _texts(run: "FinishedRun", base: "Loaded", screen: Screen) -> list[list[int]
     """Prompts of training, with the student's own answers: what its layers are to compute well."""
     from .method.prompts import instructions_to_train_on, prompt_sets, render_all
     from .method.rollout import Sampling, generate
+    from .method.run import batch_size
     from .method.student import with_adapters
 
     sets = prompt_sets(run.recipe)
     items = [item for harmful in (True, False) for item in instructions_to_train_on(run.recipe, sets, harmful)[:TEXTS]]
     rows = render_all(base.tokenizer, items)
-    sampling = Sampling(base.eos_ids, TEXT_TOKENS, batch_size=run.recipe.run.generation_batch_size)
+    size = batch_size(base, run.recipe.run.generation_batch_size, screen)
+    sampling = Sampling(base.eos_ids, TEXT_TOKENS, batch_size=size)
     with screen.stage("answering training prompts, to quantize by") as advance:
         answers = generate(with_adapters(base.model, run.folder), rows, sampling, progress=advance)
     return [[*row, *answer.ids] for row, answer in zip(rows, answers, strict=True)]

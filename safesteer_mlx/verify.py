@@ -60,12 +60,14 @@ def compare(
     from .method.prompts import render
     from .method.residual import head
     from .method.rollout import Sampling, generate
+    from .method.run import batch_size
     from .method.student import with_adapters
 
     recipe, kind = run.recipe, kind or kind_of(against)
     seed = recipe.run.seed
     longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
-    sampling = Sampling(base.eos_ids, longest, batch_size=recipe.run.generation_batch_size)
+    size = batch_size(base, recipe.run.generation_batch_size, screen)
+    sampling = Sampling(base.eos_ids, longest, batch_size=size)
     student, asked = with_adapters(base.model, run.folder), questions(run, n)
     if (scores := recorded(run, asked)) is None:
         scores = {}

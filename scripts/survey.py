@@ -56,9 +56,9 @@ works on trained models of the family: [choices.md](choices.md) has those that w
     .venv/bin/python scripts/survey.py
 
 *Refused* is said in one sentence before anything is done. *Whole stream*: the published ablation leaves more than a
-thousandth of the direction in the stream, so all that reaches the stream is projected (`--ablation`). *One at a time*:
-mlx-lm does not batch the family rightly, which is noticed. *Experts in half precision*: MLX's CPU backend multiplies
-experts' weights in float32 alone; that was not run on Metal.
+thousandth of the direction in the stream, so all that reaches the stream is projected (`--ablation`). *In groups of one
+length*, *one at a time*: mlx-lm does not batch prompts of unequal length rightly, or none, which is noticed.
+*Experts in half precision*: MLX's CPU backend multiplies experts' weights in float32 alone; that was not run on Metal.
 
 | family | | notes |
 |---|---|---|
@@ -219,7 +219,7 @@ class Survey:
     def generation(self) -> None:
         """Steered answers in batches are those one at a time, or it is noticed that they are not."""
         from safesteer_mlx.method.residual import steer
-        from safesteer_mlx.method.rollout import Sampling, generate
+        from safesteer_mlx.method.rollout import Sampling, generate, set_equal_batches
         from safesteer_mlx.method.run import batches_rightly
 
         steered = steer(self.model, 1, self.vector)
@@ -227,10 +227,15 @@ class Survey:
         for row, ids in zip(ROWS, alone, strict=True):
             first = int(steered(self._rows([row]))[0, -1].argmax().item())
             assert ids[0] == first, "the first token is not the forward pass's"
-        if batches_rightly(self.model, ROWS, []):
-            assert [c.ids for c in generate(steered, ROWS, Sampling([], GREEDY))] == alone, "batches change answers"
-        else:
-            self.note = "one at a time"
+        if not batches_rightly(self.model, ROWS, []):
+            set_equal_batches(steered)
+            if not batches_rightly(steered, [row[:4] for row in ROWS], []):
+                self.note = "one at a time"
+                return
+            self.note = "in groups of one length"
+        rows = [*ROWS, ROWS[0][::-1], ROWS[1][::-1]]  # two more, of lengths that are there
+        alone = [generate(steered, [row], Sampling([], GREEDY, batch_size=1))[0].ids for row in rows]
+        assert [c.ids for c in generate(steered, rows, Sampling([], GREEDY))] == alone, "batches change answers"
 
     def training(self) -> None:
         """A student has a gradient, of all blocks and of the last two, and the same with checkpoints."""

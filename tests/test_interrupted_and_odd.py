@@ -40,16 +40,17 @@ def test_a_student_that_cannot_be_batched_is_asked_one_at_a_time_whether_it_coll
     assert collapsed(run, base.model) is None
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama", 64), ("gemma2", 1)])
+@pytest.mark.parametrize(("rightly", "size"), [(True, 64), (False, 1)])
 def test_evaluate_asks_an_architecture_that_cannot_be_batched_one_at_a_time(
-    name, size, tiny_model, monkeypatch, capsys
+    rightly, size, tiny_model, monkeypatch, capsys
 ):
     used = []
+    monkeypatch.setattr(runs, "batches_rightly", lambda *_: rightly)
     monkeypatch.setattr(runs, "render_all", lambda *_: UNEQUAL)
     monkeypatch.setattr(evaluate, "_scores", lambda args, *_: used.append(args.batch_size) or {})
     monkeypatch.setattr(evaluate, "_tasks", lambda args, *_: used.append(args.batch_size) or {})
     asked = evaluate.Asked({"harmful": []}, {}, [], [SimpleNamespace()])  # type: ignore[list-item]
-    evaluate.score(evaluate.parse([]), asked, loaded(tiny_model(name)), Screen())  # type: ignore[arg-type]
+    evaluate.score(evaluate.parse([]), asked, loaded(tiny_model("llama")), Screen())  # type: ignore[arg-type]
     assert used == [size, size] and ("answers are generated one at a time" in capsys.readouterr().out) == (size == 1)
 
 

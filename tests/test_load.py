@@ -15,6 +15,7 @@ from safesteer_mlx.method.prompts import load_instructions, load_prompt_sets, re
 from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import UserError
 
 TINY = MODELS / "tiny-chat"
 FORMATS = {
@@ -93,3 +94,14 @@ def test_full_fine_tuning_of_quantized_weights_is_refused(tmp_path, capsys):
     assert main(["--fine-tune-type", "full", "--adapter-path", str(tmp_path / "a")]) == 2
     assert "cannot train quantized weights; use lora" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_an_architecture_that_cannot_be_frozen_is_a_sentence(monkeypatch):
+    """recurrent_gemma of mlx-lm 0.32.2."""
+
+    def freeze(self, **_):
+        raise AttributeError("'Model' object has no attribute '_no_grad'")
+
+    monkeypatch.setattr("mlx_lm.models.qwen2.Model.freeze", freeze, raising=False)
+    with pytest.raises(UserError, match="mlx-lm cannot freeze"):
+        load(str(MODELS / "tiny-chat"))

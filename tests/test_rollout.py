@@ -1,11 +1,14 @@
 """Sampling: what is drawn depends on its own stream and prompt alone, and no prompt is read twice."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from safesteer_mlx.method.residual import _override, blocks
-from safesteer_mlx.method.rollout import Sampling, _points, _sampler, generate, stream_key
+from safesteer_mlx.method import rollout
+from safesteer_mlx.method.residual import _override, blocks, view
+from safesteer_mlx.method.rollout import Sampling, _points, _sampler, generate, set_equal_batches, stream_key
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 4, 5], [1, 2, 7, 8], [1, 2, 3, 4, 5], [1, 2, 6]]
 EOS = [49]
@@ -115,3 +118,44 @@ def test_a_wired_limit_that_was_set_holds_while_answers_are_generated(
     monkeypatch.setattr(mx, "set_wired_limit", set_limit)
     generate(tiny_model("llama"), [[1, 2], [3]], Sampling(EOS, 4), progress=lambda *_: seen.append(limits[-1]))
     assert 9 in limits and seen and set(seen) == {while_generating} and limits[-1] == before
+
+
+def test_prompts_of_one_length_share_a_batch_where_others_must_not(tiny_model, monkeypatch):
+    """gemma2, whose masks mlx-lm makes wrongly for a batch: in groups, each answer is what it is alone."""
+    model = tiny_model("gemma2")
+    prompts = [
+        [3, 1, 4],
+        [1, 5, 9, 2, 6],
+        [3, 1, 4],
+        [3, 1, 5],
+        [1, 5, 7, 9, 3],
+        [2, 3],
+    ]  # one twice, beginnings shared
+    few = Sampling([], 6)
+    alone = [generate(model, [p], few)[0].ids for p in prompts]
+    keys = [stream_key(1, i) for i in range(6)]
+    sampled = [generate(model, [p], replace(few, temp=1.0), [k])[0].ids for p, k in zip(prompts, keys, strict=True)]
+    set_equal_batches(model)
+    sizes, own = [], rollout._generate
+    monkeypatch.setattr(rollout, "_generate", lambda m, rows, *rest: (sizes.append(len(rows)), own(m, rows, *rest))[1])
+    ticks = []
+    found = generate(view(model), prompts, few, progress=lambda done, total, *_: ticks.append((done, total)))
+    assert [c.ids for c in found] == alone and sizes == [3, 2, 1]
+    assert [c.ids for c in generate(model, prompts, replace(few, temp=1.0), keys)] == sampled
+    assert ticks == sorted(ticks) and ticks[-1] == (6, 6)
+
+
+def test_what_the_engine_cannot_take_is_generated_alone(model, monkeypatch):
+    prompts, few = [[3, 1, 4], [1, 5]], Sampling([7], 6)
+    expected = generate(model, prompts, few)
+    keys = [stream_key(1, i) for i in range(2)]
+    drawn = generate(model, prompts, replace(few, temp=1.0), keys)
+
+    def fail(*_):
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    monkeypatch.setattr(rollout, "_generate_together", fail)
+    with pytest.raises(TypeError):
+        generate(model, prompts, few)  # a fault of ours must not hide behind a slow way
+    assert generate(model, prompts, replace(few, batch_size=1)) == expected
+    assert generate(model, prompts, replace(few, batch_size=1, temp=1.0), keys) == drawn

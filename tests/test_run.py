@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from safesteer_mlx.method import safety_tokens
+from safesteer_mlx.method import direction, safety_tokens
+from safesteer_mlx.method import run as runs
 from safesteer_mlx.method.direction import Direction, FoundDirections, find_directions, mean_differences
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.prompts import prompts_from
 from safesteer_mlx.method.residual import _override, blocks, last_logits
-from safesteer_mlx.method.rollout import Completion
+from safesteer_mlx.method.rollout import Completion, has_equal_batches
 from safesteer_mlx.method.run import check_padding, make_run
 from safesteer_mlx.method.safety_tokens import SafetyTokens, check_tokens, openings
 from safesteer_mlx.method.student import check_saved, make_student, save_student
@@ -85,14 +86,36 @@ def test_a_student_that_says_nothing_or_only_refuses_is_noticed(run):
     assert "refuses" in (collapsed(run, teacher.model) or "")
 
 
-@pytest.mark.parametrize(("name", "size"), [("qwen2", 64), ("llama", 64), ("gemma2", 1)])
-def test_an_architecture_that_cannot_be_batched_answers_one_at_a_time(run, tiny_model, name, size, capsys):
+@pytest.mark.parametrize(("name", "said"), [("qwen2", ""), ("llama", ""), ("gemma2", "in groups of one length")])
+def test_an_architecture_that_batches_one_length_alone_answers_in_groups(run, tiny_model, name, said, capsys):
     # gemma2 of mlx-lm 0.32.2 fails on prompts of unequal length with grouped heads.
     rows = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
     base = SimpleNamespace(model=tiny_model(name), eos_ids=[49], config={"model_type": name})
     checked = check_padding(run.recipe, base, rows, Screen())  # type: ignore[arg-type]
-    assert checked.run.generation_batch_size == size
-    assert ("one at a time" in capsys.readouterr().out) == (size == 1)
+    assert checked.run.generation_batch_size == 64 and has_equal_batches(base.model) is bool(said)
+    assert said in capsys.readouterr().out and (said or not capsys.readouterr().out)
+
+
+def test_an_architecture_that_cannot_be_batched_answers_one_at_a_time(run, model, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "batches_rightly", lambda *_: False)
+    rows = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
+    base = SimpleNamespace(model=model, eos_ids=[49], config={"model_type": "odd"})
+    checked = check_padding(run.recipe, base, rows, Screen())  # type: ignore[arg-type]
+    assert checked.run.generation_batch_size == 1 and not has_equal_batches(model)
+    assert "one at a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("way", "left", "whole"),
+    [("auto", 0.0, False), ("auto", 0.02, True), ("published", 0.02, False), ("stream", 0.0, True)],
+)
+def test_ablation_projects_the_whole_stream_where_the_published_way_leaves_some(
+    run, monkeypatch, capsys, way, left, whole
+):
+    monkeypatch.setattr(direction, "left_by_ablation", lambda *_: left)
+    own = run.with_settings(direction=replace(run.recipe.direction, ablation=way))
+    assert direction._whole_stream(own, np.ones((2, 4, run.prompts.n_eoi), np.float32)) is whole
+    assert ("leaves up to 2%" in capsys.readouterr().out) is (way == "auto" and whole)
 
 
 def test_a_forward_pass_that_padding_changes_is_refused(run, model):

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
 from ..method.prompts import render
-from ..method.rollout import Completion, Sampling, answer_text
+from ..method.rollout import Completion, Sampling, answer_text, has_equal_batches, set_equal_batches
 from ..system.load import Loaded
 from ..system.screen import Advance, UserError
 
@@ -103,6 +103,8 @@ def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, with_adapter: 
     model.eval()
     if (vocabulary := len(tokenizer.get_vocab())) != len(base.tokenizer.get_vocab()):
         raise UserError(f"{path} has a vocabulary of {vocabulary}, another than the run's model; give an export of it")
+    if has_equal_batches(base.model):
+        set_equal_batches(model)
     own = replace(sampling, eos_ids=sorted(tokenizer.eos_token_ids))
     return Reader("mlx-lm", replies_of(model, tokenizer, own, seed), logits_of(model))
 

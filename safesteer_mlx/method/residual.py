@@ -383,7 +383,7 @@ def _own_body(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
         # Not through a property: the module's own entry is replaced.
         path[-1][name] = copy.copy(path[-1][name])
         path.append(path[-1][name])
-    return path[0], [module for module in path if callable(module)][-1], path[-1]
+    return path[0], next((module for module in reversed(path) if callable(module)), path[0]), path[-1]
 
 
 def resume(model: nn.Module, layer: int, inputs: mx.array) -> nn.Module:

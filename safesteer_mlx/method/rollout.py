@@ -8,6 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -148,11 +149,35 @@ def generate(
     model.eval()  # LoRA's dropout would act while sampling
     points = [_points(key, sampling.max_tokens + 1) for key in keys] if random and keys is not None else None
 
+    lengths = [len(prompt) if has_equal_batches(model) else 0 for prompt in prompts]
+    groups = [[i for i, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
+
     def draw(size: int) -> list[Completion]:
-        samplers = points and [_sampler(each, sampling.temp, sampling.top_p) for each in points]
-        return _generate(model, prompts, replace(sampling, batch_size=size), samplers, progress)
+        drawn: dict[int, Completion] = {}
+        for group in groups:
+            samplers = points and [_sampler(points[i], sampling.temp, sampling.top_p) for i in group]
+            rows, before = [prompts[i] for i in group], len(drawn)
+            told = partial(_told, progress, before, len(prompts))
+            own = _generate(model, rows, replace(sampling, batch_size=size), samplers, told)
+            drawn |= dict(zip(group, own, strict=True))
+        return [drawn[i] for i in range(len(prompts))]
 
     return with_smaller_batches(sampling.batch_size, draw, "sampling")[0]
+
+
+def _told(progress: Advance, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
+
+
+def set_equal_batches(model: nn.Module) -> None:
+    """From now on only prompts of one length share a batch of this model, and of views made of it: mlx-lm pads the
+    caches of some architectures wrongly."""
+    model._equal_batches = True
+
+
+def has_equal_batches(model: nn.Module) -> bool:
+    """Whether `set_equal_batches` was said of it."""
+    return vars(model).get("_equal_batches", False)
 
 
 def _generate(
@@ -162,17 +187,20 @@ def _generate(
     samplers: Sequence[Callable[[mx.array], mx.array]] | None,
     progress: Advance,
 ) -> list[Completion]:
-    """By mlx-lm's engine, or, where that fails at an architecture even for one prompt at a time, by its generator."""
+    """By mlx-lm's engine, or, where that fails at an architecture even for one prompt at a time, without it."""
     from mlx_lm.models.cache import make_prompt_cache
 
+    if has_equal_batches(model):  # then these are
+        return _generate_alike(model, prompts, sampling, samplers, progress)
+    alone = replace(sampling, batch_size=1)
     if not all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
-        return _generate_alone(model, prompts, sampling, samplers, progress)
+        return _generate_alike(model, prompts, alone, samplers, progress)
     try:
         return _generate_together(model, prompts, sampling, samplers, progress)
     except (TypeError, AttributeError, IndexError):
         if sampling.batch_size > 1:
             raise
-        return _generate_alone(model, prompts, sampling, samplers, progress)
+        return _generate_alike(model, prompts, alone, samplers, progress)
 
 
 def _generate_together(
@@ -221,26 +249,37 @@ def _generate_together(
     return [Completion(ids, end) for ids, end in zip(tokens, finished, strict=True)]
 
 
-def _generate_alone(
+def _generate_alike(
     model: nn.Module,
     prompts: Sequence[Ids],
     sampling: Sampling,
     samplers: Sequence[Callable[[mx.array], mx.array]] | None,
     progress: Advance,
 ) -> list[Completion]:
-    """By mlx-lm's generator for one prompt."""
-    from mlx_lm.generate import generate_step
+    """Prompts of one length, or one at a time, with the model's own caches: nothing is padded, and rows that have
+    finished go on unheard until the last one has."""
+    from mlx_lm.models.cache import make_prompt_cache
 
-    completions = []
-    for i, prompt in enumerate(prompts):
-        ids: list[int] = []
-        own = {"sampler": samplers[i]} if samplers else {}
-        for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=sampling.max_tokens, **own):
-            ids.append(int(token))
-            if ids[-1] in sampling.eos_ids:
+    completions: list[Completion] = []
+    for start in range(0, len(prompts), sampling.batch_size):
+        part = slice(start, start + sampling.batch_size)
+        own, cache = samplers and samplers[part], make_prompt_cache(model)
+        tokens = mx.array([list(prompt) for prompt in prompts[part]])
+        ids: list[list[int]] = [[] for _ in prompts[part]]
+        finished = [False] * len(ids)
+        for _ in range(sampling.max_tokens):
+            logits = model(tokens, cache=cache)[:, -1]
+            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            drawn = [own[i](scores[i : i + 1]) for i in range(len(ids))] if own else [scores.argmax(-1)]
+            tokens = mx.concatenate(drawn)[:, None]
+            for i, token in enumerate(tokens[:, 0].tolist()):
+                if not finished[i]:
+                    ids[i].append(token)
+                    finished[i] = token in sampling.eos_ids
+            if all(finished):
                 break
-        completions.append(Completion(ids, ids[-1] in sampling.eos_ids))
-        progress(i + 1, len(prompts))
+        completions += [Completion(*row) for row in zip(ids, finished, strict=True)]
+        progress(len(completions), len(prompts))
     return completions
 
 

@@ -18,8 +18,8 @@ from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Store, fingerprint
 from .prompts import Prompts, PromptSets, built_in_sets, prompt_sets, render_all, render_prompts
-from .residual import check_stream, last_logits
-from .rollout import Completion, Sampling, answers, generate, stream_key
+from .residual import check_stream, last_logits, view
+from .rollout import Completion, Sampling, answers, generate, set_equal_batches, stream_key
 from .token_file import read_token_file
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ def check_padding(recipe: Recipe, base: Loaded, prompts: Sequence[Sequence[int]]
 
 
 def batch_size(base: Loaded, wanted: int, screen: Screen) -> int:
-    """Answers at a time, told by the model's own prompts or the package's: 1 where `can_batch` says no.
+    """Answers at a time, told by the model's own prompts or the package's: 1 where no batch is right.
 
     Raises:
         UserError: as `can_batch`.
@@ -126,6 +126,12 @@ def batch_size(base: Loaded, wanted: int, screen: Screen) -> int:
 
 def _batch_size(base: Loaded, prompts: Sequence[Sequence[int]], wanted: int, screen: Screen) -> int:
     if can_batch(base, prompts) or wanted == 1:
+        return wanted
+    least, alike = min(map(len, prompts)), view(base.model)
+    set_equal_batches(alike)
+    if batches_rightly(alike, [row[-least:] for row in prompts[:4]], base.eos_ids):
+        set_equal_batches(base.model)
+        screen.line("mlx-lm does not batch this architecture rightly: answers are generated in groups of one length")
         return wanted
     screen.line("mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly")
     return 1
