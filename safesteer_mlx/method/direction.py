@@ -672,7 +672,7 @@ def _whole_stream(run: Run, candidates: np.ndarray) -> bool:
     left = left_by_ablation(run.base.model, vector, pad_right(run.prompts.harmless_validation[:1]))
     if left > LEFT:
         run.screen.line(
-            f"ablation: as published it leaves up to {left:.0%} of the stream along a direction (norms stand between a "
+            f"ablation: as published it leaves up to {left:.1%} of the stream along a direction (norms stand between a "
             "block's parts and the stream), so all that reaches the stream is projected"
         )
     return left > LEFT
