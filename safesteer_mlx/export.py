@@ -29,7 +29,9 @@ BITS = ("auto", "4", "5", "6", "8", "16", "32", "mixed")
 TEXTS, TEXT_TOKENS = 64, 64  # of each kind, to quantize by; of the student's answer in each
 NEEDED = dict.fromkeys(("gguf", "gguf-lora"), ("torch", "gguf"))  # to write it
 ASKED_WITH = {"hf": ("torch",), "peft": ("torch", "peft"), "gguf": ("llama_cpp",), "gguf-lora": ("llama_cpp",)}
-WOULD_HOLD = {"mixed": "8", "8": "16", "16": "32"}  # what to try after an export of so many bits that failed
+DTYPES = ("float16", "bfloat16", "float32")
+# What to try after an export of so many bits that failed, if it is not mixed (mlx), 32 (hf) or 16 (gguf).
+WOULD_HOLD = {"mixed": "8", "8": "16", "16": "32"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def _parser() -> Parser:
         default="auto",
         help="of the weights (default: auto, the base's own by GPTQ; mixed: 6 where training was, the rest as it is)",
     )
+    add("--dtype", choices=DTYPES, help="of weights that are spelled out (default: float16, or the model's bfloat16)")
     add("--out", type=Path, default=Path("exports"), metavar="DIR", help="folder of models (default: exports)")
     add("--name", metavar="PUBLISHER/NAME", help="of the model in it (default: safesteer/ and the base's name)")
     add("--llama-cpp", type=Path, metavar="DIR", help="llama.cpp's source, for gguf (default: its scripts in PATH)")
@@ -81,6 +84,10 @@ def _run(argv: list[str] | None) -> int:
         raise UserError(f"say with --to what to write: {', '.join(FORMATS)}")
     args.upload = args.to == "hub"
     args.to = args.form if args.upload else args.to
+    if args.dtype is not None:
+        if args.to not in ("mlx", "hf") or args.bits not in ("auto", "16", "32"):
+            raise UserError(f"--dtype {args.dtype} is for --to mlx and hf without quantized weights; leave it out")
+        args.bits = "32" if args.dtype == "float32" else "16"
     if args.upload and args.name is None:
         raise UserError("--to hub needs --name ORGANISATION/NAME, where to put it on the Hub")
     prepare(args.offline)
@@ -152,7 +159,7 @@ def _mlx(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scre
     from .method.student import with_adapters
 
     student = with_adapters(_packed(base), run.folder)
-    planned = plan(student, args.bits)
+    planned = plan(student, args.bits, args.dtype)
     check_space(folder, planned.bytes_of(student))
     texts = _texts(run, base, screen) if planned.by_gptq else []
     with screen.stage("fusing") as advance:
@@ -170,11 +177,11 @@ def _mlx(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scre
     return Exported(folder, about, "mlx", exact=args.bits == "32")
 
 
-def _spelled_out(model: Any, bits: str, folder: Path, screen: Screen) -> tuple[Any, Any]:
+def _spelled_out(model: Any, bits: str, dtype: str | None, folder: Path, screen: Screen) -> tuple[Any, Any]:
     """A model without adapters and without quantized weights, 16 or 32 bits each, and their type."""
     from .formats.fuse import fuse, plan
 
-    planned = plan(model, bits)
+    planned = plan(model, bits, dtype)
     check_space(folder, planned.bytes_of(model))
     with screen.stage("fusing") as advance:
         return fuse(model, planned, [], advance), planned.dtype
@@ -189,7 +196,7 @@ def _hf(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scree
         raise UserError(f"--bits {args.bits} is for --to mlx; give 16 or 32")
     check_family(base.config, "hf")
     student = with_adapters(_packed(base), run.folder)
-    model, dtype = _spelled_out(student, "32" if args.bits == "32" else "16", folder, screen)
+    model, dtype = _spelled_out(student, "32" if args.bits == "32" else "16", args.dtype, folder, screen)
     write_hf(base, model, dtype, folder)
     about = About(
         _name(folder),
@@ -264,7 +271,7 @@ def _gguf(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, scr
             peft.mkdir()
             write_peft(student, shown_base(run)[0], peft)
             name, adapter = name.removesuffix("-safesteer"), f"{name}-adapter.gguf"
-        write_hf(base, *_spelled_out(student if adapter is None else packed, "32", folder, screen), hf)
+        write_hf(base, *_spelled_out(student if adapter is None else packed, "32", None, folder, screen), hf)
         with screen.stage("converting"):
             gguf.convert(converter, [str(hf), "--outtype", kind], folder / f"{name}-{kind}.gguf")
             if adapter is not None:
@@ -361,8 +368,9 @@ def _finish(
     if fidelity is not None:
         _write_card(run, args, exported, fidelity)
     if fidelity is not None and fidelity["fault"]:
-        better = WOULD_HOLD.get(args.bits, "mixed")
-        screen.line(f"failed: {exported.folder} is marked so in its README.md; --bits {better} keeps more")
+        better = WOULD_HOLD.get(args.bits, {"mlx": "mixed", "hf": "32", "gguf": "16", "gguf-lora": "16"}.get(args.to))
+        more = f"; --bits {better} keeps more" if better else ""
+        screen.line(f"failed: {exported.folder} is marked so in its README.md{more}")
         return 1
     if fidelity is None:
         screen.line("nothing was verified; the export's README.md says so")

@@ -220,6 +220,16 @@ def test_a_number_of_bits_that_a_format_lacks_is_named(finished, tmp_path, capsy
         assert f"--bits {bits} is for" in refused(capsys, *words)
 
 
+def test_the_type_of_spelled_out_weights_is_what_was_asked_for(finished, tmp_path, capsys):
+    for dtype, stored in (("bfloat16", mx.bfloat16), ("float16", mx.float16), ("float32", mx.float32)):
+        words = [finished, "--to", "mlx", "--dtype", dtype, "--no-verify", "--out", tmp_path / dtype]
+        assert main(list(map(str, words))) == 0
+        weights = mx.load(str(next((tmp_path / dtype).rglob("model.safetensors"))))
+        assert {w.dtype for w in weights.values()} == {stored}
+    for words in (["--to", "peft", "--dtype", "float16"], ["--to", "mlx", "--bits", "4", "--dtype", "float16"]):
+        assert "--dtype float16 is for" in refused(capsys, finished, *words)
+
+
 def test_llama_cpp_s_source_is_asked_for(finished, tmp_path, capsys, monkeypatch):
     from safesteer_mlx.formats import readers
 

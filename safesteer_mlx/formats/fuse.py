@@ -144,17 +144,19 @@ def view_without_adapters(model: nn.Module) -> nn.Module:
     return base
 
 
-def plan(model: nn.Module, bits: str) -> Plan:
+def plan(model: nn.Module, bits: str, dtype: str | None = None) -> Plan:
     """What `--bits` means for this student.
 
     `auto`: what training touched goes back onto the grid that it came from (an affine one of as many bits, if that was
     of another kind). `mixed`: onto one of `MIXED_BITS`. 4, 5, 6 or 8: every layer, but what training did not touch
-    stays where it has so many already. 16 and 32: every weight spelled out.
+    stays where it has so many already. 16 and 32: every weight spelled out,
+    in `dtype` if one is named.
     """
     every = layers(model)
     if bits in ("16", "32"):
         half = next((layer.dtype for layer in every if layer.dtype != mx.float32), mx.float16)
-        return Plan({layer.path: None for layer in every}, half if bits == "16" else mx.float32)
+        named = getattr(mx, dtype) if dtype else half if bits == "16" else mx.float32
+        return Plan({layer.path: None for layer in every}, named)
     if bits in ("auto", "mixed"):
         touched = {layer.path: layer.grid for layer in every if layer.touched}
         more = {"auto": None, "mixed": MIXED_BITS}[bits]
