@@ -30,8 +30,14 @@ TEXTS, TEXT_TOKENS = 64, 64  # of each kind, to quantize by; of the student's an
 NEEDED = dict.fromkeys(("gguf", "gguf-lora"), ("torch", "gguf"))  # to write it
 ASKED_WITH = {"hf": ("torch",), "peft": ("torch", "peft"), "gguf": ("llama_cpp",), "gguf-lora": ("llama_cpp",)}
 DTYPES = ("float16", "bfloat16", "float32")
-# What to try after an export of so many bits that failed, if it is not mixed (mlx), 32 (hf) or 16 (gguf).
-WOULD_HOLD = {"mixed": "8", "8": "16", "16": "32"}
+_GGUF = {"auto": "16", "8": "16"}
+# What to try after an export of so many bits that failed.
+WOULD_HOLD = {
+    "mlx": {"auto": "mixed", "4": "mixed", "5": "mixed", "6": "8", "mixed": "8", "8": "16", "16": "32"},
+    "hf": {"auto": "32", "16": "32"},
+    "gguf": _GGUF,
+    "gguf-lora": _GGUF,
+}
 
 
 @dataclass(frozen=True)
@@ -368,7 +374,7 @@ def _finish(
     if fidelity is not None:
         _write_card(run, args, exported, fidelity)
     if fidelity is not None and fidelity["fault"]:
-        better = WOULD_HOLD.get(args.bits, {"mlx": "mixed", "hf": "32", "gguf": "16", "gguf-lora": "16"}.get(args.to))
+        better = WOULD_HOLD.get(args.to, {}).get(args.bits)
         more = f"; --bits {better} keeps more" if better else ""
         screen.line(f"failed: {exported.folder} is marked so in its README.md{more}")
         return 1

@@ -74,6 +74,11 @@ def test_where_it_must_be_alike_words_and_probabilities_count():
     assert "nats a token" in str(fidelity(scores(5, 0), exact=True, kl=1e-3).fault)
 
 
+def test_another_model_is_none_though_it_refuses_as_much():
+    assert fidelity(scores(5, 0), kl=0.09).fault is None
+    assert "other answers" in str(fidelity(scores(5, 0), kl=0.11).fault)
+
+
 def test_a_shipped_model_that_is_only_asked_greedily_is_judged_by_that():
     greedy = Scores([a for a in scores(0, 9).answers if a.how == "greedy"], {}, math.nan, math.nan)
     assert fidelity(greedy).ways == ["greedy"] and "(greedy)" in str(fidelity(greedy).fault)

@@ -35,6 +35,8 @@ def check_family(config: dict[str, Any], what: str) -> None:
 
 def write_hf(base: Loaded, model: nn.Module, dtype: mx.Dtype, folder: Path) -> None:
     """Write a model without quantized weights as transformers reads it, in `dtype`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     kind = base.config.get("model_type", "")
     weights = {name: weight.astype(dtype) for name, weight in tree_flatten(model.parameters())}  # type: ignore
     if kind in _EXPERTS:
@@ -42,7 +44,10 @@ def write_hf(base: Loaded, model: nn.Module, dtype: mx.Dtype, folder: Path) -> N
     holder = nn.Module()
     for name, part in tree_unflatten(list(weights.items())).items():
         holder[name] = part
-    write_mlx(base, holder, None, folder, {"dtype": str(dtype).rpartition(".")[2]})
+    more: dict[str, Any] = {"dtype": str(dtype).rpartition(".")[2]}
+    if not base.config.get("architectures"):  # llama.cpp's converter asks for it
+        more["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    write_mlx(base, holder, None, folder, more)
 
 
 def _unstacked(weights: dict[str, mx.array], names: dict[str, str]):
