@@ -364,7 +364,9 @@ def _write_card(run: "FinishedRun", args: Namespace, exported: Exported, fidelit
 
     base, on_hub = shown_base(run)
     about = replace(exported.about, licence=licence(base) if args.upload and on_hub else None)
-    write(exported.folder / "README.md", model_card(run, about, fidelity).encode())
+    card = exported.folder / "README.md"
+    write(card, model_card(run, about, fidelity).encode())
+    card.chmod(0o644)  # for others to read, as all else in the folder
 
 
 def _finish(
