@@ -44,7 +44,7 @@ def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
     student = make_student(base.model, recipe.train, 0, quantized=True)
     mx.random.seed(1)
     own = dict(tree_flatten(student.trainable_parameters()))
-    drawn = [(name, 1.0 * mx.random.normal(w.shape)) for name, w in own.items() if name.endswith("lora_b")]
+    drawn = [(name, 0.7 * mx.random.normal(w.shape)) for name, w in own.items() if name.endswith("lora_b")]
     student.load_weights(drawn, strict=False)
     save_adapters(folder, student, adapter_config(recipe.train, TINY, 0))
     kinds, _ = held_out_prompts(prompt_sets(recipe), ASKED)
