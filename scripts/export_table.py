@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 BITS = ("auto", "mixed", "5", "6", "8", "16", "32")
 NAMES = {
@@ -22,6 +23,49 @@ NAMES = {
     "16": "`--bits 16`: spelled out, 16 bits",
     "32": "`--bits 32`: spelled out, 32 bits",
 }
+
+
+OTHERS = {
+    "old grid": "the change on the base's own 4-bit grid, scales and all, by rounding",
+    "group 32": "4 bits in groups of 32, all weights, GPTQ",
+    "touched at 8": "8 bits where training was, the rest as it was",
+}
+
+
+def write_other(run: Any, how: str, folder: Path) -> None:
+    """A file that `export` does not offer, for comparison."""
+    import mlx.core as mx
+    from mlx.utils import tree_unflatten
+
+    from safesteer_mlx.export import _packed, _texts
+    from safesteer_mlx.formats.fuse import Grid, Plan, fuse, layers, quantization_of
+    from safesteer_mlx.formats.gptq import pack
+    from safesteer_mlx.formats.mlx_folder import write_mlx
+    from safesteer_mlx.method.residual import view
+    from safesteer_mlx.method.student import with_adapters
+    from safesteer_mlx.system.finished import load_base
+    from safesteer_mlx.system.screen import Screen
+
+    base = load_base(run)
+    student = view(with_adapters(_packed(base), run.folder))
+    every = layers(student)
+    if how == "old grid":
+        for layer in (layer for layer in every if layer.touched):
+            old, bits = layer.inner, layer.inner.bits
+            weight = layer.fused().weight.reshape(*old.scales.shape, -1)
+            codes = mx.round((weight - old.biases[..., None]) / old.scales[..., None])
+            codes = mx.clip(codes, 0, 2**bits - 1).astype(mx.uint8)
+            old.weight = pack(codes.reshape(*codes.shape[:-2], -1), bits)
+            student.update_modules(tree_unflatten([(layer.path, old)]))
+        model = student
+    elif how == "group 32":
+        model = fuse(student, Plan({layer.path: Grid(4, 32) for layer in every}), _texts(run, base, Screen(quiet=True)))
+    else:
+        model = fuse(
+            student, Plan({layer.path: Grid(8, layer.grid.group_size) for layer in every if layer.touched}), []
+        )
+    folder.mkdir(parents=True)
+    write_mlx(base, model, quantization_of(model), folder)
 
 
 def call(*words: object) -> None:
@@ -66,12 +110,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--model", help="where the run's base is now, if it has moved")
     parser.add_argument("--prompts", type=int, default=0, help="of each kind (default: all that the run asked)")
-    parser.add_argument("--bits", nargs="+", default=BITS, choices=BITS)
+    parser.add_argument("--bits", nargs="+", default=[*BITS, *OTHERS], choices=[*BITS, *OTHERS], metavar="FILE")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     from safesteer_mlx.system.finished import finished_run
 
-    model = finished_run(args.run, args.model).recipe.run.model
+    run = finished_run(args.run, args.model)
+    model = run.recipe.run.model
     lines = [
         "| file | weights | harmful refused, greedy / sampled | KL(student ‖ file), harmful | harmless | held |",
         "|---|---|---|---|---|---|",
@@ -87,9 +132,14 @@ def main() -> None:
         for bits in args.bits:
             out = scratch / bits
             words = ["--to", "mlx", "--bits", bits, "--no-verify", "--out", out, "--name", "a/b"]
-            call("safesteer_mlx.export", args.run, "--model", model, *words)
+            if bits in OTHERS:
+                write_other(run, bits, out / "a" / "b")
+            else:
+                call("safesteer_mlx.export", args.run, "--model", model, *words)
             found = verified(args.run, model, out / "a" / "b", args.prompts)
-            lines.append(row(NAMES.get(bits, f"`--bits {bits}`: all weights"), size_of(out / "a" / "b"), found))
+            lines.append(
+                row((NAMES | OTHERS).get(bits, f"`--bits {bits}`: all weights"), size_of(out / "a" / "b"), found)
+            )
             print(lines[-1], flush=True)
             shutil.rmtree(out)
     finally:
