@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import command_module
-from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, at_least, model_name, one_model
+from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, at_least, model_name, nearest, one_model
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
+    from .method.judge import Judge
     from .method.prompts import Instruction
     from .system.load import Loaded
 
 BUILT_IN = "built-in"
+ATTACKS = ("prefill", "own-answer", "decoding", "system", "template", "wrappers", "encodings", "turns", "languages")
 
 
 def _parser() -> Parser:
@@ -39,8 +41,17 @@ def _parser() -> Parser:
     )
     add("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, by name or as own .yaml files")
     add("--test-prompts", type=at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
+    add("--samples", type=at_least(1), default=1, help="sampled answers to each prompt (default: 1)")
+    add(
+        "--attacks",
+        nargs="*",
+        metavar="FAMILY",
+        help=f"also the harmful prompts under attack: {', '.join(ATTACKS)} (default: all of them)",
+    )
+    add("--tamper", action="store_true", help="also after abliteration and after tuning on harmless requests")
     add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
     add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
+    add("--refusal-phrases", metavar="FILE", help="refusals that the keyword judge shall know too, a phrase a line")
     add("--seed", type=at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
     add("--max-tokens", type=at_least(1), default=96, help="longest answer, thinking included (default: 96)")
     add("--batch-size", type=at_least(1), default=64, help="answers generated at a time (default: 64)")
@@ -64,6 +75,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.adapter_path = adapter_folder(args.adapter_path)
     if args.against is not None and model_name(args.against) == args.model:
         raise UserError(f"--against {args.against} is the model itself; give the one that it was quantized from")
+    for family in args.attacks or []:
+        if family not in ATTACKS:
+            raise UserError(f"there is no attack {family!r}{nearest(family, ATTACKS) or ': ' + ', '.join(ATTACKS)}")
     if args.perplexity is not None and not args.perplexity.is_file():
         raise UserError(f"--perplexity {args.perplexity} does not exist; give a text file")
     if args.out is not None and not args.out.absolute().parent.is_dir():
@@ -116,6 +130,12 @@ def read_suites(args: argparse.Namespace) -> Asked:
             # Many suites are sorted by category: their first few would be of one.
             order = np.random.default_rng(args.seed).permutation(len(items))[:n]
             prompts.kinds[suite.name], prompts.kind_of[suite.name] = [items[i] for i in order], suite.kind
+    if (args.attacks is not None or args.tamper) and "harmful" not in [
+        prompts.kind_of.get(name, name) for name in prompts.kinds
+    ]:
+        raise UserError(
+            f"--attacks and --tamper need harmful prompts, and {' '.join(args.suite)} has none; add {BUILT_IN}"
+        )
     return prompts
 
 
@@ -142,8 +162,11 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "positional_model"}}
     if args.perplexity is not None:
         result["perplexity"] = _perplexities(args, models, base, screen)
+    judge = _judge(args)
     if prompts.kinds:
-        result |= _scores(args, prompts, models, base, screen)
+        result |= _scores(args, prompts, models, base, judge, screen)
+    if args.attacks is not None or args.tamper:
+        result["attacks"] = _attacks(args, prompts, models, base, judge, screen)
     if prompts.tasks:
         result["tasks"] = _tasks(args, prompts, models, base, screen)
     return result
@@ -177,21 +200,52 @@ def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loade
     return {name: dict(zip(keys, values, strict=True)) for name, values in perplexities.items()}
 
 
-def _scores(
-    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
-) -> dict[str, Any]:
-    from .evals.heldout import HeldOut, make_test_set
+def _judge(args: argparse.Namespace) -> "Judge":
     from .evals.judge_model import make_judge
-    from .evals.scores import show
     from .method.judge import keyword_judge
+
+    if args.judge == "keyword":
+        return keyword_judge
+    return make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
+
+
+def _attacks(
+    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", judge: "Judge", screen: Screen
+) -> dict[str, Any]:
+    from .evals.attacks import Attacker, attacks_json, run_attacks, run_tampering, show_attacks
+    from .evals.tampering import Tampering
+    from .method.prompts import built_in_sets
     from .method.rollout import Sampling
 
-    judge = keyword_judge
-    if args.judge != "keyword":
-        judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
+    items = next(items for name, items in prompts.kinds.items() if prompts.kind_of.get(name, name) == "harmful")
+    sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
+    families = [] if args.attacks is None else args.attacks or ATTACKS
+    attacker = Attacker(base, sampling, args.seed, judge)
+    results = run_attacks(attacker, models, items, families, screen)
+    if args.tamper:
+        run = args.adapter_path / "run" if args.adapter_path else None
+        tampering = Tampering(base, built_in_sets(args.model), sampling, args.seed)
+        for name, found in run_tampering(attacker, models, items, tampering, run, screen).items():
+            results[name] += found
+    show_attacks(results, screen)
+    return attacks_json(results)
+
+
+def _scores(
+    args: argparse.Namespace,
+    prompts: Asked,
+    models: dict[str, Any],
+    base: "Loaded",
+    judge: "Judge",
+    screen: Screen,
+) -> dict[str, Any]:
+    from .evals.heldout import HeldOut, make_test_set
+    from .evals.scores import show
+    from .method.rollout import Sampling
+
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
     test = make_test_set(base, prompts.kinds, prompts.capability, sampling, prompts.kind_of)
-    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, judge)
+    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, judge, args.samples)
     scores = {}
     for name, own in held_out.score_each(models, screen):
         scores[name] = own
@@ -233,6 +287,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     args = parse(argv)
     prepare(args.offline)
+    from .method.judge import use_refusal_phrases
+
+    use_refusal_phrases(args.refusal_phrases)
     prompts = read_suites(args)  # a mistake in these is told before a model is fetched
     if args.judge != "keyword":
         from .evals.judge_model import default_template, read_template
