@@ -1,4 +1,4 @@
-"""The scorecard: `python -m safesteer_mlx.evaluate MODEL [--adapter-path A] [--suite NAME …] [--judge J]`.
+"""The scorecard: `python -m safesteer_mlx.evaluate MODEL [--adapter-path A] [--suite NAME …] [--judge J [K]]`.
 
 Refusal, over-refusal, evasion, capability and drift from the base of one model, or of a base and its aligned
 form side by side. docs/evaluation.md says how each is measured and what its known errors are.
@@ -39,8 +39,19 @@ def _parser() -> Parser:
     )
     add("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, by name or as own .yaml files")
     add("--test-prompts", type=at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
-    add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
-    add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
+    add(
+        "--judge",
+        nargs="+",
+        default=["keyword"],
+        metavar="MODEL",
+        help="keyword, or the model that judges; of two the first decides, and both are compared (default: keyword)",
+    )
+    add(
+        "--judge-template",
+        nargs="+",
+        metavar="NAME",
+        help="guard, instruct, another of data/judges or a file, one for each judge model (default: by its name)",
+    )
     add("--seed", type=at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
     add("--max-tokens", type=at_least(1), default=96, help="longest answer, thinking included (default: 96)")
     add("--batch-size", type=at_least(1), default=64, help="answers generated at a time (default: 64)")
@@ -58,6 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
     """
     args = _parser().parse_args(argv)
+    if len(args.judge) == 2 and args.positional_model is None and args.model is None:
+        # A model's name behind --judge would be taken for a judge's, and the bundled model be scored in its place.
+        raise UserError(f"--judge {' '.join(args.judge)} names two judges, but no model is named; give MODEL before it")
     args.model = model_name(one_model(args.positional_model, args.model))
     args.suite = args.suite or ([] if args.tasks else [BUILT_IN])
     if args.adapter_path is not None:
@@ -181,24 +195,26 @@ def _scores(
     args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
     from .evals.heldout import HeldOut, make_test_set
-    from .evals.judge_model import make_judge
+    from .evals.judging import check_judges, choose_judges, judge_all
     from .evals.scores import show
-    from .method.judge import keyword_judge
     from .method.rollout import Sampling
 
-    judge = keyword_judge
-    if args.judge != "keyword":
-        judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
+    judges = choose_judges(args.judge, args.judge_template)
+    check_judges(judges, args.trust_remote_code)
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
     test = make_test_set(base, prompts.kinds, prompts.capability, sampling, prompts.kind_of)
-    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, judge)
+    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling)
     scores = {}
     for name, own in held_out.score_each(models, screen):
         scores[name] = own
         if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in own.answers)):
             screen.line(f"{cut} answers of the {name} ran out of --max-tokens while thinking, and count as evasions")
-    show(scores, screen, f"Judge: {args.judge}")
-    return {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
+    judged = judge_all(judges, scores, test.kind_of, args.trust_remote_code, args.batch_size, screen)
+    scores = judged.first()
+    show(scores, screen, f"Judge: {judges[0].label}")
+    judged.show(screen)
+    result = {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
+    return result | ({"judges": judged.as_json()} if args.judge != ["keyword"] else {})
 
 
 def _tasks(
@@ -234,11 +250,10 @@ def _run(argv: list[str] | None) -> None:
     args = parse(argv)
     prepare(args.offline)
     prompts = read_suites(args)  # a mistake in these is told before a model is fetched
-    if args.judge != "keyword":
-        from .evals.judge_model import default_template, read_template
-
-        read_template(args.judge_template or default_template(args.judge))
+    from .evals.judging import choose_judges
     from .system.load import load
+
+    choose_judges(args.judge, args.judge_template)
 
     screen = Screen()
     result = score(args, prompts, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)
