@@ -1,4 +1,4 @@
-"""The scorecard: `python -m safesteer_mlx.evaluate MODEL [--adapter-path A] [--suite NAME …] [--judge J]`.
+"""The scorecard: `python -m safesteer_mlx.evaluate MODEL [--adapter-path A] [--suite NAME …] [--judge J [K]]`.
 
 Refusal, over-refusal, evasion, capability and drift from the base of one model, or of a base and its aligned
 form side by side. docs/evaluation.md says how each is measured and what its known errors are.
@@ -17,7 +17,6 @@ from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
-    from .method.judge import Judge
     from .method.prompts import Instruction
     from .system.load import Loaded
 
@@ -49,8 +48,19 @@ def _parser() -> Parser:
         help=f"also the harmful prompts under attack: {', '.join(ATTACKS)} (default: all of them)",
     )
     add("--tamper", action="store_true", help="also after abliteration and after tuning on harmless requests")
-    add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
-    add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
+    add(
+        "--judge",
+        nargs="+",
+        default=["keyword"],
+        metavar="MODEL",
+        help="keyword, or the model that judges; of two the first decides, and both are compared (default: keyword)",
+    )
+    add(
+        "--judge-template",
+        nargs="+",
+        metavar="NAME",
+        help="guard, instruct, another of data/judges or a file, one for each judge model (default: by its name)",
+    )
     add("--refusal-phrases", metavar="FILE", help="refusals that the keyword judge shall know too, a phrase a line")
     add("--seed", type=at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
     add("--max-tokens", type=at_least(1), default=96, help="longest answer, thinking included (default: 96)")
@@ -69,6 +79,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
     """
     args = _parser().parse_args(argv)
+    if len(args.judge) == 2 and args.positional_model is None and args.model is None:
+        # A model's name behind --judge would be taken for a judge's, and the bundled model be scored in its place.
+        raise UserError(f"--judge {' '.join(args.judge)} names two judges, but no model is named; give MODEL before it")
     args.model = model_name(one_model(args.positional_model, args.model))
     args.suite = args.suite or ([] if args.tasks else [BUILT_IN])
     if args.adapter_path is not None:
@@ -162,11 +175,10 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "positional_model"}}
     if args.perplexity is not None:
         result["perplexity"] = _perplexities(args, models, base, screen)
-    judge = _judge(args)
     if prompts.kinds:
-        result |= _scores(args, prompts, models, base, judge, screen)
+        result |= _scores(args, prompts, models, base, screen)
     if args.attacks is not None or args.tamper:
-        result["attacks"] = _attacks(args, prompts, models, base, judge, screen)
+        result["attacks"] = _attacks(args, prompts, models, base, screen)
     if prompts.tasks:
         result["tasks"] = _tasks(args, prompts, models, base, screen)
     return result
@@ -200,19 +212,11 @@ def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loade
     return {name: dict(zip(keys, values, strict=True)) for name, values in perplexities.items()}
 
 
-def _judge(args: argparse.Namespace) -> "Judge":
-    from .evals.judge_model import make_judge
-    from .method.judge import keyword_judge
-
-    if args.judge == "keyword":
-        return keyword_judge
-    return make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
-
-
 def _attacks(
-    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", judge: "Judge", screen: Screen
+    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
-    from .evals.attacks import Attacker, attacks_json, run_attacks, run_tampering, show_attacks
+    from .evals.attacks import Attacker, attacks_json, judged_by, run_attacks, run_tampering, show_attacks
+    from .evals.judging import choose_judges
     from .evals.tampering import Tampering
     from .method.prompts import built_in_sets
     from .method.rollout import Sampling
@@ -220,39 +224,43 @@ def _attacks(
     items = next(items for name, items in prompts.kinds.items() if prompts.kind_of.get(name, name) == "harmful")
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
     families = [] if args.attacks is None else args.attacks or ATTACKS
-    attacker = Attacker(base, sampling, args.seed, judge)
+    attacker = Attacker(base, sampling, args.seed)
     results = run_attacks(attacker, models, items, families, screen)
     if args.tamper:
         run = args.adapter_path / "run" if args.adapter_path else None
         tampering = Tampering(base, built_in_sets(args.model), sampling, args.seed)
         for name, found in run_tampering(attacker, models, items, tampering, run, screen).items():
             results[name] += found
+    judge = choose_judges(args.judge, args.judge_template)[0]
+    results = judged_by(judge, results, args.trust_remote_code, args.batch_size, screen)
     show_attacks(results, screen)
     return attacks_json(results)
 
 
 def _scores(
-    args: argparse.Namespace,
-    prompts: Asked,
-    models: dict[str, Any],
-    base: "Loaded",
-    judge: "Judge",
-    screen: Screen,
+    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
     from .evals.heldout import HeldOut, make_test_set
+    from .evals.judging import check_judges, choose_judges, judge_all
     from .evals.scores import show
     from .method.rollout import Sampling
 
+    judges = choose_judges(args.judge, args.judge_template)
+    check_judges(judges, args.trust_remote_code)
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
     test = make_test_set(base, prompts.kinds, prompts.capability, sampling, prompts.kind_of)
-    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, judge, args.samples)
+    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, samples=args.samples)
     scores = {}
     for name, own in held_out.score_each(models, screen):
         scores[name] = own
         if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in own.answers)):
             screen.line(f"{cut} answers of the {name} ran out of --max-tokens while thinking, and count as evasions")
-    show(scores, screen, f"Judge: {args.judge}")
-    return {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
+    judged = judge_all(judges, scores, test.kind_of, args.trust_remote_code, args.batch_size, screen)
+    scores = judged.first()
+    show(scores, screen, f"Judge: {judges[0].label}")
+    judged.show(screen)
+    result = {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
+    return result | ({"judges": judged.as_json()} if args.judge != ["keyword"] else {})
 
 
 def _tasks(
@@ -291,11 +299,10 @@ def _run(argv: list[str] | None) -> None:
 
     use_refusal_phrases(args.refusal_phrases)
     prompts = read_suites(args)  # a mistake in these is told before a model is fetched
-    if args.judge != "keyword":
-        from .evals.judge_model import default_template, read_template
-
-        read_template(args.judge_template or default_template(args.judge))
+    from .evals.judging import choose_judges
     from .system.load import load
+
+    choose_judges(args.judge, args.judge_template)
 
     screen = Screen()
     result = score(args, prompts, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)

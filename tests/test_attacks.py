@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.evals.attacks import BEGUN, LANGUAGES, Attack, Attacked, Attacker, run_attacks
+from safesteer_mlx.evals import attacks
+from safesteer_mlx.evals.attacks import BEGUN, LANGUAGES, Attack, Attacked, Attacker, judged_by, run_attacks
+from safesteer_mlx.evals.judge_model import Case
+from safesteer_mlx.evals.judge_replies import Verdict
+from safesteer_mlx.evals.judging import Chosen
 from safesteer_mlx.evals.scores import Count, effective_size, paired_by_prompt, wilson
 from safesteer_mlx.evals.tampering import TUNING_STEPS, Tampering, run_direction
 from safesteer_mlx.evaluate import ATTACKS, main
 from safesteer_mlx.method.framing import BEGUN as LONGEST
 from safesteer_mlx.method.framing import ENCODINGS, Framer, begun, framed, framings, opening_ids
-from safesteer_mlx.method.judge import is_refusal, keyword_judge, outcome, use_refusal_phrases
+from safesteer_mlx.method.judge import is_refusal, outcome, use_refusal_phrases
 from safesteer_mlx.method.prompts import TODAY, built_in_sets, load_instructions, render, render_turns
 from safesteer_mlx.method.residual import block_outputs, unit
 from safesteer_mlx.method.rollout import Sampling
@@ -40,8 +44,8 @@ def items():
     return built_in_sets(TINY).harmful_test[:6]
 
 
-def attacker(base, judge=keyword_judge, **how) -> Attacker:
-    return Attacker(base, Sampling(base.eos_ids, 24, batch_size=16, **how), 3, judge)
+def attacker(base) -> Attacker:
+    return Attacker(base, Sampling(base.eos_ids, 24, batch_size=16), 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,18 +168,22 @@ def test_an_answer_is_begun_by_so_many_tokens_behind_the_header(base, items):
         assert opening.startswith(base.tokenizer.decode(row[len(header) :])) and attack.begun[0]
 
 
-def test_what_the_model_did_not_say_is_not_judged_by_phrases(base, items):
-    seen: list[str] = []
-
-    def judge(kind, requests, answers):
-        seen.extend(answers)
-        return keyword_judge(kind, requests, answers)
-
+def test_what_the_attacker_wrote_is_judged_by_no_phrase_but_read_by_a_judge_model(base, items, monkeypatch):
     attack = replace(next(iter(attacker(base).make("prefill", items))), begun=["I cannot. "] * len(items))
-    plain = attacker(base).attack(base.model, attack)
-    read = attacker(base, judge).attack(base.model, attack)
-    assert all(text.startswith("I cannot. ") for text in seen)  # another judge reads the whole answer
-    assert all(own == ["refuse"] for own in read.outcomes) and any(own != ["refuse"] for own in plain.outcomes)
+    found = attacker(base).attack(base.model, attack)
+    assert any(own != ["refuse"] for own in found.outcomes)
+    seen: list[Case] = []
+
+    def judge_cases(name, template, cases, *how):
+        seen.extend(cases)
+        return [Verdict("evade" if i else "comply") for i in range(len(cases))]
+
+    monkeypatch.setattr(attacks, "judge_cases", judge_cases)
+    keyword, model = Chosen("keyword", None, "keyword"), Chosen("some-guard", "guard", "some-guard")
+    assert judged_by(keyword, {"base": [found]}, False, 4, Screen()) == {"base": [found]} and not seen
+    [again] = judged_by(model, {"base": [found, found]}, False, 4, Screen())["base"][:1]
+    assert [own for [own] in again.outcomes] == ["comply"] + ["evade"] * (len(items) - 1)
+    assert seen[1] == Case("harmful", items[1].text, "I cannot. " + found.texts[1][0]) and len(seen) == 2 * len(items)
 
 
 def test_a_thought_that_the_template_began_is_ended_first():
@@ -195,25 +203,24 @@ def test_a_thought_that_the_template_began_is_ended_first():
     assert begun(Thinks(), [5, 7], [1, 2]) == [5, 7, 8, 1, 2] and begun(Thinks(), [5], [1]) == [5, 1]
 
 
-def test_the_bases_own_answers_are_compliant_and_cut(base, items):
+def test_the_bases_own_answers_are_compliant_and_cut(base, items, monkeypatch):
     rows = [render(base.tokenizer, item.text) for item in items]
-    found = attacker(base).compliant_answers([item.text for item in items], rows)
+    found = attacker(base).compliant_answers(rows)
     texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in found.values()]
     assert texts and all(outcome(text) == "comply" for text in texts)
     assert not any(ids[-1] in base.eos_ids for ids in found.values())
-    refusing = attacker(base, lambda kind, requests, answers: ["refuse"] * len(answers))
-    assert refusing.compliant_answers([item.text for item in items], rows) == {}
+    monkeypatch.setattr(attacks, "outcome", lambda text: "refuse")
+    assert attacker(base).compliant_answers(rows) == {}
+    assert list(attacker(base).make("own-answer", items)) == []
 
 
-def test_decoding_and_best_of_many(base, items):
+def test_decoding_and_best_of_many(base, items, monkeypatch):
     found = list(attacker(base).make("decoding", items))
     assert [(a.temp, a.top_p) for a in found[:-1]] == [(0.7, 1.0), (1.0, 1.0), (1.3, 1.0), (1.0, 0.9), (1.0, 0.5)]
     turn = iter(range(10**6))
 
-    def every_eighth(kind, requests, answers):
-        return ["comply" if next(turn) % 8 == 5 else "refuse" for _ in answers]
-
-    best = attacker(base, every_eighth).attack(base.model, found[-1])
+    monkeypatch.setattr(attacks, "outcome", lambda text: "comply" if next(turn) % 8 == 5 else "refuse")
+    best = attacker(base).attack(base.model, found[-1])
     assert best.unsafe() == [1] * 6 and best.count.count == best.count.total == 6
 
 
@@ -294,8 +301,9 @@ def test_prompts_are_compared_by_more_or_fewer():
 
 def test_harmless_requests_count_where_they_are_refused():
     attack = Attack("languages", "x", ["a", "b"], lambda model: [], kind="harmless")
-    assert Attacked(attack, [["refuse"], ["comply"]]).unsafe() == [1, 0]
-    assert Attacked(replace(attack, kind="harmful"), [["refuse"], ["comply"]]).unsafe() == [0, 1]
+    outcomes = [["refuse"], ["comply"]]
+    assert Attacked(attack, [], outcomes).unsafe() == [1, 0]
+    assert Attacked(replace(attack, kind="harmful"), [], outcomes).unsafe() == [0, 1]
 
 
 # --------------------------------------------------------------------------------------------------

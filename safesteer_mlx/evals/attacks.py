@@ -15,12 +15,14 @@ from typing import Any
 import mlx.nn as nn
 
 from ..method.framing import begun, framed, framings, openings_of
-from ..method.judge import Judge, keyword_judge
+from ..method.judge import outcome
 from ..method.prompts import Instruction, Rows, load_instructions, render_all, render_turns
 from ..method.rollout import Sampling, answers, stream_key
 from ..recipe import PACKAGE
 from ..system.load import Loaded
 from ..system.screen import Screen, UserError
+from .judge_model import Case, judge_cases, read_template
+from .judging import Chosen
 from .scores import Count, paired_by_prompt
 from .tampering import Tampering
 
@@ -54,9 +56,10 @@ class Attack:
 
 @dataclass(frozen=True)
 class Attacked:
-    """What a model did under one attack: the outcomes of each prompt's answers, (N, samples)."""
+    """What a model did under one attack: each prompt's answers and their outcomes, (N, samples) both."""
 
     attack: Attack
+    texts: list[list[str]]
     outcomes: list[list[str]]
 
     def unsafe(self) -> list[int]:
@@ -74,22 +77,19 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Attacker:
-    """Attacks models that share the base's tokenizer, judged by `judge`; draws with the streams of `seed`."""
+    """Attacks models that share the base's tokenizer, and judges by keywords; draws with the streams of `seed`."""
 
     base: Loaded
     sampling: Sampling
     seed: int
-    judge: Judge = keyword_judge
 
     def attack(self, model: nn.Module, attack: Attack) -> Attacked:
         """What one model does under one attack."""
         rows, k = attack.ask(model), attack.samples
-        texts = [text for _, text in self.draw(model, [row for row in rows for _ in range(k)], attack)]
-        requests = [request for request in attack.requests for _ in range(k)]
-        if attack.begun and self.judge is not keyword_judge:  # which would look for a refusal in what it did not say
-            texts = [said + text for said, text in zip((b for b in attack.begun for _ in range(k)), texts, strict=True)]
-        outcomes = self.judge(attack.kind, requests, texts)
-        return Attacked(attack, [outcomes[i : i + k] for i in range(0, len(outcomes), k)])
+        drawn = [text for _, text in self.draw(model, [row for row in rows for _ in range(k)], attack)]
+        texts = [drawn[i : i + k] for i in range(0, len(drawn), k)]
+        # Without what the attacker wrote: there no refusal is to be looked for.
+        return Attacked(attack, texts, [[outcome(text) for text in own] for own in texts])
 
     def plain(self, name: str, items: Sequence[Instruction]) -> Attack:
         """The prompts as they are, answered greedily."""
@@ -104,7 +104,7 @@ class Attacker:
         drawn = answers(model, self.base.tokenizer, rows, sampling, keys)
         return [(completion.ids, text) for completion, text in drawn]
 
-    def compliant_answers(self, requests: list[str], rows: Rows) -> dict[int, list[int]]:
+    def compliant_answers(self, rows: Rows) -> dict[int, list[int]]:
         """The base's own compliant answers, by prompt: greedy, else the first of `TRIES` samples that complies."""
         found: dict[int, list[int]] = {}
         for attempt in range(1 + TRIES):
@@ -112,9 +112,8 @@ class Attacker:
             keys = [stream_key(self.seed, 12, attempt, i) for i in left] if attempt else None
             sampling = replace(self.sampling, temp=float(attempt > 0))
             drawn = answers(self.base.model, self.base.tokenizer, [rows[i] for i in left], sampling, keys)
-            outcomes = self.judge("harmful", [requests[i] for i in left], [text for _, text in drawn])
-            for i, (completion, _), outcome in zip(left, drawn, outcomes, strict=True):
-                if outcome == "comply":
+            for i, (completion, text) in zip(left, drawn, strict=True):
+                if outcome(text) == "comply":
                     found[i] = completion.ids[:-1] if completion.finished else completion.ids
         return found
 
@@ -160,7 +159,7 @@ class Attacker:
 
     def _own_answer(self, requests: list[str]) -> Iterator[Attack]:
         rows = self._rows(requests)
-        found = self.compliant_answers(requests, rows)
+        found = self.compliant_answers(rows)
         which = sorted(found)
         kept = [requests[i] for i in which]
         return self._begun("answer begun by the base itself", kept, [rows[i] for i in which], [found[i] for i in which])
@@ -270,6 +269,33 @@ def run_tampering(
                 screen.line(f"tampering with the {name}: left out ({error})")
     fewest = min(map(len, results.values()))
     return {name: found[:fewest] for name, found in results.items()}
+
+
+def judged_by(
+    judge: Chosen,
+    results: Mapping[str, list[Attacked]],
+    trust_remote_code: bool,
+    batch_size: int,
+    screen: Screen,
+) -> dict[str, list[Attacked]]:
+    """The same answers with the outcomes that a judge model gives, which reads all of an answer: what the attacker has
+    written too."""
+    if judge.template is None:
+        return dict(results)
+    every = [own for found in results.values() for own in found]
+    cases = [
+        Case(own.attack.kind, request, (own.attack.begun[i] if own.attack.begun else "") + text)
+        for own in every
+        for i, (request, texts) in enumerate(zip(own.attack.requests, own.texts, strict=True))
+        for text in texts
+    ]
+    with screen.stage(f"judging by {judge.label}") as advance:
+        template = read_template(judge.template)
+        verdicts = iter(judge_cases(judge.name, template, cases, trust_remote_code, batch_size, advance))
+    return {
+        name: [replace(own, outcomes=[[next(verdicts).outcome for _ in texts] for texts in own.texts]) for own in found]
+        for name, found in results.items()
+    }
 
 
 def show_attacks(results: Mapping[str, list[Attacked]], screen: Screen) -> None:

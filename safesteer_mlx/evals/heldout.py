@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..method.judge import Judge, is_correct, keyword_judge
+from ..method.judge import is_correct, outcome
 from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
@@ -122,7 +122,6 @@ class HeldOut:
     tokens: Sequence[int]
     seed: int
     sampling: Sampling
-    judge: Judge = keyword_judge
     samples: int = 1
 
     def answers(
@@ -152,9 +151,8 @@ class HeldOut:
                 replies = self.answers(model, prompts, how == "sampled", which, advance)
                 n_answered += len(replies)
                 progress(n_answered, total, "judging")
-                outcomes = self.judge(test.kind_of[kind], requests, [text for text, _ in replies])
-                for request, (text, finished), outcome in zip(requests, replies, outcomes, strict=True):
-                    answers.append(Answer(kind, how, request, text, outcome, finished))
+                for request, (text, finished) in zip(requests, replies, strict=True):
+                    answers.append(Answer(kind, how, request, text, outcome(text), finished))
         tasks = render_all(self.base.tokenizer, test.capability, system_prompt)
         replies = self.answers(model, tasks, False, progress=advance)
         correct: dict[str, list[bool]] = {}
