@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, command_module
-from .recipe import HELD_OUT_TOKENS, Recipe, model_name, parse, resolve
+from .recipe import HELD_OUT_TOKENS, Recipe, model_name, parse, recipe_note, resolve
 from .system.hub import prepare
 from .system.model_files import read_header
 from .system.screen import Screen, UserError, exit_code
@@ -262,6 +262,8 @@ def _run(argv: list[str] | None) -> None:
     recipe, recipe_name = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen()
     screen.line(f"model: {name}" + (f", recipe {recipe_name}" if recipe_name else ""))
+    if note := recipe_note(recipe_name):
+        screen.line(f"  {note}")
     if verdict_only:
         with tempfile.TemporaryDirectory() as scratch:  # what is found for it is not kept
             recipe = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))

@@ -560,6 +560,7 @@ def model_recipe(config: Mapping[str, Any], name: str = "") -> tuple[str | None,
 
     `match` holds `names`, patterns of the last part of a lower-case id or path, and `shape`, keys of config.json.
     """
+    config = {**(text if isinstance(text := config.get("text_config"), dict) else {}), **config}
     recipes = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
     matches = {stem: recipe.pop("match", {}) for stem, recipe in recipes.items()}
     last = Path(name).name.lower()
@@ -571,6 +572,11 @@ def model_recipe(config: Mapping[str, Any], name: str = "") -> tuple[str | None,
         if shape and all(config.get(key) == value for key, value in shape.items()):
             return stem, recipes[stem]
     return None, {}
+
+
+def recipe_note(name: str | None) -> str | None:
+    """What a user should know of the family that a model recipe is for, if its file says so."""
+    return None if name is None else read_yaml(MODELS / f"{name}.yaml").get("note")
 
 
 def resolve(
@@ -587,7 +593,7 @@ def resolve(
     """
     settings = Recipe(**{section: cls() for section, cls in SECTIONS.items()}).flat()
     name, model_settings = model_recipe(config, flags.get("model", settings["model"]))
-    published = model_settings.pop("published", {})
+    published, _ = model_settings.pop("published", {}), model_settings.pop("note", None)
     _merge(settings, model_settings, f"recipe {name}")
     if preset is not None:
         if preset not in PRESETS:

@@ -448,13 +448,15 @@ def prompt(base, text, harmful) -> TrainingPrompt:
     return TrainingPrompt(ids, ids, harmful, text)
 
 
-def test_an_answer_is_begun_for_student_and_target_alike(base):
-    framer, plain = Framer(base.tokenizer, 1.0, 1.0, 512), prompt(base, "Why is the sky blue?", True)
+@pytest.mark.parametrize("harmful", [True, False])
+def test_an_answer_is_begun_and_the_teacher_is_asked_about_the_prompt_as_it_is(base, harmful):
+    framer, plain = Framer(base.tokenizer, 1.0, 1.0, 512), prompt(base, "Why is the sky blue?", harmful)
     rng, lengths = np.random.default_rng(0), set()
     for _ in range(60):
         put = plain.put(framer, rng)
         opening = put.ids[len(plain.ids) :]
-        assert put.ids == put.target_ids and put.ids[: len(plain.ids)] == plain.ids and not put.framed
+        assert put.ids[: len(plain.ids)] == plain.ids and put.framed is harmful
+        assert put.target_ids == (plain.ids if harmful else put.ids)
         texts = [f["text"] for f in framings("train", "openings")]
         assert any(opening == opening_ids(base.tokenizer, plain.text, t)[: len(opening)] for t in texts)
         lengths.add(len(opening))
@@ -476,6 +478,6 @@ def test_so_many_are_put_otherwise_as_was_asked_for(base):
     framer, plain = Framer.of(settings, base.tokenizer), prompt(base, "Why is the sky blue?", True)
     rng = np.random.default_rng(4)
     put = [plain.put(framer, rng) for _ in range(1000)]
-    assert abs(sum(p.framed for p in put) - 350) < 50  # half of those that are not begun
+    assert abs(sum(p.ids[: len(plain.ids)] != plain.ids for p in put) - 350) < 50  # half of those that are not begun
     assert abs(sum(p == plain for p in put) - 350) < 50
     assert Framer.of(resolve({}, {})[0].train, base.tokenizer) is None

@@ -12,6 +12,7 @@ from safesteer_mlx.recipe import (
     model_recipe,
     parse,
     read_yaml,
+    recipe_note,
     resolve,
     result_settings,
 )
@@ -43,7 +44,24 @@ def test_each_recipe_is_found_by_its_shape_and_by_no_other(name):
         ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
         ("/home/me/models/Qwen3-4B-Instruct-2507-8bit/", "qwen3-4b-2507"),
         (str(MODELS / "tiny-chat"), "tiny-chat"),
-        ("Qwen/Qwen2.5-14B-Instruct", None),
+        ("Qwen/Qwen2.5-14B-Instruct", "qwen2.5"),
+        ("mlx-community/Qwen2.5-0.5B-Instruct-4bit", "qwen2.5"),
+        ("Qwen/Qwen2.5-7B", None),  # no chat model
+        ("mlx-community/Qwen3-8B-4bit", "qwen3"),
+        ("Qwen/Qwen3-4B", "qwen3"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3"),
+        ("mlx-community/Qwen3.5-4B-MLX-4bit", "qwen3.5"),
+        ("mlx-community/Llama-3.2-1B-Instruct-4bit", "llama-3"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama-3"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral"),
+        ("mlx-community/Mistral-Small-3.2-24B-Instruct-2506-4bit", "mistral"),
+        ("mlx-community/gemma-3-12b-it-qat-4bit", "gemma-3"),
+        ("microsoft/phi-4", "phi-4"),
+        ("mlx-community/phi-4-4bit", "phi-4"),
+        ("mlx-community/Phi-4-mini-instruct-4bit", "phi-4"),
+        ("microsoft/Phi-4-mini-reasoning", None),
+        ("HuggingFaceTB/SmolLM3-3B", "smollm3"),
+        ("mlx-community/gpt-oss-20b-MXFP4-Q8", "gpt-oss"),
         ("tiny-chat/other", None),  # a folder above the model's own does not name it
     ],
 )
@@ -51,6 +69,22 @@ def test_a_recipe_is_found_by_name_whatever_the_shape(model, expected):
     assert model_recipe({}, model)[0] == expected
     for name, shape in SHAPES.items():
         assert model_recipe(shape, model)[0] == (expected or name)
+
+
+def test_a_text_model_within_is_found_by_its_own_sizes():
+    config = {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text", "vocab_size": 248320}}
+    assert model_recipe(config, "org/renamed")[0] == "qwen3.5"
+    assert model_recipe(config | {"text_config": 3}, "org/renamed") == (None, {})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_of_a_family_sets_nothing_that_was_not_published(name):
+    recipe = dict(RECIPES[name])
+    assert set(recipe) <= {"match", "note", "published"} or name == "tiny-chat"
+    assert ("published" in recipe) == (name in PUBLISHED)
+    assert recipe_note(name) == recipe.get("note") and recipe_note(None) is None
+    text = (MODELS / f"{name}.yaml").read_text()
+    assert name == "tiny-chat" or "paper" in text or "No settings of SafeSteer" in text or "published for 3-8B" in text
 
 
 def test_a_model_of_the_bundled_ones_shape_has_no_recipe():
@@ -64,7 +98,7 @@ def test_a_model_of_the_bundled_ones_shape_has_no_recipe():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_holds_no_strength_and_no_threshold(name):
-    assert set(RECIPES[name]) <= {"match", "published", "max_tokens", "test_prompts"}
+    assert set(RECIPES[name]) <= {"match", "note", "published", "max_tokens", "test_prompts"}
     assert set(RECIPES[name].get("published", {})) <= {"horizon", "min_steered_prob", "learning_rate"}
 
 

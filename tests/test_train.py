@@ -536,10 +536,9 @@ def test_a_prompt_put_otherwise_has_the_target_that_it_should(tiny_model, begins
     order = np.random.default_rng([7, 0, 0]).permutation(3)[:2]
     rows = [HARMFUL[i].ids for i in order]
     read = [[*row, 20, 21] for row in rows] if begins else [[22, 23, 24]] * 2
-    asked = [[*row, 20, 21] for row in rows] if begins else rows
     ids = np.array(TOKENS)
     assert metrics.student_mass == pytest.approx(openings(model, read, ids, 4)[:, :-1].sum(-1).mean(), rel=1e-4)
-    of, by = (openings(m, asked, ids, 4) for m in (teacher.model, model))
+    of, by = (openings(m, rows, ids, 4) for m in (teacher.model, model))
     odds = [np.log(p[:, :-1].sum(-1) / p[:, -1]) for p in (of, by)]
     guided = odds[0] + np.maximum(0.5 * (odds[0] - odds[1]), 0)
     assert metrics.target_mass == pytest.approx((1 / (1 + np.exp(-guided))).mean(), rel=1e-4)

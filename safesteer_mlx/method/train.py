@@ -17,8 +17,9 @@ for as long as the epochs take, and falls over as many steps again.
 
 With `prefill_ratio` and `wrap_ratio`, off by default: a prompt that is refused may be answered once the answer has
 begun, or in a frame. A share of the prompts, harmful and harmless, comes with an affirmative opening that the student
-goes on with, as the target does; another in a frame (a story, a role), where a harmful one is pulled to what the
-teacher says without it, a harmless one to what the base says within it.
+goes on with, another in a frame (a story, a role). There a harmful one is pulled to what the teacher says to the prompt
+as it is, a harmless one to what the base says within the frame. (The teacher itself, asked behind the opening, goes on
+with it: measured, docs/choices.md.)
 
 With `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far
 more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
@@ -81,7 +82,8 @@ class NotFiniteError(UserError):
 class TrainingPrompt:
     """A prompt as the student reads it and as its target does; `harmful` says which target.
 
-    `text` is the instruction. `framed` says that the student alone reads it in a frame, not teacher and base.
+    `text` is the instruction. `framed` says that the student alone reads it in a frame or with its answer begun, not
+    teacher and base.
     """
 
     ids: list[int]
@@ -93,11 +95,10 @@ class TrainingPrompt:
     def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
         """The prompt with its answer begun, or in a frame, or as it is."""
         if (opening := framer.opening(self.text, rng)) is not None:
-            ids, target_ids = (begun(framer.tokenizer, row, opening) for row in (self.ids, self.target_ids))
-            return replace(self, ids=ids, target_ids=target_ids)
-        if (frame := framer.frame(self.text, rng)) is not None:
-            return replace(self, ids=frame, target_ids=self.target_ids if self.harmful else frame, framed=self.harmful)
-        return self
+            ids = begun(framer.tokenizer, self.ids, opening)
+        elif (ids := framer.frame(self.text, rng)) is None:
+            return self
+        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, framed=self.harmful)
 
 
 @dataclass(frozen=True)
