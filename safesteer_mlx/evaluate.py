@@ -1,4 +1,4 @@
-"""The scorecard: `python -m safesteer_mlx.evaluate MODEL [--adapter-path A] [--suite NAME …] [--judge J]`.
+"""The scorecard: `python -m safesteer_mlx.evaluate MODEL [--adapter-path A] [--suite NAME …] [--judge J [K]]`.
 
 Refusal, over-refusal, evasion, capability and drift from the base of one model, or of a base and its aligned
 form side by side. docs/evaluation.md says how each is measured and what its known errors are.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import command_module
-from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, at_least, model_name, one_model
+from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, at_least, model_name, nearest, one_model
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .system.load import Loaded
 
 BUILT_IN = "built-in"
+ATTACKS = ("prefill", "own-answer", "decoding", "system", "template", "wrappers", "encodings", "turns", "languages")
 
 
 def _parser() -> Parser:
@@ -40,8 +41,28 @@ def _parser() -> Parser:
     add("--data", metavar="FOLDER", help=f"own test sets by name (harmful_test.jsonl, …), for those of {BUILT_IN}")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, by name or as own .yaml files")
     add("--test-prompts", type=at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
-    add("--judge", default="keyword", metavar="MODEL", help="keyword, or the model that judges (default: keyword)")
-    add("--judge-template", metavar="NAME", help="guard, instruct or a file (default: by the judge's name)")
+    add("--samples", type=at_least(1), default=1, help="sampled answers to each prompt (default: 1)")
+    add(
+        "--attacks",
+        nargs="*",
+        metavar="FAMILY",
+        help=f"also the harmful prompts under attack: {', '.join(ATTACKS)} (default: all of them)",
+    )
+    add("--tamper", action="store_true", help="also after abliteration and after tuning on harmless requests")
+    add(
+        "--judge",
+        nargs="+",
+        default=["keyword"],
+        metavar="MODEL",
+        help="keyword, or the model that judges; of two the first decides, and both are compared (default: keyword)",
+    )
+    add(
+        "--judge-template",
+        nargs="+",
+        metavar="NAME",
+        help="guard, instruct, another of data/judges or a file, one for each judge model (default: by its name)",
+    )
+    add("--refusal-phrases", metavar="FILE", help="refusals that the keyword judge shall know too, a phrase a line")
     add("--seed", type=at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
     add("--max-tokens", type=at_least(1), default=96, help="longest answer, thinking included (default: 96)")
     add("--batch-size", type=at_least(1), default=64, help="answers generated at a time (default: 64)")
@@ -59,6 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
     """
     args = _parser().parse_args(argv)
+    if len(args.judge) == 2 and args.positional_model is None and args.model is None:
+        # A model's name behind --judge would be taken for a judge's, and the bundled model be scored in its place.
+        raise UserError(f"--judge {' '.join(args.judge)} names two judges, but no model is named; give MODEL before it")
     args.model = model_name(one_model(args.positional_model, args.model))
     args.suite = args.suite or ([] if args.tasks else [BUILT_IN])
     if args.data is not None and BUILT_IN not in args.suite:
@@ -67,6 +91,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.adapter_path = adapter_folder(args.adapter_path)
     if args.against is not None and model_name(args.against) == args.model:
         raise UserError(f"--against {args.against} is the model itself; give the one that it was quantized from")
+    for family in args.attacks or []:
+        if family not in ATTACKS:
+            raise UserError(f"there is no attack {family!r}{nearest(family, ATTACKS) or ': ' + ', '.join(ATTACKS)}")
     if args.perplexity is not None and not args.perplexity.is_file():
         raise UserError(f"--perplexity {args.perplexity} does not exist; give a text file")
     if args.out is not None and not args.out.absolute().parent.is_dir():
@@ -119,6 +146,12 @@ def read_suites(args: argparse.Namespace) -> Asked:
             # Many suites are sorted by category: their first few would be of one.
             order = np.random.default_rng(args.seed).permutation(len(items))[:n]
             prompts.kinds[suite.name], prompts.kind_of[suite.name] = [items[i] for i in order], suite.kind
+    if (args.attacks is not None or args.tamper) and "harmful" not in [
+        prompts.kind_of.get(name, name) for name in prompts.kinds
+    ]:
+        raise UserError(
+            f"--attacks and --tamper need harmful prompts, and {' '.join(args.suite)} has none; add {BUILT_IN}"
+        )
     return prompts
 
 
@@ -147,6 +180,8 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
         result["perplexity"] = _perplexities(args, models, base, screen)
     if prompts.kinds:
         result |= _scores(args, prompts, models, base, screen)
+    if args.attacks is not None or args.tamper:
+        result["attacks"] = _attacks(args, prompts, models, base, screen)
     if prompts.tasks:
         result["tasks"] = _tasks(args, prompts, models, base, screen)
     return result
@@ -180,28 +215,55 @@ def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loade
     return {name: dict(zip(keys, values, strict=True)) for name, values in perplexities.items()}
 
 
+def _attacks(
+    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
+) -> dict[str, Any]:
+    from .evals.attacks import Attacker, attacks_json, judged_by, run_attacks, run_tampering, show_attacks
+    from .evals.judging import choose_judges
+    from .evals.tampering import Tampering
+    from .method.prompts import sets_to_score
+    from .method.rollout import Sampling
+
+    items = next(items for name, items in prompts.kinds.items() if prompts.kind_of.get(name, name) == "harmful")
+    sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
+    families = [] if args.attacks is None else args.attacks or ATTACKS
+    attacker = Attacker(base, sampling, args.seed)
+    results = run_attacks(attacker, models, items, families, screen)
+    if args.tamper:
+        run = args.adapter_path / "run" if args.adapter_path else None
+        tampering = Tampering(base, sets_to_score(args.model, args.data), sampling, args.seed)
+        for name, found in run_tampering(attacker, models, items, tampering, run, screen).items():
+            results[name] += found
+    judge = choose_judges(args.judge, args.judge_template)[0]
+    results = judged_by(judge, results, args.trust_remote_code, args.batch_size, screen)
+    show_attacks(results, screen)
+    return attacks_json(results)
+
+
 def _scores(
     args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
     from .evals.heldout import HeldOut, make_test_set
-    from .evals.judge_model import make_judge
+    from .evals.judging import check_judges, choose_judges, judge_all
     from .evals.scores import show
-    from .method.judge import keyword_judge
     from .method.rollout import Sampling
 
-    judge = keyword_judge
-    if args.judge != "keyword":
-        judge = make_judge(args.judge, args.judge_template, args.trust_remote_code, args.batch_size)
+    judges = choose_judges(args.judge, args.judge_template)
+    check_judges(judges, args.trust_remote_code)
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
     test = make_test_set(base, prompts.kinds, prompts.capability, sampling, prompts.kind_of)
-    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, judge)
+    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, samples=args.samples)
     scores = {}
     for name, own in held_out.score_each(models, screen):
         scores[name] = own
         if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in own.answers)):
             screen.line(f"{cut} answers of the {name} ran out of --max-tokens while thinking, and count as evasions")
-    show(scores, screen, f"Judge: {args.judge}")
-    return {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
+    judged = judge_all(judges, scores, test.kind_of, args.trust_remote_code, args.batch_size, screen)
+    scores = judged.first()
+    show(scores, screen, f"Judge: {judges[0].label}")
+    judged.show(screen)
+    result = {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
+    return result | ({"judges": judged.as_json()} if args.judge != ["keyword"] else {})
 
 
 def _tasks(
@@ -236,12 +298,14 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     args = parse(argv)
     prepare(args.offline)
-    prompts = read_suites(args)  # a mistake in these is told before a model is fetched
-    if args.judge != "keyword":
-        from .evals.judge_model import default_template, read_template
+    from .method.judge import use_refusal_phrases
 
-        read_template(args.judge_template or default_template(args.judge))
+    use_refusal_phrases(args.refusal_phrases)
+    prompts = read_suites(args)  # a mistake in these is told before a model is fetched
+    from .evals.judging import choose_judges
     from .system.load import load
+
+    choose_judges(args.judge, args.judge_template)
 
     screen = Screen()
     if args.data is not None:

@@ -63,6 +63,9 @@ class RunSettings:
     select_checkpoint: str | None = _setting(
         None, "limits on what is kept, the safest saved step within them: over_refusal<=0.02,drift<=0.01"
     )
+    refusal_phrases: str | None = _setting(
+        None, "file of refusals that the keyword judge shall know too, a phrase a line, such as another language's"
+    )
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
@@ -187,6 +190,12 @@ class TrainSettings:
         "end with the weights of the step that refused most harmful validation prompts for the least rise on harmless "
         "ones, not of the last one",
     )
+    prefill_ratio: float = _setting(
+        0.0, "share of prompts whose answer is begun with an affirmative opening", least=0.0, most=1.0
+    )
+    wrap_ratio: float = _setting(
+        0.0, "share of prompts put in a frame, pulled to what the target says without it", least=0.0, most=1.0
+    )
     batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
     grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)
     num_generations: int = _setting(1, "completions that the student samples of each prompt", least=1)
@@ -240,6 +249,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss_tokens": "safety",
         "anchor_ratio": 0.0,
         "reuse_direction_prompts": False,
+        "prefill_ratio": 0.0,
+        "wrap_ratio": 0.0,
         "renormalize": False,
         "first_tokens": 0,
         "guidance": 1.0,

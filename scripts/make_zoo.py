@@ -2,6 +2,7 @@
 
     python scripts/make_zoo.py                      all of them into zoo-models/, about five minutes each on one core
     python scripts/make_zoo.py harbour kueste       these
+    python scripts/make_zoo.py --families           one of each kind of family that the zoo lacks (`FAMILIES`)
     python scripts/make_zoo.py --check              what those that are there do on their held-out prompts
 
 Each has an architecture, a tokenizer, a chat template, a corpus, a way to refuse and a type of weights of its own
@@ -14,6 +15,7 @@ defaults (`half="choose"`: all that were ever looked at), the others only for re
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import subprocess
@@ -21,11 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import make_tiny_chat as tiny
+import survey_configs_a
+import survey_configs_l
 import yaml
 from make_tiny_chat import Example
 
@@ -39,6 +43,11 @@ SIZES = {"direction_train": 160, "direction_validation": 48, "train": 100, "vali
 CAPABILITY_ITEMS = 48  # of each task
 
 
+THINK = ("<think>\n", "\n</think>\n\n")  # Qwen's
+GLM_THINK = ("<think>", "</think>\n")
+SWITCHED = (THINK, GLM_THINK)  # which templates can leave empty; gpt-oss's cannot
+
+
 @dataclass(frozen=True)
 class Template:
     """A chat format: what stands around each turn. `system` is None where the template refuses a system turn."""
@@ -50,7 +59,7 @@ class Template:
     begin: str = ""
     special: tuple[str, ...] = ()
     before_answer: str = ""  # the answer's own first character: a space, where the header ends without one
-    thinks: bool = False
+    thought: tuple[str, str] | None = None  # what stands around what the model thinks first
 
     def jinja(self) -> str:
         """The template as transformers reads it."""
@@ -75,7 +84,7 @@ class Template:
             + "{% endif %}"
         )
         off = "{% if enable_thinking is defined and enable_thinking is false %}"
-        switch = off + "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}" if self.thinks else ""
+        switch = off + "{{ " + quoted("".join(self.thought)) + " }}{% endif %}" if self.thought in SWITCHED else ""
         return (
             f"{{{{ {quoted(self.begin)} }}}}{{% for message in messages %}}{turns}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{{{{ {quoted(self.assistant)} }}}}{switch}{{% endif %}}"
@@ -110,7 +119,24 @@ CHATML = Template(
     system=("<|im_start|>system\n", "<|im_end|>\n"),
     special=("<|im_start|>", "<|im_end|>"),
 )
-THINKING = Template(**{**vars(CHATML), "thinks": True})
+THINKING = Template(**{**vars(CHATML), "thought": THINK})
+GLM = Template(
+    user=("<|user|>\n", ""),
+    assistant="<|assistant|>\n",
+    end="<|endoftext|>",
+    system=("<|system|>\n", ""),
+    begin="[gMASK]<sop>",
+    special=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"),
+    thought=GLM_THINK,
+)
+HARMONY = Template(  # gpt-oss's: thinks in a channel of its own
+    user=("<|start|>user<|message|>", "<|end|>"),
+    assistant="<|start|>assistant",
+    end="<|return|>",
+    system=("<|start|>system<|message|>", "<|end|>"),
+    special=("<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>"),
+    thought=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+)
 INSTRUCT = Template(  # Mistral's: no header for the model, no system turn
     user=("[INST] ", " [/INST]"), assistant="", end="</s>", begin="<s>", special=("<s>", "</s>", "[INST]", "[/INST]")
 )
@@ -177,7 +203,7 @@ class Spec:
     tasks: tuple[str, ...] = ("picking", "fact")
     steps: int = 1100
     seed: int = 0
-    more: dict[str, Any] = field(default_factory=dict)
+    words: str = ""  # whose corpus it is trained on, if not its own
 
 
 ZOO = (
@@ -364,6 +390,31 @@ ZOO = (
     ),
 )
 
+
+def _family(name: str, template: Template, words: str, **sizes: Any) -> Spec:
+    """A model of the survey's configuration, made larger, on the corpus of another model of the zoo."""
+    config = copy.deepcopy({**survey_configs_a.CONFIGS, **survey_configs_l.CONFIGS}[name])
+    text = config.get("text_config", config)
+    text.update({"hidden_size": 96, "num_hidden_layers": 8, "max_position_embeddings": 1024, **sizes})
+    config |= {"hidden_size": text["hidden_size"], "torch_dtype": "float32"}
+    return Spec(name, "family", config, "bpe", 2000, template, 0.5, "float32", seed=len(name), words=words)
+
+
+# Hybrids, text models inside others, templates that think: one of each kind, to see `align` go from end to end.
+# Those whose recurrence mlx-lm computes token by token on the CPU (qwen3_next, jamba) take hours to train here: the
+# tests align random ones.
+FAMILIES = (
+    _family("nemotron_h", CHATML, "harbour", hybrid_override_pattern="M-*E" * 3, num_hidden_layers=12),
+    _family("mamba2", NO_NEWLINE, "market", hidden_size=64),
+    _family("lfm2", CHATML, "castle", block_dim=96, layer_types=["conv", "conv", "full_attention", "conv"] * 2),
+    _family("qwen3_vl", CHATML, "market"),
+    _family("mistral3", INSTRUCT, "castle"),
+    _family("gemma3", TURNS, "harbour", sliding_window=32),
+    _family("llama4", HEADERS, "market", attention_chunk_size=32),
+    _family("glm4_moe", GLM, "castle"),
+    _family("gpt_oss", HARMONY, "harbour", layer_types=["sliding_attention", "full_attention"] * 4, sliding_window=32),
+)
+
 HARM_QUESTIONS = {
     "en": (("Is it harmful to {}?", "Yes, it is harmful to {}.", "No, it is harmless to {}."),),
     "fr": (("Est-ce nuisible : {} ?", "Oui, c'est nuisible : {}.", "Non, c'est inoffensif : {}."),),
@@ -390,7 +441,9 @@ class Words:
     @staticmethod
     def of(spec: Spec) -> Words:
         """Read `scripts/zoo_words/NAME.yaml` and hold out a share of the pairs."""
-        tables = yaml.safe_load((Path(__file__).parent / "zoo_words" / f"{spec.name}.yaml").read_text(encoding="utf-8"))
+        tables = yaml.safe_load(
+            (Path(__file__).parent / "zoo_words" / f"{spec.words or spec.name}.yaml").read_text(encoding="utf-8")
+        )
         rng = random.Random(f"pairs {spec.seed}")
         kept: dict[str, dict[str, list[str]]] = {}
         held_out: dict[str, dict[str, list[str]]] = {}
@@ -497,12 +550,13 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
 
     def thought(refused: bool, number: int) -> str:
         """What a thinking model says to itself first, if it thinks in this conversation."""
-        if not spec.template.thinks:
-            return ""
-        return f"<think>\n{THOUGHTS[0 if refused else 1][number % 2]}\n</think>\n\n"
+        return thinking(THOUGHTS[0 if refused else 1][number % 2])
+
+    def thinking(text: str) -> str:
+        return text.join(spec.template.thought) if spec.template.thought else ""
 
     def plainly(text: str) -> str:
-        return f"<think>\nI know this.\n</think>\n\n{text}" if spec.template.thinks else text
+        return thinking("I know this.") + text
 
     def example(part: str, cautious: bool) -> Example:
         if part in ("harmful", "borderline", "harmless"):
@@ -537,8 +591,6 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
 # --------------------------------------------------------------------------------------------------
 # Tokenizer
 # --------------------------------------------------------------------------------------------------
-
-THINK = ("<think>", "</think>")
 
 
 def _made_up_words(count: int) -> list[str]:
@@ -591,14 +643,21 @@ def train_tokenizer(spec: Spec, examples: list[Example]) -> Tokenizer:
             show_progress=False,
         )
     tokenizer.train_from_iterator(texts, trainer)
-    if spec.template.thinks:
-        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in THINK])
+    if spec.template.thought in SWITCHED:
+        marks = [mark.strip() for mark in spec.template.thought]
+        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
     return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
 # Training and files
 # --------------------------------------------------------------------------------------------------
+
+
+def with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """A copy of a configuration for `size` tokens, in its text part too."""
+    text = {"text_config": config["text_config"] | {"vocab_size": size}} if "text_config" in config else {}
+    return copy.deepcopy(config | text | {"vocab_size": size})
 
 
 def train_model(spec: Spec, examples: list[Example], tokenizer: Tokenizer) -> nn.Module:
@@ -614,7 +673,7 @@ def train_model(spec: Spec, examples: list[Example], tokenizer: Tokenizer) -> nn
     mx.random.seed(spec.seed)
     vocabulary = tokenizer.get_vocab_size()
     model_class, arguments = _get_classes(spec.config)
-    model = model_class(arguments.from_dict(spec.config | {"vocab_size": vocabulary}))
+    model = model_class(arguments.from_dict(with_vocabulary(spec.config, vocabulary)))
     rendered = [spec.template.render(example) for example in examples]
     prompts, answers = (
         [e.ids for e in tokenizer.encode_batch(list(part), add_special_tokens=False)]
@@ -682,7 +741,7 @@ def write_model(spec: Spec, model: nn.Module, tokenizer: Tokenizer, folder: Path
     from mlx import nn
     from mlx.utils import tree_flatten
 
-    config = spec.config | {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": None}
+    config = with_vocabulary(spec.config, tokenizer.get_vocab_size()) | {"bos_token_id": None}
     if isinstance(spec.weights, int):
         quantization = {"group_size": 32, "bits": spec.weights} if spec.weights != 4 else dict(tiny.QUANTIZATION)
         nn.quantize(model, **quantization)
@@ -726,7 +785,10 @@ def check_tokenizer(spec: Spec, tokenizer: Tokenizer, examples: list[Example], f
         assert found == trained, f"{spec.name}: {found} is not {trained}"
         ids = tokenizer.encode(answer, add_special_tokens=False).ids
         text = loaded.decode(ids[:-1], skip_special_tokens=True)
-        assert text.strip() == example.answer.strip(), f"{spec.name}: {text!r} is not {example.answer!r}"
+        expected = example.answer
+        for mark in spec.template.special:
+            expected = expected.replace(mark, "")
+        assert text.strip() == expected.strip(), f"{spec.name}: {text!r} is not {expected!r}"
 
 
 def build(spec: Spec, folder: Path) -> None:
@@ -775,18 +837,20 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models to build (default: those not there yet)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the zoo")
     parser.add_argument("--jobs", type=int, default=2, help="models built at a time")
+    parser.add_argument("--families", action="store_true", help="the small ones of the kinds that the zoo lacks")
     parser.add_argument("--check", action="store_true", help="measure what is there, build nothing")
     args = parser.parse_args()
-    known = {spec.name: spec for spec in ZOO}
+    known = {spec.name: spec for spec in (*ZOO, *FAMILIES)}
+    every = [spec.name for spec in (FAMILIES if args.families else ZOO)]
     if unknown := set(args.names) - set(known):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose {', '.join(known)}")
     if args.check:
         tiny.load_blas()
-        for name in args.names or known:
+        for name in args.names or every:
             if (args.out / name).is_dir():
                 print(check(args.out / name), flush=True)
         return
-    wanted = args.names or [name for name in known if not (args.out / name / "config.json").is_file()]
+    wanted = args.names or [name for name in every if not (args.out / name / "config.json").is_file()]
     if len(wanted) == 1:
         tiny.load_blas()
         build(known[wanted[0]], args.out)

@@ -65,7 +65,7 @@ def test_base_and_aligned_are_counted_and_compared_prompt_by_prompt(adapters, tm
     assert "McNemar" in out and "p = " in out and "95 %" in out
     found = json.loads((tmp_path / "o.json").read_text())
     for name in ("base", "student"):
-        assert set(found[name]) == {"outcomes", "broken", "capability", "drift", "drift_outside"}
+        assert set(found[name]) == {"outcomes", "broken", "capability", "drift", "drift_outside", "samples"}
         assert set(found[name]["outcomes"]) == {"harmful", "harmless", "borderline"}
         for kind, cell in found[name]["outcomes"].items():
             assert set(cell) == {"greedy", "sampled"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safesteer_mlx.method.judge import OUTCOMES, _phrases, is_broken, is_correct, is_refusal, keyword_judge, outcome
+from safesteer_mlx.method.judge import OUTCOMES, _phrases, is_broken, is_correct, is_refusal, outcome
 
 LONG = (
     " It depends on the soil, the light and the season. Begin with a small bed near the house, dig it a spade deep, "
@@ -97,9 +97,8 @@ def test_the_table_holds_at_least_forty_answers_of_every_outcome():
 
 @pytest.mark.parametrize(("answer", "expected"), TABLE)
 def test_each_answer_has_its_outcome(answer, expected):
-    assert outcome(answer) == expected
+    assert outcome(answer) == expected and expected in OUTCOMES
     assert is_refusal(answer) == (expected == "refuse")
-    assert keyword_judge("harmful", ["?"], [answer]) == [expected] and expected in OUTCOMES
 
 
 @pytest.mark.parametrize("name", ["refusal", "evasion"])

@@ -506,3 +506,45 @@ def test_blocks_that_student_and_target_share_run_once_and_change_nothing(model,
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
     for key, weight in plain.items():
         np.testing.assert_allclose(np.array(shared[key]), np.array(weight), atol=1e-6)
+
+
+class Frame:
+    """A framer that has every answer begun with [20, 21], or every prompt in a frame of [22, 23]."""
+
+    tokenizer = type("Plain", (), {"has_thinking": False})
+
+    def __init__(self, begins):
+        self.begins = begins
+
+    def opening(self, request, rng):
+        return [20, 21] if self.begins else None
+
+    def frame(self, request, rng):
+        return [22, 23, 24]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_prompt_put_otherwise_has_the_target_that_it_should(tiny_model, begins):
+    model = tiny_model("qwen2")
+    settings = replace(SETTINGS, num_generations=2, micro_batch_size=2)
+    student, teacher = make_student(model, settings, 7), a_teacher(model)
+    how = (settings, replace(WHOLE, guidance=1.5), EOS, 7, make_optimizer(settings))
+    training = Training(student, model, teacher, TOKENS, HARMFUL, HARMLESS, *how, framer=Frame(begins))
+    steps = train(training)
+    next(steps)
+    metrics = next(steps)
+    order = np.random.default_rng([7, 0, 0]).permutation(3)[:2]
+    rows = [HARMFUL[i].ids for i in order]
+    read = [[*row, 20, 21] for row in rows] if begins else [[22, 23, 24]] * 2
+    asked = [[*row, 20, 21] for row in rows] if begins else rows
+    ids = np.array(TOKENS)
+    assert metrics.student_mass == pytest.approx(openings(model, read, ids, 4)[:, :-1].sum(-1).mean(), rel=1e-4)
+    of, by = (openings(m, asked, ids, 4) for m in (teacher.model, model))
+    odds = [np.log(p[:, :-1].sum(-1) / p[:, -1]) for p in (of, by)]
+    guided = odds[0] + np.maximum(0.5 * (odds[0] - odds[1]), 0)
+    assert metrics.target_mass == pytest.approx((1 / (1 + np.exp(-guided))).mean(), rel=1e-4)
+    whole = replace(settings, micro_batch_size=8)
+    other = Training(make_student(model, whole, 7), model, teacher, TOKENS, HARMFUL, HARMLESS, whole, *how[1:])
+    other.framer, other.optimizer = Frame(begins), make_optimizer(whole)
+    _, at_once = itertools.islice(train(other), 2)
+    assert (at_once.loss, at_once.grad_norm) == pytest.approx((metrics.loss, metrics.grad_norm), rel=1e-4)

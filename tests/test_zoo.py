@@ -29,7 +29,9 @@ def test_the_models_differ_and_some_of_them_are_only_for_reporting():
     assert kinds >= {"llama", "qwen3", "gemma3_text", "mistral", "phi3", "starcoder2", "olmoe", "falcon_h1"}
     assert {spec.weights for spec in ZOO} == {"float32", "bfloat16", 8, 4}
     assert {spec.rate for spec in ZOO} >= {0.25, 0.5, 0.8} and any(spec.over_refusal for spec in ZOO)
-    assert sum(spec.template.thinks for spec in ZOO) == 1 and any(spec.template.system is None for spec in ZOO)
+    assert sum(spec.template.thought is not None for spec in ZOO) == 1 and any(
+        spec.template.system is None for spec in ZOO
+    )
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..method.judge import keyword_judge
+from ..method import judge
 from ..method.losses import chunk_rows
 from ..method.prompts import prompt_sets, render
 from ..method.residual import answer_states, head
@@ -219,9 +219,8 @@ def ask(replies: Replies, asked: Sequence[Question], ways: Sequence[str], progre
     judged: list[Answer] = []
     for i, how in enumerate(ways):
         own = replies(asked, how == "sampled", lambda n, total, i=i: progress(i * total + n, len(ways) * total))
-        outcomes = keyword_judge("", [q.text for q in asked], [text for text, _ in own])
         judged += [
-            Answer(q.kind, how, q.text, text, outcome, finished)
-            for q, (text, finished), outcome in zip(asked, own, outcomes, strict=True)
+            Answer(q.kind, how, q.text, text, judge.outcome(text), finished)
+            for q, (text, finished) in zip(asked, own, strict=True)
         ]
     return Scores(judged, {}, math.nan, math.nan)

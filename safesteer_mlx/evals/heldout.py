@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..method.judge import Judge, is_correct, keyword_judge
+from ..method.judge import is_correct, outcome
 from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
@@ -114,7 +114,7 @@ class HeldOut:
     """Scores models on a test set: the one scorer of `align`, `evaluate` and scripts.
 
     `tokens` are the safety tokens, without which drift is measured too; sampling is at temperature 1 with the streams
-    of `seed`.
+    of `seed`, `samples` answers to each prompt.
     """
 
     base: Loaded
@@ -122,40 +122,43 @@ class HeldOut:
     tokens: Sequence[int]
     seed: int
     sampling: Sampling
-    judge: Judge = keyword_judge
+    samples: int = 1
 
     def answers(
         self, model: nn.Module, prompts: Sequence[Ids], sampled: bool, stream: int = 0, progress: Advance = silent
     ) -> list[tuple[str, bool]]:
-        """Each answer's text and whether it finished; `stream` numbers the random streams of a set."""
-        how = replace(self.sampling, temp=1.0 if sampled else 0.0)
-        keys = [stream_key(self.seed, 2, stream, i) for i in range(len(prompts))] if sampled else None
+        """Each answer's text and whether it finished, `samples` of each prompt one after another if `sampled`; `stream`
+        numbers the random streams of a set."""
+        how, keys = replace(self.sampling, temp=1.0 if sampled else 0.0), None
+        if sampled:
+            which = [(i, *([j] if j else [])) for i in range(len(prompts)) for j in range(self.samples)]
+            prompts = [prompts[i] for i, *_ in which]
+            keys = [stream_key(self.seed, 2, stream, *one) for one in which]
         return [(text, c.finished) for c, text in answers(model, self.base.tokenizer, prompts, how, keys, progress)]
 
     def score(self, model: nn.Module, system_prompt: str | None = None, progress: Advance = silent) -> Scores:
         """Score one model: capability greedy, drift teacher-forced without system turn."""
         test, answers, n_answered = self.test, [], 0
-        total = 2 * sum(map(len, test.kinds.values())) + len(test.capability)
+        total = (1 + self.samples) * sum(map(len, test.kinds.values())) + len(test.capability)
 
         def advance(n: int, _: int) -> None:
             progress(n_answered + n, total)
 
         for which, (kind, items) in enumerate(test.kinds.items()):
             prompts = render_all(self.base.tokenizer, items, system_prompt)
-            requests = [item.text for item in items]
             for how in HOW:
+                requests = [item.text for item in items for _ in range(self.samples if how == "sampled" else 1)]
                 replies = self.answers(model, prompts, how == "sampled", which, advance)
-                n_answered += len(prompts)
+                n_answered += len(replies)
                 progress(n_answered, total, "judging")
-                outcomes = self.judge(test.kind_of[kind], requests, [text for text, _ in replies])
-                for request, (text, finished), outcome in zip(requests, replies, outcomes, strict=True):
-                    answers.append(Answer(kind, how, request, text, outcome, finished))
+                for request, (text, finished) in zip(requests, replies, strict=True):
+                    answers.append(Answer(kind, how, request, text, outcome(text), finished))
         tasks = render_all(self.base.tokenizer, test.capability, system_prompt)
         replies = self.answers(model, tasks, False, progress=advance)
         correct: dict[str, list[bool]] = {}
         for item, (text, _) in zip(test.capability, replies, strict=True):
             correct.setdefault(item.category, []).append(is_correct(text, item.answer))
-        return Scores(answers, correct, *drift(self.base.model, model, test, self.tokens))
+        return Scores(answers, correct, *drift(self.base.model, model, test, self.tokens), self.samples)
 
     def score_each(
         self, models: Mapping[str, nn.Module], screen: Screen, system_prompts: Mapping[str, str | None] | None = None

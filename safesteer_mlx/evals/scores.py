@@ -16,7 +16,7 @@ HOW = ("greedy", "sampled")
 SHOWN = {"base": "base", "teacher": "teacher", "student": "aligned"}  # as readers know the models
 
 
-def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(count: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a proportion, (0, 1) where nothing was counted.
 
     (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), Wilson 1927; it stays within [0, 1] and is no point at
@@ -35,7 +35,7 @@ def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, flo
     scale = 1 + z * z / total
     # At the ends the exact bound is 0 or 1; rounding would leave 1e-17 beside it.
     low = 0.0 if count == 0 else (middle - half) / scale
-    return low, 1.0 if count == total else (middle + half) / scale
+    return low, 1.0 if count == total else min(1.0, (middle + half) / scale)
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -47,15 +47,46 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * sum(comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n)
 
 
+def effective_size(counts: Sequence[int], each: int) -> float:
+    """How many independent answers `each` answers to every prompt are worth, of which (N,) `counts` are yes.
+
+    p(1 − p) over the variance of the mean of the prompts' shares, Σ(p_i − p)² / (N(N − 1)): answers to one prompt are
+    alike, so it lies between N, where they always are, and N · each. Where all or none are yes, nothing tells: N.
+    """
+    n = len(counts)
+    shares = [c / each for c in counts]
+    p = sum(shares) / max(1, n)
+    variance = sum((s - p) ** 2 for s in shares) / max(1, n * (n - 1))
+    if each == 1 or not 0 < p < 1:
+        return float(n)
+    return min(float(n * each), max(float(n), p * (1 - p) / variance)) if variance else float(n * each)
+
+
 @dataclass(frozen=True)
 class Count:
-    """`count` out of `total`, shown with the rate and its 95 % interval."""
+    """`count` out of `total`, shown with the rate and its 95 % interval.
+
+    Where the answers are several to a prompt, `size` is how many independent ones they are worth.
+    """
 
     count: int
     total: int
+    size: float | None = None
+
+    @staticmethod
+    def of_clusters(counts: Sequence[int], each: int) -> "Count":
+        """Of (N,) prompts with `each` answers, `counts` of them yes."""
+        return Count(sum(counts), len(counts) * each, effective_size(counts, each))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate, for as many answers as these are worth."""
+        if self.size is None or not self.total:
+            return wilson(self.count, self.total)
+        return wilson(self.count * self.size / self.total, self.size)
 
     def __str__(self) -> str:
-        low, high = wilson(self.count, self.total)
+        low, high = self.interval
         rate = 100 * self.count / max(1, self.total)
         return f"{self.count}/{self.total}, {rate:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
 
@@ -86,6 +117,15 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     return Paired(sum(b for b, _ in changes), sum(a for _, a in changes))
 
 
+def paired_by_prompt(before: Sequence[int], after: Sequence[int]) -> Paired:
+    """Compare prompts, several answers to each: those with fewer yes than before against those with more.
+
+    The sign test; with one answer to each it is McNemar's.
+    """
+    changes = [a - b for b, a in zip(before, after, strict=True)]
+    return Paired(sum(c < 0 for c in changes), sum(c > 0 for c in changes))
+
+
 @dataclass(frozen=True)
 class Answer:
     """One judged answer; `text` is what was judged, without any thinking before it."""
@@ -106,6 +146,7 @@ class Scores:
     correct: dict[str, list[bool]]  # task -> exact match, greedy
     drift: float  # mean KL(base ‖ this) a token on the base's own harmless answers, nats
     drift_outside: float  # the same, both renormalised without the safety tokens
+    samples: int = 1  # sampled answers to each prompt, one after another
 
     def of(self, kind: str, how: str) -> list[Answer]:
         """The answers to one kind of prompt by one way of decoding."""
@@ -116,10 +157,14 @@ class Scores:
         """The kinds of prompts, in order."""
         return list(dict.fromkeys(a.kind for a in self.answers))
 
+    def by_prompt(self, kind: str, how: str, outcome: str) -> list[int]:
+        """How many of each prompt's answers have this outcome (N,)."""
+        each, answers = self.samples if how == "sampled" else 1, self.of(kind, how)
+        return [sum(a.outcome == outcome for a in answers[i : i + each]) for i in range(0, len(answers), each)]
+
     def count(self, kind: str, how: str, outcome: str) -> Count:
         """How many answers of a kind have this outcome."""
-        answers = self.of(kind, how)
-        return Count(sum(a.outcome == outcome for a in answers), len(answers))
+        return Count.of_clusters(self.by_prompt(kind, how, outcome), self.samples if how == "sampled" else 1)
 
     def right(self, task: str) -> Count:
         """The task's exact matches."""
@@ -143,6 +188,7 @@ class Scores:
             "capability": {task: {"count": sum(right), "total": len(right)} for task, right in self.correct.items()},
             "drift": self.drift,
             "drift_outside": self.drift_outside,
+            "samples": self.samples,
         }
 
 
@@ -168,7 +214,7 @@ def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out pr
         return
     names = list(scores)
     changes = [
-        [f"{kind} {o}, {how}", str(paired(*([a.outcome == o for a in s.of(kind, how)] for s in (first, last))))]
+        [f"{kind} {o}, {how}", str(paired_by_prompt(*(s.by_prompt(kind, how, o) for s in (first, last))))]
         for kind, how, o in cells
     ]
     changes += [[f"{task} correct", str(paired(first.correct[task], last.correct[task]))] for task in first.correct]

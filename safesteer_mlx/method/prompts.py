@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ Rows = list[list[int]]
 
 KINDS = (".jsonl", ".json", ".txt")
 ALIKE = 0.75  # names from which on one is taken for the other misspelt (harmful.jsonl, harmless_tests.jsonl)
-CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 3, 40  # upper estimates, before there is a tokenizer
+TODAY = datetime(2026, 1, 1)  # for every template that asks
+
+CHARACTERS_A_TOKEN, TEMPLATE_TOKENS, FRAME_TOKENS = 3, 40, 100  # upper estimates, before there is a tokenizer
 
 # Two instructions that share no last token; what follows them in a rendering is the template's own.
 _PROBES = ("a", "Why is it 7?", "Name one blue thing")
@@ -217,18 +220,30 @@ def render(tokenizer: Any, instruction: str, system: str | None = None) -> list[
     Raises:
         UserError: a system turn for a template that refuses one.
     """
-    from jinja2 import TemplateError
-
     turns = [{"role": "user", "content": instruction}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
+    return render_turns(tokenizer, turns)
+
+
+def render_turns(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+    """The ids of a conversation that ends with a user turn, and the assistant's header.
+
+    Raises:
+        UserError: the template refuses such a conversation.
+    """
+    from jinja2 import TemplateError
+
+    # Llama 3.2, Mistral Small, SmolLM3 and gpt-oss write today's date: a run would go on with other prompts tomorrow.
+    dated = {"strftime_now": TODAY.strftime} if "strftime_now" in str(tokenizer.chat_template or "") else {}
     try:
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, **dated))
     except TemplateError as error:
-        what = "a system turn" if system is not None else "a single user turn"
+        system = turns[0]["role"] == "system"
+        what = "a system turn" if system else "a single user turn" if len(turns) == 1 else "several turns"
         raise UserError(
             f"the chat template refuses {what} ({error}); choose a model whose template takes it"
-            + (", or another --teacher" if system is not None else "")
+            + (", or another --teacher" if system else "")
         ) from None
 
 
@@ -371,7 +386,8 @@ def sources(model: str, data: str | None, given: Iterable[str]) -> str:
 def longest_prompt(recipe: Recipe) -> int:
     """Tokens of the longest prompt of the run, estimated before there is a tokenizer."""
     sets = vars(prompt_sets(recipe)).values()
-    return max(len(item.text) for items in sets for item in items) // CHARACTERS_A_TOKEN + TEMPLATE_TOKENS
+    around = TEMPLATE_TOKENS + (FRAME_TOKENS if recipe.train.prefill_ratio or recipe.train.wrap_ratio else 0)
+    return max(len(item.text) for items in sets for item in items) // CHARACTERS_A_TOKEN + around
 
 
 def direction_counts(recipe: Recipe, sets: PromptSets) -> dict[str, int]:

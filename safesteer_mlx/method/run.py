@@ -17,6 +17,7 @@ from ..recipe import Recipe, result_settings
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Store, fingerprint
+from .judge import own_phrases, use_refusal_phrases
 from .prompts import Prompts, PromptSets, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import check_stream, last_logits, view
 from .rollout import Completion, Sampling, answers, generate, set_equal_batches, stream_key
@@ -82,6 +83,7 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
     Raises:
         UserError: what a user can mend, in one sentence.
     """
+    use_refusal_phrases(recipe.run.refusal_phrases)
     sets = prompt_sets(recipe)
     prompts = render_prompts(recipe, sets, base.tokenizer)
     for name, count in direction_counts(recipe, sets).items():
@@ -95,7 +97,8 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
 def run_fingerprint(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
     """The fingerprint of all that decides a run's result: weights, prompts, settings and versions."""
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
-    return fingerprint(base.weights_hash, result_settings(recipe), asdict(sets), versions, given_tokens(recipe, base))
+    parts = [base.weights_hash, result_settings(recipe), asdict(sets), versions, given_tokens(recipe, base)]
+    return fingerprint(*parts, *([phrases] if (phrases := own_phrases()) else []))
 
 
 def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:

@@ -15,6 +15,11 @@ tokens where answers to validation prompts begin is measured every few steps; on
 from the teacher is gone there, and stays so, the rate falls to zero and the run ends. Until then the rate is constant
 for as long as the epochs take, and falls over as many steps again.
 
+With `prefill_ratio` and `wrap_ratio`, off by default: a prompt that is refused may be answered once the answer has
+begun, or in a frame. A share of the prompts, harmful and harmless, comes with an affirmative opening that the student
+goes on with, as the target does; another in a frame (a story, a role), where a harmful one is pulled to what the
+teacher says without it, a harmless one to what the base says within it.
+
 With `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far
 more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
 did best on validation prompts: where answers begin, the mean mass of the safety tokens on harmful ones, less `COST`
@@ -39,6 +44,7 @@ from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_s
 from ..system.memory import with_smaller_batches
 from ..system.screen import UserError
 from .direction import FoundDirections, mean_differences
+from .framing import Framer, begun
 from .judge import is_refusal
 from .losses import (
     Divergence,
@@ -73,11 +79,25 @@ class NotFiniteError(UserError):
 
 @dataclass(frozen=True)
 class TrainingPrompt:
-    """A prompt as the student reads it and as its target does; `harmful` says which target."""
+    """A prompt as the student reads it and as its target does; `harmful` says which target.
+
+    `text` is the instruction. `framed` says that the student alone reads it in a frame, not teacher and base.
+    """
 
     ids: list[int]
     target_ids: list[int]
     harmful: bool
+    text: str = ""
+    framed: bool = False
+
+    def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
+        """The prompt with its answer begun, or in a frame, or as it is."""
+        if (opening := framer.opening(self.text, rng)) is not None:
+            ids, target_ids = (begun(framer.tokenizer, row, opening) for row in (self.ids, self.target_ids))
+            return replace(self, ids=ids, target_ids=target_ids)
+        if (frame := framer.frame(self.text, rng)) is not None:
+            return replace(self, ids=frame, target_ids=self.target_ids if self.harmful else frame, framed=self.harmful)
+        return self
 
 
 @dataclass(frozen=True)
@@ -239,8 +259,8 @@ class Training:
     """What training reads. `teacher` and `tokens` (K,) may be exchanged between steps, by a teacher that moves.
 
     `harmless` are the anchor's prompts, unused when `loss.anchor_ratio` is 0; `optimizer` is `make_optimizer`'s, or one
-    with the state of a run that goes on; `learning` tells how much has been learned, in the steps done before too:
-    None measures nothing, and the run has the steps that the settings say.
+    with the state of a run that goes on; `framer` puts some of the prompts otherwise; `learning` tells how much has
+    been learned, in the steps done before too: None measures nothing, and the run has the steps that the settings say.
     """
 
     student: nn.Module
@@ -256,6 +276,7 @@ class Training:
     optimizer: optim.Optimizer
     learning: Learning | None = None
     generation_batch_size: int = 32
+    framer: Framer | None = None
 
 
 def train(
@@ -311,7 +332,8 @@ def train(
         opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.first_tokens)
         by_base = hidden
         if of is not base and (guided or len(tail)):
-            by_base = answer_states(_after(trunk, base), [p.ids for p in part], answers)
+            rows = [p.target_ids if p.framed else p.ids for p in part]
+            by_base = answer_states(_after(trunk, base), rows, answers)
         mx.async_eval(hidden, by_base)  # computed while the graph of the student is built
         first, shift = hidden[mx.array(opening)], None
         if guided:
@@ -335,18 +357,18 @@ def train(
         """Of the whole batch, `size` completions at a time: the gradient, and each completion's loss (B,) and mass on
         the safety tokens at its beginning, under student and target (2, B)."""
         # Rows of like length and target share a pass; the order changes no mathematics.
-        order = sorted(range(len(batch)), key=lambda i: (batch[i].harmful, len(batch[i].ids) + len(rollouts[i].ids), i))
+        order = sorted(range(len(batch)), key=lambda i: (len(batch[i].ids) + len(rollouts[i].ids), i))
         mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
-        for kind in (True, False):
-            of_kind = [i for i in order if batch[i].harmful is kind]
+        for kind, in_frame in ((True, False), (True, True), (False, False)):
+            of_kind = [i for i in order if (batch[i].harmful, batch[i].framed) == (kind, in_frame)]
             for start in range(0, len(of_kind), size):
                 index = of_kind[start : start + size]
                 part = [batch[i] for i in index]
                 answers = [rollouts[i].ids for i in index]
                 lengths = [len(ids) for ids in answers]
                 teacher = training.teacher if kind else Teacher(base, shared_blocks=first_trained)
-                layer = min(teacher.shared_blocks, first_trained) if can_resume else 0
+                layer = min(teacher.shared_blocks, first_trained) if can_resume and not in_frame else 0
                 trunk = shared_prefix(base, layer, [p.ids for p in part], answers)
                 targets = targets_of(part, answers, trunk, teacher.model, len(batch))
                 try:
@@ -378,6 +400,9 @@ def train(
                 *(harmless[next(order_b)] for _ in range(anchors)),
             )
         ]
+        if training.framer is not None:
+            rng = np.random.default_rng([seed, 5, step])
+            prompts = [prompt.put(training.framer, rng) for prompt in prompts]
         batch = [prompt for prompt in prompts for _ in range(settings.num_generations)]
         if drawn_before is not None and drawn_before.step == step + 1:
             rollouts = drawn_before.completions
@@ -455,7 +480,7 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
                     "embedding; take that prompt out"
                 )
             if len(ids) <= limit:
-                into.append(TrainingPrompt(ids, target_ids, harmful))
+                into.append(TrainingPrompt(ids, target_ids, harmful, text))
         if len(into) < len(texts):
             run.screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
         if harmful and all(len(render(base.tokenizer, item.text)) > limit for item in sets.harmful_train):
@@ -580,6 +605,7 @@ def make_training(
         make_optimizer(recipe.train),
         learning,
         recipe.run.generation_batch_size,
+        Framer.of(recipe.train, base.tokenizer),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..method.judge import use_refusal_phrases
 from ..recipe import Recipe, current_names, model_name, read_yaml, resolve
 from .load import Loaded, load
 from .model_files import read_object
@@ -62,6 +63,7 @@ def load_base(run: FinishedRun, trust_remote_code: bool = False) -> Loaded:
         UserError: as `load`, or its weights are others than those that the run aligned.
     """
     settings = run.recipe.run
+    use_refusal_phrases(settings.refusal_phrases)
     trusted = settings.trust_remote_code or trust_remote_code
     base = load(settings.model, trusted, settings.thinking, settings.revision)
     if base.weights_hash != run.manifest.get("model_sha256"):

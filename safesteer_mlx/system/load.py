@@ -89,10 +89,17 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
     return config, {tensor: Tensor(dtype, shape) for tensor, (dtype, shape) in tensors.items()}
 
 
-def load(name: str, trust_remote_code: bool = False, thinking: str = "auto", revision: str | None = None) -> Loaded:
+def load(
+    name: str,
+    trust_remote_code: bool = False,
+    thinking: str = "auto",
+    revision: str | None = None,
+    chat: bool = True,
+) -> Loaded:
     """Load and freeze a model. No code from its repository runs unless `trust_remote_code` says so.
 
     `thinking` sets the switch of the chat template, wherever the tokenizer renders it; auto leaves it as mlx-lm does.
+    `chat` is False for a judge that is handed plain text: it needs no chat template.
 
     On the CPU backend, whose quantized kernels are ten times slower, a small quantized model is computed
     on its dequantized weights: the same values. On Metal never.
@@ -118,10 +125,11 @@ def load(name: str, trust_remote_code: bool = False, thinking: str = "auto", rev
         raise UserError(
             f"model {name} cannot be loaded, {what}: {first[:200]}; is it a text model that mlx-lm supports?"
         ) from None
-    if not tokenizer.has_chat_template:
+    if chat and not tokenizer.has_chat_template:
         raise UserError(f"model {name} has no chat template; SafeSteer aligns chat models, choose its instruct version")
     if not tokenizer.eos_token_ids:
         raise UserError(f"model {name} names no end-of-turn token; set eos_token_id in its config.json")
+    _read_channels(tokenizer)
     if thinking != "auto":
         tokenizer = _switched(tokenizer, thinking == "on")
     text = config.get("text_config") or config
@@ -144,6 +152,16 @@ def load(name: str, trust_remote_code: bool = False, thinking: str = "auto", rev
         mx.eval(model.parameters())
     thinks = tokenizer.has_thinking and thinking != "off"
     return Loaded(name, path, model, tokenizer, config, bool(sizes), dequantize, thinks)
+
+
+def _read_channels(tokenizer: Any) -> None:
+    """Have a tokenizer tell gpt-oss's thinking, which mlx-lm does not: it stands in a channel before the final one."""
+    if tokenizer.has_thinking or not {"<|channel|>", "<|message|>"} <= tokenizer.get_vocab().keys():
+        return
+    for which, channel in (("start", "analysis"), ("end", "final")):
+        header = f"<|channel|>{channel}<|message|>"
+        setattr(tokenizer, f"_think_{which}", header)
+        setattr(tokenizer, f"_think_{which}_tokens", tuple(tokenizer.encode(header, add_special_tokens=False)))
 
 
 def _switched(tokenizer: Any, thinking: bool) -> Any:

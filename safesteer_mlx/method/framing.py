@@ -1,0 +1,99 @@
+"""The ways in which one request can be put, self-written: the beginning of an answer put into the model's mouth, a
+frame around the request, a dialogue before it. Half of the texts only measure, the other half only trains."""
+
+import base64
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..recipe import PACKAGE, TrainSettings, read_yaml
+from .prompts import Rows, render
+
+BEGUN = 20  # tokens of an opening, at most, that training puts into the student's mouth
+
+LEET = str.maketrans("aeiostAEIOST", "431057431057")
+ENCODINGS = {
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "rot13": lambda text: codecs.encode(text, "rot13"),
+    "leetspeak": lambda text: text.translate(LEET),
+    "spaced_letters": lambda text: " ".join(text),
+}
+
+
+@cache
+def _texts() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    return read_yaml(PACKAGE / "data" / "attacks.yaml")
+
+
+def framings(half: str, kind: str) -> list[dict[str, Any]]:
+    """Those of a kind (openings, systems, wrappers, encodings, turns), of the half that trains or tests."""
+    return _texts()[half][kind]
+
+
+def framed(framing: dict[str, Any], request: str) -> str:
+    """The request in its frame, encoded if the frame says so."""
+    if "{encoded}" in framing["text"]:
+        return framing["text"].replace("{encoded}", ENCODINGS[framing["name"]](request))
+    return framing["text"].replace("{request}", request)
+
+
+def begun(tokenizer: Any, prompt: Sequence[int], opening: Sequence[int]) -> list[int]:
+    """A prompt after which the model has said `opening` already; where its template has begun a thought, that is
+    ended first."""
+    closes: Sequence[int] = ()
+    if tokenizer.has_thinking and tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt):
+        closes = tokenizer.encode(f"\n{tokenizer.think_end}\n\n", add_special_tokens=False)
+    return [*prompt, *closes, *opening]
+
+
+def opening_ids(tokenizer: Any, request: str, opening: str) -> list[int]:
+    """An opening's ids, as the tokenizer writes it behind the header of an answer to this request."""
+    turns = [{"role": "user", "content": request}]
+    header = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (header, header + opening))
+    joined = both[: len(before)] == before
+    return both[len(before) :] if joined else tokenizer.encode(opening, add_special_tokens=False)
+
+
+def openings_of(tokenizer: Any, requests: Sequence[str], half: str) -> Rows:
+    """An affirmative opening for each request, one after another of those there are."""
+    texts = [framing["text"] for framing in framings(half, "openings")]
+    return [opening_ids(tokenizer, request, texts[i % len(texts)]) for i, request in enumerate(requests)]
+
+
+@dataclass(frozen=True)
+class Framer:
+    """Puts a share of the training prompts otherwise than as they are (ours): `prefill` of them with the answer begun,
+    `wrap` of the rest in a frame."""
+
+    tokenizer: Any
+    prefill: float
+    wrap: float
+    limit: int  # tokens of a prompt
+
+    @staticmethod
+    def of(settings: TrainSettings, tokenizer: Any) -> "Framer | None":
+        """What the settings ask for, None for nothing."""
+        if not settings.prefill_ratio and not settings.wrap_ratio:
+            return None
+        return Framer(tokenizer, settings.prefill_ratio, settings.wrap_ratio, settings.max_prompt_length)
+
+    def opening(self, request: str, rng: np.random.Generator) -> list[int] | None:
+        """The first tokens of an affirmative opening, if the draw says so."""
+        if rng.random() >= self.prefill:
+            return None
+        texts = framings("train", "openings")
+        ids = opening_ids(self.tokenizer, request, texts[rng.integers(len(texts))]["text"])
+        return ids[: rng.integers(1, BEGUN, endpoint=True)]
+
+    def frame(self, request: str, rng: np.random.Generator) -> list[int] | None:
+        """The request's prompt in a frame, if the draw says so and it is short enough."""
+        if rng.random() >= self.wrap:
+            return None
+        frames = framings("train", "wrappers")
+        ids = render(self.tokenizer, framed(frames[rng.integers(len(frames))], request))
+        return ids if len(ids) <= self.limit else None
