@@ -147,13 +147,15 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
     import mlx.core as mx
 
     from .evals.scores import transcripts
+    from .method.prompts import given_files
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if run.recipe.run.transcripts:
         store.text("transcripts.jsonl", _json_lines(transcripts(scores)))
-    store.json("manifest.json", _manifest(run.base, store.path.parent) | {"not_aligned": not_aligned})
+    own = {"own_sets": sorted(given_files(run.recipe.run.data))}
+    store.json("manifest.json", _manifest(run.base, store.path.parent) | own | {"not_aligned": not_aligned})
     store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})
     store.forget_states()
 
@@ -236,18 +238,18 @@ def _run(argv: list[str] | None) -> None:
     draft = resolve({}, flags, preset, yaml_file)[0]
     run = draft.run
     prepare(run.offline)
-    from .method.prompts import load_data
+    from .method.prompts import direction_counts, prompt_sets
     from .system.store import check_output
 
-    folder = Path(run.adapter_path)
+    folder, name = Path(run.adapter_path), model_name(run.model)
     check_output(folder)
     if run.data is not None:
-        load_data(run.data)
+        named = replace(draft, run=replace(run, model=name))
+        direction_counts(named, prompt_sets(named))
     if draft.train.resume_adapter_file is not None:
         read_header(Path(draft.train.resume_adapter_file).expanduser())
     from .system.load import config_and_headers, load
 
-    name = model_name(run.model)
     if dry_run:
         from .method.prompts import longest_prompt
         from .system import memory

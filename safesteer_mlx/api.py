@@ -9,7 +9,7 @@ from typing import Any
 from .align import Aligned, align_model
 from .evals.heldout import HeldOut, held_out_prompts, make_test_set
 from .evals.scores import Scores
-from .method.prompts import built_in_sets
+from .method.prompts import sets_to_score
 from .method.rollout import Sampling
 from .method.run import batch_size
 from .method.student import with_adapters
@@ -63,14 +63,17 @@ def evaluate(
     test_prompts: int | None = 100,
     max_tokens: int = HELD_OUT_TOKENS,
     seed: int = 42,
+    data: str | Path | None = None,
     quiet: bool = True,
 ) -> dict[str, Scores]:
-    """Score a model on the built-in held-out prompts, `base` and, with adapters, `student`; None takes all prompts.
+    """Score a model on held-out prompts, `base` and, with adapters, `student`; None takes all prompts.
+
+    The prompts are the built-in ones, but for the sets that `data`, a folder, holds by name.
 
     Raises:
-        UserError: the adapters are not this model's.
+        UserError: the adapters are not this model's, or `data` holds no test set, or one that cannot be used.
     """
-    screen, sets = Screen(quiet), built_in_sets(base.name)
+    screen, sets = Screen(quiet), sets_to_score(base.name, None if data is None else str(data))
     sampling = Sampling(base.eos_ids, max_tokens, batch_size=batch_size(base, 64, screen))
     test = make_test_set(base, *held_out_prompts(sets, test_prompts), sampling)
     models = {"base": base.model}

@@ -38,6 +38,7 @@ def _parser() -> Parser:
         help=f"suites to run, of the Hub or a local file; {BUILT_IN} is our own held-out prompts (default: it alone, "
         "without --tasks)",
     )
+    add("--data", metavar="FOLDER", help=f"own test sets by name (harmful_test.jsonl, …), for those of {BUILT_IN}")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, by name or as own .yaml files")
     add("--test-prompts", type=at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
     add("--samples", type=at_least(1), default=1, help="sampled answers to each prompt (default: 1)")
@@ -84,6 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--judge {' '.join(args.judge)} names two judges, but no model is named; give MODEL before it")
     args.model = model_name(one_model(args.positional_model, args.model))
     args.suite = args.suite or ([] if args.tasks else [BUILT_IN])
+    if args.data is not None and BUILT_IN not in args.suite:
+        raise UserError(f"--data {args.data} is for the suite {BUILT_IN}; add it to --suite, or leave --data out")
     if args.adapter_path is not None:
         args.adapter_path = adapter_folder(args.adapter_path)
     if args.against is not None and model_name(args.against) == args.model:
@@ -119,7 +122,7 @@ def read_suites(args: argparse.Namespace) -> Asked:
     from .evals.heldout import held_out_prompts
     from .evals.lm_tasks import check_tasks, task_name
     from .evals.suites import find_suite, load_suite
-    from .method.prompts import built_in_sets
+    from .method.prompts import sets_to_score
 
     n = args.test_prompts or None
     parts = [text.partition("=") for text in args.suite]
@@ -135,7 +138,7 @@ def read_suites(args: argparse.Namespace) -> Asked:
         if file and (name == BUILT_IN or suites[name].kind == "task"):
             raise UserError(f"--suite {name}={file}: {name} is not read from a file; leave ={file} out")
         if name == BUILT_IN:
-            kinds, capability = held_out_prompts(built_in_sets(args.model), n)
+            kinds, capability = held_out_prompts(sets_to_score(args.model, args.data), n)
             prompts.kinds.update(kinds)
             prompts.capability.extend(capability)
         elif (suite := suites[name]).kind != "task":
@@ -218,7 +221,7 @@ def _attacks(
     from .evals.attacks import Attacker, attacks_json, judged_by, run_attacks, run_tampering, show_attacks
     from .evals.judging import choose_judges
     from .evals.tampering import Tampering
-    from .method.prompts import built_in_sets
+    from .method.prompts import sets_to_score
     from .method.rollout import Sampling
 
     items = next(items for name, items in prompts.kinds.items() if prompts.kind_of.get(name, name) == "harmful")
@@ -228,7 +231,7 @@ def _attacks(
     results = run_attacks(attacker, models, items, families, screen)
     if args.tamper:
         run = args.adapter_path / "run" if args.adapter_path else None
-        tampering = Tampering(base, built_in_sets(args.model), sampling, args.seed)
+        tampering = Tampering(base, sets_to_score(args.model, args.data), sampling, args.seed)
         for name, found in run_tampering(attacker, models, items, tampering, run, screen).items():
             results[name] += found
     judge = choose_judges(args.judge, args.judge_template)[0]
@@ -305,6 +308,11 @@ def _run(argv: list[str] | None) -> None:
     choose_judges(args.judge, args.judge_template)
 
     screen = Screen()
+    if args.data is not None:
+        from .method.prompts import given_files, sources
+
+        tests = [name for name in given_files(args.data) if name.endswith("_test")]
+        screen.line(f"prompts: {sources(args.model, args.data, tests)}")
     result = score(args, prompts, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)
     if args.out is not None:
         # NaN is not JSON; a measurement that does not exist is null.

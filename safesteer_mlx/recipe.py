@@ -41,7 +41,9 @@ class RunSettings:
         False, "make no connection: models and data from the disk only, as HF_HUB_OFFLINE=1", free=True
     )
     data: str | None = _setting(
-        None, "harmful training prompts: .jsonl, .json, .txt, an mlx-lm data folder, or hf://datasets/ORG/NAME/FILE"
+        None,
+        "harmful training prompts: .jsonl, .json, .txt, an mlx-lm data folder, or hf://datasets/ORG/NAME/FILE; "
+        "or a folder of prompt sets by name (harmful_train.jsonl, harmless_test.jsonl, …)",
     )
     reuse_direction_prompts: bool = _setting(
         True,

@@ -73,7 +73,13 @@ def files(text: str = "plain") -> dict[str, Any]:
             for n in (1, 2, 3)
         ],
         "before_after.json": scores,
-        "manifest.json": {"mlx": "0.0.1", "model": text, "model_sha256": "ab" * 32, "adapters_sha256": "cd" * 32},
+        "manifest.json": {
+            "mlx": "0.0.1",
+            "model": text,
+            "model_sha256": "ab" * 32,
+            "adapters_sha256": "cd" * 32,
+            "own_sets": ["harmful_test", "harmless_test"],
+        },
         "verdict.json": {
             "word": "caution",
             "reasons": [f"because {text}"],

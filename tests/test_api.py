@@ -46,6 +46,15 @@ def test_evaluate_scores_a_base_alone():
     assert list(scores) == ["base"] and scores["base"].count("harmful", "greedy", "refuse").total == 2
 
 
+def test_evaluate_scores_on_a_policys_own_test_sets(tmp_path):
+    (tmp_path / "harmful_test.jsonl").write_text('"mine"\n')
+    [scores] = safesteer.evaluate(safesteer.load("tiny-chat"), test_prompts=2, data=tmp_path).values()
+    assert [scores.count(kind, "greedy", "refuse").total for kind in ("harmful", "harmless")] == [1, 2]
+    (tmp_path / "harmful_test.jsonl").rename(tmp_path / "harmful_train.jsonl")
+    with pytest.raises(safesteer.UserError, match="is no folder that holds a test set"):
+        safesteer.evaluate(safesteer.load("tiny-chat"), data=tmp_path)
+
+
 def test_importing_it_is_light_and_its_names_are_there_in_any_order():
     code = """
 import sys, safesteer_mlx

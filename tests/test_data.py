@@ -11,6 +11,7 @@ from safesteer_mlx.evals.selection import PROMPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, TINY = ROOT / "safesteer_mlx" / "data", ROOT / "models" / "tiny-chat" / "data"
+SCHOOL = ROOT / "examples" / "school-policy"
 LEAST = {"direction_train": 160, "direction_validation": 48, "train": 100, "validation": 50, "test": 100}
 STEMS = {f"{kind}_{split}" for kind in ("harmful", "harmless") for split in LEAST}
 STEMS |= {"borderline_test", "capability_test"}
@@ -61,6 +62,15 @@ def test_validation_asks_borderline_prompts_too(folder: Path):
     borderline = {row["category"] for row in sets["borderline_test"]}
     asked = sets["harmless_validation"][:PROMPTS]
     assert len(asked) / 3 <= sum(row["category"] in borderline for row in asked) <= 2 / 3 * len(asked)
+
+
+def test_the_example_policy_says_each_thing_once_and_nothing_of_ours():
+    ours = {normalised(row["instruction"]) for f in (PACKAGE, TINY) for rows in read(f).values() for row in rows}
+    sets = read(SCHOOL)
+    assert set(sets) < STEMS and all(set(row) == {"instruction"} for rows in sets.values() for row in rows)
+    said = [normalised(row["instruction"]) for rows in sets.values() for row in rows]
+    assert len(said) == len(set(said)) == 168 and not ours & set(said)
+    assert {len(rows) for rows in sets.values()} == {16, 24, 32}
 
 
 def test_package_sets_are_balanced_over_categories():

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from safesteer_mlx.evals.heldout import HeldOut, drift, make_test_set, perplexity
 from safesteer_mlx.evals.scores import HOW, Answer, Scores, show, transcripts
-from safesteer_mlx.evaluate import main
+from safesteer_mlx.evaluate import main, parse, read_suites
 from safesteer_mlx.method.judge import is_broken, is_refusal
 from safesteer_mlx.method.prompts import Instruction, built_in_sets, render, render_all
 from safesteer_mlx.method.rollout import Completion, Sampling, answer_text
@@ -175,6 +175,8 @@ BAD = {
     "no such folder": (["--out", "nowhere/o.json"], "nowhere"),
     "no such text": ([TINY, "--perplexity", "nowhere.txt"], "nowhere.txt"),
     "a file for our own prompts": (["--suite", "built-in=x.json"], "x.json"),
+    "a file for a policy": (["--data", "nowhere.jsonl"], "--data nowhere.jsonl is no folder that holds a test set"),
+    "a policy for nothing": (["--data", ".", "--suite", "XSTest"], "--data . is for the suite built-in"),
     "no thinking switch": ([TINY, "--thinking", "on"], "--thinking"),
     "no lm-eval": (["--suite", "GSM8K"], "safesteer-mlx[eval]"),
 }
@@ -188,6 +190,21 @@ def test_a_mistake_is_one_sentence(name, tmp_path, monkeypatch, capsys):
     flags, expected = BAD[name]
     assert expected in refused(capsys, *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_policys_test_sets_stand_for_ours_and_the_others_stay(base, tmp_path, capsys):
+    for name in ("harmful", "borderline"):
+        (tmp_path / f"{name}_test.jsonl").write_text(f'"my {name} one"\n"my {name} two"\n')
+    kinds = read_suites(parse([TINY, "--data", str(tmp_path)])).kinds
+    assert [item.text for item in kinds["harmful"]] == ["my harmful one", "my harmful two"]
+    assert kinds["harmless"] == built_in_sets(TINY).harmless_test[:100]
+    out = run(capsys, "--data", str(tmp_path), "--out", str(tmp_path / "o.json"))
+    assert f"from {tmp_path} borderline_test, harmful_test" in " ".join(out.split())
+    found = json.loads((tmp_path / "o.json").read_text())
+    counts = {kind: sum(cell["greedy"].values()) for kind, cell in found["base"]["outcomes"].items()}
+    assert counts == {"harmful": 2, "harmless": 6, "borderline": 2} and found["settings"]["data"] == str(tmp_path)
+    (tmp_path / "train.jsonl").write_text('"MY harmful  two"\n')
+    assert "harmful_test and harmful_train share a prompt" in refused(capsys, TINY, "--data", str(tmp_path))
 
 
 def test_help_imports_nothing_heavy():

@@ -15,12 +15,14 @@ from safesteer_mlx.evals import heldout
 from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
 from safesteer_mlx.evals.scores import transcripts
 from safesteer_mlx.export import main
+from safesteer_mlx.formats.card import About, model_card
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
 from safesteer_mlx.formats.peft_adapter import write_peft
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
 from safesteer_mlx.recipe import HELD_OUT_TOKENS, MODELS, resolve
+from safesteer_mlx.system.finished import FinishedRun
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen
 
@@ -121,6 +123,20 @@ def test_an_export_that_is_not_the_student_is_marked_failed(finished, tmp_path, 
     said = capfd.readouterr().out
     assert "failed: it answers as the base does" in said and "--bits 32" in said and "exported:" not in said
     assert "It failed" in next(tmp_path.rglob("README.md")).read_text()
+
+
+def test_a_card_says_whose_the_prompts_are():
+    def card(**manifest):
+        outcomes = {"outcomes": {"harmful": {"greedy": {"refuse": 1, "comply": 1}}}, "broken": {}, "capability": {}}
+        run = FinishedRun(Path("a"), resolve({}, {})[0], {"model": "org/name"} | manifest, {"student": outcomes})
+        return model_card(run, About("name", "mlx", "adapter", "It is one.", "use"), None)
+
+    for manifest in ({}, {"own_sets": []}, {"own_sets": ["harmful_train"]}, {"own_sets": 3}):
+        assert "of safesteer-mlx's own held-out prompts" in card(**manifest)
+        assert "safesteer-mlx held-out prompts" in card(**manifest)
+    given = card(own_sets=["harmful_test", "harmful_train", "# no set_test"])
+    assert "of safesteer-mlx's own and the run's (harmful_test) held-out prompts" in given
+    assert "name: own held-out prompts" in given and "# no set" not in given
 
 
 def test_nothing_verified_is_said(finished, tmp_path, capsys):

@@ -202,7 +202,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_address(hub, tmp_path, capsys):
         ("someone/asks@v1", "old"),
         (f"someone/asks@{old}/train.jsonl", "old"),
     ):
-        assert load_data("hf://datasets/" + address)[0].text == text
+        assert load_data("hf://datasets/" + address)["harmful_train"][0][1].text == text
     assert all("/datasets/someone/asks" in path for _, path, _ in hub.seen)
     for address, expected in (
         ("someone/none", "someone/none is no data set on the Hub"),

@@ -1,20 +1,36 @@
 """Rendering: one chat template for everything, its end, and the first tokens of refusals."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
+from safesteer_mlx.align import main as align
+from safesteer_mlx.method import prompts
 from safesteer_mlx.method.prompts import (
+    DECIDES,
+    SETS,
     PromptSets,
     built_in_sets,
+    direction_counts,
     end_of_instruction,
+    given_files,
     load_prompt_sets,
+    longest_prompt,
     opener_ids,
     own_prompts,
+    prompt_sets,
+    prompts_from,
     render,
+    sets_for,
     special_ids,
 )
-from safesteer_mlx.recipe import MODELS, PACKAGE
+from safesteer_mlx.method.run import make_run, run_fingerprint
+from safesteer_mlx.recipe import MODELS, PACKAGE, resolve
 from safesteer_mlx.system.load import load
-from safesteer_mlx.system.screen import UserError
+from safesteer_mlx.system.screen import Screen, UserError
+
+TINY = str(MODELS / "tiny-chat")
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -124,3 +140,221 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "m" / "data").mkdir(parents=True)
     (tmp_path / "m" / "data" / "harmful_test.jsonl").write_text('{"instruction": "a"}\n')
     assert own_prompts("~/m") == tmp_path / "m" / "data"
+
+
+# A policy's folder, --data FOLDER
+
+
+def policy(folder, **sets):
+    """A folder with these sets, each a list of prompts."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in sets.items():
+        rows = [row if isinstance(row, dict) else {"instruction": row} for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def many(n, word="prompt"):
+    return [f"my {word} number {i}" for i in range(n)]
+
+
+def recipe(data=None, **flags):
+    return resolve({}, {"model": TINY, **({} if data is None else {"data": str(data)}), **flags})[0]
+
+
+def texts(items):
+    return [item.text for item in items]
+
+
+def test_a_folders_sets_replace_those_of_the_model_and_the_others_stay(tmp_path):
+    folder = policy(tmp_path / "p", harmful_train=["a", "b"], borderline_test=["c"])
+    (tmp_path / "p" / "notes.jsonl").write_text("not a prompt\n")
+    (tmp_path / "p" / "._harmful_test.jsonl").write_bytes(b"\0")  # macOS's own
+    for model in (TINY, "org/name"):
+        ours, found = vars(built_in_sets(model)), vars(sets_for(model, folder))
+        changed = {name for name in SETS if found[name] != ours[name]}
+        assert changed == {"harmful_train", "borderline_test"}
+        assert texts(found["harmful_train"]) == ["a", "b"] and texts(found["borderline_test"]) == ["c"]
+    assert prompt_sets(recipe(folder)) == sets_for(TINY, folder)
+    assert sets_for(TINY, None) == built_in_sets(TINY)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "mine.txt", "mine.json"])
+def test_a_file_or_an_mlx_lm_folder_is_harmful_training_prompts_as_ever(name, tmp_path):
+    path = tmp_path / name
+    path.write_text('["a", "b"]' if name.endswith("json") else '"a"\n"b"\n' if name.endswith("l") else "a\nb\n")
+    for file in ("valid.jsonl", "test.jsonl"):
+        (tmp_path / file).write_text("mlx-lm's\n")
+    data = str(tmp_path if name == "train.jsonl" else path)
+    sets, ours = vars(sets_for(TINY, data)), vars(built_in_sets(TINY))
+    assert texts(sets["harmful_train"]) == ["a", "b"]
+    assert all(sets[other] == ours[other] for other in SETS if other != "harmful_train")
+
+
+def test_train_jsonl_beside_other_sets_is_the_harmful_training_set_but_not_twice(tmp_path):
+    folder = policy(tmp_path, train=["a"], harmful_test=["b"])
+    assert texts(sets_for(TINY, folder).harmful_train) == ["a"]
+    assert set(given_files(folder)) == {"harmful_train", "harmful_test"}
+    policy(tmp_path, harmful_train=["c"])
+    with pytest.raises(UserError, match=r"holds train.jsonl and harmful_train.jsonl, which are one set; keep one"):
+        given_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "meant"),
+    [
+        ("harmfull_test.jsonl", "harmful_test"),
+        ("Harmful_train.jsonl", "harmful_train"),
+        ("harmless-train.jsonl", "harmless_train"),
+        ("borderline.jsonl", "borderline_test"),
+        ("harmless_test.txt", "harmless_test"),
+        ("harmful_direction_train.JSONL", "harmful_direction_train"),
+    ],
+)
+def test_a_file_that_is_nearly_named_after_a_set_is_refused_with_the_name(file, meant, tmp_path):
+    folder = policy(tmp_path / "p", harmless_validation=many(8))
+    (tmp_path / "p" / file).write_text('"a"\n')
+    with pytest.raises(UserError, match=rf"{file} is no set of prompts; did you mean {meant}.jsonl\? Rename it"):
+        given_files(folder)
+
+
+def test_a_little_task_without_its_answer_is_refused(tmp_path):
+    rows = [{"instruction": "Add 1 and 2.", "answer": 3, "category": "sums"}]
+    assert sets_for(TINY, policy(tmp_path, capability_test=rows)).capability_test[0].answer == "3"
+    for missing in ({}, {"answer": ""}, {"answer": None}):
+        folder = policy(tmp_path, capability_test=[*rows, {"instruction": "Add 2 and 2."} | missing])
+        with pytest.raises(UserError, match=r"capability_test.jsonl line 2 has no 'answer'; give"):
+            sets_for(TINY, folder)
+
+
+NEW, LINE = "what a model is scored on must be new to it", "one set is to be refused and the other answered"
+MUST_NOT_SHARE = {
+    ("harmful_test", "harmful_train"): NEW,
+    ("harmful_test", "harmful_validation"): NEW,
+    ("harmful_test", "harmful_direction_train"): NEW,
+    ("harmful_test", "harmful_direction_validation"): NEW,
+    ("harmful_test", "harmless_train"): NEW,
+    ("harmless_test", "harmless_train"): NEW,
+    ("borderline_test", "harmless_validation"): NEW,
+    ("borderline_test", "harmful_train"): NEW,
+    ("capability_test", "harmless_train"): NEW,
+    ("harmful_train", "harmless_train"): LINE,
+    ("harmful_validation", "harmless_train"): LINE,
+    ("harmful_direction_train", "harmless_direction_train"): LINE,
+    ("harmful_test", "harmless_test"): LINE,
+    ("harmful_test", "borderline_test"): LINE,
+    ("harmful_test", "capability_test"): LINE,
+}
+MAY_SHARE = [
+    ("harmful_train", "harmful_validation"),
+    ("harmful_train", "harmful_direction_train"),
+    ("harmless_validation", "harmless_direction_validation"),
+    ("harmless_test", "borderline_test"),
+    ("capability_test", "harmless_test"),
+]
+
+
+def of(name, prompts):
+    return [{"instruction": p, "answer": "1"} if name == "capability_test" else p for p in prompts]
+
+
+@pytest.mark.parametrize("pair", MUST_NOT_SHARE, ids=" ".join)
+def test_a_prompt_in_two_sets_that_must_not_share_one_is_refused(pair, tmp_path):
+    one, other = pair
+    both = {one: of(one, [*many(3, "own"), "Do  the\tThing, Straße"]), other: of(other, ["do the thing, STRASSE"])}
+    folder = policy(tmp_path / "p", **both)
+    with pytest.raises(UserError) as refused:
+        sets_for(TINY, folder)
+    said = str(refused.value)
+    assert f"{one} and {other} share a prompt" in said or f"{other} and {one} share a prompt" in said
+    assert f"{one}.jsonl line 4" in said and f"{other}.jsonl line 1" in said and "Thing" not in said
+    assert MUST_NOT_SHARE[pair] in said and said.endswith("take it out of one of them")
+    # Either beside the model's own, which nobody gave.
+    for given, ours in (pair, pair[::-1]):
+        theirs = getattr(built_in_sets(TINY), ours)[-1].text.upper()
+        folder = policy(tmp_path / given, **{given: of(given, ["new", theirs])})
+        with pytest.raises(UserError) as refused:
+            sets_for(TINY, folder)
+        said = str(refused.value)
+        assert f"{given} and {ours} share a prompt ({folder}/{given}.jsonl line 2; built in), but" in said
+        assert said.endswith(f"take it out of {given}, or give your own {ours}.jsonl")
+
+
+@pytest.mark.parametrize("pair", MAY_SHARE, ids=" ".join)
+def test_a_prompt_may_be_in_two_sets_of_one_use_and_of_one_kind(pair, tmp_path):
+    sets = sets_for(TINY, policy(tmp_path, **{name: of(name, ["the same"]) for name in pair}))
+    assert all(texts(getattr(sets, name)) == ["the same"] for name in pair)
+
+
+def test_a_file_of_test_prompts_is_not_trained_on_and_what_nobody_gave_is_not_compared(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("fine\n\n" + built_in_sets(TINY).harmful_test[0].text + "\n")
+    with pytest.raises(UserError, match=r"harmful_train and harmful_test share a prompt \(.*mine.txt line 3; built in"):
+        sets_for(TINY, str(tmp_path / "mine.txt"))
+    ours = built_in_sets(TINY)
+    doubled = replace(ours, harmless_train=ours.harmful_test)
+    monkeypatch.setattr(prompts, "built_in_sets", lambda model: doubled)
+    assert sets_for(TINY, policy(tmp_path / "p", borderline_test=["a"])).harmless_train == ours.harmful_test
+
+
+def test_a_small_set_of_the_directions_is_taken_whole_unless_a_number_was_asked_for(tmp_path, capsys):
+    base = load(TINY)
+    few = policy(tmp_path / "p", harmful_direction_train=many(9), harmless_direction_validation=many(8, "question"))
+    run = make_run(recipe(few, adapter_path=str(tmp_path / "a")), base, Screen())
+    said = capsys.readouterr().out
+    assert "harmful_direction_train holds 9, and all are taken; by default it would be 128" in said
+    assert "harmless_direction_validation holds 8, and all are taken; by default it would be 32" in said
+    assert said.count("all are taken") == 2
+    found = run.prompts
+    assert [len(found.harmful_direction_train), len(found.harmless_direction_train)] == [9, 128]
+    assert [len(found.harmful_direction_validation), len(found.harmless_direction_validation)] == [32, 8]
+    asked = recipe(few, direction_train=64)
+    with pytest.raises(UserError, match=r"harmful_direction_train holds 9 prompts, 64 are needed; lower the setting"):
+        direction_counts(asked, prompt_sets(asked))
+    assert direction_counts(recipe(few, direction_train=4), prompt_sets(asked))["harmful_direction_train"] == 4
+    # Of the model's own there are enough, or it is a mistake.
+    own = replace(built_in_sets(TINY), harmful_direction_train=prompt_sets(asked).harmful_direction_train)
+    with pytest.raises(UserError, match="holds 9 prompts, 128 are needed"):
+        direction_counts(recipe(), own)
+
+
+@pytest.mark.parametrize("name", DECIDES)
+def test_a_set_that_a_run_decides_by_must_not_be_tiny(name, tmp_path):
+    enough = recipe(policy(tmp_path / "p", **{name: many(8)}))
+    direction_counts(enough, prompt_sets(enough))
+    policy(tmp_path / "p", **{name: many(7)})
+    with pytest.raises(
+        UserError, match=rf"{name}.jsonl holds 7 prompts, and a run decides by it; put at least 8 in it"
+    ):
+        direction_counts(enough, prompt_sets(enough))
+
+
+def test_where_the_prompts_come_from_is_told_as_it_is(tmp_path):
+    own = f"the model's own, {MODELS / 'tiny-chat' / 'data'}"
+    both, tests = (
+        policy(tmp_path / "b", harmful_train=["a"], harmless_test=["b"]),
+        policy(tmp_path / "t", harmful_test="c"),
+    )
+    assert prompts_from(recipe()) == own
+    said = f"{own}; from {both} harmless_test; harmful training prompts from {both}"
+    assert prompts_from(recipe(both)) == f"{said} and the direction's"
+    assert prompts_from(recipe(both, reuse_direction_prompts=False)) == said
+    assert prompts_from(recipe(tests)) == f"{own}; from {tests} harmful_test"  # trained on what it always was
+    assert prompts_from(recipe(tests, model="org/name")) == f"the built-in ones; from {tests} harmful_test"
+
+
+def test_the_longest_prompt_and_the_fingerprint_are_those_of_the_policy(tmp_path):
+    base, prompts_of = load(TINY), prompt_sets
+    folder = policy(tmp_path / "p", borderline_test=["short"])
+    small = longest_prompt(recipe(folder))
+    first = run_fingerprint(recipe(folder), base, prompts_of(recipe(folder)))
+    policy(tmp_path / "p", borderline_test=["long " * 300])
+    assert longest_prompt(recipe(folder)) >= small + 400
+    assert run_fingerprint(recipe(folder), base, prompts_of(recipe(folder))) != first
+
+
+def test_align_refuses_a_policy_before_it_looks_for_a_model(tmp_path, capsys):
+    folder = policy(tmp_path / "p", harmful_train=["same"], harmless_train=["Same"])
+    assert align(["nobody/nothing", "--offline", "--data", folder, "--adapter-path", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "harmful_train and harmless_train share a prompt" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

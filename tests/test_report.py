@@ -193,6 +193,10 @@ def test_an_older_run_is_drawn_without_what_it_did_not_record(tmp_path):
     assert "Learned is the share" not in page.text
 
 
+def test_the_record_has_the_sets_of_prompts_that_were_given(plain):
+    assert "sets of prompts given by --data harmful_test, harmless_test" in " ".join(Page(plain).text.split())
+
+
 def test_the_same_run_gives_the_same_page(plain, tmp_path):
     again = write_report(write_run(tmp_path / "run", files()))
     text = [path.read_text().replace(str(path.parent), "") for path in (plain, again)]

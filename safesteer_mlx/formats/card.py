@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evals.scores import wilson
+from ..method.prompts import SETS
 from ..system.finished import FinishedRun
 
 _LABELS = {
@@ -14,7 +15,7 @@ _LABELS = {
 _NAMES = {"base": "base", "student": "scored", "shipped": "this export"}
 NOT_TESTED = (
     "Attacks (other languages, role play, long conversations, prefilled answers) were not tried. The scores are of "
-    "safesteer-mlx's own held-out prompts, judged by phrases; they do not say that the model is safe."
+    "{whose} held-out prompts, judged by phrases; they do not say that the model is safe."
 )
 
 
@@ -47,11 +48,14 @@ def model_card(run: FinishedRun, about: About, fidelity: dict[str, Any] | None) 
 
     scores = run.outcomes if fidelity is None else fidelity["scores"]
     last = "student" if fidelity is None else "shipped"
+    given = run.manifest.get("own_sets")
+    tests = [name for name in SETS if name.endswith("_test") and isinstance(given, list) and name in given]
+    whose = "safesteer-mlx's own" if not tests else f"safesteer-mlx's own and the run's ({', '.join(tests)})"
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type="safesteer-mlx",
-            dataset_name="safesteer-mlx held-out prompts",
+            dataset_name=f"{'own' if f'{kind}_test' in tests else 'safesteer-mlx'} held-out prompts",
             metric_type=f"{kind}_{outcome}_{how}",
             metric_name=f"{label}, {how}",
             metric_value=round(cell[outcome] / max(1, sum(cell.values())), 4),
@@ -81,7 +85,7 @@ def model_card(run: FinishedRun, about: About, fidelity: dict[str, Any] | None) 
         _verified(fidelity),
         _table(scores),
         "## What was not tested",
-        NOT_TESTED,
+        NOT_TESTED.format(whose=whose),
         "The licence of the base holds for this model too.",
     ]
     return "\n\n".join(parts) + "\n"

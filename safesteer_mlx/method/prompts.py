@@ -3,8 +3,9 @@
 One rendering serves direction, token selection, training and evaluation (method page, section 0).
 """
 
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ..recipe import PACKAGE, Recipe
+from ..recipe import PACKAGE, DirectionSettings, Recipe
 from ..system.hub import dataset_file
 from ..system.screen import UserError
 
 Rows = list[list[int]]
 
+KINDS = (".jsonl", ".json", ".txt")
+ALIKE = 0.75  # names from which on one is taken for the other misspelt (harmful.jsonl, harmless_tests.jsonl)
 TODAY = datetime(2026, 1, 1)  # for every template that asks
 
 CHARACTERS_A_TOKEN, TEMPLATE_TOKENS, FRAME_TOKENS = 3, 40, 100  # upper estimates, before there is a tokenizer
@@ -54,10 +57,18 @@ class PromptSets:
     capability_test: list[Instruction]
 
 
+SETS = tuple(PromptSets.__dataclass_fields__)
+# What a run decides by: of fewer prompts than these a mean, a rate or a choice says nothing.
+DECIDES = [name for name in SETS if name.endswith(("_direction_train", "_validation"))]
+LEAST = 8
+
+Located = list[tuple[str, Instruction]]  # each with the file and line that it stands in
+
+
 def own_prompts(model: str) -> Path | None:
     """The `data/` folder of a model's folder, if it holds prompts of the model's own, as the bundled one's does."""
     folder = Path(model).expanduser() / "data"
-    return folder if any((folder / f"{name}.jsonl").is_file() for name in PromptSets.__dataclass_fields__) else None
+    return folder if any((folder / f"{name}.jsonl").is_file() for name in SETS) else None
 
 
 def built_in_sets(model: str) -> PromptSets:
@@ -71,9 +82,9 @@ def load_prompt_sets(folder: Path) -> PromptSets:
     Raises:
         UserError: a set has no file, or one that cannot be read.
     """
-    if missing := [name for name in PromptSets.__dataclass_fields__ if not (folder / f"{name}.jsonl").is_file()]:
+    if missing := [name for name in SETS if not (folder / f"{name}.jsonl").is_file()]:
         raise UserError(f"{folder} holds prompts, but no {missing[0]}.jsonl; add it, or take the others out")
-    return PromptSets(**{name: load_instructions(folder / f"{name}.jsonl") for name in PromptSets.__dataclass_fields__})
+    return PromptSets(**{name: load_instructions(folder / f"{name}.jsonl") for name in SETS})
 
 
 def _instruction(item: Any, where: str) -> Instruction:
@@ -95,12 +106,53 @@ def _instruction(item: Any, where: str) -> Instruction:
     if bad := next((ch for ch in text if ch == "\0" or "\ud800" <= ch <= "\udfff"), None):
         character = "a NUL character" if bad == "\0" else "half a character (a lone surrogate)"
         raise UserError(f"{where} holds {character}; save it as UTF-8 text, or take that prompt out")
-    return Instruction(text, str(item.get("category", "")), str(item.get("answer", "")))
+    return Instruction(text, str(item.get("category", "")), "" if item.get("answer") is None else str(item["answer"]))
 
 
-def load_data(data: str) -> list[Instruction]:
-    """Instructions from what `--data` names: a file, a folder, or a data set of the Hub (hf://datasets/…)."""
-    return load_instructions(dataset_file(data) if data.startswith("hf://") else Path(data).expanduser())
+def given_files(data: str | None) -> dict[str, Path]:
+    """The sets that `--data` gives, by name, and the file of each: those that a folder holds by name, else
+    `harmful_train` alone, from a file, the train.jsonl of a folder, or a data set of the Hub (not fetched here).
+
+    Raises:
+        UserError: a file that is nearly named after a set, or two files for one.
+    """
+    if data is None:
+        return {}
+    path = Path(data).expanduser()
+    if not path.is_dir():
+        return {"harmful_train": path}
+    try:
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    given = {}
+    for file in files:
+        if file.stem in SETS and file.suffix == ".jsonl":
+            given[file.stem] = file
+        # A set that is not found by its name would leave ours in its place, in silence.
+        elif file.suffix.lower() in KINDS and (close := difflib.get_close_matches(file.stem.lower(), SETS, 1, ALIKE)):
+            raise UserError(f"{file} is no set of prompts; did you mean {close[0]}.jsonl? Rename it, or take it away")
+    train = path / "train.jsonl"
+    if "harmful_train" in given and train.is_file():
+        raise UserError(f"{path} holds train.jsonl and harmful_train.jsonl, which are one set; keep one of them")
+    if not given or train.is_file():
+        given["harmful_train"] = train
+    return given
+
+
+def load_data(data: str | None) -> dict[str, Located]:
+    """The sets that `--data` gives, by name.
+
+    Raises:
+        UserError: as `given_files`, a file that cannot be had or read, or a little task without its answer.
+    """
+    fetched = data is not None and data.startswith("hf://")
+    files = {"harmful_train": dataset_file(str(data))} if fetched else given_files(data)
+    given = {name: _located(path) for name, path in files.items()}
+    for where, item in given.get("capability_test", []):
+        if not item.answer.strip():
+            raise UserError(f"{where} has no 'answer'; give the text that a right answer to this little task ends with")
+    return given
 
 
 def load_instructions(path: Path) -> list[Instruction]:
@@ -109,28 +161,34 @@ def load_instructions(path: Path) -> list[Instruction]:
     Raises:
         UserError: the file is missing, empty, of another kind, or malformed; the line is named.
     """
+    return [item for _, item in _located(path)]
+
+
+def _located(path: Path) -> Located:
     text = _text(path := path / "train.jsonl" if path.is_dir() else path)
     if path.suffix == ".json":
         items = _json(text, str(path))
         if not isinstance(items, list):
             raise UserError(f"{path} holds a {type(items).__name__}; a .json prompt file is a list")
-        instructions = [_instruction(item, f"{path} item {i + 1}") for i, item in enumerate(items)]
+        located = [(where := f"{path} item {i + 1}", _instruction(item, where)) for i, item in enumerate(items)]
     else:
-        instructions = []
+        located = []
         for number, line in enumerate(text.split("\n"), 1):
             if line := line.strip():
                 where = f"{path} line {number}"
-                instructions.append(_instruction(_json(line, where) if path.suffix == ".jsonl" else line, where))
-    if not instructions:
+                located.append((where, _instruction(_json(line, where) if path.suffix == ".jsonl" else line, where)))
+    if not located:
         raise UserError(f"{path} holds no prompts; put at least one in it")
-    return instructions
+    return located
 
 
 def _text(path: Path) -> str:
-    kinds = (".jsonl", ".json", ".txt")
     if not path.is_file():
-        raise UserError(f"{path} does not exist; --data takes a .jsonl, .json or .txt file or an mlx-lm data folder")
-    if path.suffix not in kinds:
+        raise UserError(
+            f"{path} does not exist; --data takes a .jsonl, .json or .txt file, an mlx-lm data folder, or a folder of "
+            "prompt sets by name (harmful_train.jsonl, harmless_test.jsonl, …)"
+        )
+    if path.suffix not in KINDS:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; --data takes .jsonl, .json, .txt or a folder")
     try:
         content = path.read_bytes()
@@ -246,21 +304,83 @@ class Prompts:
 
 
 def prompt_sets(recipe: Recipe) -> PromptSets:
-    """The model's own prompts, if its folder brings some, else the package's; `--data` replaces those for training."""
-    sets = built_in_sets(recipe.run.model)
-    if recipe.run.data is not None:
-        sets = replace(sets, harmful_train=load_data(recipe.run.data))
+    """The prompts of a run: as `sets_for`."""
+    return sets_for(recipe.run.model, recipe.run.data)
+
+
+def sets_for(model: str, data: str | None) -> PromptSets:
+    """The model's own prompts, if its folder brings some, else the package's, with the sets of `--data` in their place.
+
+    Raises:
+        UserError: a set cannot be read, or a prompt of `--data` is in two sets that must not share one.
+    """
+    given = load_data(data)
+    sets = replace(built_in_sets(model), **{name: [item for _, item in own] for name, own in given.items()})
+    _check_overlap(sets, given)
     return sets
+
+
+def sets_to_score(model: str, data: str | None) -> PromptSets:
+    """As `sets_for`, where nothing is trained: `--data` is then a folder with test sets.
+
+    Raises:
+        UserError: it is not, or as `sets_for`.
+    """
+    if data is not None and not any(name.endswith("_test") for name in given_files(data)):
+        raise UserError(f"--data {data} is no folder that holds a test set (harmful_test.jsonl, …); give one")
+    return sets_for(model, data)
+
+
+def _check_overlap(sets: PromptSets, given: dict[str, Located]) -> None:
+    """Refuse a prompt of `given` that stands in another set too, which must not hold it.
+
+    Raises:
+        UserError: there is one.
+    """
+    at = {name: {_same(item.text): i for i, item in reversed([*enumerate(own)])} for name, own in vars(sets).items()}
+    for name, own in given.items():
+        for other in SETS:
+            reason, shared = _apart(name, other), at[name].keys() & at[other].keys()
+            if reason is None or not shared:
+                continue
+            text = min(shared, key=at[name].__getitem__)  # the first of them
+            where, there, remedy = own[at[name][text]][0], "built in", f"{name}, or give your own {other}.jsonl"
+            if other in given:
+                there, remedy = given[other][at[other][text]][0], "one of them"
+            raise UserError(
+                f"{name} and {other} share a prompt ({where}; {there}), but {reason}; take it out of {remedy}"
+            )
+
+
+def _same(text: str) -> str:
+    """What two spellings of one instruction share: letters whatever their case, words whatever is between them."""
+    return " ".join(text.casefold().split())
+
+
+def _apart(one: str, other: str) -> str | None:
+    """Why two sets must not share a prompt; None if they may."""
+    if one.endswith("_test") != other.endswith("_test"):
+        return "what a model is scored on must be new to it"
+    if one.startswith("harmful_") != other.startswith("harmful_"):
+        return "one set is to be refused and the other answered"
+    return None
 
 
 def prompts_from(recipe: Recipe) -> str:
     """Where the prompts come from, in words."""
-    own = own_prompts(recipe.run.model)
+    run, given = recipe.run, given_files(recipe.run.data)
+    beside = run.reuse_direction_prompts and "harmful_train" in given
+    return sources(run.model, run.data, given) + (" and the direction's" if beside else "")
+
+
+def sources(model: str, data: str | None, given: Iterable[str]) -> str:
+    """Where prompts come from, in words, if `data` gave these sets; those of training stand last."""
+    own = own_prompts(model)
     source = "the built-in ones" if own is None else f"the model's own, {own}"
-    if recipe.run.data is None:
-        return source
-    beside = " and the direction's" if recipe.run.reuse_direction_prompts else ""
-    return f"{source}; harmful training prompts from {recipe.run.data}{beside}"
+    names = list(given)
+    if others := ", ".join(name for name in names if name != "harmful_train"):
+        source += f"; from {data} {others}"
+    return f"{source}; harmful training prompts from {data}" if "harmful_train" in names else source
 
 
 def longest_prompt(recipe: Recipe) -> int:
@@ -270,32 +390,52 @@ def longest_prompt(recipe: Recipe) -> int:
     return max(len(item.text) for items in sets for item in items) // CHARACTERS_A_TOKEN + around
 
 
+def direction_counts(recipe: Recipe, sets: PromptSets) -> dict[str, int]:
+    """How many prompts of each of the direction's sets the run draws: as many as the settings ask for, or all of a
+    set of `--data` that holds fewer, if nobody set the number.
+
+    Raises:
+        UserError: a set holds too few.
+    """
+    given, settings, usual = given_files(recipe.run.data), recipe.direction, DirectionSettings()
+    counts = {}
+    for name in DECIDES:
+        there, split = len(getattr(sets, name)), name.split("_", 1)[1]
+        if name in given and there < LEAST:
+            raise UserError(f"{given[name]} holds {there} prompts, and a run decides by it; put at least {LEAST} in it")
+        if not split.startswith("direction_"):
+            continue
+        counts[name] = count = getattr(settings, split)
+        if there < count and name in given and count == getattr(usual, split):
+            counts[name] = there
+        elif there < count:
+            raise UserError(f"{name} holds {there} prompts, {count} are needed; lower the setting or add prompts")
+    return counts
+
+
 def render_prompts(recipe: Recipe, sets: PromptSets, tokenizer: Any) -> Prompts:
     """Sample and render the prompts of stages 1 to 3.
 
     Raises:
         UserError: a set holds fewer prompts than the settings ask for.
     """
+    n_eoi = len(end_of_instruction(tokenizer))  # first: a template that is unfit is told before all else
+    counts, guard = direction_counts(recipe, sets), guarding_prompt(recipe)
 
-    def sample(name: str, count: int, which: int) -> list[Instruction]:
+    def sample(name: str, which: int) -> list[Instruction]:
         items = getattr(sets, name)
-        if len(items) < count:
-            raise UserError(f"{name} holds {len(items)} prompts, {count} are needed; lower the setting or add prompts")
-        indices = np.random.default_rng([recipe.run.seed, which]).permutation(len(items))[:count]
+        indices = np.random.default_rng([recipe.run.seed, which]).permutation(len(items))[: counts[name]]
         return [items[i] for i in sorted(indices)]
 
-    settings, validation = recipe.direction, recipe.direction.direction_validation
-    guard = guarding_prompt(recipe)
-    n_eoi = len(end_of_instruction(tokenizer))  # first: a template that is unfit is told before all else
     render_each = partial(render_all, tokenizer)
-    scoring = sample("harmful_direction_validation", validation, 2)
+    scoring = sample("harmful_direction_validation", 2)
     return Prompts(
         sets=sets,
         n_eoi=n_eoi,
-        harmful_direction_train=render_each(sample("harmful_direction_train", settings.direction_train, 0)),
-        harmless_direction_train=render_each(sample("harmless_direction_train", settings.direction_train, 1)),
+        harmful_direction_train=render_each(sample("harmful_direction_train", 0)),
+        harmless_direction_train=render_each(sample("harmless_direction_train", 1)),
         harmful_direction_validation=render_each(scoring),
-        harmless_direction_validation=render_each(sample("harmless_direction_validation", validation, 3)),
+        harmless_direction_validation=render_each(sample("harmless_direction_validation", 3)),
         harmful_direction_validation_guarded=render_each(scoring, guard) if guard else [],
         harmful_validation=render_each(sets.harmful_validation),
         harmless_validation=render_each(sets.harmless_validation),

@@ -18,7 +18,7 @@ from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Store, fingerprint
 from .judge import own_phrases, use_refusal_phrases
-from .prompts import Prompts, PromptSets, built_in_sets, prompt_sets, render_all, render_prompts
+from .prompts import Prompts, PromptSets, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import check_stream, last_logits, view
 from .rollout import Completion, Sampling, answers, generate, set_equal_batches, stream_key
 from .token_file import read_token_file
@@ -86,6 +86,9 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
     use_refusal_phrases(recipe.run.refusal_phrases)
     sets = prompt_sets(recipe)
     prompts = render_prompts(recipe, sets, base.tokenizer)
+    for name, count in direction_counts(recipe, sets).items():
+        if count < (wanted := getattr(recipe.direction, name.split("_", 1)[1])):
+            screen.line(f"prompts: {name} holds {count}, and all are taken; by default it would be {wanted}")
     recipe = check_padding(recipe, base, prompts.harmful_validation, screen)
     store = Store(Path(recipe.run.adapter_path), run_fingerprint(recipe, base, sets))
     return Run(recipe, base, prompts, screen, store, force)
