@@ -116,11 +116,12 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     """The recipe with the batch sizes that this machine's memory allows, and MLX kept to that memory."""
     from .method.prompts import longest_prompt, prompts_from
     from .system import memory
+    from .system.shape import read_shape
 
     screen.line(f"prompts: {prompts_from(recipe)}")
     machine = memory.this_machine(recipe.run.memory_limit)
     try:
-        plan = memory.fitted(recipe, memory.read_shape(base.path), machine, longest_prompt(recipe))
+        plan = memory.fitted(recipe, read_shape(base.path), machine, longest_prompt(recipe))
         screen.line(memory.summary(recipe, plan))
         recipe = plan.recipe
     except UserError as error:  # an architecture whose configuration has other names
@@ -253,11 +254,12 @@ def _run(argv: list[str] | None) -> None:
     if dry_run:
         from .method.prompts import longest_prompt
         from .system import memory
+        from .system.shape import shape_of
 
         machine = memory.this_machine(run.memory_limit)
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
-        plan = memory.fitted(recipe, memory.shape_of(config, headers), machine, longest_prompt(recipe))
+        plan = memory.fitted(recipe, shape_of(config, headers), machine, longest_prompt(recipe))
         memory.show(recipe, plan, machine, Screen(), _last_seconds(folder))
         return
     base = load(name, run.trust_remote_code, run.thinking, run.revision)

@@ -1,12 +1,17 @@
-"""Fit the plan's bytes a token (safesteer_mlx/memory.py) to peaks measured on random Qwen2 shapes.
+"""Fit the plan's bytes a token (safesteer_mlx/system/memory.py) to measured peaks, and hold the plan against others.
 
-    python scripts/fit_memory.py          # about two minutes on two cores
+    python scripts/fit_memory.py            # the rates: random Qwen2 shapes and every family of the survey, minutes
+    python scripts/fit_memory.py --check    # planned / measured of shapes that nothing was fitted to
 
 For float32 and bfloat16, with and without checkpointed blocks, and for a pass without gradient: the rates by least
-squares, and the worst ratios of fitted to measured peak.
+squares of relative errors, none negative, and the quantiles of fitted to measured peak.
 """
 
+import argparse
+import importlib
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import safesteer_mlx  # isort: skip  # noqa: F401  before mlx
@@ -14,16 +19,24 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from scipy.optimize import nnls
 from shapes import qwen2
 
-from safesteer_mlx.method.residual import hidden_states
+from safesteer_mlx.method.residual import check_stream, hidden_states
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import resolve
+from safesteer_mlx.system import memory
+from safesteer_mlx.system.model_files import Tensor
+from safesteer_mlx.system.shape import ModelShape, shape_of
 
 SHAPES = 16
+SHAPES_COUNT = 3.0
+SIZES = ((8, 64), (4, 32))  # rows and length, of the survey's
+TYPES = {4: mx.float32, 2: mx.bfloat16}
 
 
 def random_shapes() -> list[dict[str, int]]:
+    """Qwen2's, that differ in all."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(SHAPES):
@@ -42,12 +55,119 @@ def random_shapes() -> list[dict[str, int]]:
     return found
 
 
-def build(c: dict[str, int], dtype: mx.Dtype) -> nn.Module:
-    sizes = {name: c[name] for name in ("hidden", "intermediate", "layers", "heads", "kv_heads")}
-    model = qwen2(**sizes, vocabulary=1000)
-    model.set_dtype(dtype)
-    mx.eval(model.parameters())
-    return model
+def attention(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    """What most configurations hold."""
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": 512}
+    return sizes | {
+        "num_key_value_heads": heads // 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        **more,
+        "max_position_embeddings": 512,
+    }
+
+
+# Never fitted: larger than the survey's, and of other proportions.
+CHECKED: list[tuple[dict[str, Any], int, int]] = [
+    (attention(512, 6, 32, model_type="llama", intermediate_size=1024), 4, 96),
+    (attention(256, 10, 4, model_type="qwen3", head_dim=128, intermediate_size=768, tie_word_embeddings=True), 4, 128),
+    (
+        attention(384, 6, 12, model_type="olmoe", intermediate_size=192, num_experts=16, num_experts_per_tok=8),
+        4,
+        96,
+    ),
+    (
+        attention(192, 8, 6, model_type="mixtral", intermediate_size=384, num_local_experts=8, num_experts_per_tok=2),
+        4,
+        64,
+    ),
+    (
+        attention(
+            256,
+            6,
+            4,
+            model_type="qwen3_moe",
+            head_dim=64,
+            intermediate_size=512,
+            num_experts=32,
+            num_experts_per_tok=4,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            moe_intermediate_size=96,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+        ),
+        4,
+        128,
+    ),
+    (
+        attention(
+            256,
+            8,
+            4,
+            model_type="gemma3_text",
+            head_dim=64,
+            intermediate_size=1536,
+            sliding_window=64,
+            sliding_window_pattern=3,
+            query_pre_attn_scalar=64,
+        ),
+        4,
+        96,
+    ),
+    (attention(384, 6, 6, model_type="starcoder2", intermediate_size=1536, norm_epsilon=1e-5), 4, 96),
+    (attention(384, 8, 12, model_type="olmo2", intermediate_size=1024, tie_word_embeddings=False), 4, 64),
+    (
+        attention(
+            192,
+            4,
+            4,
+            model_type="qwen3_next",
+            head_dim=48,
+            intermediate_size=512,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=48,
+            linear_value_head_dim=48,
+            linear_conv_kernel_dim=4,
+            num_experts=8,
+            num_experts_per_tok=2,
+            decoder_sparse_step=1,
+            shared_expert_intermediate_size=96,
+            mlp_only_layers=[],
+            moe_intermediate_size=96,
+            partial_rotary_factor=0.25,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+            attention_bias=False,
+            full_attention_interval=4,
+        ),
+        4,
+        48,
+    ),
+    (
+        attention(
+            192,
+            6,
+            6,
+            model_type="mamba2",
+            num_heads=6,
+            head_dim=64,
+            state_size=48,
+            n_groups=1,
+            conv_kernel=4,
+            intermediate_size=384,
+            time_step_rank="auto",
+            time_step_limit=[0.0, float("inf")],
+            layer_norm_epsilon=1e-5,
+            use_bias=False,
+            use_conv_bias=True,
+            tie_word_embeddings=False,
+        ),
+        4,
+        96,
+    ),
+]
 
 
 def peak(work: Any) -> tuple[int, Any]:
@@ -60,51 +180,120 @@ def peak(work: Any) -> tuple[int, Any]:
     return mx.get_peak_memory() - before, result
 
 
-def gradient_peak(c: dict[str, int], dtype: mx.Dtype, checkpointed: bool) -> int:
-    """Of a training pass, without the gradient itself."""
-    settings = replace(resolve({}, {})[0].train, grad_checkpoint="on" if checkpointed else "off")
-    student = make_student(build(c, dtype), settings, 0)
-    student.train()
-    ids = mx.array(np.random.randint(0, 1000, (c["rows"], c["length"])))
-    work = nn.value_and_grad(student, lambda m: hidden_states(m, ids).astype(mx.float32).square().sum())
-    found, (_, gradient) = peak(lambda: work(student))
-    return found - sum(g.nbytes for _, g in tree_flatten(gradient))  # type: ignore[union-attr]
+def read_of(model: nn.Module, config: dict[str, Any]) -> ModelShape:
+    """What the plan would read of the model's files."""
+    kinds = {mx.float32: "F32", mx.bfloat16: "BF16"}
+    tensors = {n: Tensor(kinds.get(w.dtype, "I32"), tuple(w.shape)) for n, w in tree_flatten(model.parameters())}
+    return shape_of(config, tensors)
 
 
-def forward_peak(c: dict[str, int], dtype: mx.Dtype) -> int:
-    model = build(c, dtype)
-    ids = mx.array(np.random.randint(0, 1000, (c["rows"], c["length"])))
-    return peak(lambda: hidden_states(model, ids))[0]
+def made(config: dict[str, Any]) -> nn.Module:
+    """A random model of a configuration."""
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict(dict(config)))
+    mx.eval(model.parameters())
+    return model
 
 
-def sizes(c: dict[str, int], *names: str) -> list[float]:
-    kv = c["hidden"] // c["heads"] * c["kv_heads"]
-    beside = {"I": c["intermediate"], "D": c["hidden"], "KV": kv, "heads·T": c["heads"] * c["length"]}
-    kept = {f"L·{name}": c["layers"] * value for name, value in beside.items()}
-    return [float((beside | kept)[name]) for name in names]
+def measure(model: nn.Module, rows: int, length: int) -> dict[str, int]:
+    """Peaks of a forward pass, and of training passes without the gradient itself."""
+    ids = mx.array(np.random.default_rng(0).integers(0, 150, (rows, length)))
+    found = {"forward": peak(lambda: hidden_states(model, ids))[0]}
+    for how in ("off", "on"):
+        student = make_student(model, replace(resolve({}, {})[0].train, grad_checkpoint=how), 0)
+        student.train()
+        work = nn.value_and_grad(student, lambda m: hidden_states(m, ids).astype(mx.float32).square().sum())
+        bytes_, (_, gradient) = peak(lambda work=work, student=student: work(student))
+        own = sum(g.nbytes for _, g in tree_flatten(gradient))
+        found["checkpointed" if how == "on" else "gradient"] = bytes_ - own
+    return found
 
 
-def fit(title: str, names: tuple[str, ...], measured: list[int], shapes: list[dict[str, int]]) -> None:
-    """Least squares of relative errors, printed."""
-    a = np.array([sizes(c, *names) for c in shapes])
-    y = np.array([bytes_ / (c["rows"] * c["length"]) for bytes_, c in zip(measured, shapes, strict=True)])
-    rates, *_ = np.linalg.lstsq(a / y[:, None], np.ones(len(y)), rcond=None)
-    ratio = a @ rates / y
-    said = ", ".join(f"{name} {rate:.1f}" for name, rate in zip(names, rates, strict=True))
-    print(f"{title}: {said}; fitted / measured {ratio.min():.3f} to {ratio.max():.3f}", flush=True)
+def models(width: int) -> Any:
+    """(name, model, its shape, rows, length) of all that is fitted."""
+    import survey
+
+    for i, c in enumerate(random_shapes()):
+        sizes = {name: c[name] for name in ("hidden", "intermediate", "layers", "heads", "kv_heads")}
+        model = qwen2(**sizes, vocabulary=1000)
+        model.set_dtype(TYPES[width])
+        mx.eval(model.parameters())
+        yield "qwen2 shape", model, read_of(model, vars(model.args)), c["rows"], c["length"]
+        if width == 2:  # MLX's CPU backend has no experts in half precision
+            continue
+        experts = {"num_experts": 8, "num_experts_per_tok": 1 + i % 6, "intermediate_size": c["intermediate"] // 4}
+        config = attention(c["hidden"], c["layers"] // 2, c["heads"], model_type="olmoe", **experts)
+        yield "olmoe shape", made(config), read_of(made(config), config), c["rows"], c["length"]
+    for name in sorted(survey.configs()[0]):
+        for rows, length in SIZES:
+            try:
+                model, config = survey.build(name)
+                model.set_dtype(TYPES[width])
+                mx.eval(model.parameters())
+                check_stream(model, mx.array([[5, 9, 3, 17]]))
+                yield name, model, read_of(model, config), rows, length
+            except Exception as error:  # refused, or not on this backend
+                print(f"{name}: left out ({str(error)[:60]})")
+
+
+def fit(width: int, margin: float) -> dict[str, list[float]]:
+    """The rates of one type of activations, `margin` times the best fit."""
+    rows: dict[str, list[tuple[str, list[float], float]]] = {"forward": [], "gradient": [], "checkpointed": []}
+    for name, model, shape, n, length in models(width):
+        try:
+            measured = measure(model, n, length)
+        except Exception as error:  # no gradient, or no experts in bfloat16 here
+            print(f"{name}: left out ({str(error)[:60]})")
+            continue
+        for kind, bytes_ in measured.items():
+            if bytes_ <= 0:  # something was freed meanwhile
+                continue
+            features = memory.FEATURES[kind](shape, shape.blocks, length)
+            rows[kind].append((name, features, bytes_ / (n * length)))
+    rates = {}
+    for kind, found in rows.items():
+        a, y = np.array([f for _, f, _ in found], float), np.array([b for *_, b in found])
+        # The survey's are all of one width and say little of how sizes go; the random shapes do.
+        weights = np.array([SHAPES_COUNT if "shape" in name else 1.0 for name, *_ in found])
+        best, _ = nnls(weights[:, None] * a / y[:, None], weights)
+        rates[kind] = [round(margin * float(rate), 1) for rate in best]
+        ratio = a @ np.array(rates[kind]) / y
+        quantiles = ", ".join(f"{q:.2f}" for q in np.quantile(ratio, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]))
+        lowest = sorted(zip(ratio.round(2).tolist(), [n for n, *_ in found], strict=True))[:6]
+        print(f"{width} bytes, {kind}: {rates[kind]}; fitted / measured {quantiles}; lowest {lowest}", flush=True)
+    return rates
+
+
+def check() -> None:
+    """Planned over measured, of each shape that was not fitted."""
+    for config, rows, length in CHECKED:
+        model = made(config)
+        shape, found = read_of(model, config), measure(model, rows, length)
+        train = resolve({}, {})[0].train
+        planned = {
+            "forward": memory.forward_bytes(shape, rows, length),
+            "gradient": memory.gradient_bytes(shape, train, rows, length, False),
+            "checkpointed": memory.gradient_bytes(shape, train, rows, length, True),
+        }
+        said = ", ".join(f"{kind} {planned[kind] / bytes_:.2f}" for kind, bytes_ in found.items())
+        print(
+            f"{config['model_type']}, {shape.hidden} wide, {shape.heads} heads: planned / measured {said}", flush=True
+        )
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only hold the plan against shapes that were not fitted")
+    parser.add_argument("--margin", type=float, default=1.15, help="what the best fit is multiplied by")
+    parser.add_argument("--json", type=Path, help="write the rates here")
+    args = parser.parse_args()
     mx.set_cache_limit(0)
-    shapes = random_shapes()
-    for dtype in (mx.float32, mx.bfloat16):
-        for checkpointed, names in (
-            (False, ("L·I", "L·D", "L·KV", "I", "D", "heads·T")),
-            (True, ("L·D", "I", "D", "KV", "heads·T")),
-        ):
-            found = [gradient_peak(c, dtype, checkpointed) for c in shapes]
-            fit(f"{dtype}, gradient{', checkpointed' if checkpointed else ''}", names, found, shapes)
-        fit(f"{dtype}, no gradient", ("I", "D", "KV", "heads·T"), [forward_peak(c, dtype) for c in shapes], shapes)
+    if not args.check:
+        rates = {width: fit(width, args.margin) for width in TYPES}
+        if args.json:
+            args.json.write_text(json.dumps(rates))
+    check()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.system.memory import ModelShape, shape_of
 from safesteer_mlx.system.model_files import Tensor
+from safesteer_mlx.system.shape import ModelShape, shape_of
 
 QWEN_05B = {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocabulary": 151_936}
 QWEN_7B = {

@@ -345,9 +345,10 @@ class Survey:
         from safesteer_mlx.recipe import resolve
         from safesteer_mlx.system import memory
         from safesteer_mlx.system.model_files import Tensor
+        from safesteer_mlx.system.shape import shape_of
 
         tensors = {n: Tensor("F32", tuple(w.shape)) for n, w in tree_flatten(self.model.parameters())}
-        shape = memory.shape_of(self.config, tensors)
+        shape = shape_of(self.config, tensors)
         assert shape.n_layers == len(self.blocks), f"{shape.n_layers} blocks planned, {len(self.blocks)} there"
         memory.plan(resolve({}, {})[0], shape, memory.this_machine(), 64)
 

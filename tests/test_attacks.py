@@ -474,10 +474,37 @@ def test_a_harmful_prompt_in_a_frame_is_pulled_to_the_plain_one(base, harmful):
 
 
 def test_so_many_are_put_otherwise_as_was_asked_for(base):
-    settings = replace(resolve({}, {})[0].train, prefill_ratio=0.3, wrap_ratio=0.5)
-    framer, plain = Framer.of(settings, base.tokenizer), prompt(base, "Why is the sky blue?", True)
+    framer, plain = Framer(base.tokenizer, 0.3, 0.5, 512), prompt(base, "Why is the sky blue?", True)
     rng = np.random.default_rng(4)
     put = [plain.put(framer, rng) for _ in range(1000)]
     assert abs(sum(p.ids[: len(plain.ids)] != plain.ids for p in put) - 350) < 50  # half of those that are not begun
     assert abs(sum(p == plain for p in put) - 350) < 50
-    assert Framer.of(resolve({}, {})[0].train, base.tokenizer) is None
+
+
+def test_half_of_the_answers_are_begun_as_the_base_itself_begins_them(base):
+    plain = prompt(base, "Why is the sky blue?", True)
+    framer = Framer(base.tokenizer, 1.0, 0.0, 512, {plain.text: [7] * 40})
+    rng = np.random.default_rng(4)
+    openings = [plain.put(framer, rng).ids[len(plain.ids) :] for _ in range(400)]
+    own = [ids for ids in openings if set(ids) == {7}]
+    assert abs(len(own) - 200) < 40 and {len(ids) for ids in own} == set(range(1, LONGEST + 1))
+    other = prompt(base, "Why is the sea blue?", True)
+    assert not any(set(other.put(framer, rng).ids[len(other.ids) :]) == {7} for _ in range(50))
+
+
+def test_the_bases_own_beginnings_are_those_that_comply_and_go_on(base, tmp_path):
+    from safesteer_mlx.method.run import make_run
+    from safesteer_mlx.method.train import find_own_openings, make_framer, training_prompts
+
+    flags = {"adapter_path": str(tmp_path / "a"), "direction_train": 8, "direction_validation": 4}
+    run = make_run(resolve({}, flags)[0], base, Screen(quiet=True))
+    prompts = tuple(part[:40] for part in training_prompts(run))
+    assert make_framer(run, prompts) is None
+    own = find_own_openings(run, prompts).ids
+    assert 20 < len(own) < 80 and all(1 <= len(ids) <= LONGEST for ids in own.values())
+    assert own == find_own_openings(run, prompts).ids
+    texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in own.values()]
+    assert not any(map(is_refusal, texts)) and not any(set(ids) & set(base.eos_ids) for ids in own.values())
+    framed = run.with_settings(train=replace(run.recipe.train, prefill_ratio=0.2, wrap_ratio=0.1))
+    framer = make_framer(framed, prompts)
+    assert (framer.prefill, framer.wrap, framer.own) == (0.2, 0.1, own)

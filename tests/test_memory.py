@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import fit_memory
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -22,12 +23,12 @@ from safesteer_mlx.system.memory import (
     fitted,
     gradient_bytes,
     plan,
-    shape_of,
     trained_values,
     with_smaller_batches,
 )
 from safesteer_mlx.system.model_files import Tensor
 from safesteer_mlx.system.screen import UserError
+from safesteer_mlx.system.shape import shape_of
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -61,6 +62,46 @@ def test_the_shape_is_what_the_headers_say():
     assert shape.linears == (((8, 8), (8, 16)),) * 2  # packed words are eight inputs each
     assert (shape.n_layers, shape.hidden, shape.kv, shape.vocabulary) == (2, 8, 4, 10)
     assert shape.activation_bytes == 2 and shape.quantized
+
+
+def block_of(config, *tensors, floating="F32"):
+    """The one block of a model with these weights."""
+    more = {f"model.layers.0.{name}": Tensor(floating, shape) for name, shape in tensors}
+    [block] = shape_of(CONFIG | {"num_hidden_layers": 1} | config, more).blocks
+    return block
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "expected"),
+    [
+        ({}, [("q.weight", (12, 8)), ("up.weight", (16, 8)), ("down.weight", (8, 16))], (28, 8, 0, 0)),
+        ({}, [("conv1d.weight", (12, 4, 1)), ("norm.weight", (8,))], (0, 0, 0, 0)),
+        # of six experts a token passes two
+        ({"num_experts_per_tok": 2}, [("up.weight", (6, 16, 8)), ("down.weight", (6, 8, 16))], (32, 16, 0, 0)),
+        ({"moe_topk": 9}, [("up.weight", (6, 16, 8))], (96, 0, 0, 0)),
+        ({"topk_group": 3, "num_experts": 6}, [("up.weight", (6, 16, 8))], (16, 0, 0, 0)),
+        ({}, [("mixer.A_log", (16, 4))], (0, 0, 64, 0)),  # Mamba
+        ({"model_type": "jamba"}, [("mamba.A_log", (16, 4))], (0, 0, 64, 32)),
+        ({"linear_key_head_dim": 4, "linear_value_head_dim": 6}, [("A_log", (3,))], (0, 0, 72, 0)),
+        ({"linear_attn_config": {"head_dim": 4}}, [("A_log", (1, 1, 3, 1))], (0, 0, 48, 0)),
+        ({"mamba_d_head": 10}, [("A_log", (3,))], (0, 0, 2.7 * 30, 3)),  # Mamba 2
+    ],
+)
+def test_what_a_block_makes_of_a_token_by_hand(config, tensors, expected):
+    block = block_of(config, *tensors)
+    assert (block.inner, block.outer) == expected[:2]
+    assert (block.state, block.chunk) == pytest.approx(expected[2:])
+    assert block.kept(10) == pytest.approx(expected[2] + 10 * expected[3])
+
+
+def test_activations_by_hand():
+    shape = shape_of(CONFIG | QUANTIZED, HEADERS)  # a block: 16 inner, 8 into the stream of 8; 2 heads; bfloat16
+    assert memory.FEATURES["gradient"](shape, shape.blocks, 3) == [32, 16, 16, 0, 16, 8, 8, 6]
+    assert memory.FEATURES["checkpointed"](shape, shape.blocks[:1], 3) == [8, 16, 8, 8, 6, 0]
+    rates = memory.RATES["forward"][2]
+    by_hand = 2 * 3 * (16 * rates[0] + 8 * rates[1] + 8 * rates[2] + 6 * rates[3])
+    assert memory.forward_bytes(shape, 2, 3) == int(by_hand)
+    assert all(len(rates[2]) == len(rates[4]) for rates in memory.RATES.values())
 
 
 def test_the_trained_weights_by_hand():
@@ -109,7 +150,7 @@ def random_qwen(hidden, intermediate, layers, vocabulary, dtype=mx.float32):
     ("hidden", "intermediate", "layers", "rows", "length", "dtype"),
     [(256, 704, 6, 4, 128, mx.float32), (512, 1024, 4, 2, 96, mx.float32), (256, 768, 6, 4, 128, mx.bfloat16)],
 )
-def test_the_planned_activations_are_within_a_fifth_of_those_measured(
+def test_the_planned_activations_are_those_measured_or_a_little_more(
     hidden, intermediate, layers, rows, length, dtype, checkpointed
 ):
     model, shape = random_qwen(hidden, intermediate, layers, 500, dtype)
@@ -124,7 +165,18 @@ def test_the_planned_activations_are_within_a_fifth_of_those_measured(
     mx.eval(gradient(student))
     measured = mx.get_peak_memory() - before
     expected = gradient_bytes(shape, train, rows, length, checkpointed == "on") + 4 * trained_values(shape, train)
-    assert 0.8 < expected / measured < 1.25, (expected, measured)
+    assert 0.9 < expected / measured < 1.5, (expected, measured)
+
+
+# Of shapes that nothing was fitted to: many heads, experts, sandwich norms, a delta net.
+@pytest.mark.parametrize("which", [0, 2, 3, 5, 8])
+def test_the_plan_holds_for_shapes_that_it_was_not_fitted_to(which):
+    config, rows, length = fit_memory.CHECKED[which]
+    model = fit_memory.made(config)
+    shape, found = fit_memory.read_of(model, config), fit_memory.measure(model, rows, length)
+    train = RECIPE.train
+    assert 0.85 < gradient_bytes(shape, train, rows, length, False) / found["gradient"] < 1.6
+    assert 0.65 < gradient_bytes(shape, train, rows, length, True) / found["checkpointed"] < 1.9
 
 
 def test_base_teacher_and_student_share_one_copy_of_the_weights():

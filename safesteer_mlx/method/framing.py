@@ -3,14 +3,14 @@ frame around the request, a dialogue before it. Half of the texts only measure, 
 
 import base64
 import codecs
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from ..recipe import PACKAGE, TrainSettings, read_yaml
+from ..recipe import PACKAGE, read_yaml
 from .prompts import Rows, render
 
 BEGUN = 20  # tokens of an opening, at most, that training puts into the student's mouth
@@ -68,27 +68,23 @@ def openings_of(tokenizer: Any, requests: Sequence[str], half: str) -> Rows:
 @dataclass(frozen=True)
 class Framer:
     """Puts a share of the training prompts otherwise than as they are (ours): `prefill` of them with the answer begun,
-    `wrap` of the rest in a frame."""
+    `wrap` of the rest in a frame. `own` is how the base itself begins to answer some of them, by instruction."""
 
     tokenizer: Any
     prefill: float
     wrap: float
     limit: int  # tokens of a prompt
-
-    @staticmethod
-    def of(settings: TrainSettings, tokenizer: Any) -> "Framer | None":
-        """What the settings ask for, None for nothing."""
-        if not settings.prefill_ratio and not settings.wrap_ratio:
-            return None
-        return Framer(tokenizer, settings.prefill_ratio, settings.wrap_ratio, settings.max_prompt_length)
+    own: Mapping[str, list[int]] = field(default_factory=dict)
 
     def opening(self, request: str, rng: np.random.Generator) -> list[int] | None:
-        """The first tokens of an affirmative opening, if the draw says so."""
+        """The first tokens of an affirmative opening, if the draw says so: of ours, or, as often, of the base's own."""
         if rng.random() >= self.prefill:
             return None
         texts = framings("train", "openings")
-        ids = opening_ids(self.tokenizer, request, texts[rng.integers(len(texts))]["text"])
-        return ids[: rng.integers(1, BEGUN, endpoint=True)]
+        which, most = rng.integers(len(texts)), rng.integers(1, BEGUN, endpoint=True)
+        if request in self.own and rng.random() < 0.5:
+            return self.own[request][:most]
+        return opening_ids(self.tokenizer, request, texts[which]["text"])[:most]
 
     def frame(self, request: str, rng: np.random.Generator) -> list[int] | None:
         """The request's prompt in a frame, if the draw says so and it is short enough."""

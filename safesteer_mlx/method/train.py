@@ -15,11 +15,11 @@ tokens where answers to validation prompts begin is measured every few steps; on
 from the teacher is gone there, and stays so, the rate falls to zero and the run ends. Until then the rate is constant
 for as long as the epochs take, and falls over as many steps again.
 
-With `prefill_ratio` and `wrap_ratio`, off by default: a prompt that is refused may be answered once the answer has
-begun, or in a frame. A share of the prompts, harmful and harmless, comes with an affirmative opening that the student
-goes on with, another in a frame (a story, a role). There a harmful one is pulled to what the teacher says to the prompt
-as it is, a harmless one to what the base says within the frame. (The teacher itself, asked behind the opening, goes on
-with it: measured, docs/choices.md.)
+With `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a
+frame. A share of the prompts, harmful and harmless, comes with an affirmative opening, ours or the base's own, that the
+student goes on with, another in a frame (a story, a role). There a harmful one is pulled to what the teacher says to
+the prompt as it is, a harmless one to what the base says within the frame. (The teacher itself, asked behind the
+opening, goes on with it: measured, docs/choices.md.)
 
 With `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far
 more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
@@ -45,8 +45,8 @@ from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_s
 from ..system.memory import with_smaller_batches
 from ..system.screen import UserError
 from .direction import FoundDirections, mean_differences
-from .framing import Framer, begun
-from .judge import is_refusal
+from .framing import BEGUN, Framer, begun
+from .judge import is_refusal, outcome
 from .losses import (
     Divergence,
     Scored,
@@ -606,8 +606,36 @@ def make_training(
         make_optimizer(recipe.train),
         learning,
         recipe.run.generation_batch_size,
-        Framer.of(recipe.train, base.tokenizer),
+        make_framer(run, prompts),
     )
+
+
+@dataclass(frozen=True)
+class OwnOpenings:
+    """How the base begins to answer training prompts, by instruction."""
+
+    ids: dict[str, list[int]]
+
+
+def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> OwnOpenings:
+    """The base's own answers at temperature 1 to the training prompts, as far as training lets an answer be begun:
+    those that comply, of shorter ones the first half."""
+    both = [*prompts[0], *prompts[1]]
+    sampling = run.sampling(BEGUN + 1, 1.0)
+    drawn = run.answers(run.base.model, [p.ids for p in both], replace(sampling, max_tokens=BEGUN + 1), (14,))
+    compliant = [(p.text, c) for p, (c, text) in zip(both, drawn, strict=True) if outcome(text) == "comply"]
+    cut = {text: c.ids[: len(c.ids) // 2] if c.finished else c.ids[:BEGUN] for text, c in compliant}
+    return OwnOpenings({text: ids for text, ids in cut.items() if ids})
+
+
+def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> Framer | None:
+    """What puts prompts otherwise, as the settings ask for; None for nothing."""
+    settings = run.recipe.train
+    if not settings.prefill_ratio and not settings.wrap_ratio:
+        return None
+    own = run.once(find_own_openings, prompts).ids if settings.prefill_ratio else {}
+    ratios = settings.prefill_ratio, settings.wrap_ratio
+    return Framer(run.base.tokenizer, *ratios, settings.max_prompt_length, own)
 
 
 @dataclass(frozen=True)

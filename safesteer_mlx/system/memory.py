@@ -3,53 +3,66 @@
     peak = weights + trained + the largest of: direction, safety tokens, sampling, training
 
 The plan reads a model's configuration and the headers of its weight files, nothing else. Activations are counted in
-bytes a token, by a rule fitted to measured peaks (`scripts/fit_memory.py`, 16 random shapes; within 10 % of each):
-the arrays that MLX keeps for the gradient of a block, and what is alive while one block is computed.
+bytes a token, by a rule fitted to measured peaks (`scripts/fit_memory.py`: random shapes and every family of mlx-lm,
+with a margin): what the linear layers of a block give, of experts those that a token passes, and what a recurrence
+keeps, for the gradient; and what is alive while one block is computed.
 
 Where memory is exhausted all the same, `with_smaller_batches` does the work again in smaller batches, which changes no
 mathematics.
 """
 
-import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..recipe import HELD_OUT_TOKENS, Recipe, TrainSettings, parse_bytes, rollout_tokens
-from .model_files import Tensor, bytes_of, check_weights, read_object
 from .screen import Screen, UserError
+from .shape import Block, ModelShape
 
 T = TypeVar("T")
 
 HEAD_LOGITS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
-# Bytes a token: (kept for each block, per I, D and KV), (alive beside it, per I, D, KV and heads · length).
-_KEPT = {4: (22.2, 23.7, 15.4), 2: (13.2, 33.7, 7.9)}
-_GRADIENT = {4: (13.9, 38.9, 0.0, 24.9), 2: (8.8, 31.7, 0.0, 17.8)}
-_KEPT_CHECKPOINTED = {4: 3.3, 2: 1.6}  # per D
-_GRADIENT_CHECKPOINTED = {4: (76.6, 56.8, 51.9, 1.0), 2: (67.1, 89.1, 41.4, 0.0)}
-_FORWARD = {4: (7.8, 50.6, 22.5, 4.9), 2: (4.0, 42.0, 11.4, 2.2)}
+# Bytes a token by bytes of a value: of each feature below, in its order (scripts/fit_memory.py).
+RATES: dict[str, dict[int, tuple[float, ...]]] = {
+    "gradient": {4: (13.1, 9.3, 0.0, 11.3, 0.0, 11.5, 28.8, 31.8), 2: (7.5, 8.4, 10.9, 8.4, 4.6, 4.3, 0.0, 26.2)},
+    "checkpointed": {4: (6.2, 26.2, 9.2, 75.2, 14.1, 19.6), 2: (2.4, 31.5, 28.1, 0.0, 7.9, 14.3)},
+    "forward": {4: (4.1, 3.6, 61.2, 5.1, 2.8), 2: (1.8, 0.0, 56.1, 3.6, 3.3)},
+}
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What the headers and the configuration say; `linears` are (inputs, outputs) of each block's linear layers."""
+def _alive(shape: ModelShape, blocks: Sequence[Block], length: int) -> list[float]:
+    """What is alive while the largest block is computed: its inner outputs, those into the stream, stream, scores."""
+    return [
+        max(block.inner for block in blocks),
+        max(block.outer for block in blocks),
+        shape.hidden,
+        shape.heads * length,
+    ]
 
-    weight_bytes: int
-    dequantized_bytes: int  # the same as float32
-    n_layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv: int  # width of keys, and of values
-    vocabulary: int
-    activation_bytes: int  # of one value
-    quantized: bool
-    linears: tuple[tuple[tuple[int, int], ...], ...]
+
+FEATURES: dict[str, Callable[[ModelShape, Sequence[Block], int], list[float]]] = {
+    # Kept for the gradient, of every trained block; then what is alive beside it.
+    "gradient": lambda shape, blocks, length: [
+        sum(block.inner for block in blocks),
+        sum(block.outer for block in blocks),
+        len(blocks) * shape.hidden,
+        sum(block.kept(length) for block in blocks),
+        *_alive(shape, blocks, length),
+    ],
+    "checkpointed": lambda shape, blocks, length: [
+        len(blocks) * shape.hidden,
+        *_alive(shape, blocks, length),
+        max(block.kept(length) for block in blocks),
+    ],
+    "forward": lambda shape, blocks, length: [
+        *_alive(shape, blocks, length),
+        max(block.kept(length) for block in blocks),
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -83,66 +96,6 @@ class Plan:
         return self.peak <= self.budget
 
 
-def read_shape(path: Path) -> ModelShape:
-    """The shape of a model in a folder, from its configuration and headers.
-
-    Raises:
-        UserError: a file is missing or cannot be believed.
-    """
-    return shape_of(read_object(path / "config.json"), check_weights(path))
-
-
-def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
-    """The shape from what was read.
-
-    Raises:
-        UserError: the configuration lacks a size that is needed.
-    """
-    text = config.get("text_config") or config
-    quantization = config.get("quantization") or config.get("quantization_config")
-    bits = quantization.get("bits", 4) if isinstance(quantization, dict) else 0
-
-    def size(*names: str) -> int:
-        value = next((text[name] for name in names if isinstance(text.get(name), int)), None)
-        if value is None:
-            raise UserError(f"the config.json has no {names[0]}; without --dry-run a run goes on all the same")
-        return value
-
-    n_layers, hidden = (
-        size("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
-        size("hidden_size", "dim", "d_model", "n_embd"),
-    )
-    heads = size("num_attention_heads", "n_heads", "n_head")
-    head_dim = text.get("head_dim") or hidden // heads
-    blocks: list[list[tuple[int, int]]] = [[] for _ in range(n_layers)]
-    values = 0
-    for name, tensor in tensors.items():
-        packed = f"{name.removesuffix('.weight')}.scales" in tensors and name.endswith(".weight")
-        shape = (*tensor.shape[:-1], tensor.shape[-1] * 32 // bits) if packed and bits else tensor.shape
-        count = math.prod(shape)
-        if not name.endswith((".scales", ".biases")) or not bits:
-            values += count
-        parts = name.split(".")
-        number = next((int(part) for part in parts if part.isdigit()), n_layers)  # of the block
-        if number < n_layers and name.endswith(".weight") and len(shape) >= 2:
-            experts = count // (shape[-1] * shape[-2])
-            blocks[number] += [(shape[-1], shape[-2])] * experts
-    floating = [t.dtype for t in tensors.values() if t.dtype in ("F32", "F16", "BF16")]
-    return ModelShape(
-        weight_bytes=sum(map(bytes_of, tensors.values())),
-        dequantized_bytes=4 * values,
-        n_layers=n_layers,
-        hidden=hidden,
-        intermediate=text.get("intermediate_size") or text.get("hidden_dim") or 4 * hidden,
-        heads=heads,
-        kv=head_dim * (text.get("num_key_value_heads") or heads),
-        vocabulary=size("vocab_size"),
-        activation_bytes=4 if floating and all(kind == "F32" for kind in floating) else 2,
-        quantized=bool(bits),
-        linears=tuple(map(tuple, blocks)),
-    )
-
-
 def this_machine(limit: str | None = None) -> Machine:
     """What MLX may use here: `limit`, or what Metal recommends, or the physical memory."""
     import mlx.core as mx
@@ -173,14 +126,14 @@ def _recommended() -> int:
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
-def _per_token(shape: ModelShape, rates: tuple[float, float, float, float], length: int) -> float:
-    i, d, kv, scores = rates
-    return i * shape.intermediate + d * shape.hidden + kv * shape.kv + scores * shape.heads * length
+def _activations(kind: str, shape: ModelShape, blocks: Sequence[Block], rows: int, length: int) -> int:
+    rates = RATES[kind][shape.activation_bytes]
+    return int(rows * length * sum(r * f for r, f in zip(rates, FEATURES[kind](shape, blocks, length), strict=True)))
 
 
 def forward_bytes(shape: ModelShape, rows: int, length: int) -> int:
     """Activations of a forward pass that keeps nothing."""
-    return int(rows * length * _per_token(shape, _FORWARD[shape.activation_bytes], length))
+    return _activations("forward", shape, shape.blocks, rows, length)
 
 
 def trained_blocks(shape: ModelShape, train: TrainSettings) -> int:
@@ -190,13 +143,8 @@ def trained_blocks(shape: ModelShape, train: TrainSettings) -> int:
 
 def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: int, length: int, checkpointed: bool) -> int:
     """Activations of a forward and backward pass through the trained blocks."""
-    a = shape.activation_bytes
-    blocks = trained_blocks(shape, train)
-    if checkpointed:
-        each, rates = _KEPT_CHECKPOINTED[a] * shape.hidden, _GRADIENT_CHECKPOINTED[a]
-    else:
-        each, rates = _per_token(shape, (*_KEPT[a], 0.0), length), _GRADIENT[a]
-    return int(rows * length * (blocks * each + _per_token(shape, rates, length)))
+    blocks = shape.blocks[-trained_blocks(shape, train) :]
+    return _activations("checkpointed" if checkpointed else "gradient", shape, blocks, rows, length)
 
 
 def loss_bytes(shape: ModelShape, rows: int) -> int:

@@ -1,0 +1,145 @@
+"""The sizes of a model that memory goes by, read from its configuration and the headers of its weight files alone."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .model_files import Tensor, bytes_of, check_weights, read_object
+from .screen import UserError
+
+# Keys that say how many experts a token passes.
+_TOP_K = re.compile(
+    r"(num_|^)experts?_per_tok(en)?$|^moe_?top_?k$|^top_k_experts$|^num_selected_experts$|^moe_num_active|^moe_k$"
+)
+_SCAN_KEEPS = {"jamba": 0.5}  # its scan's gradient holds an array of all positions for each of them: states · length
+_CHUNK, _CHUNK_STATE = 1.0, 2.7  # what Mamba 2 keeps, in states: heads · length, and its inner width
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block makes of one token, in numbers: its linear layers' outputs into inner widths and into the stream
+    (D), of experts those that the token passes; and what a recurrence keeps of it, `state + chunk · length`."""
+
+    inner: int
+    outer: int
+    state: float = 0.0
+    chunk: float = 0.0
+
+    def kept(self, length: int) -> float:
+        """The recurrence's numbers, in sequences of this length."""
+        return self.state + self.chunk * length
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the headers and the configuration say; `linears` are (inputs, outputs) of each block's linear layers."""
+
+    weight_bytes: int
+    dequantized_bytes: int  # the same as float32
+    hidden: int
+    heads: int
+    kv: int  # width of keys, and of values
+    vocabulary: int
+    activation_bytes: int  # of one value
+    quantized: bool
+    linears: tuple[tuple[tuple[int, int], ...], ...]
+    blocks: tuple[Block, ...]
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks there are."""
+        return len(self.linears)
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The shape of a model in a folder, from its configuration and headers.
+
+    Raises:
+        UserError: a file is missing or cannot be believed.
+    """
+    return shape_of(read_object(path / "config.json"), check_weights(path))
+
+
+def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
+    """The shape from what was read.
+
+    Raises:
+        UserError: the configuration lacks a size that is needed.
+    """
+    text = config.get("text_config") or config
+    quantization = config.get("quantization") or config.get("quantization_config")
+    bits = quantization.get("bits", 4) if isinstance(quantization, dict) else 0
+
+    def size(*names: str) -> int:
+        value = next((text[name] for name in names if isinstance(text.get(name), int)), None)
+        if value is None:
+            raise UserError(f"the config.json has no {names[0]}; without --dry-run a run goes on all the same")
+        return value
+
+    n_layers = size("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+    hidden = size("hidden_size", "dim", "d_model", "n_embd")
+    heads = size("num_attention_heads", "n_heads", "n_head", "num_heads")
+    linears: list[list[tuple[int, int]]] = [[] for _ in range(n_layers)]
+    widths = [[0, 0] for _ in range(n_layers)]  # of blocks, inner and outer
+    passed = next((text[key] for key in text if _TOP_K.search(key) and isinstance(text[key], int)), 1)
+    values = 0
+    for name, tensor in tensors.items():
+        packed = f"{name.removesuffix('.weight')}.scales" in tensors and name.endswith(".weight")
+        shape = (*tensor.shape[:-1], tensor.shape[-1] * 32 // bits) if packed and bits else tensor.shape
+        count = math.prod(shape)
+        if not name.endswith((".scales", ".biases")) or not bits:
+            values += count
+        number = _block_of(name, n_layers)
+        if number is None or not name.endswith(".weight") or len(shape) < 2:
+            continue
+        experts = count // (shape[-1] * shape[-2])
+        linears[number] += [(shape[-1], shape[-2])] * experts
+        if "conv" not in name:
+            widths[number][shape[-2] == hidden] += shape[-2] * (min(passed, experts) if len(shape) == 3 else 1)
+    states = _states(text, tensors, n_layers)
+    floating = [t.dtype for t in tensors.values() if t.dtype in ("F32", "F16", "BF16")]
+    return ModelShape(
+        weight_bytes=sum(map(bytes_of, tensors.values())),
+        dequantized_bytes=4 * values,
+        hidden=hidden,
+        heads=heads,
+        kv=(text.get("head_dim") or hidden // heads) * (text.get("num_key_value_heads") or heads),
+        vocabulary=size("vocab_size"),
+        activation_bytes=4 if floating and all(kind == "F32" for kind in floating) else 2,
+        quantized=bool(bits),
+        linears=tuple(map(tuple, linears)),
+        blocks=tuple(Block(*width, *state) for width, state in zip(widths, states, strict=True)),
+    )
+
+
+def _block_of(name: str, n_layers: int) -> int | None:
+    """The block that a weight's name tells, the first number in it."""
+    number = next((int(part) for part in name.split(".") if part.isdigit()), n_layers)
+    return number if number < n_layers else None
+
+
+def _states(text: dict[str, Any], tensors: dict[str, Tensor], n_layers: int) -> list[tuple[float, float]]:
+    """(state, chunk) of each block: of those that have a decay (`A_log`), by the kind of recurrence.
+
+    Mamba keeps (d_inner, n) states of each token, told by the decay's shape. Gated delta nets keep (heads, d_k, d_v),
+    Mamba 2 what its chunks take, both told by the configuration.
+    """
+    found = [(0.0, 0.0)] * n_layers
+    linear = text.get("linear_attn_config") or {}
+    key, value = (text.get(f"linear_{which}_head_dim") or linear.get("head_dim") for which in ("key", "value"))
+    for name, tensor in tensors.items():
+        number = _block_of(name, n_layers)
+        if number is None or not name.endswith("A_log"):
+            continue
+        if len(tensor.shape) == 2:
+            states = math.prod(tensor.shape)
+            found[number] = (float(states), states * _SCAN_KEEPS.get(str(text.get("model_type")), 0.0))
+        elif isinstance(key, int) and isinstance(value, int):
+            found[number] = (float(math.prod(tensor.shape) * key * value), 0.0)
+        else:
+            heads = math.prod(tensor.shape)
+            width = next((text[k] for k in ("mamba_d_head", "mamba_head_dim", "head_dim") if text.get(k)), 64)
+            found[number] = (_CHUNK_STATE * heads * width, _CHUNK * heads)
+    return found
