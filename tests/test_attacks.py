@@ -19,7 +19,7 @@ from safesteer_mlx.evals.scores import Count, effective_size, paired_by_prompt, 
 from safesteer_mlx.evals.tampering import TUNING_STEPS, Tampering, run_direction
 from safesteer_mlx.evaluate import ATTACKS, main
 from safesteer_mlx.method.framing import BEGUN as LONGEST
-from safesteer_mlx.method.framing import ENCODINGS, Framer, begun, framed, framings, opening_ids
+from safesteer_mlx.method.framing import ENCODINGS, Framer, begun, framed, framings, opening_ids, takes_system_turn
 from safesteer_mlx.method.judge import is_refusal, outcome, use_refusal_phrases
 from safesteer_mlx.method.prompts import TODAY, built_in_sets, load_instructions, render, render_turns
 from safesteer_mlx.method.residual import block_outputs, unit
@@ -55,7 +55,7 @@ def attacker(base) -> Attacker:
 
 def sentences(half: str) -> set[str]:
     texts = []
-    for kind in KINDS if half == "test" else [k for k in KINDS if k != "systems"]:
+    for kind in KINDS:
         for framing in framings(half, kind):
             texts += framing.get("turns", [framing.get("text")])
     found = {" ".join(s.split()).lower() for text in texts for s in re.split(r"(?<=[.!?:])\s+", text)}
@@ -473,6 +473,26 @@ def test_a_harmful_prompt_in_a_frame_is_pulled_to_the_plain_one(base, harmful):
     assert plain.put(replace(framer, wrap=0.0), np.random.default_rng(1)) == plain
 
 
+def test_a_prompt_comes_below_a_system_prompt_where_the_template_has_room(base):
+    plain, rng = prompt(base, "Why is the sky blue?", True), np.random.default_rng(1)
+    systems = [f["text"] for f in framings("train", "systems")]
+    with_room = Framer(base.tokenizer, 0.0, 1.0, 512, systems=True)
+    put = [plain.put(with_room, rng) for _ in range(80)]
+    below = [render(base.tokenizer, plain.text, system) for system in systems]
+    assert {tuple(p.ids) for p in put} & set(map(tuple, below)) and all(p.target_ids == plain.ids for p in put)
+    without = [plain.put(replace(with_room, systems=False), rng).ids for _ in range(80)]
+    assert not [ids for ids in without if ids in below]
+    assert takes_system_turn(base.tokenizer)
+
+    class NoRoom:
+        chat_template = "{{ messages[-1] }}"  # leaves it out in silence
+
+        def apply_chat_template(self, turns, add_generation_prompt):
+            return [len(turns[-1]["content"])]
+
+    assert not takes_system_turn(NoRoom())
+
+
 def test_so_many_are_put_otherwise_as_was_asked_for(base):
     framer, plain = Framer(base.tokenizer, 0.3, 0.5, 512), prompt(base, "Why is the sky blue?", True)
     rng = np.random.default_rng(4)
@@ -483,7 +503,7 @@ def test_so_many_are_put_otherwise_as_was_asked_for(base):
 
 def test_half_of_the_answers_are_begun_as_the_base_itself_begins_them(base):
     plain = prompt(base, "Why is the sky blue?", True)
-    framer = Framer(base.tokenizer, 1.0, 0.0, 512, {plain.text: [7] * 40})
+    framer = Framer(base.tokenizer, 1.0, 0.0, 512, own={plain.text: [7] * 40})
     rng = np.random.default_rng(4)
     openings = [plain.put(framer, rng).ids[len(plain.ids) :] for _ in range(400)]
     own = [ids for ids in openings if set(ids) == {7}]
@@ -507,4 +527,5 @@ def test_the_bases_own_beginnings_are_those_that_comply_and_go_on(base, tmp_path
     assert not any(map(is_refusal, texts)) and not any(set(ids) & set(base.eos_ids) for ids in own.values())
     framed = run.with_settings(train=replace(run.recipe.train, prefill_ratio=0.2, wrap_ratio=0.1))
     framer = make_framer(framed, prompts)
-    assert (framer.prefill, framer.wrap, framer.own) == (0.2, 0.1, own)
+    assert (framer.prefill, framer.wrap, framer.systems, framer.own) == (0.2, 0.1, True, own)
+    assert make_framer(replace(framed, base=replace(base, thinks=True)), prompts).prefill == 0

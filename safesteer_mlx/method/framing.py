@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..recipe import PACKAGE, read_yaml
+from ..system.screen import UserError
 from .prompts import Rows, render
 
 BEGUN = 20  # tokens of an opening, at most, that training puts into the student's mouth
@@ -68,12 +69,16 @@ def openings_of(tokenizer: Any, requests: Sequence[str], half: str) -> Rows:
 @dataclass(frozen=True)
 class Framer:
     """Puts a share of the training prompts otherwise than as they are (ours): `prefill` of them with the answer begun,
-    `wrap` of the rest in a frame. `own` is how the base itself begins to answer some of them, by instruction."""
+    `wrap` of the rest in a frame or below a system prompt.
+
+    `own` is how the base itself begins to answer some of them, by instruction.
+    """
 
     tokenizer: Any
     prefill: float
     wrap: float
     limit: int  # tokens of a prompt
+    systems: bool = False  # whether the template takes system prompts
     own: Mapping[str, list[int]] = field(default_factory=dict)
 
     def opening(self, request: str, rng: np.random.Generator) -> list[int] | None:
@@ -87,9 +92,21 @@ class Framer:
         return opening_ids(self.tokenizer, request, texts[which]["text"])[:most]
 
     def frame(self, request: str, rng: np.random.Generator) -> list[int] | None:
-        """The request's prompt in a frame, if the draw says so and it is short enough."""
+        """The request's prompt in a frame or below a system prompt, if the draw says so and it is short enough."""
         if rng.random() >= self.wrap:
             return None
-        frames = framings("train", "wrappers")
-        ids = render(self.tokenizer, framed(frames[rng.integers(len(frames))], request))
+        frames = [*framings("train", "wrappers"), *(framings("train", "systems") if self.systems else [])]
+        frame = frames[rng.integers(len(frames))]
+        if "{request}" in frame["text"]:
+            ids = render(self.tokenizer, framed(frame, request))
+        else:
+            ids = render(self.tokenizer, request, frame["text"])
         return ids if len(ids) <= self.limit else None
+
+
+def takes_system_turn(tokenizer: Any) -> bool:
+    """Whether the chat template has room for a system turn."""
+    try:
+        return render(tokenizer, "a", "b") != render(tokenizer, "a")
+    except UserError:
+        return False

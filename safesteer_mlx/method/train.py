@@ -17,9 +17,9 @@ for as long as the epochs take, and falls over as many steps again.
 
 With `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a
 frame. A share of the prompts, harmful and harmless, comes with an affirmative opening, ours or the base's own, that the
-student goes on with, another in a frame (a story, a role). There a harmful one is pulled to what the teacher says to
-the prompt as it is, a harmless one to what the base says within the frame. (The teacher itself, asked behind the
-opening, goes on with it: measured, docs/choices.md.)
+student goes on with, another in a frame (a story, a role) or below a system prompt. There a harmful one is pulled to
+what the teacher says to the prompt as it is, a harmless one to what the base says within the frame. (The teacher itself,
+asked behind the opening, goes on with it: measured, docs/choices.md.)
 
 With `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far
 more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
@@ -45,7 +45,7 @@ from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_s
 from ..system.memory import with_smaller_batches
 from ..system.screen import UserError
 from .direction import FoundDirections, mean_differences
-from .framing import BEGUN, Framer, begun
+from .framing import BEGUN, Framer, begun, takes_system_turn
 from .judge import is_refusal, outcome
 from .losses import (
     Divergence,
@@ -629,13 +629,17 @@ def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[Traini
 
 
 def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> Framer | None:
-    """What puts prompts otherwise, as the settings ask for; None for nothing."""
-    settings = run.recipe.train
-    if not settings.prefill_ratio and not settings.wrap_ratio:
+    """What puts prompts otherwise, as the settings ask for; None for nothing.
+
+    The answers of a model that thinks first are not begun: what its teacher says to the prompt is a thought.
+    """
+    settings, tokenizer = run.recipe.train, run.base.tokenizer
+    prefill = 0.0 if run.base.thinks else settings.prefill_ratio
+    if not prefill and not settings.wrap_ratio:
         return None
-    own = run.once(find_own_openings, prompts).ids if settings.prefill_ratio else {}
-    ratios = settings.prefill_ratio, settings.wrap_ratio
-    return Framer(run.base.tokenizer, *ratios, settings.max_prompt_length, own)
+    own = run.once(find_own_openings, prompts).ids if prefill else {}
+    systems = takes_system_turn(tokenizer)
+    return Framer(tokenizer, prefill, settings.wrap_ratio, settings.max_prompt_length, systems, own)
 
 
 @dataclass(frozen=True)
