@@ -18,8 +18,16 @@ from safesteer_mlx.evals.judging import Chosen
 from safesteer_mlx.evals.scores import Count, effective_size, paired_by_prompt, wilson
 from safesteer_mlx.evals.tampering import TUNING_STEPS, Tampering, run_direction
 from safesteer_mlx.evaluate import ATTACKS, main
-from safesteer_mlx.method.framing import BEGUN as LONGEST
-from safesteer_mlx.method.framing import ENCODINGS, Framer, begun, framed, framings, opening_ids, takes_system_turn
+from safesteer_mlx.method.framing import (
+    ENCODINGS,
+    LONGEST,
+    Framer,
+    begun,
+    framed,
+    framings,
+    opening_ids,
+    takes_system_turn,
+)
 from safesteer_mlx.method.judge import is_refusal, outcome, use_refusal_phrases
 from safesteer_mlx.method.prompts import TODAY, built_in_sets, load_instructions, render, render_turns
 from safesteer_mlx.method.residual import block_outputs, unit
@@ -230,7 +238,7 @@ def test_a_dialogue_is_led_by_the_model_itself(base, items):
     turns = next(f["turns"] for f in framings("test", "turns") if attack.name.endswith(f["name"]))
     talk = [{"role": "user", "content": turns[0]}]
     for turn in turns[1:]:
-        [(_, answer)] = attacker(base).draw(base.model, [render_turns(base.tokenizer, talk)])
+        [answer] = attacker(base).draw(base.model, [render_turns(base.tokenizer, talk)])
         talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
     talk[-1]["content"] = turns[-1].replace("{request}", items[0].text)
     assert row == render_turns(base.tokenizer, talk)

@@ -547,3 +547,16 @@ def test_a_prompt_put_otherwise_has_the_target_that_it_should(tiny_model, begins
     other.framer, other.optimizer = Frame(begins), make_optimizer(whole)
     _, at_once = itertools.islice(train(other), 2)
     assert (at_once.loss, at_once.grad_norm) == pytest.approx((metrics.loss, metrics.grad_norm), rel=1e-4)
+
+
+def test_in_a_frame_the_student_is_pulled_however_sure_it_is_to_comply(tiny_model):
+    """By the forward KL on the safety tokens, whose gradient does not go with what the student would say."""
+    model = tiny_model("qwen2")
+    student, teacher = make_student(model, SETTINGS, 7), a_teacher(model)
+    how = (SETTINGS, replace(WHOLE, first_tokens=1), EOS, 7, make_optimizer(SETTINGS))
+    training = Training(student, model, teacher, TOKENS, HARMFUL, HARMLESS, *how, framer=Frame(False))
+    _, metrics = itertools.islice(train(training), 2)
+    rows = [HARMFUL[i].ids for i in np.random.default_rng([7, 0, 0]).permutation(3)[:2]]
+    target = openings(teacher.model, rows, np.array(TOKENS), 4)[:, :-1]
+    own = openings(model, [[22, 23, 24]] * 2, np.array(TOKENS), 4)[:, :-1]
+    assert metrics.harmful_loss == pytest.approx((target * np.log(target / own)).sum(-1).mean(), rel=1e-3)

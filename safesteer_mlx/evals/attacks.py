@@ -86,7 +86,7 @@ class Attacker:
     def attack(self, model: nn.Module, attack: Attack) -> Attacked:
         """What one model does under one attack."""
         rows, k = attack.ask(model), attack.samples
-        drawn = [text for _, text in self.draw(model, [row for row in rows for _ in range(k)], attack)]
+        drawn = self.draw(model, [row for row in rows for _ in range(k)], attack)
         texts = [drawn[i : i + k] for i in range(0, len(drawn), k)]
         # Without what the attacker wrote: there no refusal is to be looked for.
         return Attacked(attack, texts, [[outcome(text) for text in own] for own in texts])
@@ -96,13 +96,12 @@ class Attacker:
         requests = [item.text for item in items]
         return Attack("", name, requests, partial(_given, self._rows(requests)))
 
-    def draw(self, model: nn.Module, rows: Rows, attack: Attack | None = None) -> list[tuple[list[int], str]]:
-        """Ids and text of an answer to each; greedy without an attack that samples."""
+    def draw(self, model: nn.Module, rows: Rows, attack: Attack | None = None) -> list[str]:
+        """The text of an answer to each; greedy without an attack that samples."""
         temp, top_p = (attack.temp, attack.top_p) if attack else (0.0, 1.0)
         keys = [stream_key(self.seed, 11, i) for i in range(len(rows))] if temp else None
         sampling = replace(self.sampling, temp=temp, top_p=top_p)
-        drawn = answers(model, self.base.tokenizer, rows, sampling, keys)
-        return [(completion.ids, text) for completion, text in drawn]
+        return [text for _, text in answers(model, self.base.tokenizer, rows, sampling, keys)]
 
     def compliant_answers(self, rows: Rows) -> dict[int, list[int]]:
         """The base's own compliant answers, by prompt: greedy, else the first of `TRIES` samples that complies."""
@@ -200,7 +199,7 @@ class Attacker:
 
         for turn in turns:
             if talks[0]:
-                for talk, (_, text) in zip(talks, self.draw(model, rows()), strict=True):
+                for talk, text in zip(talks, self.draw(model, rows()), strict=True):
                     talk.append({"role": "assistant", "content": text})
             for talk, request in zip(talks, requests, strict=True):
                 talk.append({"role": "user", "content": turn.replace("{request}", request)})

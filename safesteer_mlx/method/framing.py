@@ -14,7 +14,7 @@ from ..recipe import PACKAGE, read_yaml
 from ..system.screen import UserError
 from .prompts import Rows, render
 
-BEGUN = 20  # tokens of an opening, at most, that training puts into the student's mouth
+LONGEST = 20  # tokens of an opening, at most, that training puts into the student's mouth
 
 LEET = str.maketrans("aeiostAEIOST", "431057431057")
 ENCODINGS = {
@@ -86,7 +86,7 @@ class Framer:
         if rng.random() >= self.prefill:
             return None
         texts = framings("train", "openings")
-        which, most = rng.integers(len(texts)), rng.integers(1, BEGUN, endpoint=True)
+        which, most = rng.integers(len(texts)), rng.integers(1, LONGEST, endpoint=True)
         if request in self.own and rng.random() < 0.5:
             return self.own[request][:most]
         return opening_ids(self.tokenizer, request, texts[which]["text"])[:most]

@@ -18,8 +18,8 @@ for as long as the epochs take, and falls over as many steps again.
 With `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a
 frame. A share of the prompts, harmful and harmless, comes with an affirmative opening, ours or the base's own, that the
 student goes on with, another in a frame (a story, a role) or below a system prompt. There a harmful one is pulled to
-what the teacher says to the prompt as it is, a harmless one to what the base says within the frame. (The teacher itself,
-asked behind the opening, goes on with it: measured, docs/choices.md.)
+what the teacher says to the prompt as it is, a harmless one to what the base says within the frame. (The teacher
+itself, asked behind the opening, goes on with it: measured, docs/choices.md.)
 
 With `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far
 more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
@@ -45,7 +45,7 @@ from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_s
 from ..system.memory import with_smaller_batches
 from ..system.screen import UserError
 from .direction import FoundDirections, mean_differences
-from .framing import BEGUN, Framer, begun, takes_system_turn
+from .framing import LONGEST, Framer, begun, takes_system_turn
 from .judge import is_refusal, outcome
 from .losses import (
     Divergence,
@@ -344,6 +344,9 @@ def train(
             )
             shift = guidance_shift(*both, guidance, mx.array(place[opening] == 0))
         divergence = Divergence.of(loss, training.tokens)
+        if any(prompt.framed for prompt in part):
+            # There the student may be sure to comply, and a reverse KL, weighted by what it would say, moves nothing.
+            divergence = replace(divergence, kind="forward_kl", mix=None)
         targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
             weights = _position_weights(lengths, n, loss.first_tokens, loss.first_tokens + loss.tail)[tail]
@@ -621,10 +624,10 @@ def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[Traini
     """The base's own answers at temperature 1 to the training prompts, as far as training lets an answer be begun:
     those that comply, of shorter ones the first half."""
     both = [*prompts[0], *prompts[1]]
-    sampling = run.sampling(BEGUN + 1, 1.0)
-    drawn = run.answers(run.base.model, [p.ids for p in both], replace(sampling, max_tokens=BEGUN + 1), (14,))
+    sampling = run.sampling(LONGEST + 1, 1.0)
+    drawn = run.answers(run.base.model, [p.ids for p in both], replace(sampling, max_tokens=LONGEST + 1), (14,))
     compliant = [(p.text, c) for p, (c, text) in zip(both, drawn, strict=True) if outcome(text) == "comply"]
-    cut = {text: c.ids[: len(c.ids) // 2] if c.finished else c.ids[:BEGUN] for text, c in compliant}
+    cut = {text: c.ids[: len(c.ids) // 2] if c.finished else c.ids[:LONGEST] for text, c in compliant}
     return OwnOpenings({text: ids for text, ids in cut.items() if ids})
 
 
