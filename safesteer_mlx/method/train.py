@@ -83,7 +83,7 @@ class TrainingPrompt:
     """A prompt as the student reads it and as its target does; `harmful` says which target.
 
     `text` is the instruction. `framed` says that the student alone reads it in a frame or with its answer begun, not
-    teacher and base.
+    teacher and base; `begun` which of both.
     """
 
     ids: list[int]
@@ -91,6 +91,7 @@ class TrainingPrompt:
     harmful: bool
     text: str = ""
     framed: bool = False
+    begun: bool = False
 
     def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
         """The prompt with its answer begun, or in a frame, or as it is."""
@@ -98,7 +99,8 @@ class TrainingPrompt:
             ids = begun(framer.tokenizer, self.ids, opening)
         elif (ids := framer.frame(self.text, rng)) is None:
             return self
-        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, framed=self.harmful)
+        target_ids = self.target_ids if self.harmful else ids
+        return replace(self, ids=ids, target_ids=target_ids, framed=self.harmful, begun=opening is not None)
 
 
 @dataclass(frozen=True)
@@ -344,8 +346,8 @@ def train(
             )
             shift = guidance_shift(*both, guidance, mx.array(place[opening] == 0))
         divergence = Divergence.of(loss, training.tokens)
-        if any(prompt.framed for prompt in part):
-            # There the student may be sure to comply, and a reverse KL, weighted by what it would say, moves nothing.
+        if all(prompt.harmful and prompt.begun for prompt in part):
+            # There the student is sure to comply, and a reverse KL, weighted by what it would say, moves nothing.
             divergence = replace(divergence, kind="forward_kl", mix=None)
         targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
@@ -364,8 +366,10 @@ def train(
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].ids) + len(rollouts[i].ids), i))
         mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
-        for kind, in_frame in ((True, False), (True, True), (False, False)):
-            of_kind = [i for i in order if (batch[i].harmful, batch[i].framed) == (kind, in_frame)]
+        for kind, in_frame, after in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0), (0, 0, 1)):
+            of_kind = [
+                i for i in order if (batch[i].harmful, batch[i].framed, batch[i].begun) == (kind, in_frame, after)
+            ]
             for start in range(0, len(of_kind), size):
                 index = of_kind[start : start + size]
                 part = [batch[i] for i in index]
