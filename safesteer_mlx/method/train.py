@@ -93,6 +93,11 @@ class TrainingPrompt:
     framed: bool = False
     begun: bool = False
 
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """What those that share a pass have in common: target, trunk and divergence."""
+        return self.harmful, self.framed, self.begun
+
     def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
         """The prompt with its answer begun, or in a frame, or as it is."""
         if (opening := framer.opening(self.text, rng)) is not None:
@@ -366,16 +371,15 @@ def train(
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].ids) + len(rollouts[i].ids), i))
         mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
-        for kind, in_frame, after in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0), (0, 0, 1)):
-            of_kind = [
-                i for i in order if (batch[i].harmful, batch[i].framed, batch[i].begun) == (kind, in_frame, after)
-            ]
+        for kind in sorted({prompt.kind for prompt in batch}, reverse=True):
+            harmful_ones, in_frame, _ = kind
+            of_kind = [i for i in order if batch[i].kind == kind]
             for start in range(0, len(of_kind), size):
                 index = of_kind[start : start + size]
                 part = [batch[i] for i in index]
                 answers = [rollouts[i].ids for i in index]
                 lengths = [len(ids) for ids in answers]
-                teacher = training.teacher if kind else Teacher(base, shared_blocks=first_trained)
+                teacher = training.teacher if harmful_ones else Teacher(base, shared_blocks=first_trained)
                 layer = min(teacher.shared_blocks, first_trained) if can_resume and not in_frame else 0
                 trunk = shared_prefix(base, layer, [p.ids for p in part], answers)
                 targets = targets_of(part, answers, trunk, teacher.model, len(batch))
