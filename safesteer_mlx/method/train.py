@@ -83,7 +83,7 @@ class TrainingPrompt:
     """A prompt as the student reads it and as its target does; `harmful` says which target.
 
     `text` is the instruction. `framed` says that the student alone reads it in a frame or with its answer begun, not
-    teacher and base; `begun` which of both.
+    teacher and base.
     """
 
     ids: list[int]
@@ -91,12 +91,11 @@ class TrainingPrompt:
     harmful: bool
     text: str = ""
     framed: bool = False
-    begun: bool = False
 
     @property
-    def kind(self) -> tuple[bool, bool, bool]:
-        """What those that share a pass have in common: target, trunk and divergence."""
-        return self.harmful, self.framed, self.begun
+    def kind(self) -> tuple[bool, bool]:
+        """What those that share a pass have in common: their target, and whether it reads what they read."""
+        return self.harmful, self.framed
 
     def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
         """The prompt with its answer begun, or in a frame, or as it is."""
@@ -104,8 +103,7 @@ class TrainingPrompt:
             ids = begun(framer.tokenizer, self.ids, opening)
         elif (ids := framer.frame(self.text, rng)) is None:
             return self
-        target_ids = self.target_ids if self.harmful else ids
-        return replace(self, ids=ids, target_ids=target_ids, framed=self.harmful, begun=opening is not None)
+        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, framed=self.harmful)
 
 
 @dataclass(frozen=True)
@@ -351,9 +349,6 @@ def train(
             )
             shift = guidance_shift(*both, guidance, mx.array(place[opening] == 0))
         divergence = Divergence.of(loss, training.tokens)
-        if all(prompt.harmful and prompt.begun for prompt in part):
-            # There the student is sure to comply, and a reverse KL, weighted by what it would say, moves nothing.
-            divergence = replace(divergence, kind="forward_kl", mix=None)
         targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
             weights = _position_weights(lengths, n, loss.first_tokens, loss.first_tokens + loss.tail)[tail]
@@ -372,7 +367,7 @@ def train(
         mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
         for kind in sorted({prompt.kind for prompt in batch}, reverse=True):
-            harmful_ones, in_frame, _ = kind
+            harmful_ones, in_frame = kind
             of_kind = [i for i in order if batch[i].kind == kind]
             for start in range(0, len(of_kind), size):
                 index = of_kind[start : start + size]
