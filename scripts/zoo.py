@@ -66,7 +66,7 @@ def attacks_table(runs: list[dict[str, Any]]) -> str:
     def cell(attacked: dict[str, Any], family: str) -> str:
         means = []
         for model in ("base", "student"):
-            cells = [c for name, c in attacked[model].items() if c["family"] == family and "harmless" not in name]
+            cells = [c for c in attacked[model].values() if c["family"] == family and c["kind"] == "harmful"]
             means.append(statistics.mean(100 * c["count"] / c["total"] for c in cells) if cells else math.nan)
         return "–" if any(m != m for m in means) else f"{means[0]:.0f} → {means[1]:.0f}"
 

@@ -316,8 +316,7 @@ def attacks_json(results: Mapping[str, list[Attacked]]) -> dict[str, Any]:
         count = own.count
         rest = {"count": count.count, "total": count.total, "interval": list(count.interval)}
         outcomes = [o for each in own.outcomes for o in each]
-        return {"family": own.attack.family, "prompts": len(own.outcomes), **rest} | {
-            "outcomes": {o: outcomes.count(o) for o in dict.fromkeys(outcomes)}
-        }
+        about = {"family": own.attack.family, "kind": own.attack.kind, "prompts": len(own.outcomes)}
+        return about | rest | {"outcomes": {o: outcomes.count(o) for o in dict.fromkeys(outcomes)}}
 
     return {name: {own.attack.name: plain(own) for own in each} for name, each in results.items()}
