@@ -50,11 +50,11 @@ from safesteer_mlx.system.memory import (
     gradient_bytes,
     loss_bytes,
     plan,
-    read_shape,
     this_machine,
     trained_values,
 )
 from safesteer_mlx.system.screen import Screen
+from safesteer_mlx.system.shape import read_shape
 
 Row = dict[str, Any]
 

@@ -527,3 +527,15 @@ def test_no_direction_can_never_be_chosen(model):
     with pytest.raises(NoDirectionError):
         choose_direction(scores, None, None, None)
     assert shortlist(scores, None, None, None) == []
+
+
+def test_a_direction_of_no_length_is_not_tried():
+    """As where a few convolutions see no further back than the template."""
+    shape = (2, 4)
+    scores = CandidateScores(np.zeros(shape), np.full(shape, -1.0), np.full(shape, 1.0))
+    moved = np.ones(shape, bool)
+    moved[1, 1:3] = False
+    near = shortlist(scores, 0.1, 0.0, None, count=9, moved=moved)
+    assert {(p, at) for p, at, _ in near} == {(-2, 1), (-2, 2), (-2, 3), (-1, 3)}
+    assert {(p, at) for p, at, _ in shortlist(scores, 0.1, 0.0, None, count=9)} > {(-1, 1), (-1, 2)}
+    assert shortlist(scores, 0.1, 0.0, None, moved=np.zeros(shape, bool)) == []

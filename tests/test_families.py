@@ -19,7 +19,7 @@ from safesteer_mlx.system.load import load
 
 TINY = MODELS / "tiny-chat"
 FLAGS = ["--force", "--iters", "2", "--batch-size", "8", "--max-tokens", "12", "--test-prompts", "4"]
-FLAGS += ["--direction-train", "16", "--direction-validation", "8", "--coeff", "1.0", "--no-report"]
+FLAGS += ["--direction-train", "16", "--direction-validation", "8", "--coeff", "20.0", "--no-report"]
 QUICK = ("lfm2", "qwen3_vl")  # convolutions and attention, a text model inside another
 SLOW = ("qwen3_next", "qwen3_5", "jamba", "granitemoehybrid", "nemotron_h", "mamba2", "mistral3", "gemma3", "llama4")
 SLOW += ("glm4_moe", "gpt_oss", "gemma2", "gemma4", "olmo_hybrid", "kimi_linear", "minimax", "deepseek_v3", "phimoe")

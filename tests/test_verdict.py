@@ -150,13 +150,13 @@ def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_p
 
 
 def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path, monkeypatch, capsys):
-    from safesteer_mlx.system import memory
+    from safesteer_mlx.system import shape
 
     def unknown(path):
         raise UserError("the config.json has no hidden_size; mend it")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "read_shape", unknown)
+    monkeypatch.setattr(shape, "read_shape", unknown)
     fewer = ["--direction-train", "32", "--direction-validation", "16"]
     assert main(["--verdict-only", *fewer]) == 0
     assert "memory: not planned, the config.json has no hidden_size" in capsys.readouterr().out

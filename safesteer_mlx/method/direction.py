@@ -494,19 +494,21 @@ def shortlist(
     steering_threshold: float | None,
     prune_last: float | None,
     count: int = SHORTLIST,
+    moved: np.ndarray | None = None,
 ) -> list[tuple[int, int, list[str]]]:
     """The candidates worth trying as teachers, best first: (position, layer, tests failed).
 
     The published choice comes first, if there is one; then those that fail fewest tests, and of these those that
     raise refusal most. At most two are of one block. Block 0 is left out: its input is the template's embeddings, the
-    same for every prompt.
+    same for every prompt. So are candidates of length zero, those that are not in `moved` (P, L): a few convolutions
+    see no further back than the template.
     """
     n_pos, n_layers = scores.ablation_kl.shape
     ranked = []
     for p in range(n_pos):
         for layer in range(1, pruned_from(n_layers, prune_last)):
             steering, ablated = scores.steering_refusal[p, layer], scores.ablation_refusal[p, layer]
-            if np.isnan(steering):
+            if np.isnan(steering) or (moved is not None and not moved[p, layer]):
                 continue
             failed = failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
             ranked.append((len(failed), -steering if failed else ablated, p - n_pos, layer, failed))
@@ -650,7 +652,7 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     candidates = mean_differences(model, harmful, harmless, prompts.n_eoi, batch_size)
     n_pos, n_layers = candidates.shape[:2]
     prune_last = run.recipe.direction.prune_last
-    at = spread(n_pos, pruned_from(n_layers, prune_last))
+    at = [one for one in spread(n_pos, pruned_from(n_layers, prune_last)) if candidates[one].any()]
     if not at:
         raise UserError(f"prune_last = {prune_last} leaves only the first of {n_layers} blocks; lower it")
     directions = [Direction(p - n_pos, layer, mx.array(candidates[p, layer].astype(np.float32))) for p, layer in at]
@@ -707,11 +709,12 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
         how = {"batch_size": batch_size, "whole_stream": _whole_stream(run, candidates)}
         search = partial(score_candidates, model, candidates, *scoring, refusal_ids, **how)
         scores = search(**limits, progress=advance)
-        near = shortlist(scores, *limits.values())
+        pick = partial(shortlist, **limits, moved=candidates.any(-1))
+        near = pick(scores)
         if near and near[0][2]:  # none passes: what the search left unmeasured of the nearest
             rows = [(position + candidates.shape[0], layer) for position, layer, _ in near[:NEAREST]]
             scores = filled(scores, search(exhaustive=True, only=rows))
-            near = shortlist(scores, *limits.values())
+            near = pick(scores)
     if not near:
         raise UserError(
             f"no direction can be measured: prune_last = {settings.prune_last} leaves only the first of "
