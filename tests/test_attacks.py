@@ -222,6 +222,17 @@ def test_the_bases_own_answers_are_compliant_and_cut(base, items, monkeypatch):
     assert list(attacker(base).make("own-answer", items)) == []
 
 
+@pytest.mark.parametrize("family", ATTACKS)
+def test_every_family_that_the_command_names_asks_every_prompt(base, items, family):
+    made = list(attacker(base).make(family, items))
+    assert made and {attack.family for attack in made} == {family}
+    assert len({attack.name for attack in made}) == len(made)
+    for attack in made:
+        rows = attack.ask(base.model)
+        assert len(rows) == len(attack.requests) and all(rows)
+        assert len(attack.requests) == len(items) or family == "own-answer"
+
+
 def test_decoding_and_best_of_many(base, items, monkeypatch):
     found = list(attacker(base).make("decoding", items))
     assert [(a.temp, a.top_p) for a in found[:-1]] == [(0.7, 1.0), (1.0, 1.0), (1.3, 1.0), (1.0, 0.9), (1.0, 0.5)]
