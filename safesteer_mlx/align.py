@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Aligned:
-    """What came of a run: the folder of adapters, the verdict before training and, if it trained, the scores of base,
-    teacher and student on held-out prompts, and why the student is not safer than its base, if it is not."""
+    """What came of a run: the folder of adapters, the verdict before training and, if it trained, the scores of base
+    and student (of the teacher too, if asked for) on held-out prompts, and why the student is not safer than its base,
+    if it is not."""
 
     folder: Path
     verdict: "Verdict"
@@ -133,13 +134,16 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
 def _before_and_after(
     run: "Run", teacher: "Teacher", student: "nn.Module", tokens: "SafetyTokens"
 ) -> "dict[str, Scores]":
-    """The scores of base, teacher and student on held-out prompts."""
-    from .evals.heldout import HeldOut, held_out_prompts, make_test_set
+    """The scores of base and student on held-out prompts, and of the teacher if they are wanted."""
+    from .evals.heldout import HeldOut, TestSet, held_out_prompts
+    from .system.store import BASE_ANSWERS
 
-    settings, sampling = run.recipe.run, run.sampling(HELD_OUT_TOKENS)
-    test = make_test_set(run.base, *held_out_prompts(run.prompts.sets, settings.test_prompts), sampling)
-    held_out = HeldOut(run.base, test, tokens.ids.tolist(), settings.seed, sampling)
-    models = {"base": run.base.model, "teacher": teacher.model, "student": student}
+    settings, ids = run.recipe.run, tokens.ids.tolist()
+    test = TestSet(*held_out_prompts(run.prompts.sets, settings.test_prompts))
+    kept = run.store.path_for(BASE_ANSWERS) if settings.transcripts else None
+    held_out = HeldOut(run.base, test, ids, settings.seed, run.sampling(HELD_OUT_TOKENS), kept=kept)
+    models = {"base": run.base.model} | ({"teacher": teacher.model} if settings.score_teacher else {})
+    models["student"] = student
     return dict(held_out.score_each(models, run.screen, {"teacher": teacher.system_prompt}))
 
 
@@ -149,11 +153,14 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
 
     from .evals.scores import transcripts
     from .method.prompts import given_files
+    from .system.store import BASE_ANSWERS
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
-    if run.recipe.run.transcripts:
+    if not run.recipe.run.transcripts:
+        (store.path / BASE_ANSWERS).unlink(missing_ok=True)
+    else:
         store.text("transcripts.jsonl", _json_lines(transcripts(scores)))
     own = {"own_sets": sorted(given_files(run.recipe.run.data))}
     store.json("manifest.json", _manifest(run.base, store.path.parent) | own | {"not_aligned": not_aligned})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .align import Aligned, align_model
-from .evals.heldout import HeldOut, held_out_prompts, make_test_set
+from .evals.heldout import HeldOut, TestSet, held_out_prompts
 from .evals.scores import Scores
 from .method.prompts import sets_to_score
 from .method.rollout import Sampling
@@ -75,7 +75,7 @@ def evaluate(
     """
     screen, sets = Screen(quiet), sets_to_score(base.name, None if data is None else str(data))
     sampling = Sampling(base.eos_ids, max_tokens, batch_size=batch_size(base, 64, screen))
-    test = make_test_set(base, *held_out_prompts(sets, test_prompts), sampling)
+    test = TestSet(*held_out_prompts(sets, test_prompts))
     models = {"base": base.model}
     if adapter_path is not None:
         models["student"] = with_adapters(base.model, Path(adapter_path))

@@ -161,6 +161,14 @@ def _safety_tokens(folder: Path | None) -> list[int]:
     return [int(t["id"]) for t in json.loads(path.read_text("utf-8"))] if path and path.is_file() else []
 
 
+def _kept_answers(folder: Path | None) -> Path | None:
+    """Where the run of these adapters keeps its base's answers, if it does."""
+    from .system.store import BASE_ANSWERS
+
+    path = folder / "run" / BASE_ANSWERS if folder else None
+    return path if path and path.is_file() else None
+
+
 def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Screen) -> dict[str, Any]:
     """Score the base, and the aligned model if there are adapters; print the tables, return what --out holds.
 
@@ -219,6 +227,7 @@ def _attacks(
     args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
     from .evals.attacks import Attacker, attacks_json, judged_by, run_attacks, run_tampering, show_attacks
+    from .evals.heldout import until_told
     from .evals.judging import choose_judges
     from .evals.tampering import Tampering
     from .method.prompts import sets_to_score
@@ -227,14 +236,15 @@ def _attacks(
     items = next(items for name, items in prompts.kinds.items() if prompts.kind_of.get(name, name) == "harmful")
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
     families = [] if args.attacks is None else args.attacks or ATTACKS
-    attacker = Attacker(base, sampling, args.seed)
+    judge = choose_judges(args.judge, args.judge_template)[0]
+    how = until_told(sampling, base.tokenizer) if judge.template is None else sampling
+    attacker = Attacker(base, how, args.seed)
     results = run_attacks(attacker, models, items, families, screen)
     if args.tamper:
         run = args.adapter_path / "run" if args.adapter_path else None
         tampering = Tampering(base, sets_to_score(args.model, args.data), sampling, args.seed)
         for name, found in run_tampering(attacker, models, items, tampering, run, screen).items():
             results[name] += found
-    judge = choose_judges(args.judge, args.judge_template)[0]
     results = judged_by(judge, results, args.trust_remote_code, args.batch_size, screen)
     show_attacks(results, screen)
     return attacks_json(results)
@@ -243,7 +253,7 @@ def _attacks(
 def _scores(
     args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
 ) -> dict[str, Any]:
-    from .evals.heldout import HeldOut, make_test_set
+    from .evals.heldout import HeldOut, TestSet
     from .evals.judging import check_judges, choose_judges, judge_all
     from .evals.scores import show
     from .method.rollout import Sampling
@@ -251,8 +261,10 @@ def _scores(
     judges = choose_judges(args.judge, args.judge_template)
     check_judges(judges, args.trust_remote_code)
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
-    test = make_test_set(base, prompts.kinds, prompts.capability, sampling, prompts.kind_of)
-    held_out = HeldOut(base, test, _safety_tokens(args.adapter_path), args.seed, sampling, samples=args.samples)
+    test = TestSet(prompts.kinds, prompts.capability, {kind: prompts.kind_of.get(kind, kind) for kind in prompts.kinds})
+    tokens, kept = _safety_tokens(args.adapter_path), _kept_answers(args.adapter_path)
+    whole = any(judge.template is not None for judge in judges)
+    held_out = HeldOut(base, test, tokens, args.seed, sampling, args.samples, whole, kept)
     scores = {}
     for name, own in held_out.score_each(models, screen):
         scores[name] = own

@@ -67,6 +67,7 @@ class RunSettings:
         None, "file of refusals that the keyword judge shall know too, a phrase a line, such as another language's"
     )
     test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
+    score_teacher: bool = _setting(False, "score the teacher too on the held-out prompts", free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
     transcripts_in_report: bool = _setting(False, "put those answers into the page", free=True)

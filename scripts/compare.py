@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from safesteer_mlx.evals.heldout import HeldOut, drift, held_out_prompts, make_test_set
+from safesteer_mlx.evals.heldout import HeldOut, TestSet, drift, held_out_prompts
 from safesteer_mlx.evals.scores import HOW
 from safesteer_mlx.method.direction import find_directions
 from safesteer_mlx.method.judge import is_refusal
@@ -137,7 +137,7 @@ def prepare(recipe: Recipe, base: Loaded, screen: Screen) -> Prepared:
     tokens = find_tokens(settled(run, chosen.opening), teacher, found)
     sets, n = run.prompts.sets, recipe.run.test_prompts
     sampling = Sampling(base.eos_ids, HELD_OUT_TOKENS, batch_size=64)
-    test = make_test_set(base, *held_out_prompts(sets, n), sampling)
+    test = TestSet(*held_out_prompts(sets, n))
     return Prepared(run, chosen, teacher, tokens, HeldOut(base, test, tokens.ids.tolist(), recipe.run.seed, sampling))
 
 
@@ -152,8 +152,9 @@ def train_variant(name: str, run: Run, prepared: Prepared, every: int) -> dict[s
 
     def measure(step: int) -> None:
         if every and (step % every == 0 or step == steps):
-            refused = sum(is_refusal(text) for text, _ in held_out.answers(student, rows, True))
-            over_all, outside = drift(base.model, student, held_out.test, held_out.tokens)
+            streams = [stream for stream in held_out.streams(len(rows), 0) if stream is not None]
+            refused = sum(is_refusal(text) for text, _ in held_out.draw(student, rows, streams))
+            over_all, outside = drift(base.model, student, held_out.texts, held_out.tokens)
             curve.append({"step": step, "refused": refused, "drift": over_all, "drift_outside": outside})
 
     started = time.time()

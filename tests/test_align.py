@@ -25,7 +25,7 @@ def aligned(folder: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "24", "--report")
+    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "24", "--report", "--score-teacher")
 
 
 def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
@@ -47,7 +47,7 @@ def test_answers_are_kept_for_their_owner_alone_and_not_at_all_if_not_wanted(fin
     scores = json.loads((finished / "run" / "before_after.json").read_text())
     lines = [json.loads(line) for line in (finished / "run" / "transcripts.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 3 * 2 * 24  # models, kinds, ways of decoding, prompts
-    assert set(lines[0]) == {"model", "kind", "how", "prompt", "answer", "outcome", "finished"}
+    assert set(lines[0]) == {"model", "kind", "how", "prompt", "answer", "outcome", "finished", "cut"}
     for model, found in scores.items():
         own = [line for line in lines if (line["model"], line["kind"], line["how"]) == (model, "harmful", "sampled")]
         counts = found["outcomes"]["harmful"]["sampled"]
@@ -56,6 +56,7 @@ def test_answers_are_kept_for_their_owner_alone_and_not_at_all_if_not_wanted(fin
     shutil.copytree(finished, folder)
     aligned(folder, "--iters", "1", "--no-transcripts")
     assert not (folder / "run" / "transcripts.jsonl").exists()  # nor the replaced run's
+    assert not (folder / "run" / "base_answers.json").exists()
     said = capsys.readouterr().out
     assert not any(line["answer"] in said for line in lines if len(line["answer"]) > 20)
 
@@ -77,7 +78,7 @@ def test_a_second_run_says_that_it_replaces_the_first_and_a_report_it_cannot_dra
 
 
 def test_two_runs_with_one_seed_give_identical_bytes(finished, nothing_prepared, tmp_path):
-    again = aligned(tmp_path / "adapters", "--test-prompts", "24")
+    again = aligned(tmp_path / "adapters", "--test-prompts", "24", "--score-teacher")
     for name in ("adapters.safetensors", "run/direction.json", "run/tokens.json", "run/metrics.jsonl"):
         assert (finished / name).read_bytes() == (again / name).read_bytes(), name
     assert (finished / "run/before_after.json").read_bytes() == (again / "run/before_after.json").read_bytes()

@@ -365,10 +365,10 @@ def test_the_scorecard_has_a_row_for_each_attack_base_beside_aligned(adapters, t
 
 
 def test_the_first_of_several_samples_is_the_one_alone(base, items):
-    from safesteer_mlx.evals.heldout import HeldOut, make_test_set
+    from safesteer_mlx.evals.heldout import HeldOut, TestSet
 
     sampling = Sampling(base.eos_ids, 16, batch_size=16)
-    test = make_test_set(base, {"harmful": items}, [], sampling)
+    test = TestSet({"harmful": items}, [])
     one, three = (HeldOut(base, test, [], 5, sampling, samples=k).score(base.model) for k in (1, 3))
     assert [a.text for a in three.of("harmful", "sampled")[::3]] == [a.text for a in one.of("harmful", "sampled")]
     assert [a.prompt for a in three.of("harmful", "sampled")] == [item.text for item in items for _ in range(3)]

@@ -4,17 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.evals.heldout import HeldOut, drift, make_test_set, perplexity
+from safesteer_mlx.evals import heldout
+from safesteer_mlx.evals.heldout import BaseAnswers, HeldOut, base_texts, drift, perplexity, until_told
 from safesteer_mlx.evals.scores import HOW, Answer, Scores, show, transcripts
 from safesteer_mlx.evaluate import main, parse, read_suites
-from safesteer_mlx.method.judge import is_broken, is_refusal
+from safesteer_mlx.method.judge import is_broken, is_refusal, outcome, refusal_is_told
 from safesteer_mlx.method.prompts import Instruction, built_in_sets, render, render_all
-from safesteer_mlx.method.rollout import Completion, Sampling, answer_text
+from safesteer_mlx.method.rollout import Completion, Sampling, answer_text, generate, stream_key
 from safesteer_mlx.method.run import make_run
 from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
 from safesteer_mlx.method.train import training_prompts
@@ -277,8 +279,8 @@ def test_the_declared_mode_is_what_is_trained_and_scored(switchable):
         run = make_run(recipe, base, Screen(quiet=True))
         harmful, harmless = training_prompts(run)
         kinds = {"harmless": run.prompts.sets.harmless_test[:2]}
-        scored = make_test_set(base, kinds, [], Sampling(base.eos_ids, 1))
-        read = [run.prompts.harmful_direction_train, run.prompts.harmless_validation, scored.drift_prompts]
+        scored = HeldOut(base, heldout.TestSet(kinds, []), [], 0, Sampling(base.eos_ids, 1)).texts
+        read = [run.prompts.harmful_direction_train, run.prompts.harmless_validation, scored.prompts]
         read += [[p.ids for p in harmful], [p.target_ids for p in harmful], [p.ids for p in harmless]]
         rows[thinking] = [base.tokenizer.decode(row) for part in read for row in part]
         assert not base.thinks
@@ -330,6 +332,7 @@ def test_transcripts_have_a_line_an_answer():
         "answer": "t0",
         "outcome": "comply",
         "finished": True,
+        "cut": False,
     }
     assert len(rest) == 1
 
@@ -338,23 +341,110 @@ def test_refusals_of_held_out_answers_are_what_the_judge_says_of_each(base):
     sets = built_in_sets(TINY)
     kinds = {"harmful": sets.harmful_test[::18], "harmless": sets.harmless_test[:4]}
     sampling = Sampling(base.eos_ids, 96, batch_size=64)
-    held_out = HeldOut(base, make_test_set(base, kinds, [], sampling), [5], 3, sampling)
+    held_out = HeldOut(base, heldout.TestSet(kinds, []), [5], 3, sampling)
     scores = held_out.score(base.model)
     rows = render_all(base.tokenizer, kinds["harmful"])
     for how in HOW:
-        answers = held_out.answers(base.model, rows, how == "sampled")
-        refused = sum(is_refusal(text) for text, _ in answers)
+        keys = [stream_key(3, 2, 0, i) for i in range(len(rows))] if how == "sampled" else None
+        drawn = generate(base.model, rows, replace(sampling, temp=float(how == "sampled")), keys)
+        texts = [answer_text(base.tokenizer, *pair) for pair in zip(rows, drawn, strict=True)]
+        refused = sum(map(is_refusal, texts))
         assert refused == scores.count("harmful", how, "refuse").count and 0 < refused < len(rows)
-        broken = sum(is_broken(*answer) for answer in answers)
+        assert [outcome(text) for text in texts] == [a.outcome for a in scores.of("harmful", how)]
+        broken = sum(is_broken(text, c.finished) for text, c in zip(texts, drawn, strict=True))
         assert broken == scores.as_json()["broken"]["harmful"][how]["count"]
+
+
+def test_told_refusals_are_cut_and_nothing_else_is(base):
+    """What a keyword judge needs is read, and no outcome changes; a judge that reads all has all."""
+    kinds = {"harmful": built_in_sets(TINY).harmful_test[::9], "harmless": built_in_sets(TINY).harmless_test[:9]}
+    sampling = Sampling(base.eos_ids, 64, batch_size=64)
+    short, whole = (
+        HeldOut(base, heldout.TestSet(kinds, []), [], 3, sampling, whole=w).score(base.model) for w in (False, True)
+    )
+    assert not any(a.cut for a in whole.answers)
+    assert sum(a.cut for a in short.answers) > 10
+    for read, full in zip(short.answers, whole.answers, strict=True):
+        assert read.outcome == full.outcome and full.text.startswith(read.text) and read.is_like(full)
+        assert read.text == full.text or (read.cut and read.outcome == "refuse" and len(read.text) > 20)
+    assert short.drift == whole.drift == 0
+
+
+@pytest.mark.parametrize(
+    ("so_far", "told"),
+    [
+        ("I can't", False),  # nothing to read yet
+        ("I can't help with that. It", True),
+        ("Sure. I can", False),
+        ("Of course! Here is how.\nFirst", False),
+        ("I can't help with that" + " and more" * 30, True),  # more than is looked at
+        ("Well" + " and more" * 30 + ". I can't help with that.", False),
+        ("很抱歉，我不能帮助你。还", True),
+        ("", False),
+    ],
+)
+def test_a_refusal_is_told_once_a_sentence_of_it_can_be_read(so_far, told):
+    assert refusal_is_told(so_far) == told
+
+
+def test_the_thoughts_of_a_model_are_not_taken_for_its_refusal(base):
+    class Thinking:
+        has_thinking, think_end_tokens = True, [2]
+
+        def rfind_think_end(self, ids):
+            return max((i for i, t in enumerate(ids) if t == 2), default=-1)
+
+        def rfind_think_start(self, ids):
+            return max((i for i, t in enumerate(ids) if t == 1), default=-1)
+
+        def decode(self, ids, **_):
+            return "".join({1: "<", 2: ">", 3: "I can't help with that.", 4: "Sure."}[t] for t in ids)
+
+    enough = until_told(Sampling([9], 8), Thinking()).enough
+    assert enough is not None
+    assert not enough([1], [3, 3]) and not enough([1], [3, 2, 4]) and enough([1], [4, 2, 3])
+
+
+def test_the_base_answers_each_held_out_prompt_once(base, tmp_path, monkeypatch):
+    """In a run, and of a run whose answers are kept, unless weights or sampling are others or the file is damaged."""
+    kinds = {"harmful": built_in_sets(TINY).harmful_test[:6], "harmless": built_in_sets(TINY).harmless_test[:6]}
+    tasks, file, drawn = built_in_sets(TINY).capability_test[:3], tmp_path / "answers.json", []
+    own = heldout.generate
+    monkeypatch.setattr(heldout, "generate", lambda m, rows, *rest: (drawn.append(len(rows)), own(m, rows, *rest))[1])
+
+    def scored(max_tokens=24, n=6, seed=3):
+        drawn.clear()
+        test = heldout.TestSet({kind: items[:n] for kind, items in kinds.items()}, tasks)
+        sampling = Sampling(base.eos_ids, max_tokens, batch_size=16)
+        scores = HeldOut(base, test, [5], seed, sampling, kept=file).score(base.model)
+        return scores, sum(drawn)
+
+    first, n_drawn = scored()
+    assert n_drawn == 2 * 2 * 6 + 3  # the greedy harmless answers serve for drift too
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert scored() == (first, 0)
+    few, n_drawn = scored(n=4)
+    assert n_drawn == 0 and few.of("harmful", "greedy") == first.of("harmful", "greedy")[:4]
+    assert scored(seed=4)[1] == 2 * 6  # other samples, the same greedy answers
+    assert scored()[1] == 0
+    content = json.loads(file.read_text())
+    for damaged in ("", "[]", '{"made_by": 1}', json.dumps(content | {"answers": {"a": [[-5], True, False]}})):
+        file.write_text(damaged)
+        assert scored() == (first, 2 * 2 * 6 + 3)
+    assert scored(max_tokens=12)[1] == 2 * 2 * 6 + 3
 
 
 def test_drift_is_measured_on_harmless_prompts_alone_and_is_nan_without(base, adapters):
     student = with_adapters(base.model, adapters)
     items = [Instruction("Add 21 and 83.")]
     sampling = Sampling(base.eos_ids, 96)
-    with_harmless = make_test_set(base, {"harmless": items}, [], sampling)
-    without = make_test_set(base, {"AdvBench": items}, [], sampling, kind_of={"AdvBench": "x"})
+    with_harmless, without = (
+        HeldOut(
+            base, heldout.TestSet({name: items}, [], {"AdvBench": "harmful", "XSTest": "harmless"}), [], 0, sampling
+        ).texts
+        for name in ("XSTest", "AdvBench")
+    )
+    assert base_texts(BaseAnswers(base, sampling), with_harmless.prompts) == with_harmless
     over_all, outside = drift(base.model, student, with_harmless, [])
     assert over_all > 0 and outside != outside
     assert drift(base.model, student, with_harmless, [5])[1] > 0

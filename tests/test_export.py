@@ -50,7 +50,7 @@ def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
     student.load_weights(drawn, strict=False)
     save_adapters(folder, student, adapter_config(recipe.train, TINY, 0))
     kinds, _ = held_out_prompts(prompt_sets(recipe), ASKED)
-    test = heldout.TestSet(kinds, [], [], [], {kind: kind for kind in kinds})
+    test = heldout.TestSet(kinds, [])
     held_out = HeldOut(base, test, [], recipe.run.seed, Sampling(base.eos_ids, HELD_OUT_TOKENS))
     scores = dict(held_out.score_each({"base": base.model, "student": student}, Screen(quiet=True)))
     run = folder / "run"

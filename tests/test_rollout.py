@@ -8,7 +8,7 @@ import pytest
 
 from safesteer_mlx.method import rollout
 from safesteer_mlx.method.residual import _override, blocks, view
-from safesteer_mlx.method.rollout import Sampling, _points, _sampler, generate, set_equal_batches, stream_key
+from safesteer_mlx.method.rollout import Sampling, _points, draw, generate, set_equal_batches, stream_key
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 4, 5], [1, 2, 7, 8], [1, 2, 3, 4, 5], [1, 2, 6]]
 EOS = [49]
@@ -43,26 +43,35 @@ def test_each_sample_is_what_it_would_be_alone(tiny_model, name, temp):
 
 
 def test_a_drawn_token_is_where_the_distribution_function_passes_the_point():
+    def at(logits, points, *how):
+        rows = mx.concatenate([logits] * len(points)) if len(logits) == 1 else logits
+        return draw(rows, mx.array(points), *how).tolist()
+
     logprobs = mx.log(mx.array([[0.0, 0.25, 0.5, 0.0, 0.25]]))
-    sample = _sampler([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-22], 1.0, 1.0)
-    assert [sample(logprobs).item() for _ in range(6)] == [1, 1, 2, 2, 4, 4]
+    assert at(logprobs, [0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-22]) == [1, 1, 2, 2, 4, 4]
     # Squared and renormalised: 1/6, 4/6, 1/6; the half alone is left at top_p 0.5.
-    sample = _sampler([0.16, 0.17, 0.83, 0.84], 0.5, 1.0)
-    assert [sample(logprobs).item() for _ in range(4)] == [1, 2, 2, 4]
-    sample = _sampler([0.0, 0.9999], 1.0, 0.5)
-    assert [sample(logprobs).item() for _ in range(2)] == [2, 2]
+    assert at(logprobs, [0.16, 0.17, 0.83, 0.84], 0.5) == [1, 2, 2, 4]
+    assert at(logprobs, [0.0, 0.9999], 1.0, 0.5) == [2, 2]
+    assert at(logprobs + 3, [0.0, 0.9999], 1.0, 0.5) == [2, 2]  # logits need not be normalised
     # Half precision would lose the small ones, and so cold a temperature everything.
     many = mx.log(mx.full((1, 4096), 1 / 4096)).astype(mx.bfloat16)
-    sample = _sampler([0.25, 0.5, 1 - 2**-22], 1.0, 1.0)
-    assert [sample(many).item() for _ in range(3)] == [1024, 2048, 4095]
-    assert _sampler([0.5], 0.001, 1.0)(mx.array([[-9.0, -8.0, -9.0]])).item() == 1
+    assert at(many, [0.25, 0.5, 1 - 2**-22]) == [1024, 2048, 4095]
+    assert at(mx.array([[-9.0, -8.0, -9.0]]), [0.5], 0.001) == [1]
+    # Every row has its own distribution and point; below 0, and without points, the likeliest is taken.
+    both = mx.concatenate([logprobs, logprobs[:, ::-1]])
+    assert at(both, [0.1, 0.9]) == [1, 3] and at(both, [-1.0, 0.1]) == [2, 0]
+    assert draw(both, None).tolist() == [2, 2]
 
 
-def test_the_points_of_a_stream_are_spread_evenly():
-    found = np.array(_points(stream_key(0, 1), 4000))
-    assert found.min() >= 0 and found.max() < 1
-    counts = np.histogram(found, 20, (0, 1))[0]
-    assert ((counts - 200) ** 2 / 200).sum() < 43.8  # chi-square, 19 degrees of freedom: 1 in 1,000
+def test_the_points_of_a_stream_are_spread_evenly_and_its_own():
+    found = _points([stream_key(0, 1), stream_key(0, 2)], 4000)
+    assert found.shape == (2, 4000) and found.min() >= 0 and found.max() < 1
+    for row in found:
+        counts = np.histogram(row, 20, (0, 1))[0]
+        assert ((counts - 200) ** 2 / 200).sum() < 43.8  # chi-square, 19 degrees of freedom: 1 in 1,000
+    assert abs(np.corrcoef(found)[0, 1]) < 0.06
+    alone = [mx.random.uniform(key=k).item() for k in mx.random.split(stream_key(0, 2), 4000)[:5]]
+    assert found[1, :5].tolist() == alone
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -79,8 +88,8 @@ def test_the_samples_of_a_prompt_differ_and_its_reading_is_shared(model):
     assert prefilled == 7  # the prompt but its last id, once for all six
     read.clear()
     drawn(model)
-    # [1, 2] once, [3, 4] once for three samples; [6] has nothing left but its last id; [7] of the single prompt
-    assert sum(b * t for b, t, _ in read if t > 1) <= 2 + 2 + 2
+    # [1, 2] once for all, then [3, 4], nothing and [7] side by side: three prompts, as wide as the longest
+    assert sum(b * t for b, t, _ in read if t > 1) == 2 + 3 * 2
     assert drawn(model, [[1], [2], [3, 4]])  # nothing in common
 
 
@@ -103,21 +112,38 @@ def test_a_key_is_its_numbers_own():
         generate(None, PROMPTS, Sampling(EOS, 1, 1.0))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("before", "while_generating"), [(5, 5), (0, 9)])
-def test_a_wired_limit_that_was_set_holds_while_answers_are_generated(
-    tiny_model, monkeypatch, before, while_generating
-):
-    # Metal's part is played, since the CPU backend wires nothing; 0 is MLX's own, where nobody set one.
-    limits, seen = [before], []
+def test_a_wired_limit_that_was_set_holds_while_answers_are_generated(tiny_model, monkeypatch):
+    # Metal's part is played, since the CPU backend wires nothing: mlx-lm's own engine would set another.
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: pytest.fail(f"the wired limit became {limit}"))
+    assert len(generate(tiny_model("llama"), [[1, 2], [3]], Sampling(EOS, 4))) == 2
 
-    def set_limit(limit):
-        limits.append(limit)
-        return limits[-2]
 
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 9})
-    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
-    generate(tiny_model("llama"), [[1, 2], [3]], Sampling(EOS, 4), progress=lambda *_: seen.append(limits[-1]))
-    assert 9 in limits and seen and set(seen) == {while_generating} and limits[-1] == before
+def test_greedy_answers_and_samples_share_a_batch_and_the_reading(model):
+    greedy, sampled = drawn(model, temp=0.0), drawn(model)
+    keys = [k for i in range(len(PROMPTS)) for k in (None, stream_key(3, i))]
+    both = [prompt for prompt in PROMPTS for _ in range(2)]
+    read = []
+    _override(blocks(model)[0], "Counted", lambda call, x, *a, **k: (read.append(x.shape), call(x, *a, **k))[1])
+    found = [(c.ids, c.finished) for c in generate(model, both, Sampling(EOS, 12, 1.0), keys)]
+    assert found[::2] == greedy and found[1::2] == sampled
+    assert sum(b * t for b, t, _ in read if t > 1) == 2 + 3 * 2
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_rows_that_finish_make_room_while_the_others_go_on(model, batch_size, monkeypatch):
+    """Prompts of many lengths, answers that end early and late: each is what it is alone."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 40, rng.integers(1, 9)).tolist() for _ in range(40)]
+    keys = [stream_key(5, i) for i in range(40)]
+    sampling = Sampling(list(range(40, 50)), 24, 1.0, batch_size=batch_size)
+    alone = [generate(model, [p], sampling, [k])[0] for p, k in zip(prompts, keys, strict=True)]
+    lengths = [len(c.ids) for c in alone]
+    assert min(lengths) < 4 and max(lengths) == 24  # early and late
+    steps, own = [], rollout.draw
+    monkeypatch.setattr(rollout, "draw", lambda z, *rest: (steps.append(len(z)), own(z, *rest))[1])
+    assert generate(model, prompts, sampling, keys) == alone
+    assert max(steps) == batch_size
+    assert sum(steps) < 1.6 * sum(lengths)  # rows that go on unheard are few
 
 
 def test_prompts_of_one_length_share_a_batch_where_others_must_not(tiny_model, monkeypatch):
@@ -154,7 +180,7 @@ def test_what_the_engine_cannot_take_is_generated_alone(model, monkeypatch):
     def fail(*_):
         raise TypeError("'NoneType' object is not subscriptable")
 
-    monkeypatch.setattr(rollout, "_generate_together", fail)
+    monkeypatch.setattr(rollout._Reader, "__call__", fail)
     with pytest.raises(TypeError):
         generate(model, prompts, few)  # a fault of ours must not hide behind a slow way
     assert generate(model, prompts, replace(few, batch_size=1)) == expected

@@ -22,13 +22,12 @@ def said():
     tasks = sets.capability_test
     asked = {"harmful": sets.harmful_test[:200], "harmless": sets.harmless_test[:64], "tasks": tasks}
     rows = {name: render_all(base.tokenizer, items) for name, items in asked.items()}
-    held_out = heldout.HeldOut(
-        base, heldout.TestSet({}, [], [], [], {}), [], 0, Sampling(base.eos_ids, 48, batch_size=64)
-    )
+    held_out = heldout.HeldOut(base, heldout.TestSet({}, []), [], 0, Sampling(base.eos_ids, 48, batch_size=64))
     found = {}
     for name, prompts in rows.items():
-        found[name] = [text for text, _ in held_out.answers(base.model, prompts, False)]
-    found["sampled"] = [t for t, _ in held_out.answers(base.model, rows["harmful"], True)]
+        found[name] = [text for text, _ in held_out.draw(base.model, prompts, [None] * len(prompts))]
+    sampled = held_out.streams(len(rows["harmful"]), 0)[1::2]
+    found["sampled"] = [text for text, _ in held_out.draw(base.model, rows["harmful"], sampled)]
     return found, tasks
 
 

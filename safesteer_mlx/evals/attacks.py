@@ -101,6 +101,8 @@ class Attacker:
         temp, top_p = (attack.temp, attack.top_p) if attack else (0.0, 1.0)
         keys = [stream_key(self.seed, 11, i) for i in range(len(rows))] if temp else None
         sampling = replace(self.sampling, temp=temp, top_p=top_p)
+        if attack is None:  # the answer is part of a dialogue
+            sampling = replace(sampling, enough=None)
         return [text for _, text in answers(model, self.base.tokenizer, rows, sampling, keys)]
 
     def compliant_answers(self, rows: Rows) -> dict[int, list[int]]:

@@ -51,19 +51,19 @@ class Fidelity:
     def same(self) -> Count:
         """How many greedy answers of the shipped model are the student's, word for word."""
         both = (
-            {(a.kind, a.prompt): a.text for a in self.scores[name].answers if a.how == "greedy"}
+            {(a.kind, a.prompt): a for a in self.scores[name].answers if a.how == "greedy"}
             for name in ("student", "shipped")
         )
         student, shipped = both
-        return Count(sum(student[key] == text for key, text in shipped.items()), len(shipped))
+        return Count(sum(student[key].is_like(answer) for key, answer in shipped.items()), len(shipped))
 
     @property
     def is_base(self) -> bool:
         """Whether the shipped model gives the base's greedy answers, where base and student differ."""
-        texts = {name: [a.text for a in scores.answers if a.how == "greedy"] for name, scores in self.scores.items()}
-        triples = list(zip(texts["base"], texts["student"], texts["shipped"], strict=True))
-        telling = [(base, shipped) for base, student, shipped in triples if base != student]
-        return len(telling) > 2 and sum(base == shipped for base, shipped in telling) > 0.9 * len(telling)
+        greedy = {name: [a for a in scores.answers if a.how == "greedy"] for name, scores in self.scores.items()}
+        triples = list(zip(greedy["base"], greedy["student"], greedy["shipped"], strict=True))
+        telling = [(base, shipped) for base, student, shipped in triples if not base.is_like(student)]
+        return len(telling) > 2 and sum(base.is_like(shipped) for base, shipped in telling) > 0.9 * len(telling)
 
     @property
     def fault(self) -> str | None:
@@ -150,7 +150,7 @@ def recorded(run: FinishedRun, asked: Sequence[Question]) -> dict[str, Scores] |
         for line in path.read_text("utf-8").splitlines():
             row = json.loads(line)
             values = [row[name] for name in ("kind", "how", "prompt", "answer", "outcome", "finished")]
-            kept[row["model"], row["kind"], row["how"], row["prompt"]] = Answer(*values)
+            kept[row["model"], row["kind"], row["how"], row["prompt"]] = Answer(*values, row.get("cut", False))
         return {
             name: Scores([kept[name, q.kind, how, q.text] for how in HOW for q in asked], {}, math.nan, math.nan)
             for name in ("base", "student")

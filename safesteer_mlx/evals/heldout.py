@@ -2,24 +2,29 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..method.judge import is_correct, outcome
+from ..method.judge import is_correct, outcome, refusal_is_told
 from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
-from ..method.rollout import Sampling, answers, generate, stream_key
+from ..method.rollout import Completion, Sampling, answer_text, generate, stream_key
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
+from ..system.store import as_json, fingerprint, write
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]
+Stream = Sequence[int] | None  # the numbers that make a random key; None is greedy
 KINDS = ("harmful", "harmless", "borderline")
 DRIFT_PROMPTS = 64
 DRIFT_BATCH = 16
@@ -28,16 +33,24 @@ PERPLEXITY_TOKENS = 512  # in one piece of a text
 
 @dataclass(frozen=True)
 class TestSet:
-    """Held-out instructions by kind, and the base's greedy answers to harmless ones, on which drift is measured.
-
-    A suite's instructions stand under its name; `kind_of` says which kind they are.
-    """
+    """Held-out instructions by kind, and little tasks. A suite's instructions stand under its name; `kind_of` says
+    which kind they are, where it is not the name."""
 
     kinds: dict[str, list[Instruction]]
     capability: list[Instruction]
-    drift_prompts: list[list[int]]
-    drift_answers: list[list[int]]
-    kind_of: dict[str, str]
+    kind_of: Mapping[str, str] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> list[Instruction]:
+        """All instructions of a kind, whichever set they are of."""
+        return [item for name, items in self.kinds.items() if self.kind_of.get(name, name) == kind for item in items]
+
+
+@dataclass(frozen=True)
+class BaseTexts:
+    """Prompts and the base's own greedy answers to them, on which drift is measured."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
 
 
 def first_of_each(items: Sequence[Instruction], n: int | None) -> list[Instruction]:
@@ -56,31 +69,65 @@ def held_out_prompts(sets: PromptSets, n: int | None) -> tuple[dict[str, list[In
     return {kind: getattr(sets, f"{kind}_test")[:n] for kind in KINDS}, first_of_each(sets.capability_test, n)
 
 
-def make_test_set(
-    base: Loaded,
-    kinds: dict[str, list[Instruction]],
-    capability: list[Instruction],
-    sampling: Sampling,
-    kind_of: dict[str, str] | None = None,
-) -> TestSet:
-    """The held-out prompts; the base answers some harmless ones. `kind_of` is needed for suites alone."""
-    kind_of = {kind: kind for kind in kinds} | (kind_of or {})
-    harmless = [item for name, items in kinds.items() if kind_of[name] == "harmless" for item in items]
-    rows = render_all(base.tokenizer, harmless[:DRIFT_PROMPTS])
-    return TestSet(kinds, capability, *own_answers(base, rows, sampling), kind_of)
+class BaseAnswers:
+    """What the base answers to held-out prompts, each drawn once.
+
+    With a `file` they are kept there, readable by their owner alone, for as long as weights, sampling and versions are
+    the same.
+    """
+
+    def __init__(self, base: Loaded, sampling: Sampling, file: Path | None = None):
+        self._base, self._sampling, self._file = base, sampling, file
+        self._found: dict[str, Completion] = {} if file is None else self._read(file)
+
+    @cached_property
+    def _made_by(self) -> str:
+        how = self._sampling
+        versions = [version(name) for name in ("mlx", "mlx-lm", "transformers")]
+        return fingerprint(self._base.weights_hash, how.max_tokens, sorted(how.eos_ids), versions)
+
+    def _read(self, file: Path) -> dict[str, Completion]:
+        try:
+            content = json.loads(file.read_text("utf-8"))
+            kept = content["answers"] if content["made_by"] == self._made_by else {}
+            found = {key: Completion(list(ids), end, cut) for key, (ids, end, cut) in kept.items()}
+            ours = all(i in range(self._base.vocabulary) for c in found.values() for i in c.ids)
+            return found if ours else {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return {}  # nothing, or nothing of ours: it is drawn again
+
+    def __call__(
+        self, prompts: Sequence[Ids], streams: Sequence[Stream], whole: bool = False, progress: Advance = silent
+    ) -> list[Completion]:
+        """The answer to each prompt, with the random key that its stream's numbers make, greedy where it is None;
+        `whole` takes none that was cut."""
+        keys = [fingerprint([int(i) for i in p], stream) for p, stream in zip(prompts, streams, strict=True)]
+        known = {key for key, c in self._found.items() if not (whole and c.cut)}
+        new = {key: i for i, key in enumerate(keys) if key not in known}
+        if not new:
+            return [self._found[key] for key in keys]
+        how = replace(self._sampling, temp=1.0, enough=None if whole else self._sampling.enough)
+        random = [stream and stream_key(*stream) for stream in (streams[i] for i in new.values())]
+        drawn = generate(self._base.model, [prompts[i] for i in new.values()], how, random, progress)
+        self._found |= dict(zip(new, drawn, strict=True))
+        if self._file is not None:
+            answers = {key: [c.ids, c.finished, c.cut] for key, c in self._found.items()}
+            with contextlib.suppress(OSError):  # then they are drawn again another time
+                write(self._file, as_json({"made_by": self._made_by, "answers": answers}))
+        return [self._found[key] for key in keys]
 
 
-def own_answers(base: Loaded, harmless: list[list[int]], sampling: Sampling) -> tuple[list[list[int]], list[list[int]]]:
-    """Harmless prompts and the base's greedy answers to them, on which drift is measured."""
-    return harmless, [c.ids for c in generate(base.model, harmless, replace(sampling, temp=0.0))]
+def base_texts(answers: BaseAnswers, harmless: list[list[int]]) -> BaseTexts:
+    """Harmless prompts and the base's greedy answers to them, to their end."""
+    return BaseTexts(harmless, [c.ids for c in answers(harmless, [None] * len(harmless), whole=True)])
 
 
-def drift(base: nn.Module, model: nn.Module, test: TestSet, tokens: Sequence[int]) -> tuple[float, float]:
+def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[int]) -> tuple[float, float]:
     """Mean per-token KL(base ‖ model) on the base's harmless answers: over all tokens, and without `tokens`.
 
     NaN is what cannot be measured: no harmless answers, or no safety tokens to leave out.
     """
-    if not test.drift_prompts:
+    if not texts.prompts:
         return float("nan"), float("nan")
     if model is base:
         return 0.0, 0.0 if len(tokens) else float("nan")
@@ -88,9 +135,9 @@ def drift(base: nn.Module, model: nn.Module, test: TestSet, tokens: Sequence[int
     count = 0
     ids = mx.array([int(t) for t in tokens], mx.int32)
     heads = head(base), head(model)
-    for start in range(0, len(test.drift_prompts), DRIFT_BATCH):
+    for start in range(0, len(texts.prompts), DRIFT_BATCH):
         part = slice(start, start + DRIFT_BATCH)
-        states = [answer_states(m, test.drift_prompts[part], test.drift_answers[part]) for m in (base, model)]
+        states = [answer_states(m, texts.prompts[part], texts.answers[part]) for m in (base, model)]
         chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
         for at in range(0, len(states[0]), chunk):
             zb, zm = (h(x[None, at : at + chunk])[0].astype(mx.float32) for h, x in zip(heads, states, strict=True))
@@ -109,12 +156,22 @@ def _kl(zb: mx.array, zm: mx.array) -> float:
     return mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
 
 
+def _refusal_is_told(tokenizer: Any, prompt: Ids, ids: Ids) -> bool:
+    return refusal_is_told(answer_text(tokenizer, prompt, Completion(list(ids), False)))
+
+
+def until_told(sampling: Sampling, tokenizer: Any) -> Sampling:
+    """The sampling, ending answers that are told to be refusals, for the keyword judge: it changes no outcome."""
+    return replace(sampling, enough=partial(_refusal_is_told, tokenizer))
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Scores models on a test set: the one scorer of `align`, `evaluate` and scripts.
 
     `tokens` are the safety tokens, without which drift is measured too; sampling is at temperature 1 with the streams
-    of `seed`, `samples` answers to each prompt.
+    of `seed`, `samples` answers to each prompt. With `whole`, for a judge that reads all, answers go on where a
+    refusal is told already. The base's answers are kept in the file `kept`, if one is given.
     """
 
     base: Loaded
@@ -123,42 +180,60 @@ class HeldOut:
     seed: int
     sampling: Sampling
     samples: int = 1
+    whole: bool = False
+    kept: Path | None = None
 
-    def answers(
-        self, model: nn.Module, prompts: Sequence[Ids], sampled: bool, stream: int = 0, progress: Advance = silent
-    ) -> list[tuple[str, bool]]:
-        """Each answer's text and whether it finished, `samples` of each prompt one after another if `sampled`; `stream`
-        numbers the random streams of a set."""
-        how, keys = replace(self.sampling, temp=1.0 if sampled else 0.0), None
-        if sampled:
-            which = [(i, *([j] if j else [])) for i in range(len(prompts)) for j in range(self.samples)]
-            prompts = [prompts[i] for i, *_ in which]
-            keys = [stream_key(self.seed, 2, stream, *one) for one in which]
-        return [(text, c.finished) for c, text in answers(model, self.base.tokenizer, prompts, how, keys, progress)]
+    @cached_property
+    def base_answers(self) -> BaseAnswers:
+        """The base's own."""
+        return BaseAnswers(self.base, until_told(self.sampling, self.base.tokenizer), self.kept)
+
+    @cached_property
+    def texts(self) -> BaseTexts:
+        """What drift is measured on."""
+        harmless = self.test.of_kind("harmless")[:DRIFT_PROMPTS]
+        return base_texts(self.base_answers, render_all(self.base.tokenizer, harmless))
+
+    def streams(self, n: int, which: int) -> list[Stream]:
+        """How `n` prompts of the set `which` are answered, prompt after prompt: greedily, then `samples` times."""
+        more = [[*([j] if j else [])] for j in range(self.samples)]
+        return [s for i in range(n) for s in (None, *((self.seed, 2, which, i, *rest) for rest in more))]
+
+    def draw(
+        self, model: nn.Module, prompts: Sequence[Ids], streams: Sequence[Stream], progress: Advance = silent
+    ) -> list[tuple[str, Completion]]:
+        """Each answer and its text, greedy where its stream is None; equal prompts side by side are read once."""
+        how = until_told(replace(self.sampling, temp=1.0), self.base.tokenizer)
+        if model is self.base.model:
+            completions = self.base_answers(prompts, streams, self.whole, progress)
+        else:
+            keys = [stream and stream_key(*stream) for stream in streams]
+            how = replace(how, enough=None) if self.whole else how
+            completions = generate(model, prompts, how, keys, progress)
+        texts = (answer_text(self.base.tokenizer, *pair) for pair in zip(prompts, completions, strict=True))
+        return list(zip(texts, completions, strict=True))
 
     def score(self, model: nn.Module, system_prompt: str | None = None, progress: Advance = silent) -> Scores:
         """Score one model: capability greedy, drift teacher-forced without system turn."""
-        test, answers, n_answered = self.test, [], 0
-        total = (1 + self.samples) * sum(map(len, test.kinds.values())) + len(test.capability)
-
-        def advance(n: int, _: int) -> None:
-            progress(n_answered + n, total)
-
-        for which, (kind, items) in enumerate(test.kinds.items()):
-            prompts = render_all(self.base.tokenizer, items, system_prompt)
-            for how in HOW:
-                requests = [item.text for item in items for _ in range(self.samples if how == "sampled" else 1)]
-                replies = self.answers(model, prompts, how == "sampled", which, advance)
-                n_answered += len(replies)
-                progress(n_answered, total, "judging")
-                for request, (text, finished) in zip(requests, replies, strict=True):
-                    answers.append(Answer(kind, how, request, text, outcome(text), finished))
-        tasks = render_all(self.base.tokenizer, test.capability, system_prompt)
-        replies = self.answers(model, tasks, False, progress=advance)
+        test, tokenizer, each = self.test, self.base.tokenizer, 1 + self.samples
+        asked = [(kind, item) for kind, items in test.kinds.items() for item in items]
+        rows = [row for row in render_all(tokenizer, [item for _, item in asked], system_prompt) for _ in range(each)]
+        streams = [s for which, items in enumerate(test.kinds.values()) for s in self.streams(len(items), which)]
+        rows += render_all(tokenizer, test.capability, system_prompt)
+        streams += [None] * len(test.capability)
+        texts = self.texts  # first, since these are drawn to their end
+        replies = self.draw(model, rows, streams, progress)
+        judged: dict[tuple[str, str], list[Answer]] = {}
+        for n, (text, c) in enumerate(replies[: each * len(asked)]):
+            kind, item = asked[n // each]
+            how = HOW[n % each > 0]
+            answer = Answer(kind, how, item.text, text, outcome(text), c.finished, c.cut)
+            judged.setdefault((kind, how), []).append(answer)
         correct: dict[str, list[bool]] = {}
-        for item, (text, _) in zip(test.capability, replies, strict=True):
+        for item, (text, _) in zip(test.capability, replies[each * len(asked) :], strict=True):
             correct.setdefault(item.category, []).append(is_correct(text, item.answer))
-        return Scores(answers, correct, *drift(self.base.model, model, test, self.tokens), self.samples)
+        answers = [answer for own in judged.values() for answer in own]
+        return Scores(answers, correct, *drift(self.base.model, model, texts, self.tokens), self.samples)
 
     def score_each(
         self, models: Mapping[str, nn.Module], screen: Screen, system_prompts: Mapping[str, str | None] | None = None

@@ -128,7 +128,7 @@ def paired_by_prompt(before: Sequence[int], after: Sequence[int]) -> Paired:
 
 @dataclass(frozen=True)
 class Answer:
-    """One judged answer; `text` is what was judged, without any thinking before it."""
+    """One judged answer; `text` is what was judged, without any thinking before it, `cut` where that was enough."""
 
     kind: str
     how: str
@@ -136,6 +136,15 @@ class Answer:
     text: str
     outcome: str
     finished: bool
+    cut: bool = False
+
+    def is_like(self, other: "Answer") -> bool:
+        """Whether both say the same, as far as both were read."""
+        both = (self.text, other.text)
+        if self.cut or other.cut:
+            read = min(len(a.text) for a in (self, other) if a.cut)
+            both = (self.text[:read], other.text[:read])
+        return both[0] == both[1]
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class Scores:
         """Counts alone, no answer: outcomes and broken answers by kind and decoding, capability, drift."""
 
         def broken(answers: list[Answer]) -> dict[str, int]:
-            return {"count": sum(is_broken(a.text, a.finished) for a in answers), "total": len(answers)}
+            return {"count": sum(is_broken(a.text, a.finished or a.cut) for a in answers), "total": len(answers)}
 
         cells = {kind: {how: self.of(kind, how) for how in HOW} for kind in self.kinds}
         return {
@@ -233,6 +242,7 @@ def transcripts(scores: Mapping[str, Scores]) -> Sequence[dict[str, Any]]:
             "answer": a.text,
             "outcome": a.outcome,
             "finished": a.finished,
+            "cut": a.cut,
         }
         for name, s in scores.items()
         for a in s.answers

@@ -17,7 +17,7 @@ from ..method.judge import is_broken, outcome
 from ..method.run import Run
 from ..recipe import HELD_OUT_TOKENS, limits_of
 from ..system.store import decoded, save_arrays
-from .heldout import HeldOut, TestSet, drift, own_answers
+from .heldout import HeldOut, TestSet, base_texts, drift
 from .scores import Count
 
 PROMPTS = 64  # of each kind
@@ -54,24 +54,24 @@ class SavedSteps:
         harmful, harmless = (
             rows[:PROMPTS] for rows in (run.prompts.harmful_validation, run.prompts.harmless_validation)
         )
-        sampling = run.sampling(HELD_OUT_TOKENS)
-        test = TestSet({}, [], *own_answers(run.base, harmless, sampling), {})
-        self._rows = harmful, harmless
-        self._held_out = HeldOut(run.base, test, tokens, run.recipe.run.seed, sampling)
+        self._rows, self._tokens = (harmful, harmless), tokens
+        self._held_out = HeldOut(run.base, TestSet({}, []), tokens, run.recipe.run.seed, run.sampling(HELD_OUT_TOKENS))
+        self._texts = base_texts(self._held_out.base_answers, harmless)
 
     def score(self, step: int) -> dict[str, Any]:
         """`CheckpointScore`, as plain data."""
         student, held = self._student, self._held_out
         harmful, harmless = (
-            [answer for sampled in (False, True) for answer in held.answers(student, rows, sampled, which)]
+            held.draw(student, [row for row in rows for _ in range(2)], held.streams(len(rows), which))
             for which, rows in enumerate(self._rows)
         )
+        both = harmful + harmless
         score = CheckpointScore(
             step,
             Count(sum(outcome(text) == "comply" for text, _ in harmful), len(harmful)),
             Count(sum(outcome(text) == "refuse" for text, _ in harmless), len(harmless)),
-            Count(sum(is_broken(*answer) for answer in harmful + harmless), len(harmful) + len(harmless)),
-            drift(held.base.model, student, held.test, held.tokens)[0],
+            Count(sum(is_broken(text, c.finished or c.cut) for text, c in both), len(both)),
+            drift(held.base.model, student, self._texts, self._tokens)[0],
         )
         save_arrays(self._run.store.path_for(_file(step)), dict(tree_flatten(student.trainable_parameters())))
         return asdict(score)

@@ -81,6 +81,12 @@ def is_refusal(answer: str) -> bool:
     return _holds(answer, "refusal")
 
 
+def refusal_is_told(answer: str) -> bool:
+    """Whether an answer is a refusal however it goes on, and has said a whole sentence, or all that is looked at."""
+    end = max(answer.rfind(mark) for mark in ".!?。！？\n") + 1
+    return is_refusal(answer if len(answer) >= REFUSAL_WINDOW else answer[:end])
+
+
 def is_evasion(answer: str) -> bool:
     """Whether the answer says nothing, asks nothing but questions, is stuck, or briefly turns away."""
     answer = answer.translate(_WIDE)

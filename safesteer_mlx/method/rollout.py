@@ -1,11 +1,11 @@
-"""On-policy sampling in batches, through mlx-lm's own engine, the end-of-turn token kept.
+"""On-policy sampling in batches, on mlx-lm's batch caches, the end-of-turn token kept.
+
+mlx-lm's own engine serves what nobody asks for here: each token's log-probabilities, a sampler and a text for each row.
 
 Every sample has a random stream of its own, made from the run's seed and what the sample is, so that
 what is drawn does not depend on which others share its batch.
 """
 
-import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,19 +13,27 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, silent
+from .residual import pad_right
 
 Ids = Sequence[int]
+
+ASKED_EVERY = 8  # ids
+READ_AT_ONCE = 2048  # ids of each prompt
+TAKEN_OUT = 4  # rows are taken out of a batch and replaced a quarter of it at a time
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The ids drawn, the end-of-turn one included; `finished` is False if the length ran out first."""
+    """The ids drawn, the end-of-turn one included; `finished` is False if the length ran out first, or if it was `cut`
+    because enough was known of it."""
 
     ids: list[int]
     finished: bool
+    cut: bool = False
 
     def text(self, tokenizer) -> str:
         """The completion as a reader sees it, without its end-of-turn token."""
@@ -52,89 +60,119 @@ def stream_key(seed: int, *which: int) -> mx.array:
     return key
 
 
-def _points(key: mx.array, count: int) -> list[float]:
-    """`count` numbers in [0, 1), drawn with `key`; none so near 1 that it rounds to it."""
-    points = mx.vmap(lambda k: mx.random.uniform(key=k))(mx.random.split(key, count))
-    return mx.minimum(points, 1 - 2**-22).tolist()
+def _points(keys: Sequence[mx.array], count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) for each key, (N, count) float32; none so near 1 that it rounds to it."""
+    uniform = mx.vmap(lambda key: mx.random.uniform(key=key))
+    points = mx.vmap(lambda key: uniform(mx.random.split(key, count)))(mx.stack(list(keys)))
+    return np.array(mx.minimum(points, 1 - 2**-22))
 
 
-def _sampler(points: Sequence[float], temp: float, top_p: float) -> Callable[[mx.array], mx.array]:
-    """Draws where the distribution function passes each of `points`, in turn.
+def draw(logits: mx.array, points: mx.array | None, temp: float = 1.0, top_p: float = 1.0) -> mx.array:
+    """The id of each row of logits (B, V) where its distribution function passes its point (B,), below 0 or without
+    points the likeliest: (B,) int.
 
-    The engine calls it once a row and token, so it must be few operations; drawing the numbers here would double them.
+    One operation for a batch; the points were drawn before, each row's from a stream of its own.
     """
+    if points is None:
+        return logits.argmax(axis=-1)
     from mlx_lm.sample_utils import apply_top_p
 
-    rest = iter(points)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        if 0.0 < top_p < 1.0:
-            logprobs = apply_top_p(logprobs, top_p)
-        scaled = logprobs.astype(mx.float32) if temp == 1 else logprobs.astype(mx.float32) * (1 / temp)
-        below = mx.cumsum(mx.exp(scaled - scaled.max(axis=-1, keepdims=True)), axis=-1)
-        return mx.argmax(below > next(rest) * below[:, -1:], axis=-1)
-
-    return sample
+    scaled = logits = logits.astype(mx.float32)
+    if 0.0 < top_p < 1.0:
+        scaled = apply_top_p(logits - mx.logsumexp(logits, axis=-1, keepdims=True), top_p)
+    if temp != 1:
+        scaled = scaled * (1 / temp)
+    below = mx.cumsum(mx.exp(scaled - scaled.max(axis=-1, keepdims=True)), axis=-1)
+    point = points[:, None]
+    drawn = mx.argmax(below > point * below[:, -1:], axis=-1)
+    return mx.where(points < 0, logits.argmax(axis=-1), drawn)
 
 
 class _Reader:
-    """Prompts for the engine, read as far as they can be read once.
+    """Reads prompts up to their last id, side by side, each of them once, and what all begin with once for all.
 
-    What all prompts begin with is read once, and a prompt that is asked for several samples is read once too.
-    Only where the caches are plain: rotating and recurrent ones are left to the engine.
+    A beginning is shared only where the caches are plain: rotating and recurrent ones begin empty.
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Ids]):
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-        self._model = model
+        self._model, self._start = model, make_prompt_cache(model)
         unique = {tuple(p) for p in prompts}
-        shortest = min(map(len, unique)) - 1  # the last id is the engine's to read
-        self._common = next((i for i in range(shortest) if len({p[i] for p in unique}) > 1), shortest)
-        self._start = make_prompt_cache(model)
-        self._plain = all(type(layer) is KVCache for layer in self._start)
-        if not self._plain:
-            self._common = 0
+        shortest = min(map(len, unique)) - 1  # the last id is fed by itself
+        common = next((i for i in range(shortest) if len({p[i] for p in unique}) > 1), shortest)
+        self._common = common if all(type(layer) is KVCache for layer in self._start) else 0
         if self._common:
-            self._read(self._start, prompts[0][: self._common])
+            self._read(self._start, [list(prompts[0][: self._common])])
 
-    def _read(self, cache: list[Any], ids: Ids) -> list[Any]:
-        self._model(mx.array([list(ids)]), cache=cache)
-        mx.eval([layer.state for layer in cache])
+    def _read(self, cache: list[Any], rows: list[list[int]]) -> None:
+        """Feed rows (B, T), padded on the right where they are of unequal length; nothing if there is nothing."""
+        longest = max(map(len, rows))
+        padding = [longest - len(row) for row in rows]
+        if any(padding):
+            for layer in cache:
+                layer.prepare(lengths=[len(row) for row in rows], right_padding=padding)
+        ids = pad_right(rows)
+        for start in range(0, longest, READ_AT_ONCE):
+            self._model(ids[:, start : start + READ_AT_ONCE], cache=cache)
+            mx.eval([layer.state for layer in cache])
+        if any(padding):
+            for layer in cache:
+                layer.finalize()
+            mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+
+    def __call__(self, prompts: Sequence[Ids]) -> list[Any]:
+        """The caches of prompts (N,), read but for their last id."""
+        rows = list(dict.fromkeys(tuple(p) for p in prompts))
+        cache = [layer.merge([layer] * len(rows)) for layer in self._start]
+        self._read(cache, [list(row[self._common : -1]) for row in rows])
+        if len(rows) < len(prompts):
+            for layer in cache:
+                layer.filter([rows.index(tuple(p)) for p in prompts])
         return cache
 
-    def __call__(self, prompts: Sequence[Ids]) -> tuple[list[list[int]], list[Any]]:
-        """What is left to read of each prompt, and the cache of what was read (None for nothing), (N,) each."""
-        counts = Counter(tuple(p) for p in prompts)
-        common, start = self._common, self._start
-        whole = {
-            p: self._read(copy.deepcopy(start), p[common:-1])
-            for p, n in counts.items()
-            if n > 1 and len(p) > common + 1 and self._plain
-        }
-        rest = [list(p[-1:] if tuple(p) in whole else p[common:]) for p in prompts]
-        return rest, [whole.get(tuple(p), start if common else None) for p in prompts]
+
+class _AlikeReader:
+    """Reads prompts of one length, or one prompt, into the model's own caches, which are not taken apart."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def __call__(self, prompts: Sequence[Ids]) -> list[Any]:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache, ids = make_prompt_cache(self._model), mx.array([list(p[:-1]) for p in prompts])
+        if ids.shape[1]:
+            mx.eval(self._model(ids, cache=cache))
+        return cache
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: greedy at `temp` 0, `max_tokens` at most, `batch_size` of them at a time."""
+    """How answers are drawn: greedy at `temp` 0, `max_tokens` at most, `batch_size` of them at a time.
+
+    `enough`, asked of a prompt and what was answered so far every `ASKED_EVERY` ids, says that the rest of an answer
+    makes no difference.
+    """
 
     eos_ids: Ids
     max_tokens: int
     temp: float = 0.0
     top_p: float = 1.0
     batch_size: int = 32
+    enough: Callable[[Ids, Ids], bool] | None = None
 
 
 def generate(
     model: nn.Module,
     prompts: Sequence[Ids],
     sampling: Sampling,
-    keys: Sequence[mx.array] | None = None,
+    keys: Sequence[mx.array | None] | None = None,
     progress: Advance = silent,
 ) -> list[Completion]:
-    """One completion a prompt, in the prompts' order: greedy at a temperature of 0, else drawn with `keys`.
+    """One completion a prompt, in the prompts' order: greedy at a temperature of 0, else drawn with its key; a prompt
+    whose key is None is answered greedily too.
 
     Where memory is exhausted it begins again with half of the batch size, which changes no sample.
 
@@ -147,22 +185,25 @@ def generate(
     if random and (keys is None or len(keys) != len(prompts)):
         raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
     model.eval()  # LoRA's dropout would act while sampling
-    points = [_points(key, sampling.max_tokens + 1) for key in keys] if random and keys is not None else None
+    points = None
+    drawn = [i for i, key in enumerate(keys or []) if key is not None and random]
+    if drawn and keys is not None:
+        points = np.full((len(prompts), sampling.max_tokens + 1), -1, np.float32)
+        points[drawn] = _points([key for key in keys if key is not None], sampling.max_tokens + 1)
 
     lengths = [len(prompt) if has_equal_batches(model) else 0 for prompt in prompts]
     groups = [[i for i, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
 
-    def draw(size: int) -> list[Completion]:
-        drawn: dict[int, Completion] = {}
+    def work(size: int) -> list[Completion]:
+        completions: dict[int, Completion] = {}
         for group in groups:
-            samplers = points and [_sampler(points[i], sampling.temp, sampling.top_p) for i in group]
-            rows, before = [prompts[i] for i in group], len(drawn)
-            told = partial(_told, progress, before, len(prompts))
-            own = _generate(model, rows, replace(sampling, batch_size=size), samplers, told)
-            drawn |= dict(zip(group, own, strict=True))
-        return [drawn[i] for i in range(len(prompts))]
+            rows, own = [prompts[i] for i in group], None if points is None else points[group]
+            told = partial(_told, progress, len(completions), len(prompts))
+            found = _generate(model, rows, replace(sampling, batch_size=size), own, told)
+            completions |= dict(zip(group, found, strict=True))
+        return [completions[i] for i in range(len(prompts))]
 
-    return with_smaller_batches(sampling.batch_size, draw, "sampling")[0]
+    return with_smaller_batches(sampling.batch_size, work, "sampling")[0]
 
 
 def _told(progress: Advance, before: int, total: int, done: int, _: int) -> None:
@@ -181,106 +222,84 @@ def has_equal_batches(model: nn.Module) -> bool:
 
 
 def _generate(
-    model: nn.Module,
-    prompts: Sequence[Ids],
-    sampling: Sampling,
-    samplers: Sequence[Callable[[mx.array], mx.array]] | None,
-    progress: Advance,
+    model: nn.Module, prompts: Sequence[Ids], sampling: Sampling, points: np.ndarray | None, progress: Advance
 ) -> list[Completion]:
-    """By mlx-lm's engine, or, where that fails at an architecture even for one prompt at a time, without it."""
+    """Side by side in mlx-lm's batch caches, or, where those fail at an architecture even for one prompt at a time,
+    without them."""
     from mlx_lm.models.cache import make_prompt_cache
 
     if has_equal_batches(model):  # then these are
-        return _generate_alike(model, prompts, sampling, samplers, progress)
+        return _decode(model, prompts, sampling, points, progress, _AlikeReader(model))
     alone = replace(sampling, batch_size=1)
     if not all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
-        return _generate_alike(model, prompts, alone, samplers, progress)
+        return _decode(model, prompts, alone, points, progress, _AlikeReader(model))
     try:
-        return _generate_together(model, prompts, sampling, samplers, progress)
+        return _decode(model, prompts, sampling, points, progress, _Reader(model, prompts))
     except (TypeError, AttributeError, IndexError):
         if sampling.batch_size > 1:
             raise
-        return _generate_alike(model, prompts, alone, samplers, progress)
+        return _decode(model, prompts, alone, points, progress, _AlikeReader(model))
 
 
-def _generate_together(
+def _decode(
     model: nn.Module,
     prompts: Sequence[Ids],
     sampling: Sampling,
-    samplers: Sequence[Callable[[mx.array], mx.array]] | None,
+    points: np.ndarray | None,
     progress: Advance,
+    read: _Reader | _AlikeReader,
 ) -> list[Completion]:
-    from mlx_lm.generate import BatchGenerator
+    """Draw id after id for a batch of rows; `points` (N, max_tokens + 1) as `draw` takes them, a column an id.
 
-    batch_size, max_tokens = sampling.batch_size, sampling.max_tokens
-    engine = BatchGenerator(
-        model,
-        stop_tokens=[[token] for token in sampling.eos_ids],
-        completion_batch_size=batch_size,
-        prefill_batch_size=batch_size,
-    )
-    # While it lives the engine has all wired in that Metal recommends; a limit that was set before holds here too.
-    if limit := vars(engine).get("_old_wired_limit"):
-        mx.set_wired_limit(limit)
-    read = _Reader(model, prompts)
-    place: dict[int, int] = {}
-    tokens: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    n_finished = 0
-
-    def feed() -> None:
-        """Give the engine one batch more than it runs: every prompt that waits there holds a cache."""
-        while len(place) < min(len(prompts), n_finished + 2 * batch_size):
-            part = slice(len(place), len(place) + batch_size)
-            rest, caches = read(prompts[part])
-            uids = engine.insert(rest, [max_tokens] * len(rest), caches=caches, samplers=samplers and samplers[part])
-            place.update(zip(uids, range(part.start, part.start + len(rest)), strict=True))
-
-    feed()
-    while responses := engine.next_generated():
-        for r in responses:
-            tokens[place[r.uid]].append(r.token)
-            if r.finish_reason is not None:
-                finished[place[r.uid]] = r.finish_reason == "stop"
-                n_finished += 1
-        progress(n_finished, len(prompts))
-        feed()
-    engine.close()
-    return [Completion(ids, end) for ids, end in zip(tokens, finished, strict=True)]
-
-
-def _generate_alike(
-    model: nn.Module,
-    prompts: Sequence[Ids],
-    sampling: Sampling,
-    samplers: Sequence[Callable[[mx.array], mx.array]] | None,
-    progress: Advance,
-) -> list[Completion]:
-    """Prompts of one length, or one at a time, with the model's own caches: nothing is padded, and rows that have
-    finished go on unheard until the last one has."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    completions: list[Completion] = []
-    for start in range(0, len(prompts), sampling.batch_size):
-        part = slice(start, start + sampling.batch_size)
-        own, cache = samplers and samplers[part], make_prompt_cache(model)
-        tokens = mx.array([list(prompt) for prompt in prompts[part]])
-        ids: list[list[int]] = [[] for _ in prompts[part]]
-        finished = [False] * len(ids)
-        for _ in range(sampling.max_tokens):
-            logits = model(tokens, cache=cache)[:, -1]
-            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            drawn = [own[i](scores[i : i + 1]) for i in range(len(ids))] if own else [scores.argmax(-1)]
-            tokens = mx.concatenate(drawn)[:, None]
-            for i, token in enumerate(tokens[:, 0].tolist()):
-                if not finished[i]:
-                    ids[i].append(token)
-                    finished[i] = token in sampling.eos_ids
-            if all(finished):
-                break
-        completions += [Completion(*row) for row in zip(ids, finished, strict=True)]
+    The next ids are on their way before the last are looked at, so that the device never waits for Python. A row that
+    has finished goes on unheard until there are enough of them to be worth taking out of the caches and replacing.
+    """
+    ids: list[list[int]] = [[] for _ in prompts]
+    completions: dict[int, Completion] = {}
+    together = isinstance(read, _Reader)
+    rows: list[int] = []  # in the batch
+    unread: set[int] = set()  # those of them whose prompt's last id is still to be fed
+    cache: list[Any] = []
+    last = mx.array([], mx.int32)  # what was last drawn of each row
+    n_begun = n_steps = 0
+    while len(completions) < len(prompts):
+        over = [i for i, row in enumerate(rows) if row in completions]
+        if len(over) == len(rows):
+            rows, cache, last = [], [], last[:0]
+        elif together and len(over) * TAKEN_OUT >= sampling.batch_size:
+            left = [i for i in range(len(rows)) if i not in over]
+            for layer in cache:
+                layer.filter(left)
+            rows, last = [rows[i] for i in left], last[mx.array(left)]
+        free = sampling.batch_size - len(rows)
+        if n_begun < len(prompts) and (not rows or (together and free * TAKEN_OUT >= sampling.batch_size)):
+            new = range(n_begun, min(len(prompts), n_begun + free))
+            n_begun, own = new.stop, read([prompts[i] for i in new])
+            for layer, other in zip(cache, own, strict=True) if cache else ():
+                layer.extend(other)
+            cache, rows = cache or own, [*rows, *new]
+            last = mx.concatenate([last, mx.array([prompts[i][-1] for i in new], mx.int32)])
+            unread.update(new)
+        fed, place = last, [len(ids[row]) + (row not in unread) for row in rows]
+        if min(place) < sampling.max_tokens:  # else every row has its last id
+            logits = model(fed[:, None], cache=cache)[:, -1]
+            own = None if points is None else mx.array(points[rows, np.minimum(place, sampling.max_tokens)])
+            last = draw(logits, own, sampling.temp, sampling.top_p).astype(mx.int32)
+            mx.async_eval(last)
+        for row, token in zip(rows, fed.tolist(), strict=True):
+            if row in unread or row in completions:
+                unread.discard(row)
+                continue
+            ids[row].append(token)
+            if token in sampling.eos_ids or len(ids[row]) == sampling.max_tokens:
+                completions[row] = Completion(ids[row], token in sampling.eos_ids)
+            elif len(ids[row]) % ASKED_EVERY == 0 and sampling.enough and sampling.enough(prompts[row], ids[row]):
+                completions[row] = Completion(ids[row], False, cut=True)
         progress(len(completions), len(prompts))
-    return completions
+        n_steps += 1
+        if n_steps % 512 == 0:
+            mx.clear_cache()
+    return [completions[i] for i in range(len(prompts))]
 
 
 def answers(
@@ -288,7 +307,7 @@ def answers(
     tokenizer: Any,
     prompts: Sequence[Ids],
     sampling: Sampling,
-    keys: Sequence[mx.array] | None = None,
+    keys: Sequence[mx.array | None] | None = None,
     progress: Advance = silent,
 ) -> list[tuple[Completion, str]]:
     """`generate`'s completions, and each one's text as a reader sees it."""

@@ -31,6 +31,7 @@ from .screen import UserError
 T = TypeVar("T")
 
 KEPT = 2  # states of steps
+BASE_ANSWERS = "base_answers.json"  # what the base answered to held-out prompts, whichever run asked
 _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 
 
@@ -51,7 +52,8 @@ def check_output(folder: Path) -> None:
         other = sorted({p.name for p in folder.iterdir() if not p.name.startswith(".")} - _OURS)
         record = {p.name for p in (folder / "run").iterdir()} if (folder / "run").is_dir() else set()
         # A run that was killed at its first write has no recipe yet.
-        ours = "recipe.yaml" in record or ((folder / "run").is_dir() and record <= {"checkpoint", ".recipe.yaml.part"})
+        unfinished = {"checkpoint", ".recipe.yaml.part", BASE_ANSWERS}
+        ours = "recipe.yaml" in record or ((folder / "run").is_dir() and record <= unfinished)
         if other or (any(folder.iterdir()) and not ours):
             named = other[0] if other else "something that is not a safesteer-mlx run"
             raise UserError(f"--adapter-path {folder} already holds {named}; give a new or an empty folder")
@@ -129,9 +131,10 @@ class RunFolder:
         self._locked = True
 
     def clear(self) -> None:
-        """Remove an earlier run's record, not the adapters."""
+        """Remove an earlier run's record, not the adapters, nor what the base answered, which is not the run's."""
         for path in self.path.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name != BASE_ANSWERS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def path_for(self, name: str) -> Path:
         """The path of a file to write, its folder made. A run's own folder that went away is not made again.
