@@ -18,6 +18,7 @@ import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
 from safesteer_mlx.method import direction
 from safesteer_mlx.system import store as stores
+from safesteer_mlx.system.memory import PagingError
 from safesteer_mlx.system.screen import UserError
 from safesteer_mlx.system.store import RunFolder, Store, fingerprint
 
@@ -45,7 +46,7 @@ VARIANTS = {
 }
 
 
-def stop_after(monkeypatch, events):
+def stop_after(monkeypatch, events, why: BaseException | None = None):
     """Let training be interrupted after so many of its events: rollouts, metrics, rollouts, …"""
     whole = stage.train
 
@@ -53,7 +54,7 @@ def stop_after(monkeypatch, events):
         for n, event in enumerate(whole(*args, **kwargs), 1):
             yield event
             if n == events:
-                raise KeyboardInterrupt
+                raise why or KeyboardInterrupt
 
     monkeypatch.setattr(stage, "train", stops)
 
@@ -88,6 +89,16 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes(variant, events, tmp_path, mo
     for name in COMPARED:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (folder / "run" / "checkpoint").exists()
+
+
+def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    command = ["--adapter-path", str(tmp_path / "adapters"), *SHORT]
+    stop_after(monkeypatch, 3, PagingError("training used 9.9 GB, the same command with --yes goes on"))
+    assert main(command) == 2
+    assert "training used 9.9 GB" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*command, "--yes", "--iters", "4"]) == 0
+    assert "going on after step 1 of 4" in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_path, monkeypatch, capsys):

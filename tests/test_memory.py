@@ -304,6 +304,93 @@ def test_the_work_is_halved_until_it_fits_and_that_is_said(capsys):
         with_smaller_batches(8, lambda size: (_ for _ in ()).throw(RuntimeError("[matmul] shape mismatch")), "training")
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:…OutOfMemory)"),
+            "memory",
+        ),
+        (RuntimeError("[metal::malloc] Resource limit (499000) exceeded."), "memory"),
+        (RuntimeError("[malloc_or_wait] Unable to allocate 12 bytes."), "memory"),
+        (MemoryError("std::bad_alloc"), "memory"),
+        (
+            RuntimeError(
+                "[METAL] Command buffer execution failed: Impacting Interactivity "
+                "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+            ),
+            "display",
+        ),
+        (
+            RuntimeError(
+                "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+                "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)"
+            ),
+            "display",
+        ),
+        (RuntimeError("[matmul] Last dimension of first input must match"), None),
+        (ValueError("insufficient memory"), None),
+    ],
+)
+def test_what_metal_dies_of_is_known_by_its_words_and_halved(error, said, capsys):
+    def work(size):
+        if size > 1:
+            raise error
+        return size
+
+    if said is None:
+        with pytest.raises(type(error)):
+            with_smaller_batches(4, work, "training")
+        return
+    assert with_smaller_batches(4, work, "training") == (1, 1)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert said in told and "going on with 1 at a time" in told
+    assert ("AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in told) == (said == "display")
+    with pytest.raises(UserError, match="even one at a time") as alone:
+        with_smaller_batches(1, lambda size: work(size + 1), "training")
+    assert ("display sleep" in str(alone.value)) == (said == "display")
+
+
+def test_a_run_stops_before_the_machine_works_on_its_disk(monkeypatch):
+    def work(size):
+        return mx.ones((size, 250_000)).sum().item()  # a megabyte each
+
+    monkeypatch.setattr(memory, "_physical", lambda: 10**12)
+    with_smaller_batches(40, work, "training")
+    before = mx.get_peak_memory()
+    monkeypatch.setattr(memory, "_physical", lambda: int(before / memory.PAGES))
+    with_smaller_batches(1, work, "training")  # what was used before, by whoever, stops nothing
+    with pytest.raises(memory.PagingError, match=r"training used .* GB, and this machine has .*--yes goes on"):
+        with_smaller_batches(before // 10**6 + 40, work, "training")
+
+
+def dbrx(forgets=True):
+    config = {"model_type": "dbrx" if not forgets else "other", "d_model": 64, "n_layers": 1, "n_heads": 4}
+    config |= {"vocab_size": 100, "ffn_config": {"moe_top_k": 2, "ffn_hidden_size": 128}}
+    names = {
+        f"blocks.0.ffn.experts.{e}.{w}.weight": s for e in range(8) for w, s in (("w1", (128, 64)), ("w2", (64, 128)))
+    }
+    return shape_of(config, {name: Tensor("F32", shape) for name, shape in names.items()})
+
+
+def test_of_experts_that_lie_apart_those_that_a_token_passes_are_counted():
+    stacked = {"blocks.0.ffn.experts.w1.weight": (8, 128, 64), "blocks.0.ffn.experts.w2.weight": (8, 64, 128)}
+    config = {"d_model": 64, "n_layers": 1, "n_heads": 4, "vocab_size": 100, "num_experts_per_tok": 2}
+    together = shape_of(config, {name: Tensor("F32", shape) for name, shape in stacked.items()})
+    assert dbrx().blocks == together.blocks and dbrx().blocks[0].inner == 2 * 128
+    assert sorted(dbrx().linears[0]) == sorted(together.linears[0])
+
+
+def test_a_family_that_keeps_what_it_checkpoints_is_never_checkpointed_to_fit():
+    """dbrx asks its experts in turn and evaluates meanwhile (measured: scripts/fit_memory.py, 0.9 to 1.7)."""
+    shape, train = dbrx(forgets=False), RECIPE.train
+    assert shape.blocks[0].outer == 8 * 2 * 2 * 64
+    assert gradient_bytes(shape, train, 2, 64, True) == int(1.7 * gradient_bytes(shape, train, 2, 64, False))
+    tight = replace(AMPLE, memory=memory.plan(RECIPE, shape, AMPLE, 128).peak // 2, source="--memory-limit")
+    assert fitted(RECIPE, shape, tight, 128).recipe.train.grad_checkpoint == "off"
+    assert fitted(RECIPE, dbrx(), replace(tight, memory=10**6), 128).recipe.train.grad_checkpoint == "on"
+
+
 def test_what_is_sampled_does_not_depend_on_how_memory_split_the_batch(tiny_model, monkeypatch, capsys):
     from safesteer_mlx.method import rollout
 
@@ -330,4 +417,4 @@ def test_limits_are_set_on_metal():
     before = mx.set_memory_limit(10**9)
     memory.set_limits(machine)
     assert mx.set_memory_limit(before) == 2 * 10**9
-    assert memory.is_exhausted(RuntimeError("Insufficient Memory"))
+    assert memory.too_much(RuntimeError("Insufficient Memory"))

@@ -42,7 +42,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_steps, rollout_tokens
-from ..system.memory import with_smaller_batches
+from ..system.memory import PagingError, with_smaller_batches
 from ..system.screen import UserError
 from .direction import FoundDirections, mean_differences
 from .framing import LONGEST, Framer, begun, takes_system_turn
@@ -758,7 +758,7 @@ def train_student(
                 if due():
                     score_once()
                     keep()
-        except NotFiniteError:
+        except (NotFiniteError, PagingError):
             if step:  # the last step that was applied
                 keep()
             raise

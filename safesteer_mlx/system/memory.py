@@ -8,7 +8,7 @@ with a margin): what the linear layers of a block give, of experts those that a 
 keeps, for the gradient; and what is alive while one block is computed.
 
 Where memory is exhausted all the same, `with_smaller_batches` does the work again in smaller batches, which changes no
-mathematics.
+mathematics; where it is not, but the machine would run on its disk, it stops.
 """
 
 import os
@@ -24,6 +24,9 @@ from .shape import Block, ModelShape
 T = TypeVar("T")
 
 HEAD_LOGITS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
+PAGES = 0.95  # of the physical memory, beyond which a machine runs on its disk
+DISPLAY = "it helps to let the display sleep, or to start with AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 set"
+KEPT_TWICE = 1.7  # of a gradient's activations, where checkpointed blocks keep what they made
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
 # Bytes a token by bytes of a value: of each feature below, in its order (scripts/fit_memory.py).
@@ -105,8 +108,11 @@ def this_machine(limit: str | None = None) -> Machine:
         return Machine(parse_bytes(limit), "--memory-limit", on_cpu)
     if mx.metal.is_available():
         return Machine(_recommended(), "Metal's recommended working set", on_cpu)
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(physical, "physical memory", on_cpu)
+    return Machine(_physical(), "physical memory", on_cpu)
+
+
+def _physical() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def set_limits(machine: Machine) -> None:
@@ -144,7 +150,9 @@ def trained_blocks(shape: ModelShape, train: TrainSettings) -> int:
 def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: int, length: int, checkpointed: bool) -> int:
     """Activations of a forward and backward pass through the trained blocks."""
     blocks = shape.blocks[-trained_blocks(shape, train) :]
-    return _activations("checkpointed" if checkpointed else "gradient", shape, blocks, rows, length)
+    if checkpointed and shape.forgets:
+        return _activations("checkpointed", shape, blocks, rows, length)
+    return int((KEPT_TWICE if checkpointed else 1) * _activations("gradient", shape, blocks, rows, length))
 
 
 def loss_bytes(shape: ModelShape, rows: int) -> int:
@@ -240,7 +248,7 @@ def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: 
         recipe = replace(recipe, run=replace(recipe.run, prompt_batch_size=recipe.run.prompt_batch_size // 2))
     while over("sampling") and recipe.run.generation_batch_size > 1:
         recipe = replace(recipe, run=replace(recipe.run, generation_batch_size=recipe.run.generation_batch_size // 2))
-    if auto and over("training"):
+    if auto and over("training") and shape.forgets:
         recipe = with_train(grad_checkpoint="on")
     while over("training") and recipe.train.micro_batch_size > 1:
         recipe = with_train(micro_batch_size=recipe.train.micro_batch_size // 2)
@@ -302,34 +310,65 @@ def _knob(plan: Plan) -> str:
     return f"lower --num-layers or the rank in --lora-parameters (now {train.lora_parameters.get('rank')})"
 
 
-# What MLX's allocators and Metal's command buffers say.
+# What MLX's allocators and Metal's command buffers say, and what that means. MLX counts buffers too (mlx-lm #1185).
 _SIGNS = ("insufficient memory", "unable to allocate", "out of memory", "bad_alloc", "maximum allowed buffer size")
+_SIGNS += ("resource limit",)
+# The watchdog of a Mac whose display waits for the GPU (mlx #3267).
+_WATCHDOG = ("impacting interactivity", "impactinginteractivity", "gpu timeout")
 
 
-def is_exhausted(error: BaseException) -> bool:
-    """Whether MLX, or the system below it, says that memory is exhausted."""
+def too_much(error: BaseException) -> str | None:
+    """What MLX, or the system below it, says that smaller batches help against; None for any other error."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
+        return "memory is exhausted"
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _WATCHDOG):
+        return "macOS stopped the GPU, since the display waited too long for it,"
+    return None
+
+
+class PagingError(UserError):
+    """More memory was used than the machine has to give; what was done before is kept."""
+
+
+def _check_use(what: str, peak_before: int) -> None:
+    """Stop before the system pages until it dies: MLX's own limit is advisory (mlx #3186)."""
+    import mlx.core as mx
+
+    physical = _physical()
+    peak = mx.get_peak_memory()
+    if peak > max(peak_before, PAGES * physical):
+        raise PagingError(
+            f"{what} used {peak / 1e9:.1f} GB, and this machine has {physical / 1e9:.1f} GB: stopped before it runs on "
+            "the disk; close other programs, or lower --memory-limit, then the same command with --yes goes on"
+        )
 
 
 def with_smaller_batches(size: int, work: Callable[[int], T], what: str) -> tuple[T, int]:
-    """work(size), with half the size as often as memory is exhausted, said on stderr; and the size that was enough.
+    """work(size), with half the size as often as it is too much, said on stderr; and the size that was enough.
 
     Raises:
         UserError: even one at a time is too much.
+        PagingError: it went on, but with more memory than the machine has.
     """
     import mlx.core as mx
 
     while True:
+        before = mx.get_peak_memory()
         try:
-            return work(size), size
+            result = work(size)
         except (RuntimeError, MemoryError) as error:
-            if not is_exhausted(error):
+            fault = too_much(error)
+            if fault is None:
                 raise
+        else:
+            _check_use(what, before)
+            return result, size
+        watchdog = "" if "memory" in fault else DISPLAY
         if size == 1:
-            raise UserError(
-                f"memory is exhausted in {what} even one at a time; lower --max-tokens, or close other programs"
-            )
+            advice = watchdog or "lower --max-tokens, or close other programs"
+            raise UserError(f"{fault} in {what} even one at a time; {advice}")
         mx.clear_cache()
         size //= 2
-        print(f"safesteer-mlx: memory is exhausted in {what}: going on with {size} at a time", file=sys.stderr)
+        more = f" ({watchdog})" if watchdog else ""
+        print(f"safesteer-mlx: {fault} in {what}: going on with {size} at a time{more}", file=sys.stderr)

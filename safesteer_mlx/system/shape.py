@@ -13,6 +13,10 @@ from .screen import UserError
 _TOP_K = re.compile(
     r"(num_|^)experts?_per_tok(en)?$|^moe_?top_?k$|^top_k_experts$|^num_selected_experts$|^moe_num_active|^moe_k$"
 )
+# An expert's own weights, where experts are not stacked into one tensor.
+_EXPERT = re.compile(r"experts\.(\d+)\.")
+# Asks its experts one after another: keeps what each gives for all tokens, twice where a block is checkpointed.
+_IN_TURN = {"dbrx"}
 _SCAN_KEEPS = {"jamba": 0.5}  # its scan's gradient holds an array of all positions for each of them: states · length
 _CHUNK, _CHUNK_STATE = 1.0, 2.7  # what Mamba 2 keeps, in states: heads · length, and its inner width
 
@@ -44,6 +48,7 @@ class ModelShape:
     vocabulary: int
     activation_bytes: int  # of one value
     quantized: bool
+    forgets: bool  # what a checkpointed block made; else it is kept, and made again
     linears: tuple[tuple[tuple[int, int], ...], ...]
     blocks: tuple[Block, ...]
 
@@ -82,8 +87,11 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     hidden = size("hidden_size", "dim", "d_model", "n_embd")
     heads = size("num_attention_heads", "n_heads", "n_head", "num_heads")
     linears: list[list[tuple[int, int]]] = [[] for _ in range(n_layers)]
-    widths = [[0, 0] for _ in range(n_layers)]  # of blocks, inner and outer
-    passed = next((text[key] for key in text if _TOP_K.search(key) and isinstance(text[key], int)), 1)
+    widths = [[0.0, 0.0] for _ in range(n_layers)]  # of blocks, inner and outer
+    sizes = text | (text.get("ffn_config") or {})
+    passed = next((sizes[key] for key in sizes if _TOP_K.search(key) and isinstance(sizes[key], int)), 1)
+    experts_apart = 1 + max((int(m[1]) for m in map(_EXPERT.search, tensors) if m), default=0)
+    in_turn = config.get("model_type") in _IN_TURN
     values = 0
     for name, tensor in tensors.items():
         packed = f"{name.removesuffix('.weight')}.scales" in tensors and name.endswith(".weight")
@@ -96,8 +104,14 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
             continue
         experts = count // (shape[-1] * shape[-2])
         linears[number] += [(shape[-1], shape[-2])] * experts
-        if "conv" not in name:
-            widths[number][shape[-2] == hidden] += shape[-2] * (min(passed, experts) if len(shape) == 3 else 1)
+        if "conv" in name:
+            continue
+        share = 1.0
+        if len(shape) == 3:
+            share = min(passed, experts)
+        elif _EXPERT.search(name):
+            share = 2 * passed if in_turn and shape[-2] == hidden else min(1.0, passed / experts_apart)
+        widths[number][shape[-2] == hidden] += shape[-2] * share
     states = _states(text, tensors, n_layers)
     floating = [t.dtype for t in tensors.values() if t.dtype in ("F32", "F16", "BF16")]
     return ModelShape(
@@ -109,8 +123,9 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
         vocabulary=size("vocab_size"),
         activation_bytes=4 if floating and all(kind == "F32" for kind in floating) else 2,
         quantized=bool(bits),
+        forgets=not in_turn,
         linears=tuple(map(tuple, linears)),
-        blocks=tuple(Block(*width, *state) for width, state in zip(widths, states, strict=True)),
+        blocks=tuple(Block(*map(int, width), *state) for width, state in zip(widths, states, strict=True)),
     )
 
 
