@@ -15,6 +15,8 @@ from .system.hub import prepare
 from .system.model_files import read_header
 from .system.screen import Screen, UserError, exit_code
 
+STEPS = 5
+
 if TYPE_CHECKING:
     from mlx import nn
 
@@ -69,10 +71,12 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     check_space(run, student, prompts)
 
     # 1. Refusal directions: mean activations on harmful minus harmless instructions.
+    screen.step("finding what makes the model refuse", STEPS)
     directions = run.once(find_directions)
     run.store.yaml("recipe.yaml", run.recipe.flat())
 
     # 2. The safety teacher: the base, steered along the direction, as strongly, as works best on this model.
+    screen.step("finding how strongly to push it there", STEPS)
     chosen = run.once(find_teacher, directions)
     teacher = make_teacher(run, chosen.direction, chosen.coeff)
     run.store.json("direction.json", _direction_record(directions, chosen))
@@ -87,12 +91,14 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
         return Aligned(folder, verdict, {})
 
     # 3. The safety tokens: what the teacher favours over the base, where it is worth following.
+    screen.step("finding the words that decide", STEPS)
     run = settled(run, chosen.opening)
     tokens = run.once(find_tokens, teacher, directions)
     run.store.json("tokens.json", tokens.rows)
     check_tokens(run, tokens)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
+    screen.step("training on the model's own answers", STEPS)
     run, learning = what_to_learn(run, teacher, tokens)
     moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
     saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select_checkpoint else None
@@ -105,6 +111,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     run.store.text("metrics.jsonl", _json_lines(log.metrics))
 
     # Before and after, on prompts that no stage has seen.
+    screen.step("comparing before and after, on requests that were not trained on", STEPS)
     scores = _before_and_after(run, teacher, student, tokens)
     learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
     why = not_aligned(scores["base"], scores["student"], learned)
@@ -169,21 +176,25 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
 
 
 def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> None:
-    """Show the scores, draw the report, and say what to do with the adapters of a student that is safer."""
+    """Draw the report, say what came of it, and what to do with the adapters of a student that is safer."""
+    from .evals.last_screen import next_steps, show_last, show_next, shown_path
     from .evals.scores import show
     from .report import write_report
 
     settings, screen, record = run.recipe.run, run.screen, run.store.path
-    folder = Path(settings.adapter_path)
-    show(scores, screen)
+    if screen.verbose:
+        show(scores, screen)
+    report = None
     if settings.report:
         try:
-            screen.line(f"report: {write_report(record, settings.transcripts_in_report)}")
+            report = write_report(record, settings.transcripts_in_report)
         except UserError as error:
             screen.line(f"no report: {error}")
+    show_last(scores, not_aligned, screen)
     if not_aligned is None:
-        command = f"mlx_lm.generate --model {settings.model} --adapter-path {folder}"
-        screen.line(f"adapters: {folder} ({command}); record: {record}")
+        show_next(next_steps(settings.model, Path(settings.adapter_path), report), screen)
+    elif report is not None:
+        screen.line(f"report: {shown_path(report)}")
 
 
 def _direction_record(directions: "FoundDirections", chosen: "ChosenTeacher") -> dict[str, Any]:
@@ -271,7 +282,7 @@ def _run(argv: list[str] | None) -> None:
         return
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, recipe_name = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
-    screen = Screen()
+    screen = Screen(verbose=recipe.run.verbose or verdict_only)
     screen.line(f"model: {name}" + (f", recipe {recipe_name}" if recipe_name else ""))
     if note := recipe_note(recipe_name):
         screen.line(f"  {note}")

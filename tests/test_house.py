@@ -12,6 +12,7 @@ ORDER = [
     "recipe system.hub system.model_files",
     "method.judge",
     "evals.scores evals.agreement evals.judge_replies",
+    "evals.last_screen",
     "system.shape",
     "system.load system.memory system.store method.residual method.losses",
     "method.prompts method.rollout system.finished formats.gptq formats.mlx_folder formats.gguf",

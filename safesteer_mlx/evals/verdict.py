@@ -118,12 +118,12 @@ def _best_candidates(run: Run, directions: FoundDirections, chosen: ChosenTeache
 
 
 def show(verdict: Verdict, screen: Screen) -> None:
-    """The verdict as tables and a word."""
+    """The verdict in a word, with its reasons; before it, if wanted, the tables."""
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:+.3f}"
 
-    if verdict.candidates:
+    if verdict.candidates and screen.verbose:
         rows = [
             [
                 f"block {c['layer']}, position {c['position']}" + ("" if i else " (chosen)"),
@@ -141,7 +141,8 @@ def show(verdict: Verdict, screen: Screen) -> None:
         ["teacher refuses harmless prompts", str(verdict.teacher_harmless)],
         ["teacher's answers broken", str(verdict.teacher_broken)],
     ]
-    screen.table("Validation prompts, at temperature 1: count, rate (95 % interval)", ["", "share"], rows)
+    if screen.verbose:
+        screen.table("Validation prompts, at temperature 1: count, rate (95 % interval)", ["", "share"], rows)
     screen.line(f"verdict: {verdict.word}")
     for reason in verdict.reasons:
         screen.line(f"  {reason}")

@@ -606,7 +606,7 @@ def find_openers(run: Run) -> OwnAnswers:
         raise UserError(
             "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
         )
-    run.screen.line(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
+    run.screen.detail(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
     return OwnAnswers(openers, refusals[:n], refusals[n:])
 
 
@@ -656,7 +656,7 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     if not at:
         raise UserError(f"prune_last = {prune_last} leaves only the first of {n_layers} blocks; lower it")
     directions = [Direction(p - n_pos, layer, mx.array(candidates[p, layer].astype(np.float32))) for p, layer in at]
-    run.screen.line(f"directions: {len(directions)} of {n_pos * n_layers} to be tried as teachers")
+    run.screen.detail(f"directions: {len(directions)} of {n_pos * n_layers} to be tried as teachers")
     none = np.full((n_pos, n_layers), np.nan)
     caution = (
         "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
@@ -673,7 +673,7 @@ def _whole_stream(run: Run, candidates: np.ndarray) -> bool:
     vector = mx.array(candidates[-1, candidates.shape[1] // 2].astype(np.float32))
     left = left_by_ablation(run.base.model, vector, pad_right(run.prompts.harmless_validation[:1]))
     if left > LEFT:
-        run.screen.line(
+        run.screen.detail(
             f"ablation: as published it leaves up to {left:.1%} of the stream along a direction (norms stand between a "
             "block's parts and the stream), so all that reaches the stream is projected"
         )
@@ -726,7 +726,7 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
     directions = [Direction(p, at, mx.array(candidates[p, at].astype(np.float32))) for p, at, _ in near]
     tests = [failed for *_, failed in near]
     n_passing = tests.count([])
-    run.screen.line(
+    run.screen.detail(
         f"directions: {len(near)} of {candidates.shape[0] * candidates.shape[1]} to be tried as teachers"
         f", {f'{n_passing} of them pass' if n_passing else 'none passes'} the published tests"
     )

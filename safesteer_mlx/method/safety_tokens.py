@@ -396,7 +396,7 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
         }
         for t in tokens
     ]
-    run.screen.line(
+    run.screen.detail(
         f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does "
         f"where they decide; first {' '.join(repr(row['token']) for row in rows[:10])}"
     )

@@ -395,10 +395,10 @@ def _tell(run: Run, directions: FoundDirections, choice: ChosenTeacher) -> None:
         )
         if score[at] == score[at]
     )
-    run.screen.line(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *texts]))
+    run.screen.detail(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *texts]))
     tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
     decides = run.recipe.loss.first_tokens == "auto" and not run.base.thinks
-    run.screen.line(f"teacher: coefficient {choice.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
+    run.screen.detail(f"teacher: coefficient {choice.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
 
 
 def make_teacher(run: Run, direction: Direction, coeff: float) -> Teacher:

@@ -747,14 +747,15 @@ def train_student(
                 if settings.keep_best and best_step(log.metrics) == event.step:
                     best = dict(tree_flatten(student.trainable_parameters()))
                 began, step, total, last = now, event.step, event.steps, state()
-                note = f"loss {event.loss:.4f}, safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
-                advance(event.step, event.steps, note)
+                advance(event.step, event.steps, f"loss {event.loss:.4f}")
                 if event.step == 1 and trained_change(student, before) == 0:
                     raise UserError("the first step moved no weight; raise --learning-rate or check lora_parameters")
                 if event.step == FIRST_STEPS and not run.force:
                     check_gradient([row["grad_norm"] for row in log.metrics])
                 if event.step % settings.steps_per_report == 0 or event.step == event.steps:
-                    screen.line(f"step {event.step} of {event.steps}: {note}, gradient {event.grad_norm:.2g}")
+                    mass = f"safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
+                    said = f"loss {event.loss:.4f}, {mass}, gradient {event.grad_norm:.2g}"
+                    screen.detail(f"step {event.step} of {event.steps}: {said}")
                 if due():
                     score_once()
                     keep()

@@ -47,12 +47,24 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 
 class Screen:
-    """Prints stages and their results; nothing if `quiet`."""
+    """Prints stages and their results; nothing if `quiet`, details only if `verbose`."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, verbose: bool = False):
         from rich.console import Console
 
         self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, stderr=False)
+        self.verbose = verbose
+        self._step = 0
+
+    def step(self, text: str, of: int) -> None:
+        """Say which step of how many begins."""
+        self._step += 1
+        self.line(f"{self._step} of {of}: {text}")
+
+    def detail(self, text: str) -> None:
+        """A line of result that the report has too."""
+        if self.verbose:
+            self.line(text)
 
     def line(self, text: str) -> None:
         """One line of result; markup and control characters in it are shown as text, not obeyed."""

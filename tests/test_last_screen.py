@@ -1,0 +1,125 @@
+"""The last screen: what a run says in plain words, what it costs, and commands that can be pasted."""
+
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from safesteer_mlx.evals import last_screen
+from safesteer_mlx.evals.last_screen import in_words, next_steps, show_last, shown_path
+from safesteer_mlx.evals.scores import HOW, Answer, Scores
+from safesteer_mlx.system.screen import Screen
+
+
+def scores(unsafe: int, harmless: int = 0, borderline: int = 0, right: int = 90, drift: float = 0.001) -> Scores:
+    """100 prompts of each kind, so many of them answered (harmful) or refused, both ways; 100 small tasks."""
+
+    def of(kind: str, n: int, outcome: str, other: str) -> list[Answer]:
+        outcomes = [outcome] * n + [other] * (100 - n)
+        return [Answer(kind, how, f"p{i}", "t", o, True) for how in HOW for i, o in enumerate(outcomes)]
+
+    answers = of("harmful", unsafe, "comply", "refuse") + of("harmless", harmless, "refuse", "comply")
+    answers += of("borderline", borderline, "refuse", "comply")
+    return Scores(answers, {"addition": [True] * right + [False] * (100 - right)}, drift, drift)
+
+
+BASE = scores(47)
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        (scores(5), "verdict: safer, not dumber"),
+        (scores(5, harmless=1), "verdict: safer, not dumber"),
+        (scores(5, harmless=2), "verdict: safer, but it refuses 2 % more harmless requests"),
+        (scores(5, borderline=2), "verdict: safer, not dumber"),
+        (scores(5, borderline=3), "verdict: safer, but it refuses 3 % more borderline requests"),
+        (scores(5, right=89), "verdict: safer, not dumber"),
+        (scores(5, right=88), "verdict: safer, but it gets 2 % fewer small tasks right"),
+        (
+            scores(5, harmless=9, right=50),
+            "verdict: safer, but it refuses 9 % more harmless requests and gets 40 % fewer small tasks right",
+        ),
+    ],
+)
+def test_the_verdict_counts_what_safety_cost(student, said):
+    assert in_words(BASE, student, None)[-1] == said
+
+
+def test_one_prompt_of_few_is_no_cost():
+    few = Scores(
+        [a for a in scores(5, borderline=1).answers if int(a.prompt[1:]) < 10], {"a": [True] * 9 + [False]}, 0, 0
+    )
+    base = Scores([a for a in BASE.answers if int(a.prompt[1:]) < 10], {"a": [True] * 10}, 0, 0)
+    assert in_words(base, few, None)[-1] == "verdict: safer, not dumber"
+
+
+def test_the_outcome_is_told_in_plain_words():
+    assert in_words(BASE, scores(5, 1, 2, 91), None)[:3] == [
+        "unsafe answers: 47 → 5 of 100",
+        "harmless requests refused: 0 → 1 of 100; borderline ones: 0 → 2 of 100",
+        "small tasks right: 90 → 91 of 100, unchanged within chance",
+    ]
+    assert in_words(BASE, scores(5, right=70), None)[2] == "small tasks right: 90 → 70 of 100, fewer"
+    assert in_words(BASE, scores(5), None)[2] == "small tasks right: 90 → 90 of 100, unchanged"
+    assert in_words(BASE, BASE, "nothing moved")[-1] == "verdict: not aligned: nothing moved"
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_table_is_short_and_fits(width, capsys):
+    screen = Screen()
+    screen.console.width = width
+    show_last({"base": BASE, "teacher": scores(1, 60), "student": scores(5)}, None, screen)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= width for line in lines if "│" in line or "┃" in line)
+    if width == 80:
+        assert sum(line.startswith("│") for line in lines) <= 9  # eight rows, one of them folded
+        assert any("47 of 100" in line and "1 of 100" in line and "5 of 100" in line for line in lines)
+    head = " ".join(" ".join(line for line in lines if "┃" in line).split())
+    assert "aligned" in head and "student" not in head
+    show_last({"base": scores(4, drift=math.nan), "student": scores(3, drift=math.nan)}, None, screen)
+    assert "nats" not in capsys.readouterr().out
+
+
+def test_what_to_do_now_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, folder = tmp_path / "my model", tmp_path / "it's here"
+    model.mkdir()
+    steps = next_steps(str(model), folder, folder / "run" / "report.html")
+    assert [what for what, _ in steps] == ["talk to it", "serve it", "export it", "see the report"]
+    for _, command in steps[:3]:
+        words = shlex.split(command)
+        assert "it's here" in words  # relative, where that is shorter, and quoted
+        named = words[0] in ("safesteer-mlx", "mlx_lm.server")
+        assert named or Path(words[0]).resolve() == Path(sys.executable).resolve()
+    assert "my model" in shlex.split(steps[0][1]) and "my model" in shlex.split(steps[1][1])
+    assert shlex.split(steps[3][1])[1] == "it's here/run/report.html"
+    assert "org/model" in shlex.split(next_steps("org/model", folder, None)[0][1])
+    assert [what for what, _ in next_steps("org/model", folder, None)] == ["talk to it", "serve it", "export it"]
+    monkeypatch.chdir("/")
+    assert shown_path(Path("/tmp")) == "tmp"
+
+
+def test_a_program_is_named_only_where_the_shell_finds_this_one(tmp_path, monkeypatch):
+    program = tmp_path / "safesteer-mlx"
+    program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert last_screen._program("safesteer-mlx", "safesteer_mlx") == "safesteer-mlx"
+    other = tmp_path / "bin"
+    other.mkdir()
+    (other / "safesteer-mlx").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(other / "python"))  # that on the PATH is another environment's
+    assert last_screen._program("safesteer-mlx", "safesteer_mlx").endswith("bin/python -m safesteer_mlx")
+
+
+def test_steps_are_counted_and_details_shown_only_if_wanted(capsys):
+    for verbose in (False, True):
+        screen = Screen(verbose=verbose)
+        screen.step("finding", 2)
+        screen.detail("a number")
+        screen.step("training", 2)
+        said = capsys.readouterr().out.splitlines()
+        assert said == ["1 of 2: finding", *(["a number"] if verbose else []), "2 of 2: training"]
