@@ -681,18 +681,20 @@ def _current_flag(word: str) -> str:
     return f"{flag}{equals}{value}"
 
 
-def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | None]:
-    """Command line -> (settings given, preset, YAML file).
+# Settings whose flags --help shows; --help-all shows all.
+SHOWN_FIRST = ("data", "adapter_path", "seed", "offline", "memory_limit", "verbose")
 
-    Raises:
-        UserError: an unknown flag, with the nearest known one, or two models.
-    """
+
+def _align_parser(everything: bool) -> Parser:
+    """The flags of `align`: those that people need, or all, by stage."""
     parser = Parser(
         "align",
         "Make a chat model safer: align it by localized on-policy distillation (SafeSteer).",
         argument_default=argparse.SUPPRESS,
+        epilog=None if everything else "All other flags, by stage, with their defaults: safesteer-mlx align --help-all",
     )
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="Hub id or folder (default: the bundled)")
+    parser.add_argument("--help-all", action="store_true", help="show all flags, by stage, and exit")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the unfinished run in this adapter folder")
     parser.add_argument("--yes", action="store_true", help="go on with an unfinished run without asking")
@@ -703,10 +705,12 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
     parser.add_argument("--force", action="store_true", help="train even if the verdict is stop")
     parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
     for title, cls in SECTIONS.items():
-        group = parser.add_argument_group(title, cls.__doc__)
+        group = parser.add_argument_group(title, cls.__doc__) if everything else parser
         for f in fields(cls):
             flag = "--" + f.name.replace("_", "-")
             text = f.metadata["help"].replace("%", "%%")
+            if not everything and f.name not in SHOWN_FIRST:
+                text = argparse.SUPPRESS
             default = getattr(cls(), f.name)
             if f.type is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -716,8 +720,23 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
                 words = {"nargs": "?", "const": bare}
             choices = f.metadata.get("choices")
             meta = "{" + ",".join(choices) + "}" if choices else f.name.upper()
-            group.add_argument(flag, help=f"{text} (default: {default})", metavar=meta, **words)
-    flags = vars(parser.parse_args([_current_flag(word) for word in (sys.argv[1:] if argv is None else argv)]))
+            told = "" if text is argparse.SUPPRESS or default is None else f" (default: {default})"
+            group.add_argument(flag, help=text + told, metavar=meta, **words)
+    return parser
+
+
+def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | None]:
+    """Command line -> (settings given, preset, YAML file).
+
+    Raises:
+        UserError: an unknown flag, with the nearest known one, or two models.
+        SystemExit: help was asked for, and shown.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    flags = vars(_align_parser(False).parse_args([_current_flag(word) for word in words]))
+    if flags.pop("help_all", False):
+        _align_parser(True).print_help()
+        raise SystemExit(0)
     preset, config = flags.pop("preset", None), flags.pop("config", None)
     model = one_model(flags.pop("positional_model", None), flags.get("model"))
     if model is not None:

@@ -94,6 +94,20 @@ def test_help_names_every_command_and_who_wins(flag, capsys):
     assert "./chat" in said and all(len(line) <= 84 for line in said.splitlines())
 
 
+def test_align_shows_the_flags_that_people_need_and_all_if_asked(capsys):
+    from safesteer_mlx.recipe import FIELDS, SHOWN_FIRST
+
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            main(["align", flag])
+        assert not end.value.code
+        out, usage = (text := capsys.readouterr().out), text.split("options:")[1]
+        shown[flag] = {name for name in FIELDS if f"\n  --{name.replace('_', '-')}" in usage}
+        assert all(len(line) <= 80 for line in usage.splitlines() if not line.startswith("  --")) and "None" not in out
+    assert shown["--help"] == set(SHOWN_FIRST) and shown["--help-all"] == set(FIELDS)
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"safesteer-mlx {__version__}\n"
