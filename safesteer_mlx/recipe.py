@@ -196,7 +196,7 @@ class TrainSettings:
         0.0, "share of prompts whose answer is begun with an affirmative opening", least=0.0, most=1.0
     )
     wrap_ratio: float = _setting(
-        0.1, "share of prompts put in a frame, pulled to what the target says without it", least=0.0, most=1.0
+        0.0, "share of prompts put in a frame, pulled to what the target says without it", least=0.0, most=1.0
     )
     batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
     grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)

@@ -535,7 +535,7 @@ def test_the_bases_own_beginnings_are_those_that_comply_and_go_on(base, tmp_path
     from safesteer_mlx.method.run import make_run
     from safesteer_mlx.method.train import find_own_openings, make_framer, training_prompts
 
-    flags = {"adapter_path": str(tmp_path / "a"), "direction_train": 8, "direction_validation": 4, "wrap_ratio": 0.0}
+    flags = {"adapter_path": str(tmp_path / "a"), "direction_train": 8, "direction_validation": 4}
     run = make_run(resolve({}, flags)[0], base, Screen(quiet=True))
     prompts = tuple(part[:40] for part in training_prompts(run))
     assert make_framer(run, prompts) is None
