@@ -574,6 +574,31 @@ MODELS_BAD = {
     "a terabyte of template": (lambda f: huge(f, "chat_template.jinja"), "1,000,000,000,000 bytes"),
     # Tokenizers
     "tokenizer deep": (lambda f: (f / "tokenizer.json").write_text('{"a":' * 10_000), "cannot be loaded, tokenizer"),
+    "tokenizer that panics": (
+        lambda f: change(f, "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}),
+        "cannot be loaded, tokenizer: range end index",
+    ),
+    "tokenizer that panics over a normalizer": (
+        lambda f: change(f, "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "cannot be loaded, tokenizer: Precompiled",
+    ),
+    "tokenizer of no model": (lambda f: change(f, "tokenizer.json", model=None), "cannot be loaded, tokenizer"),
+    "tokenizer of added words in words": (lambda f: change(f, "tokenizer.json", added_tokens="x"), "cannot be loaded"),
+    "tokenizer that splits by nonsense": (
+        lambda f: change(
+            f,
+            "tokenizer.json",
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        ),
+        "cannot be loaded, tokenizer",
+    ),
+    "tokenizer without words": (
+        lambda f: change(f, "tokenizer.json", model={"type": "WordLevel", "vocab": {}, "unk_token": "?"}),
+        "no refusal opener is a token of this model",
+    ),
+    "more words of no numbers": (lambda f: (f / "added_tokens.json").write_text('{"x": "y"}'), "cannot be loaded"),
+    "more words a list": (lambda f: (f / "added_tokens.json").write_text("[]"), "cannot be loaded, tokenizer"),
+    "special tokens a list": (lambda f: (f / "special_tokens_map.json").write_text("[1]"), "cannot be loaded"),
     "tokenizer's word below zero": (lambda f: with_token(f, -5), "cannot be loaded, tokenizer"),
     "tokenizer's word beyond 64 bits": (lambda f: with_token(f, 2**70), "cannot be loaded, tokenizer"),
 }
@@ -761,6 +786,12 @@ def test_ids_without_an_embedding(name, evil, adapters, tmp_path, capsys):
     assert IDS[name](model, adapters, tmp_path) == 2
     said = capsys.readouterr().err.replace("[transformers] ", "")
     assert "'<evil>' (id 2000000000)" in said and "no embedding among its 1856" in said and "Traceback" not in said
+
+
+def test_a_text_that_no_tokenizer_takes_is_a_sentence(base):
+    """As an argument that is no UTF-8 reaches Python."""
+    with pytest.raises(UserError, match=r"tokenizer: .*; "):
+        base.tokenizer.encode("\udcff")
 
 
 def test_a_token_without_an_embedding_that_nothing_holds_is_no_matter(evil, capsys):

@@ -188,9 +188,9 @@ def _explained(name: str, what: str) -> Iterator[None]:
     """A stranger's files can make mlx-lm and transformers raise anything: it becomes one sentence."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # tokenizers, whose panics are no Exception, too
         first = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(
             f"model {name} cannot be loaded, {what}: {first[:200]}; is it a text model that mlx-lm supports?"
@@ -227,7 +227,8 @@ def _guarded(name: str, tokenizer: Any, size: int) -> Any:
         return ids
 
     def encode(*args: Any, **options: Any) -> Any:
-        return checked(tokenizer.encode(*args, **options))
+        with _explained(name, "tokenizer"):
+            return checked(tokenizer.encode(*args, **options))
 
     def apply_chat_template(turns: Any, *args: Any, **options: Any) -> Any:
         try:
