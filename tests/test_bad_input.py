@@ -22,7 +22,7 @@ from safesteer_mlx.align import main
 from safesteer_mlx.method import framing, prompts
 from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
-from safesteer_mlx.system.model_files import Tensor, check_model_folder, read_header
+from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, read_header
 from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
@@ -702,6 +702,11 @@ def test_what_real_templates_use_is_not_refused(copied):
     tokenizer = load(str(copied)).tokenizer
     text = tokenizer.decode(render(tokenizer, "move it"))
     assert text == TODAY.strftime("%d %b %Y") + "\"move it\"[('a', 1)]<|im_start|>"
+
+
+def test_an_index_into_an_array_is_held_to_it():
+    with pytest.raises(UserError, match="altup_active_idx = 1000000000, no whole number from 0 to 0"):
+        check_config("c", {"model_type": "gemma3n", "text_config": {"altup_active_idx": 10**9}}, {})
 
 
 # Ids that have no embedding: MLX would read what else is in memory
