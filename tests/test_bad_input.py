@@ -535,6 +535,7 @@ MODELS_BAD = {
     "heads zero": (lambda f: change(f, num_attention_heads=0), "num_attention_heads = 0"),
     "heads not whole": (lambda f: change(f, num_attention_heads=4.5), "num_attention_heads = 4.5"),
     "heads true": (lambda f: change(f, num_key_value_heads=True), "num_key_value_heads = True"),
+    "blocks that are reused, below zero": (lambda f: change(f, num_kv_reuse_layers=-(10**9)), "num_kv_reuse_layers"),
     "heads an object": (lambda f: change(f, num_attention_heads={}), "cannot be loaded, weights"),
     "vocabulary size not whole": (lambda f: change(f, vocab_size=1856.0), "cannot be loaded"),
     "weights of no numbers": (lambda f: weights(f, lambda w: w.update({NORM: w[NORM] * mx.nan})), "no numbers (NaN)"),

@@ -35,6 +35,7 @@ _NUMBERS = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), _WHOLE),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor"), _FACTOR),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), _EPSILON),
+    "num_kv_reuse_layers": (0, 1000, True),  # AFM builds as many
     "altup_active_idx": (0, 0, True),  # Gemma 3n's is 0; any other may be read beyond an array's end
 }
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
