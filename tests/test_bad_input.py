@@ -475,6 +475,7 @@ MODELS_BAD = {
     "tensor missing": (lambda f: weights(f, lambda w: w.pop(NORM)), "issing"),
     "tensor too many": (lambda f: weights(f, lambda w: w.update(evil=mx.zeros(3))), "evil"),
     "scales missing": (lambda f: weights(f, lambda w: w.pop("model.layers.0.mlp.up_proj.scales")), "cannot be loaded"),
+    "scales of nothing": (lambda f: weights(f, lambda w: w.update({"evil.scales": mx.zeros((1, 1))})), "'evil.scales'"),
     "weights twice": (lambda f: shutil.copy(f / "model.safetensors", f / "model-2.safetensors"), "in two files"),
     "index not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("["), "is not JSON"),
     "index without a map": (

@@ -244,11 +244,12 @@ def _dated() -> Iterator[None]:
     from transformers.utils import chat_template_utils
 
     # A function given to the template would reach it as a text since transformers 5.23.
-    own, chat_template_utils.datetime = chat_template_utils.datetime, _Today
+    module: Any = chat_template_utils
+    own, module.datetime = module.datetime, _Today
     try:
         yield
     finally:
-        chat_template_utils.datetime = own
+        module.datetime = own
 
 
 class _Today(datetime):

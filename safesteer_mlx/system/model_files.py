@@ -263,7 +263,7 @@ def check_config(path: str, config: dict[str, Any], tensors: dict[str, Tensor]) 
         # Weights of 32/bits values a word, scales of one a group: rows must come out equally long.
         weight, scales = tensors.get(f"{stem}.weight"), tensors[name]
         if weight is None or not weight.shape or not scales.shape:
-            raise UserError(f"{path.parent} has {name!r:.80} without a weight beside it; fetch the model again")
+            raise UserError(f"{path} is beside {name!r:.80}, but no weight is; fetch the model again")
         if weight.dtype == "U32" and scales.dtype != "U8" and weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
             raise UserError(
                 f"{path} says {bits} bits in groups of {group}, but {stem!r:.80} is packed {_shape(weight)} "
