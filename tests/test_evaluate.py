@@ -163,7 +163,7 @@ def test_adapters_that_do_not_fit_are_refused(change, base, adapters, tmp_path, 
         mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
     (tmp_path / "adapter_config.json").write_text(config)
     said = refused(capsys, TINY, *FEW, "--adapter-path", str(tmp_path))
-    assert expected.get(change, "") in said and str(tmp_path) in said
+    assert expected in said and str(tmp_path) in said
 
 
 BAD = {
