@@ -59,12 +59,10 @@ def render(tokenizer: Any, turns: Turns) -> list[int]:
     Raises:
         UserError: the template refuses such a conversation.
     """
-    from jinja2 import TemplateError
-
     try:
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation ({error}); begin anew with /reset") from None
+    except UserError as error:
+        raise UserError(f"{error}, or begin anew with /reset") from None
 
 
 class ChatSession:

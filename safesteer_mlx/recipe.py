@@ -390,7 +390,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name == "select_checkpoint":
         limits_of(value)
     if name == "lora_parameters":
-        value = _lora_parameters(value, where)
+        value = check_lora_parameters(value, where)
     if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in list(value))):
         raise UserError(f"{subject} must be a list of numbers above 0; change it")
     if name == "refusal_prefixes" and not (
@@ -442,7 +442,7 @@ def limits_of(select: str) -> dict[str, float]:
     return limits
 
 
-def _lora_parameters(parameters: dict[str, Any], where: str) -> dict[str, Any]:
+def check_lora_parameters(parameters: dict[str, Any], where: str) -> dict[str, Any]:
     """mlx-lm's `lora_parameters`, with ours for what is left out."""
     value = {"rank": 8, "scale": 2.0, "dropout": 0.0} | parameters
     known = ("rank", "scale", "dropout", "keys")

@@ -82,22 +82,15 @@ def added(rows: "Sequence[Row]", texts: "Sequence[str]", tokenizer: Any, vocabul
 
 def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
     """The tokenizer of the run's model, and its V."""
-    from mlx_lm.utils import load_tokenizer
-
-    from .system.load import find
-    from .system.model_files import read_object
+    from .system.load import find, read_tokenizer
+    from .system.model_files import check_model_folder, read_object, vocabulary
 
     recipe = read_yaml(run / "recipe.yaml")
     name = str(recipe.get("model"))
     path = find(name, recipe.get("revision"))
+    check_model_folder(path, trust_remote_code)
     config = read_object(path / "config.json")
-    try:
-        tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the tokenizer of model {name} cannot be loaded ({type(error).__name__}); fetch the model again"
-        ) from None
-    return tokenizer, int(config.get("text_config", config)["vocab_size"])
+    return read_tokenizer(name, path, config, trust_remote_code), vocabulary(name, config)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

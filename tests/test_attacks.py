@@ -29,7 +29,7 @@ from safesteer_mlx.method.framing import (
     takes_system_turn,
 )
 from safesteer_mlx.method.judge import is_refusal, outcome, use_refusal_phrases
-from safesteer_mlx.method.prompts import TODAY, built_in_sets, load_instructions, render, render_turns
+from safesteer_mlx.method.prompts import built_in_sets, load_instructions, render, render_turns
 from safesteer_mlx.method.residual import block_outputs, unit
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
@@ -261,10 +261,8 @@ def test_a_family_that_the_template_refuses_is_left_out_and_said(base, items, ca
             return getattr(base.tokenizer, name)
 
         def apply_chat_template(self, turns, **more):
-            from jinja2 import TemplateError
-
             if len(turns) > 1:
-                raise TemplateError("one user turn only")
+                raise UserError("one user turn only")
             return base.tokenizer.apply_chat_template(turns, **more)
 
     other = attacker(replace(base, tokenizer=OneTurn()))
@@ -272,16 +270,6 @@ def test_a_family_that_the_template_refuses_is_left_out_and_said(base, items, ca
     assert [own.attack.name for own in found["base"]] == ["none", "no chat template"]
     said = capsys.readouterr().out
     assert "turns: left out" in said and "system: left out" in said
-
-
-def test_a_template_that_writes_the_date_writes_one_date():
-    class Dated:
-        chat_template = "{{ strftime_now('%d %b %Y') }}"
-
-        def apply_chat_template(self, turns, add_generation_prompt, strftime_now):
-            return [ord(c) for c in strftime_now("%d %b %Y")]
-
-    assert "".join(map(chr, render(Dated(), "Why?"))) == TODAY.strftime("%d %b %Y") == "01 Jan 2026"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 What is accepted instead says so: a byte-order mark, Windows line ends, a prompt given twice or too long.
 """
 
+import io
 import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,10 +19,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from safesteer_mlx.align import main
+from safesteer_mlx.method import framing, prompts
 from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
-from safesteer_mlx.system.model_files import Tensor, check_model_folder, read_header
-from safesteer_mlx.system.screen import Screen, UserError, visible
+from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, read_header
+from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -302,8 +305,6 @@ def test_a_million_lines_are_read(tmp_path):
 
 
 def test_prompts_given_twice_or_too_long_are_left_out_and_said(tmp_path, capsys):
-    from dataclasses import replace
-
     from safesteer_mlx.method.run import make_run
     from safesteer_mlx.method.train import training_prompts
     from safesteer_mlx.system.load import load
@@ -316,9 +317,6 @@ def test_prompts_given_twice_or_too_long_are_left_out_and_said(tmp_path, capsys)
     harmful, _ = training_prompts(run)
     said = capsys.readouterr().out
     assert len(harmful) == 2 and "1 prompts are there twice" in said and "1 prompts are longer than 512" in said
-    small = replace(base, config={"vocab_size": max(harmful[0].ids)})
-    with pytest.raises(UserError, match="no embedding"):
-        training_prompts(replace(run, base=small))
 
 
 # Models
@@ -374,6 +372,24 @@ def python(folder: Path, name: str) -> None:
     (folder / name).write_text(f"open({str(folder.parent / 'ran')!r}, 'w').write('code ran')\n")
 
 
+def settings_of(folder: Path, **new) -> None:
+    change(folder, "tokenizer_config.json", **new)
+
+
+def turns_end_with(folder: Path, end: object) -> None:
+    change(folder, "generation_config.json", eos_token_id=end)
+
+
+def pipe(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)  # opening it would wait for ever
+
+
+def huge(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"{}")
+    os.truncate(folder / name, 10**12)  # takes no room on the disk
+
+
 MODELS_BAD = {
     "no configuration": (lambda f: (f / "config.json").unlink(), "config.json"),
     "configuration not JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
@@ -404,8 +420,8 @@ MODELS_BAD = {
     "more layers than weights": (lambda f: change(f, num_hidden_layers=9), "issing"),
     "fewer layers than weights": (lambda f: change(f, num_hidden_layers=7), "not in model"),
     "no width": (lambda f: change(f, hidden_size=...), "hidden_size"),
-    "width beyond memory": (lambda f: change(f, hidden_size=10**15), "cannot be loaded"),
-    "width zero": (lambda f: change(f, hidden_size=0), "cannot be loaded"),
+    "width beyond memory": (lambda f: change(f, hidden_size=10**15), "hidden_size = 1000000000000000"),
+    "width zero": (lambda f: change(f, hidden_size=0), "hidden_size = 0"),
     "no vocabulary size": (lambda f: change(f, vocab_size=...), "vocab_size"),
     "vocabulary larger than the embedding": (lambda f: change(f, vocab_size=4000), "cannot be loaded"),
     "vocabulary smaller than the embedding": (lambda f: change(f, vocab_size=100), "cannot be loaded"),
@@ -459,6 +475,7 @@ MODELS_BAD = {
     "tensor missing": (lambda f: weights(f, lambda w: w.pop(NORM)), "issing"),
     "tensor too many": (lambda f: weights(f, lambda w: w.update(evil=mx.zeros(3))), "evil"),
     "scales missing": (lambda f: weights(f, lambda w: w.pop("model.layers.0.mlp.up_proj.scales")), "cannot be loaded"),
+    "scales of nothing": (lambda f: weights(f, lambda w: w.update({"evil.scales": mx.zeros((1, 1))})), "'evil.scales'"),
     "weights twice": (lambda f: shutil.copy(f / "model.safetensors", f / "model-2.safetensors"), "in two files"),
     "index not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("["), "is not JSON"),
     "index without a map": (
@@ -508,7 +525,94 @@ MODELS_BAD = {
         lambda f: (change(f, eos_token_id=99999), (f / "generation_config.json").unlink()),
         "99999",
     ),
+    # What a configuration says that mlx-lm uses only later, or not at all
+    "rope theta in words": (lambda f: change(f, rope_theta="x"), "rope_theta = 'x', no number"),
+    "rope theta null": (lambda f: change(f, rope_theta=None), "cannot be loaded, configuration: [rope]"),
+    "rope theta a list": (lambda f: change(f, rope_theta=[1000.0]), "cannot be loaded, configuration: rope()"),
+    "rope theta zero": (lambda f: change(f, rope_theta=0), "rope_theta = 0"),
+    "rope theta infinite": (lambda f: change(f, rope_theta=float("inf")), "rope_theta = inf"),
+    "epsilon negative": (lambda f: change(f, rms_norm_eps=-1e9), "rms_norm_eps = -1000000000.0"),
+    "epsilon in words": (lambda f: change(f, rms_norm_eps="small"), "rms_norm_eps = 'small'"),
+    "heads zero": (lambda f: change(f, num_attention_heads=0), "num_attention_heads = 0"),
+    "heads not whole": (lambda f: change(f, num_attention_heads=4.5), "num_attention_heads = 4.5"),
+    "heads true": (lambda f: change(f, num_key_value_heads=True), "num_key_value_heads = True"),
+    "blocks that are reused, below zero": (lambda f: change(f, num_kv_reuse_layers=-(10**9)), "num_kv_reuse_layers"),
+    "heads an object": (lambda f: change(f, num_attention_heads={}), "cannot be loaded, weights"),
+    "vocabulary size not whole": (lambda f: change(f, vocab_size=1856.0), "cannot be loaded"),
+    "weights of no numbers": (lambda f: weights(f, lambda w: w.update({NORM: w[NORM] * mx.nan})), "no numbers (NaN)"),
+    "end of turn in words": (lambda f: turns_end_with(f, "x"), "token 'x', none of its 1856"),
+    "end of turn negative": (lambda f: turns_end_with(f, [2, -1]), "token -1"),
+    "end of turn a fraction": (lambda f: turns_end_with(f, 1e9), "token 1000000000.0"),
+    "end of turn nothing": (lambda f: turns_end_with(f, [None]), "token None"),
+    "end of turn an object": (lambda f: turns_end_with(f, {"a": 1}), "token {'a': 1}"),
+    "generation settings a list": (lambda f: (f / "generation_config.json").write_text("[]"), "cannot be loaded"),
+    "longest text -1": (lambda f: settings_of(f, model_max_length=-1), "model_max_length = -1"),
+    "longest text 3": (lambda f: settings_of(f, model_max_length=3), "model_max_length = 3"),
+    "longest text in words": (lambda f: settings_of(f, model_max_length="512"), "model_max_length = '512'"),
+    "longest text a list": (lambda f: settings_of(f, model_max_length=[]), "model_max_length = []"),
+    "tool parser unknown": (lambda f: settings_of(f, tool_parser_type="evil"), "'mlx_lm.tool_parsers.evil'"),
+    "tool parser a path": (lambda f: settings_of(f, tool_parser_type="../evil"), "cannot be loaded, tokenizer"),
+    "tool parser that is none": (lambda f: settings_of(f, tool_parser_type="__init__"), "cannot be loaded, tokenizer"),
+    "template's module unknown": (lambda f: settings_of(f, chat_template_type="evil"), "'mlx_lm.chat_templates.evil'"),
+    "special token a number": (lambda f: settings_of(f, eos_token=5), "eos_token has to be"),
+    "padding on no side": (lambda f: settings_of(f, padding_side="up"), "Padding side"),
+    # No regular files, or too large ones
+    "a pipe as the configuration": (lambda f: pipe(f, "config.json"), "no config.json"),
+    "a pipe as weights": (lambda f: pipe(f, "model.safetensors"), "model.safetensors cannot be read (it is not a reg"),
+    "a pipe as more weights": (lambda f: pipe(f, "model-2.safetensors"), "it is not a regular file"),
+    "a pipe as the index": (lambda f: pipe(f, "model.safetensors.index.json"), "it is not a regular file"),
+    "a pipe as the tokenizer": (lambda f: pipe(f, "tokenizer.json"), "tokenizer.json cannot be read (it is not a"),
+    "a pipe as the tokenizer's settings": (lambda f: pipe(f, "tokenizer_config.json"), "it is not a regular file"),
+    "a pipe as generation settings": (lambda f: pipe(f, "generation_config.json"), "it is not a regular file"),
+    "a pipe as special tokens": (lambda f: pipe(f, "special_tokens_map.json"), "it is not a regular file"),
+    "a pipe as the chat template": (lambda f: pipe(f, "chat_template.jinja"), "it is not a regular file"),
+    "a pipe as one of many templates": (
+        lambda f: ((f / "additional_chat_templates").mkdir(), pipe(f, "additional_chat_templates/a.jinja")),
+        "it is not a regular file",
+    ),
+    "a device as weights": (lambda f: link(f, "model.safetensors", "/dev/zero"), "link out of"),
+    "a terabyte of configuration": (lambda f: huge(f, "config.json"), "1,000,000,000,000 bytes"),
+    "a terabyte of tokenizer": (lambda f: huge(f, "tokenizer.json"), "1,000,000,000,000 bytes"),
+    "a terabyte of template": (lambda f: huge(f, "chat_template.jinja"), "1,000,000,000,000 bytes"),
+    # Tokenizers
+    "tokenizer deep": (lambda f: (f / "tokenizer.json").write_text('{"a":' * 10_000), "cannot be loaded, tokenizer"),
+    "tokenizer that panics": (
+        lambda f: change(f, "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}),
+        "cannot be loaded, tokenizer: range end index",
+    ),
+    "tokenizer that panics over a normalizer": (
+        lambda f: change(f, "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "cannot be loaded, tokenizer: Precompiled",
+    ),
+    "tokenizer of no model": (lambda f: change(f, "tokenizer.json", model=None), "cannot be loaded, tokenizer"),
+    "tokenizer of added words in words": (lambda f: change(f, "tokenizer.json", added_tokens="x"), "cannot be loaded"),
+    "tokenizer that splits by nonsense": (
+        lambda f: change(
+            f,
+            "tokenizer.json",
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        ),
+        "cannot be loaded, tokenizer",
+    ),
+    "tokenizer without words": (
+        lambda f: change(f, "tokenizer.json", model={"type": "WordLevel", "vocab": {}, "unk_token": "?"}),
+        "no refusal opener is a token of this model",
+    ),
+    "more words of no numbers": (lambda f: (f / "added_tokens.json").write_text('{"x": "y"}'), "cannot be loaded"),
+    "more words a list": (lambda f: (f / "added_tokens.json").write_text("[]"), "cannot be loaded, tokenizer"),
+    "special tokens a list": (lambda f: (f / "special_tokens_map.json").write_text("[1]"), "cannot be loaded"),
+    "tokenizer's word below zero": (lambda f: with_token(f, -5), "cannot be loaded, tokenizer"),
+    "tokenizer's word beyond 64 bits": (lambda f: with_token(f, 2**70), "cannot be loaded, tokenizer"),
 }
+
+
+def with_token(folder: Path, number: int, text: str = "<evil>") -> None:
+    """An added token of this id, whatever the model has embeddings for."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"][text] = number
+    more = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"].append({"id": number, "content": text} | more)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 def plain_weights(tensors: dict[str, mx.array]) -> None:
@@ -532,6 +636,248 @@ def test_models(name, copied, tmp_path, capsys):
     spoil(copied)
     assert expected in refused(capsys, tmp_path, str(copied))
     assert not (tmp_path / "ran").exists()
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+REPLACED = "{% set n = namespace(x='aaaa') %}{% for i in range(20) %}{% set n.x = n.x.replace('a', 'aaaaaaaa') %}"
+TEMPLATES = {
+    "without end": (LOOP, "does not end within a second"),
+    "without end for a long text": (
+        "{% if messages[0].content | length > 99 %}" + LOOP + "{% endif %}",
+        "within a second",
+    ),
+    "without end for a system turn": (
+        "{% if messages[0].role == 'system' %}" + LOOP + "{% endif %}",
+        "within a second",
+    ),
+    "without end for a dialogue": ("{% if messages | length > 2 %}" + LOOP + "{% endif %}", "does not end"),
+    "without end without thinking": ("{% if not enable_thinking %}" + LOOP + "{% endif %}", "does not end"),
+    "a number too large": ("{{ 10 ** (10 ** 9) }}", "does not end"),
+    "a width": ("{{ '%999999999d' % 1 }}", "more than 512 MB"),
+    "a text many times": ("{{ ('a' * 999999999) | length }}", "more than 512 MB"),
+    "a list many times": ("{{ ([1] * 999999999) | length }}", "more than 512 MB"),
+    "replaced again and again": (REPLACED + "{% endfor %}{{ n.x | length }}", "more than 512 MB"),
+    "centred": ("{{ 'a'.center(10 ** 10) }}", "more than 512 MB"),
+    "long when rendered": ("{{ 'a' * 2000000 }}", "more than 1000000 characters"),
+    "long": ("a" * 64_001, "64001 characters, more than 64000"),
+    "a number": (5, "no text but a int"),
+    "true": (True, "no text but a bool"),
+    "a list": ([], "multiple chat templates"),
+    "an object of numbers": ({"default": 1}, "no text but a int"),
+    "lists without a name": ([{"template": "a"}], "cannot be loaded, tokenizer"),
+    "including": ("{% include 'config.json' %}", "refuses a single user turn"),
+    "importing": ("{% import 'config.json' as c %}", "refuses a single user turn"),
+    "half a character": ("\ud800", "refuses a single user turn"),
+    "half a character when rendered": ("{{ '\\ud800' }}", "refuses a single user turn"),
+    "brackets in brackets": ("{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}", "refuses a single user turn"),
+    "lists in lists": ("{{ " + "[" * 30_000 + "]" * 30_000 + " }}", "refuses a single user turn"),
+    "conditions in conditions": ("{% if 1 %}" * 3_000 + "{% endif %}" * 3_000, "refuses a single user turn"),
+    "a macro in itself": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "refuses a single user turn"),
+    "divided by zero": ("{{ 1 // 0 }}", "refuses a single user turn (integer division"),
+    "a date of no form": ("{{ strftime_now(5) }}", "refuses a single user turn"),
+    "unknown filter": ("{{ messages | evil }}", "No filter named 'evil'"),
+    "nothing": ("", "adds nothing"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates(name, copied, tmp_path, capsys):
+    template, expected = TEMPLATES[name]
+    settings_of(copied, chat_template=template)
+    started = time.monotonic()
+    assert expected in refused(capsys, tmp_path, str(copied))
+    assert time.monotonic() - started < 20  # 2, where no other process wants the processor
+
+
+def test_what_real_templates_use_is_not_refused(copied):
+    """Trying a template must not fail where transformers renders it; and the date that is written is one date."""
+    from safesteer_mlx.method.prompts import TODAY, render
+    from safesteer_mlx.system.load import load
+
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{% set n = namespace(last='') %}{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{% if loop.index > 9 %}{% break %}{% endif %}"
+        "{% set n.last = m.content %}{% endfor %}{% generation %}{{ n.last | tojson(indent=1) }}{% endgeneration %}"
+        "{{ dict(a=1).items() | list }}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    settings_of(copied, chat_template=template)
+    tokenizer = load(str(copied)).tokenizer
+    text = tokenizer.decode(render(tokenizer, "move it"))
+    assert text == TODAY.strftime("%d %b %Y") + "\"move it\"[('a', 1)]<|im_start|>"
+
+
+def test_an_index_into_an_array_is_held_to_it():
+    with pytest.raises(UserError, match="altup_active_idx = 1000000000, no whole number from 0 to 0"):
+        check_config("c", {"model_type": "gemma3n", "text_config": {"altup_active_idx": 10**9}}, {})
+
+
+# Ids that have no embedding: MLX would read what else is in memory
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory):
+    """A model whose tokenizer knows a word with the id 2e9; nothing of its own holds it."""
+    folder = tmp_path_factory.mktemp("evil") / "model"
+    shutil.copytree(TINY, folder)
+    with_token(folder, 2_000_000_000)
+    return folder
+
+
+def said_to_chat(folder: Path, adapters: Path, text: str) -> int:
+    from safesteer_mlx.chat import main as chat
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return chat([str(folder), "--adapter-path", str(adapters.parent), "--max-tokens", "2"])
+
+
+def of_the_tokenizer(folder: Path, use) -> int:
+    from safesteer_mlx.system.load import load
+
+    return exit_code(lambda: use(load(str(folder))) and None)
+
+
+def evaluated(folder: Path, *argv: str) -> int:
+    from safesteer_mlx.evaluate import main as evaluate
+
+    return evaluate([str(folder), "--test-prompts", "2", "--max-tokens", "2", *argv])
+
+
+def prompts_with_it(folder: Path, name: str) -> str:
+    (folder / name).write_text('{"instruction": "move the <evil> lamp"}\n' * 3)
+    return str(folder)
+
+
+def judged(base, role: str):
+    from safesteer_mlx.evals.judge_model import Template, render_case
+
+    return render_case(base.tokenizer, Template([(role, "{request} {answer} <evil>")], "yes_no"), "a", "b")
+
+
+def attacked(base):
+    from safesteer_mlx.evals.attacks import Attacker
+
+    own = Attacker.__new__(Attacker)
+    object.__setattr__(own, "base", base)
+    return list(own._template(["move <evil>"]))
+
+
+IDS = {
+    "a prompt to train on": lambda m, a, t: main(
+        [str(m), "--data", prompts_with_it(t, "a.jsonl") + "/a.jsonl", "--adapter-path", str(t / "out")]
+    ),
+    "a prompt to test on": lambda m, a, t: evaluated(m, "--data", prompts_with_it(t, "harmful_test.jsonl")),
+    "a message": lambda m, a, t: said_to_chat(m, a, "move the <evil> lamp\n"),
+    "the chat template": lambda m, a, t: (settings_of(m, chat_template="<evil>"), said_to_chat(m, a, "a\n"))[1],
+    "a text for the perplexity": lambda m, a, t: (
+        (t / "a.txt").write_text("move it <evil> there"),
+        evaluated(m, "--perplexity", str(t / "a.txt")),
+    )[1],
+    "an attack without a template": lambda m, a, t: of_the_tokenizer(m, attacked),
+    "a system prompt": lambda m, a, t: of_the_tokenizer(m, lambda b: prompts.render(b.tokenizer, "a", "be <evil>")),
+    "several turns": lambda m, a, t: of_the_tokenizer(
+        m, lambda b: prompts.render_turns(b.tokenizer, [{"role": "user", "content": "<evil>"}] * 3)
+    ),
+    "an opening": lambda m, a, t: of_the_tokenizer(m, lambda b: framing.opening_ids(b.tokenizer, "a", "Sure <evil>")),
+    "a prefix of refusals": lambda m, a, t: of_the_tokenizer(m, lambda b: prompts.opener_ids(b.tokenizer, ["<evil>"])),
+    "a judge's turn": lambda m, a, t: of_the_tokenizer(m, lambda b: judged(b, "user")),
+    "a judge's raw text": lambda m, a, t: of_the_tokenizer(m, lambda b: judged(b, "raw")),
+    "a piece of text alone": lambda m, a, t: of_the_tokenizer(m, lambda b: b.tokenizer.encode("<evil>")),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids_without_an_embedding(name, evil, adapters, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(evil, model)
+    assert IDS[name](model, adapters, tmp_path) == 2
+    said = capsys.readouterr().err.replace("[transformers] ", "")
+    assert "'<evil>' (id 2000000000)" in said and "no embedding among its 1856" in said and "Traceback" not in said
+
+
+def test_a_text_that_no_tokenizer_takes_is_a_sentence(base):
+    """As an argument that is no UTF-8 reaches Python."""
+    with pytest.raises(UserError, match=r"tokenizer: .*; "):
+        base.tokenizer.encode("\udcff")
+
+
+def test_a_token_without_an_embedding_that_nothing_holds_is_no_matter(evil, capsys):
+    from safesteer_mlx.system.load import load
+
+    base = load(str(evil))
+    assert max(prompts.render(base.tokenizer, "move the lamp")) < base.vocabulary
+
+
+TOKENS_BAD = {
+    "2e9": [{"token": "x", "id": 2_000_000_000}],
+    "-1e9": [{"token": "x", "id": -1_000_000_000}],
+    "the first beyond": [{"token": "x", "id": 1856}],
+    "beyond 64 bits": [{"token": "x", "id": 2**70}],
+    "a fraction": [{"token": "x", "id": 1.5}],
+    "1e308": [{"token": "x", "id": 1e308}],
+    "true": [{"token": "x", "id": True}],
+    "null": [{"token": "x", "id": None}],
+    "no text": [{"id": 5}],
+    "a number": 5,
+    "nothing": [],
+    "another word": [{"token": "no such word", "id": 5}],
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    from safesteer_mlx.system.load import load
+
+    return load(str(TINY))
+
+
+@pytest.mark.parametrize("name", TOKENS_BAD)
+def test_a_runs_tokens(name, base, tmp_path):
+    """By hand, or another model's: `evaluate` measures drift without them."""
+    from safesteer_mlx.evaluate import _safety_tokens
+
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "tokens.json"
+    file.write_text(json.dumps(TOKENS_BAD[name]))
+    with pytest.raises(UserError, match=r"tokens\.json.*; "):
+        _safety_tokens(tmp_path, base)
+
+
+ADAPTER_SETTINGS_BAD = {
+    "scale a list": ({"scale": [2.0]}, "scale = [2.0] must be a number"),
+    "scale in words": ({"scale": "big"}, "scale"),
+    "scale infinite": ({"scale": float("inf")}, "scale"),
+    "rank a list": ({"rank": [8]}, "rank = [8] must be"),
+    "rank zero": ({"rank": 0}, "rank = 0"),
+    "rank without end": ({"rank": 10**12}, "rank"),
+    "dropout a list": ({"dropout": []}, "dropout"),
+    "dropout of all": ({"dropout": 1}, "dropout"),
+    "keys a number": ({"keys": 5}, "keys"),
+    "keys of numbers": ({"keys": [5]}, "keys"),
+    "parameters a list": ([], "lora_parameters"),
+    "parameters null": (None, "lora_parameters"),
+}
+
+
+@pytest.mark.parametrize("name", [*ADAPTER_SETTINGS_BAD, "layers in words", "settings a list", "other shape", "a pipe"])
+def test_settings_of_adapters(name, adapters, tmp_path, capsys):
+    shutil.copytree(adapters.parent, folder := tmp_path / "adapters")
+    wrong, expected = ADAPTER_SETTINGS_BAD.get(name, ({}, "adapters"))
+    file = "adapter_config.json"
+    if name in ADAPTER_SETTINGS_BAD:
+        own = json.loads((folder / file).read_text())["lora_parameters"]
+        change(folder, file, lora_parameters=own | wrong if isinstance(wrong, dict) else wrong)
+    elif name == "layers in words":
+        change(folder, file, num_layers="all")
+    elif name == "settings a list":
+        (folder / file).write_text("[]")
+    elif name == "other shape":
+        spoiled(lambda w, k: w.update({k: w[k].T}))(folder / "adapters.safetensors")
+    else:
+        pipe(folder, "adapters.safetensors")
+    assert said_to_chat(TINY, folder / file, "move the lamp\n") == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and "; " in said
 
 
 def test_code_of_a_model_would_run_if_it_were_trusted(copied, tmp_path):

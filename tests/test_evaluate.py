@@ -144,7 +144,9 @@ def test_adapters_that_do_not_fit_are_refused(change, base, adapters, tmp_path, 
     weights = dict(mx.load(str(adapters / "adapters.safetensors")))  # type: ignore[arg-type]
     name = sorted(weights)[3]
     config = (adapters / "adapter_config.json").read_text()
-    expected = {"missing": "lacks 1 of", "foreign": "foreign.lora_a", "shape": name, "empty": "lacks"}.get(change, "")
+    expected = {"missing": "lacks 1 of", "foreign": "foreign.lora_a", "shape": name, "empty": "holds no tensor"}.get(
+        change, ""
+    )
     if change == "missing":
         del weights[name]
     elif change == "foreign":

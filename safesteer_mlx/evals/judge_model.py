@@ -17,9 +17,9 @@ import mlx.nn as nn
 from ..method.residual import last_logits
 from ..method.rollout import Completion, Sampling, answer_text, generate
 from ..recipe import PACKAGE, nearest
-from ..system.load import Loaded, find, load
+from ..system.load import Loaded, find, load, read_tokenizer
 from ..system.memory import with_smaller_batches
-from ..system.model_files import check_model_folder
+from ..system.model_files import check_model_folder, read_object
 from ..system.screen import Advance, UserError, silent
 from .judge_replies import DECIDING, VERDICTS, Said, Verdict, parse_guard, read_verdict
 
@@ -138,21 +138,12 @@ def check_judge(name: str, template: Template, trust_remote_code: bool = False) 
     """See that a judge is there and takes its template's turns, before answers are made for it.
 
     Raises:
-        UserError: as `find`, `check_model_folder` and `render_case`, or its tokenizer cannot be loaded.
+        UserError: as `find`, `check_model_folder`, `read_tokenizer` and `render_case`.
     """
-    from mlx_lm.utils import load_tokenizer
-
     path = find(name, with_code=trust_remote_code)
     check_model_folder(path, trust_remote_code)
-    try:
-        tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code})
-    except Exception as error:  # a stranger's files can make transformers raise anything
-        raise UserError(
-            f"judge {name} cannot be loaded, tokenizer: {type(error).__name__}; "
-            "is it a text model that mlx-lm supports?"
-        ) from None
-    if not template.raw and not tokenizer.has_chat_template:
-        raise UserError(f"judge {name} has no chat template; choose a --judge-template with [raw] for it")
+    config = read_object(path / "config.json")
+    tokenizer = read_tokenizer(name, path, config, trust_remote_code, chat=not template.raw)
     render_case(tokenizer, template, "a", "b")
 
 

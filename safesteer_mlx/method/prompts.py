@@ -5,7 +5,8 @@ One rendering serves direction, token selection, training and evaluation (method
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -232,19 +233,29 @@ def render_turns(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     Raises:
         UserError: the template refuses such a conversation.
     """
-    from jinja2 import TemplateError
+    with _dated():
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
 
-    # Llama 3.2, Mistral Small, SmolLM3 and gpt-oss write today's date: a run would go on with other prompts tomorrow.
-    dated = {"strftime_now": TODAY.strftime} if "strftime_now" in str(tokenizer.chat_template or "") else {}
+
+@contextmanager
+def _dated() -> Iterator[None]:
+    """It is `TODAY` for chat templates: Llama 3.2, Mistral Small, SmolLM3 and gpt-oss write today's date, and a run
+    would go on with other prompts tomorrow."""
+    from transformers.utils import chat_template_utils
+
+    # A function given to the template would reach it as a text since transformers 5.23.
+    module: Any = chat_template_utils
+    own, module.datetime = module.datetime, _Today
     try:
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, **dated))
-    except TemplateError as error:
-        system = turns[0]["role"] == "system"
-        what = "a system turn" if system else "a single user turn" if len(turns) == 1 else "several turns"
-        raise UserError(
-            f"the chat template refuses {what} ({error}); choose a model whose template takes it"
-            + (", or another --teacher" if system else "")
-        ) from None
+        yield
+    finally:
+        module.datetime = own
+
+
+class _Today(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return TODAY
 
 
 def render_all(tokenizer: Any, instructions: Sequence[Instruction], system: str | None = None) -> list[list[int]]:

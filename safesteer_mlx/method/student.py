@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..recipe import TrainSettings
-from ..system.model_files import read_header, some
+from ..recipe import TrainSettings, check_lora_parameters
+from ..system.model_files import read_header, read_object, some
 from ..system.screen import UserError
 from ..system.store import save_arrays, write
 from .residual import blocks, checkpoint_blocks, last_logits, view
@@ -113,11 +113,19 @@ def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
     """
     from mlx_lm.tuner.utils import load_adapters
 
+    file = folder / "adapter_config.json"
+    config = read_object(file, "make the adapters again")
+    if config.get("fine_tune_type", "lora") != "full":
+        if not isinstance(given := config.get("lora_parameters"), dict):
+            raise UserError(f"{file} has no lora_parameters; make the adapters again")
+        known = ("rank", "scale", "dropout", "keys")  # older files hold others, which mlx-lm does not read
+        check_lora_parameters({key: given[key] for key in known if key in given}, str(file))
+    names = set(read_header(folder / "adapters.safetensors"))
     model = view(base)
     try:
         load_adapters(model, str(folder))
-        names = set(mx.load(str(folder / "adapters.safetensors")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        mx.eval(last_logits(model, [[0]]))  # weights of another shape fail only when they are used
+    except Exception as error:  # a stranger's files can make mlx-lm raise anything
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
             f"--adapter-path {folder} does not fit this model ({lines[-1].strip()[:150]}); "
@@ -129,8 +137,6 @@ def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
             f"--adapter-path {folder} lacks {len(missing)} of its {len(expected)} weights ({missing[0]} first); "
             "make the adapters again"
         )
-    if not names:
-        raise UserError(f"--adapter-path {folder} holds no weights; make the adapters again")
     model.freeze()
     model.eval()
     mx.eval(model.parameters())

@@ -468,7 +468,7 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
     Ours: the direction's prompts are among them. The more there are of either kind, the finer the line between them.
 
     Raises:
-        UserError: no harmful prompt is short enough, or one holds an id without an embedding.
+        UserError: no harmful prompt is short enough.
     """
     recipe, base, sets = run.recipe, run.base, run.prompts.sets
     limit, guard = recipe.train.max_prompt_length, guarding_prompt(recipe)
@@ -481,11 +481,6 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
         for text in texts:
             ids = render(base.tokenizer, text)
             target_ids = render(base.tokenizer, text, guard) if harmful and guard else ids
-            if max(ids) >= base.vocabulary:  # MLX would read beyond the embedding
-                raise UserError(
-                    f"a training prompt holds a special token (id {max(ids)}) for which model {base.name} has no "
-                    "embedding; take that prompt out"
-                )
             if len(ids) <= limit:
                 into.append(TrainingPrompt(ids, target_ids, harmful, text))
         if len(into) < len(texts):

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,8 +12,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .chat_template import check_template
 from .hub import headers, is_offline, model_folder
-from .model_files import Tensor, check_loaded, check_model_folder, check_weights, read_object
+from .model_files import (
+    Tensor,
+    check_config,
+    check_ends,
+    check_loaded,
+    check_model_folder,
+    check_weights,
+    read_object,
+    vocabulary,
+)
 from .screen import UserError
 
 # Of the memory that a dequantized copy may take on the CPU backend.
@@ -34,8 +46,7 @@ class Loaded:
     @property
     def vocabulary(self) -> int:
         """V of the logits, from the configuration."""
-        text = self.config.get("text_config") or self.config
-        return int(text["vocab_size"])
+        return vocabulary(self.name, self.config)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -84,9 +95,12 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
     """
     if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or is_offline():
         path = find(name, revision)
-        return read_object(path / "config.json"), check_weights(path)
-    config, tensors = headers(name, revision)
-    return config, {tensor: Tensor(dtype, shape) for tensor, (dtype, shape) in tensors.items()}
+        config, tensors = read_object(path / "config.json"), check_weights(path)
+    else:
+        config, found = headers(name, revision)
+        tensors = {tensor: Tensor(dtype, shape) for tensor, (dtype, shape) in found.items()}
+    check_config(name, config, tensors)
+    return config, tensors
 
 
 def load(
@@ -105,37 +119,23 @@ def load(
     on its dequantized weights: the same values. On Metal never.
 
     Raises:
-        UserError: as `find` and `check_model_folder`, or the model is of an unknown architecture, has weights
-            that do not fit it, no chat template, no end-of-turn token, or no switch for thinking.
+        UserError: as `find`, `check_model_folder` and `read_tokenizer`, or the model is of an unknown architecture,
+            has weights that do not fit it, computes nothing, or has no end-of-turn token or no switch for thinking.
     """
-    from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+    from mlx_lm.utils import dequantize_model, load_model
 
     path = find(name, revision, trust_remote_code)
     check_model_folder(path, trust_remote_code)
-    what = "weights"
-    try:
+    with _explained(name, "weights"):
         # Lazily: nothing is read or computed before the weights' shapes and types are checked.
         model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
-        what = "tokenizer"
-        tokenizer = load_tokenizer(
-            path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
-        )
-    except Exception as error:  # a stranger's files can make mlx-lm and transformers raise anything
-        first = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(
-            f"model {name} cannot be loaded, {what}: {first[:200]}; is it a text model that mlx-lm supports?"
-        ) from None
-    if chat and not tokenizer.has_chat_template:
-        raise UserError(f"model {name} has no chat template; SafeSteer aligns chat models, choose its instruct version")
+    tokenizer = read_tokenizer(name, path, config, trust_remote_code, chat)
     if not tokenizer.eos_token_ids:
         raise UserError(f"model {name} names no end-of-turn token; set eos_token_id in its config.json")
     _read_channels(tokenizer)
     if thinking != "auto":
         tokenizer = _switched(tokenizer, thinking == "on")
-    text = config.get("text_config") or config
-    if type(vocabulary := text.get("vocab_size")) is not int:
-        raise UserError(f"model {name} has vocab_size = {vocabulary!r} in its config.json; fetch the model again")
-    check_loaded(name, model, tokenizer, vocabulary)
+    check_loaded(name, model, tokenizer, vocabulary(name, config))
     mx.eval(model.parameters())
     model.eval()
     try:
@@ -144,6 +144,8 @@ def load(
         raise UserError(
             f"model {name} is of an architecture that mlx-lm cannot freeze ({error}); choose another"
         ) from None
+    with _explained(name, "configuration"):
+        _compute(model)
     sizes = [m.weight.size * 32 // m.bits for _, m in model.named_modules() if hasattr(m, "bits")]
     slow = bool(sizes) and mx.default_device() == mx.Device(mx.cpu)
     if dequantize := slow and 4 * sum(sizes) <= _DEQUANTIZED_BYTES:
@@ -152,6 +154,99 @@ def load(
         mx.eval(model.parameters())
     thinks = tokenizer.has_thinking and thinking != "off"
     return Loaded(name, path, model, tokenizer, config, bool(sizes), dequantize, thinks)
+
+
+def read_tokenizer(
+    name: str, folder: Path, config: dict[str, Any], trust_remote_code: bool = False, chat: bool = True
+) -> Any:
+    """The tokenizer of a checked folder, whose ids all have an embedding and whose template is known to end.
+
+    Raises:
+        UserError: it cannot be loaded, has no chat template (if `chat`), or as `check_template`.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    size, ends = vocabulary(name, config), config.get("eos_token_id")
+    if ends is not None:
+        check_ends(name, ends, size)
+    with _explained(name, "tokenizer"):
+        tokenizer = load_tokenizer(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=ends)
+    if chat and not tokenizer.has_chat_template:
+        raise UserError(
+            f"model {name} has no chat template; choose its instruct version, or, for a judge, a --judge-template with "
+            "[raw]"
+        )
+    if chat and tokenizer.chat_template is not None:
+        with _explained(name, "chat template"):
+            template = tokenizer.get_chat_template()
+        check_template(name, template, tokenizer.special_tokens_map)
+    return _guarded(name, tokenizer, size)
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """A stranger's files can make mlx-lm and transformers raise anything: it becomes one sentence."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # tokenizers, whose panics are no Exception, too
+        first = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(
+            f"model {name} cannot be loaded, {what}: {first[:200]}; is it a text model that mlx-lm supports?"
+        ) from None
+
+
+def _compute(model: nn.Module) -> None:
+    """Read two tokens, as sampling does: what a configuration says wrongly is often used only here.
+
+    Raises:
+        ValueError: what comes out is no number.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if mx.isnan(model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))).any():
+        raise ValueError("it computes no numbers (NaN)")
+
+
+def _guarded(name: str, tokenizer: Any, size: int) -> Any:
+    """A view of a tokenizer that gives no id beyond the embedding's rows, where MLX would read other memory, and
+    whose chat template fails in one sentence.
+
+    Added tokens may have such ids (Gemma 3's pictures, the padding of Llama 2's children), as long as nothing that
+    the model reads holds them; so each text is looked at, not the list of tokens.
+    """
+
+    def checked(ids: Any) -> Any:
+        if isinstance(ids, list) and max(ids, default=0) >= size:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"a text or the chat template holds {token!r:.80} (id {max(ids)}), for which model {name} has no "
+                f"embedding among its {size}; take it out, or choose another model"
+            )
+        return ids
+
+    def encode(*args: Any, **options: Any) -> Any:
+        with _explained(name, "tokenizer"):
+            return checked(tokenizer.encode(*args, **options))
+
+    def apply_chat_template(turns: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return checked(tokenizer.apply_chat_template(turns, *args, **options))
+        except UserError:
+            raise
+        except Exception as error:
+            system = turns[0]["role"] == "system"
+            what = "a system turn" if system else "a single user turn" if len(turns) == 1 else "several turns"
+            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            raise UserError(
+                f"the chat template refuses {what} ({reason}); choose a model whose template takes it"
+                + (", or another --teacher" if system else "")
+            ) from None
+
+    view = copy.copy(tokenizer)
+    vars(view).update(encode=encode, apply_chat_template=apply_chat_template)
+    return view
 
 
 def _read_channels(tokenizer: Any) -> None:

@@ -8,22 +8,38 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .files import check_regular
 from .screen import UserError
 
 # What MLX can read, and its bytes a value.
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _BYTES |= {"U64": 8, "I64": 8, "C64": 8, "F8_E4M3": 1}
-_MOST_JSON = 200_000_000  # bytes; large tokenizers take some 30 MB
+_MOST_BYTES = 200_000_000  # of a file that is no weights; large tokenizers take some 30 MB
 _MOST_NAMED = 3  # names in one sentence
 _MOST_DIMENSIONS = 16  # of a tensor
 
 _READ = (".json", ".jinja", ".safetensors", ".model", ".tiktoken", ".txt", ".jsonl", ".py")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
+_CHAT_TEMPLATES = "additional_chat_templates"  # a folder that transformers reads too
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".h5", ".gguf")
+
+# Numbers of a configuration: by name the least, the most and whether they are whole. Null is for mlx-lm's own value;
+# lists and objects, as some families have them by block, are left to mlx-lm, whose errors are told in a sentence too.
+_WHOLE, _FACTOR, _EPSILON = (1, 10**9, True), (1e-9, 1e30, False), (0, 1e3, False)
+_NUMBERS = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), _WHOLE),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor"), _FACTOR),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), _EPSILON),
+    "num_kv_reuse_layers": (0, 1000, True),  # AFM builds as many
+    "altup_active_idx": (0, 0, True),  # Gemma 3n's is 0; any other may be read beyond an array's end
+}
+_LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+_SHORTEST = 16  # tokens that a tokenizer must take: no conversation is shorter
 
 
 @dataclass(frozen=True)
@@ -43,38 +59,43 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
     """Check a model's folder without running, loading or unpickling anything of it; its tensors by name.
 
     Raises:
-        UserError: files that lead out of the folder, code that wants to run, no or malformed weights, an
+        UserError: files that lead out of the folder or are none, code that wants to run, no or malformed weights, an
             index or a configuration that contradicts them, or no tokenizer.
     """
-    _check_links(folder)
-    config = read_object(folder / "config.json")
+    _check_files(folder)
+    config, settings = read_object(folder / "config.json"), {}
+    if (folder / "tokenizer_config.json").exists():
+        settings = read_object(folder / "tokenizer_config.json")
     if not trust_remote_code:
-        _check_code(folder, config)
+        _check_code(folder, {"config.json": config, "tokenizer_config.json": settings})
+    longest = settings.get("model_max_length")
+    if longest is not None and (type(longest) not in (int, float) or not longest >= _SHORTEST):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} has model_max_length = {longest!r:.40}, no number of at least "
+            f"{_SHORTEST}; fetch the model again"
+        )
     tensors = check_weights(folder)
-    _check_config(folder / "config.json", config, tensors)
+    check_config(str(folder / "config.json"), config, tensors)
     if not any((folder / name).is_file() for name in _TOKENIZERS) and not any(folder.glob("*.tiktoken")):
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model); fetch the whole model")
     return tensors
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: missing, too large, not JSON or not an object.
+        UserError: missing, too large, no regular file, not JSON or not an object.
     """
+    check_regular(path, str(path), remedy, _MOST_BYTES)
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise UserError(f"{path} is {path.stat().st_size} bytes long, far too much for JSON; fetch the model again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); fetch the model again") from None
-    except UserError:
-        raise
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     except (ValueError, RecursionError):  # broken JSON, broken UTF-8, numbers or brackets without end
-        raise UserError(f"{path} is not JSON; fetch the model again") from None
+        raise UserError(f"{path} is not JSON; {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not an object; fetch the model again")
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object; {remedy}")
     return content
 
 
@@ -86,8 +107,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """
 
     def wrong(what: str) -> UserError:
-        return UserError(f"{path} {what}; fetch or make the file again")
+        return UserError(f"{path} {what}; {remedy}")
 
+    remedy = "fetch or make the file again"
+    check_regular(path, str(path), remedy)
     try:
         # Opened by Python too, whose errors name their reason; of the values, none is read.
         with path.open("rb"), safe_open(path, framework="numpy") as file:
@@ -112,27 +135,42 @@ def _shape(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
-def _check_links(folder: Path) -> None:
-    """Links may lead about the folder and, in the Hub's cache, to the blobs of the same repository."""
+def _check_files(folder: Path) -> None:
+    """Whatever is read must be a regular file. Links may lead about the folder and, in the Hub's cache, to the blobs of
+    the same repository."""
     real = folder.resolve()
     rooms = [real]
     if real.parent.name == "snapshots":
         rooms.append(real.parent.parent / "blobs")
-    for path in folder.iterdir():
-        if path.is_symlink() and path.suffix in _READ:
+    for path in [*folder.iterdir(), *folder.glob(f"{_CHAT_TEMPLATES}/*")]:
+        if path.suffix not in _READ:
+            continue
+        if path.is_symlink():
             try:
                 target = path.resolve(strict=True)
             except (OSError, RuntimeError):  # nothing there, or a circle
                 raise UserError(f"{path} is a link that leads nowhere; fetch the model again") from None
             if not any(target.is_relative_to(room) for room in rooms):
                 raise UserError(f"{path} is a link out of the model's folder; put the file itself in its place")
+        if not path.is_dir():
+            most = None if path.suffix in (".safetensors", ".jsonl") else _MOST_BYTES
+            check_regular(path, str(path), "fetch the model again", most)
 
 
-def _check_code(folder: Path, config: dict[str, Any]) -> None:
+def vocabulary(name: str, config: dict[str, Any]) -> int:
+    """V, the rows of the embedding, from a model's configuration.
+
+    Raises:
+        UserError: it does not say.
+    """
+    text = config.get("text_config") or config
+    if type(size := text.get("vocab_size")) is not int or size < 1:
+        raise UserError(f"model {name} has vocab_size = {size!r:.40} in its config.json; fetch the model again")
+    return size
+
+
+def _check_code(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
     """Neither the model nor its tokenizer may ask for code of its own."""
-    configs = {"config.json": config}
-    if (folder / "tokenizer_config.json").exists():
-        configs["tokenizer_config.json"] = read_object(folder / "tokenizer_config.json")
     for file, content in configs.items():
         for key in ("model_file", "auto_map"):
             if content.get(key):
@@ -175,7 +213,12 @@ def check_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_config(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def check_config(path: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Check what mlx-lm and the plan for memory will go by; `path` says where it stands.
+
+    Raises:
+        UserError: an architecture, a number or a quantization that cannot be meant, or not for these weights.
+    """
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind.replace("-", "_").replace(".", "_").isidentifier():
         raise UserError(
@@ -184,12 +227,24 @@ def _check_config(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     text = config.get("text_config") or config
     if not isinstance(text, dict):
         raise UserError(f"{path} has a text_config that is no object; fetch the model again")
-    for key in ("num_hidden_layers", "n_layers", "num_layers"):
+    for key in _LAYERS:
         layers = text.get(key)
         if key in text and (type(layers) is not int or not 1 <= layers <= len(tensors)):
             raise UserError(
                 f"{path} has {key} = {layers!r:.40} for weights of {len(tensors)} tensors; fetch the model again"
             )
+    for key, (least, most, whole) in _NUMBERS.items():
+        value = text.get(key)
+        if value is None or isinstance(value, list | dict):
+            continue
+        if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+            number = "whole number" if whole else "number"
+            raise UserError(
+                f"{path} has {key} = {value!r:.40}, no {number} from {least:g} to {most:g}; fetch the model again"
+            )
+    packing = config.get("quantization_config")
+    if isinstance(packing, dict) and type(packing.get("bits")) not in (int, NoneType):
+        raise UserError(f"{path} has no whole bits in quantization_config; fetch the model again")
     quantization = config.get("quantization")
     if quantization is None:
         return
@@ -208,7 +263,7 @@ def _check_config(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         # Weights of 32/bits values a word, scales of one a group: rows must come out equally long.
         weight, scales = tensors.get(f"{stem}.weight"), tensors[name]
         if weight is None or not weight.shape or not scales.shape:
-            raise UserError(f"{path.parent} has {name!r:.80} without a weight beside it; fetch the model again")
+            raise UserError(f"{path} is beside {name!r:.80}, but no weight is; fetch the model again")
         if weight.dtype == "U32" and scales.dtype != "U8" and weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
             raise UserError(
                 f"{path} says {bits} bits in groups of {group}, but {stem!r:.80} is packed {_shape(weight)} "
@@ -244,9 +299,23 @@ def check_loaded(name: str, model: Any, tokenizer: Any, vocabulary: int) -> None
             raise UserError(f"model {name} holds {path} as {weight.dtype}, not {want}; fetch the model again")
     added = set(tokenizer.added_tokens_decoder)
     beyond = [i for i in tokenizer.get_vocab().values() if i >= vocabulary and i not in added]
-    ends = [i for i in tokenizer.eos_token_ids if not 0 <= i < vocabulary]
-    if beyond or ends:
+    if beyond:
         raise UserError(
-            f"model {name} has a tokenizer with id {max(beyond or ends)}, beyond its vocabulary of {vocabulary}; "
+            f"model {name} has a tokenizer with id {max(beyond)}, beyond its vocabulary of {vocabulary}; "
             "take the tokenizer of this very model"
         )
+    check_ends(name, tokenizer.eos_token_ids, vocabulary)
+
+
+def check_ends(name: str, ends: Any, vocabulary: int) -> None:
+    """See that the tokens which end a model's turn, one or several, are tokens of its own.
+
+    Raises:
+        UserError: one is not.
+    """
+    for end in ends if isinstance(ends, list | set) else [ends]:
+        if type(end) is not int or not 0 <= end < vocabulary:
+            raise UserError(
+                f"model {name} ends its turn with token {end!r:.40}, none of its {vocabulary}; mend eos_token_id in "
+                "its config.json and generation_config.json"
+            )

@@ -71,8 +71,17 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     """The shape from what was read.
 
     Raises:
-        UserError: the configuration lacks a size that is needed.
+        UserError: the configuration lacks a size that is needed, or has what is none.
     """
+    try:
+        return _shape_of(config, tensors)
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"the sizes in the config.json make no model ({str(error).rstrip('.'):.200}); fetch the model again"
+        ) from None
+
+
+def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     text = config.get("text_config") or config
     quantization = config.get("quantization") or config.get("quantization_config")
     bits = quantization.get("bits", 4) if isinstance(quantization, dict) else 0
