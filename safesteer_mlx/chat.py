@@ -5,14 +5,12 @@ as text alone: no escape of theirs reaches the terminal.
 """
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Parser, adapter_folder, add_model_flags, model_name
+from .recipe import MOST_FACTOR, MOST_LENGTH, MOST_SEED, Parser, adapter_folder, add_model_flags, at_least, model_name
 from .system.hub import prepare
 from .system.screen import UserError, exit_code, visible
 
@@ -32,22 +30,20 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
 
     from .method.residual import last_logits, steer
     from .method.student import with_adapters
+    from .system.finished import Vector, read_record
 
     voices = {"base": base, "aligned": with_adapters(base, folder)}
     if coeff is not None:
-        path = folder / "run" / "direction.json"
+        record = read_record(folder / "run", "direction.json", Vector)
+        vector = mx.array(record["vector"], mx.float32)
+        if not mx.any(vector).item():
+            raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
         try:
-            record = json.loads(path.read_text("utf-8"))
-            vector = mx.array(record["vector"], mx.float32)
-            if not mx.any(vector).item():
-                raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
             voices["teacher"] = steer(base, record["layer"], vector, coeff)
             mx.eval(last_logits(voices["teacher"], [[0]]))  # a vector of another width fails only when it is used
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, IndexError) as error:
             raise UserError(
-                f"--steer: {path} holds no direction for this model ({type(error).__name__}); "
+                f"--steer: the run in {folder} holds no direction for this model ({type(error).__name__}); "
                 "leave it out, or give the adapters of a run of align"
             ) from None
     return voices
@@ -200,17 +196,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steer", type=float, metavar="COEFF", help="the run's teacher too, steered with this coefficient")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 takes the likeliest (default: 0)")
     add("--top-p", type=float, default=1.0, help="nucleus of the sampling (default: 1)")
-    add("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
-    add("--seed", type=int, default=42, help="seed of the sampling (default: 42)")
+    add("--max-tokens", type=at_least(1, MOST_LENGTH), default=512, help="longest answer (default: 512)")
+    add("--seed", type=at_least(0, MOST_SEED), default=42, help="seed of the sampling (default: 42)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
     args.model = model_name(args.model)
+    up = f"and at most {MOST_FACTOR:g}"
     for flag, value, fits, least in (
-        ("--steer", args.steer, args.steer is None or (math.isfinite(args.steer) and args.steer > 0), "above 0"),
-        ("--temp", args.temp, math.isfinite(args.temp) and args.temp >= 0, "at least 0"),
+        ("--steer", args.steer, args.steer is None or 0 < args.steer <= MOST_FACTOR, f"above 0, {up}"),
+        ("--temp", args.temp, 0 <= args.temp <= MOST_FACTOR, f"at least 0, {up}"),
         ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "at least 1"),
-        ("--seed", args.seed, args.seed >= 0, "at least 0"),
     ):
         if not fits:
             raise UserError(f"{flag} {value} does not fit; it must be {least}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipe import Parser, at_least
+from .system.files import user_path
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -121,7 +122,7 @@ def _target(run: "FinishedRun", args: Namespace) -> Path:
     parts = name.split("/")
     if len(parts) != 2 or not all(part and part.strip(".") and part.isprintable() for part in parts):
         raise UserError(f"--name {name} is not of the form PUBLISHER/NAME; give one like safesteer/my-model")
-    folder = args.out.expanduser() / name
+    folder = user_path(args.out) / name
     if folder.exists():
         raise UserError(f"{folder} exists already; give another --name or --out, or remove it")
     return folder

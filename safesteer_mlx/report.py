@@ -81,27 +81,14 @@ def read_run(folder: Path, transcripts: bool = True) -> RunFiles:
     Raises:
         UserError: a file is missing or damaged.
     """
-
-    def text(name: str) -> str:
-        try:
-            return (folder / name).read_text("utf-8")
-        except FileNotFoundError:
-            raise UserError(f"{folder} holds no {name}; give the run/ folder of a run that has finished") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{folder / name} cannot be read ({type(error).__name__}); make the run again") from None
+    from .system.finished import read_record
 
     def parsed(name: str, optional: bool = False) -> Any:
-        if optional and not (folder / name).is_file():
-            return None
-        try:
-            if name.endswith(".jsonl"):
-                return [json.loads(line) for line in text(name).split("\n") if line]
-            return json.loads(text(name))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{folder / name} line {error.lineno} is not JSON; make the run again") from None
+        return None if optional and not (folder / name).exists() else read_record(folder, name)
 
-    has_answers = (folder / "transcripts.jsonl").is_file()
-    text("recipe.yaml")  # a missing file is told in the words above
+    has_answers = (folder / "transcripts.jsonl").exists()
+    if not (folder / "recipe.yaml").exists():
+        raise UserError(f"{folder} holds no recipe.yaml; give the run/ folder of a run that has finished")
     return RunFiles(
         folder,
         current_names(read_yaml(folder / "recipe.yaml")),

@@ -20,6 +20,7 @@ import numpy as np
 from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
 from ..method.prompts import render
 from ..method.rollout import Completion, Sampling, answer_text, has_equal_batches, set_equal_batches
+from ..system.files import MOST_TEMPLATE, read_text, user_path
 from ..system.load import Loaded
 from ..system.screen import Advance, UserError
 
@@ -59,7 +60,7 @@ def reader_for(
     """
     if kind == "server":
         return _server(what, sampling, seed, served_model)
-    path = Path(what).expanduser()
+    path = user_path(what)
     if kind in ("mlx", "adapter"):
         return _mlx(path, base, sampling, seed, with_adapter=kind == "adapter")
     if kind == "transformers":
@@ -77,7 +78,7 @@ def kind_of(what: str) -> str:
     """
     if what.startswith(("http://", "https://")):
         return "server"
-    path = Path(what).expanduser()
+    path = user_path(what)
     if path.is_file() and (path.suffix == ".gguf" or path.name == "Modelfile"):
         return "llama.cpp"
     if (path / "adapter_model.safetensors").is_file():
@@ -218,7 +219,8 @@ def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
 
     files = {"FROM": str(path), "ADAPTER": None}
     if path.name == "Modelfile":
-        lines = [line.split(maxsplit=1) for line in path.read_text("utf-8").splitlines()]
+        text = read_text(path, str(path), "give an export's Modelfile", MOST_TEMPLATE)
+        lines = [line.split(maxsplit=1) for line in text.splitlines()]
         files |= {line[0]: str(path.parent / line[1]) for line in lines if len(line) == 2 and line[0] in files}
     try:
         with _quiet():

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .files import user_path
 from .hub import headers, is_offline, model_folder
 from .model_files import Tensor, check_loaded, check_model_folder, check_weights, read_object
 from .screen import UserError
@@ -60,7 +61,7 @@ def find(name: str, revision: str | None = None, with_code: bool = False) -> Pat
     Raises:
         UserError: no such folder or repository, no access, or no configuration in it.
     """
-    local = Path(name).expanduser()
+    local = user_path(name)
     if local.exists():
         if revision is not None:
             raise UserError(
@@ -82,7 +83,7 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
     Raises:
         UserError: as `find`, or a file cannot be believed.
     """
-    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or is_offline():
+    if user_path(name).exists() or name.startswith((".", "/", "~")) or is_offline():
         path = find(name, revision)
         return read_object(path / "config.json"), check_weights(path)
     config, tensors = headers(name, revision)
