@@ -26,7 +26,7 @@ from .recipe import (
     nearest,
     one_model,
 )
-from .system.files import MOST_TEXT, check_out, check_regular, user_path
+from .system.files import MOST_TEXT, check_out, check_regular, user_path, write_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -350,7 +350,7 @@ def _run(argv: list[str] | None) -> None:
     if args.out is not None:
         # NaN is not JSON; a measurement that does not exist is null.
         plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
-        args.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        write_out(args.out, json.dumps(plain, indent=2) + "\n")
         screen.line(f"scores: {args.out}")
 
 

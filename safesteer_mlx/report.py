@@ -50,7 +50,10 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
     """
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib; pip install 'safesteer-mlx[report]'")
-    from .evals.figures import picture
+    try:
+        from .evals.figures import picture
+    except ValueError as error:  # matplotlib reads its settings when it is imported
+        raise UserError(f"matplotlib cannot be used ({error!s:.60}…); unset MPLBACKEND, or mend matplotlibrc") from None
     from .system.store import write
 
     run = read_run(run_folder, transcripts)
@@ -66,13 +69,15 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
         raise UserError(
             f"{run_folder} is not as align writes it ({type(error).__name__}{where}); make the run again"
         ) from error
-    folder = run_folder / "figures"
+    folder, html = run_folder / "figures", run_folder / "report.html"
+    if (folder.exists() and not folder.is_dir()) or html.is_dir():
+        raise UserError(f"{folder} must be a folder and {html} a file, if they are there; move them away")
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
     for name, _, image in figures:
         write(folder / f"{name}.png", image.png)
-    write(run_folder / "report.html", page.encode())
-    return run_folder / "report.html"
+    write(html, page.encode())
+    return html
 
 
 def read_run(folder: Path, transcripts: bool = True) -> RunFiles:

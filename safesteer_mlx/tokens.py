@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipe import Parser, read_yaml
-from .system.files import check_out
+from .system.files import check_out, write_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code, visible
 
@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace) -> None:
     show(rows, screen)
     if args.veto or args.add:
         tokens = [{"token": row["token"], "id": row["id"]} for row in rows]
-        args.out.write_text(json.dumps(tokens, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_out(args.out, json.dumps(tokens, indent=2, ensure_ascii=False) + "\n")
         screen.line(f"{len(tokens)} tokens in {args.out}; align with --safety-tokens {args.out}")
 
 

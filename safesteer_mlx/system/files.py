@@ -147,3 +147,17 @@ def check_out(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path} is a folder; give a file in it")
     if not os.access(path if os.path.lexists(path) else folder, os.W_OK):
         raise UserError(f"{flag} {path} cannot be written; check its permissions")
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write a file that a user named: whole, or not at all and what was there before stays."""
+    if path.exists() and not path.is_file():  # /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f".{path.name[:200]}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

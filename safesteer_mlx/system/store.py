@@ -47,8 +47,9 @@ def check_output(folder: Path) -> None:
     try:
         folder = folder.resolve()  # new/../file is the file, whether or not there is a folder new
         folder.exists()
-    except OSError as error:  # a name too long, for one
-        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({error.strerror}); give another") from None
+    except (OSError, RuntimeError) as error:  # a name too long, or links in a circle
+        why = getattr(error, "strerror", "links in a circle")
+        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({why}); give another") from None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--adapter-path {folder} is a file; give a folder")
     if folder.is_dir():
