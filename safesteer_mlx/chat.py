@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Turns = list[dict[str, str]]
 
+MOST_TYPED = 100_000  # characters of a message
+
 
 def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[str, "nn.Module"]:
     """Views of one set of weights, by name: base, aligned, and with `coeff` the teacher of the run in `folder`.
@@ -136,18 +138,30 @@ def _show(pieces: Iterator[tuple[str, str]], names: Sequence[str], interactive: 
     return answers
 
 
+def _line() -> str | None:
+    """A line of the standard input; None of one without end, which is read past and not kept."""
+    line = sys.stdin.readline(MOST_TYPED + 1)
+    if len(line) <= MOST_TYPED:
+        return line
+    while line and not line.endswith("\n"):
+        line = sys.stdin.readline(MOST_TYPED)
+    return None
+
+
 def _messages(interactive: bool) -> Iterator[str]:
     """What the user says, line by line, to the end of the input or /quit."""
     if interactive:
         import readline  # noqa: F401  editing and history for input()
     while True:
         try:
-            line = input("> ") if interactive else next(sys.stdin)
-        except (EOFError, StopIteration):
+            line = input("> ") + "\n" if interactive else _line()
+        except EOFError:
             return
-        if line.strip() == "/quit":
+        if line is None or len(line) > MOST_TYPED:
+            print(f"a line of more than {MOST_TYPED:,} characters is left out", flush=True)
+        elif not line or line.strip() == "/quit":
             return
-        if line.strip():
+        elif line.strip():
             yield line.strip()
 
 
@@ -161,6 +175,7 @@ def converse(args: argparse.Namespace) -> None:
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
+    from .method.run import most_read
     from .system.load import load
 
     loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
@@ -179,6 +194,9 @@ def converse(args: argparse.Namespace) -> None:
             continue
         pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
         prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
+        if (length := max(map(len, prompts.values()))) > most_read(loaded):
+            print(f"{length:,} tokens, and {most_read(loaded):,} are read: left out; /reset begins anew", flush=True)
+            continue
         answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
         turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}
 

@@ -200,6 +200,7 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     from .method.student import with_adapters
 
     args.batch_size = batch_size(base, args.batch_size, screen)
+    _leave_out_long(prompts, base, screen)
     models = {} if args.against is None else {"original": _original(args, base)}
     models["base"] = base.model
     if args.adapter_path is not None:
@@ -214,6 +215,26 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     if prompts.tasks:
         result["tasks"] = _tasks(args, prompts, models, base, screen)
     return result
+
+
+def _leave_out_long(prompts: Asked, base: "Loaded", screen: Screen) -> None:
+    """Take out prompts of more tokens than are read, and say how many.
+
+    Raises:
+        UserError: none of a suite is left.
+    """
+    from .method.prompts import render
+    from .method.run import most_read
+
+    most = most_read(base)
+    for name, items in prompts.kinds.items():
+        # A token is a byte at least, so that hardly any prompt need be rendered for this.
+        fit = [i for i in items if len(i.text.encode()) < most / 2 or len(render(base.tokenizer, i.text)) <= most]
+        if items and not fit:
+            raise UserError(f"every prompt of {name} is longer than the {most:,} tokens that are read; give others")
+        if len(fit) < len(items):
+            screen.line(f"{name}: {len(items) - len(fit)} prompts are longer than {most:,} tokens and are left out")
+        prompts.kinds[name] = fit
 
 
 def _original(args: argparse.Namespace, base: "Loaded") -> Any:

@@ -64,7 +64,7 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
             for name, caption, image in figures
         }
         page = _page(run, images, transcripts)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         where = f", {error}" if isinstance(error, KeyError | UndefinedError) else ""
         raise UserError(
             f"{run_folder} is not as align writes it ({type(error).__name__}{where}); make the run again"
