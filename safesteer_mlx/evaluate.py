@@ -174,12 +174,12 @@ def read_suites(args: argparse.Namespace) -> Asked:
     return prompts
 
 
-def _safety_tokens(folder: Path | None) -> list[int]:
+def _safety_tokens(folder: Path | None, base: "Loaded") -> list[int]:
     """The run's own safety tokens, if align wrote these adapters: drift is measured without them too."""
-    from .method.token_file import read_rows
+    from .method.token_file import read_token_file
 
     path = folder / "run" / "tokens.json" if folder else None
-    return [row["id"] for row in read_rows(path)] if path and path.exists() else []
+    return read_token_file(path, base.tokenizer, base.vocabulary) if path and path.exists() else []
 
 
 def _kept_answers(folder: Path | None) -> Path | None:
@@ -304,7 +304,7 @@ def _scores(
     check_judges(judges, args.trust_remote_code)
     sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
     test = TestSet(prompts.kinds, prompts.capability, {kind: prompts.kind_of.get(kind, kind) for kind in prompts.kinds})
-    tokens, kept = _safety_tokens(args.adapter_path), _kept_answers(args.adapter_path)
+    tokens, kept = _safety_tokens(args.adapter_path, base), _kept_answers(args.adapter_path)
     whole = any(judge.template is not None for judge in judges)
     held_out = HeldOut(base, test, tokens, args.seed, sampling, args.samples, whole, kept)
     scores = {}

@@ -56,6 +56,9 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
         raise UserError(f"matplotlib cannot be used ({error!s:.60}…); unset MPLBACKEND, or mend matplotlibrc") from None
     from .system.store import write
 
+    folder, html = run_folder / "figures", run_folder / "report.html"
+    if (folder.exists() and not folder.is_dir()) or html.is_dir():
+        raise UserError(f"{folder} must be a folder and {html} a file, if they are there; move them away")
     run = read_run(run_folder, transcripts)
     try:
         figures = [(name, caption, picture(draw)) for name, caption, draw in _figures(run)]
@@ -69,9 +72,6 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
         raise UserError(
             f"{run_folder} is not as align writes it ({type(error).__name__}{where}); make the run again"
         ) from error
-    folder, html = run_folder / "figures", run_folder / "report.html"
-    if (folder.exists() and not folder.is_dir()) or html.is_dir():
-        raise UserError(f"{folder} must be a folder and {html} a file, if they are there; move them away")
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
     for name, _, image in figures:

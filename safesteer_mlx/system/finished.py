@@ -27,7 +27,7 @@ class Scored(TypedDict):
 
     outcomes: Annotated[dict[str, dict[str, dict[str, int]]], 20]
     broken: Annotated[dict[str, dict[str, Count]], 20]
-    capability: Annotated[dict[str, Count], 200]
+    capability: Annotated[dict[str, Count], 100]
     drift: float | None
     drift_outside: float | None
 
@@ -39,12 +39,15 @@ class Vector(TypedDict):
     vector: Annotated[list[float], 1_000_000]
 
 
+Map = Annotated[list[Annotated[list[float | None], 500]], 100]
+
+
 class Maps(TypedDict):
     """The three tests of every candidate, by position and block."""
 
-    ablation_kl: Annotated[list[list[float | None]], 1000]
-    ablation_refusal: Annotated[list[list[float | None]], 1000]
-    steering_refusal: Annotated[list[list[float | None]], 1000]
+    ablation_kl: Map
+    ablation_refusal: Map
+    steering_refusal: Map
 
 
 class Trial(TypedDict):
@@ -65,7 +68,7 @@ class Direction(Vector):
     position: int
     coeff: float
     openers: Annotated[dict[str, int], 1000]
-    trials: NotRequired[Annotated[list[Trial], 5000]]
+    trials: NotRequired[Annotated[list[Trial], 1000]]
     scores: Maps
 
 
@@ -132,7 +135,7 @@ class Selection(TypedDict):
     select: str
     kept: int
     within: bool
-    scores: Annotated[list[SavedStep], 1000]
+    scores: Annotated[list[SavedStep], 2000]
 
 
 class Timing(TypedDict):
@@ -149,7 +152,7 @@ class Manifest(TypedDict):
     not_aligned: NotRequired[str | None]
 
 
-MOST_ROWS = 1_000_000  # steps of a run are no more, and answers hardly
+MOST_ROWS = 200_000  # as the limits above: a page can still be drawn of it
 
 RECORD: dict[str, Any] = {
     "direction.json": Direction,

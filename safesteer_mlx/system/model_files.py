@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .files import check_regular
 from .screen import UserError
 
 # What MLX can read, and its bytes a value.
@@ -86,8 +87,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """
 
     def wrong(what: str) -> UserError:
-        return UserError(f"{path} {what}; fetch or make the file again")
+        return UserError(f"{path} {what}; {remedy}")
 
+    remedy = "fetch or make the file again"
+    check_regular(path, str(path), remedy)
     try:
         # Opened by Python too, whose errors name their reason; of the values, none is read.
         with path.open("rb"), safe_open(path, framework="numpy") as file:
