@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from runs import files, write_run
 
@@ -24,12 +25,13 @@ from safesteer_mlx.method.judge import use_refusal_phrases
 from safesteer_mlx.method.prompts import Instruction, load_instructions
 from safesteer_mlx.method.run import most_read
 from safesteer_mlx.method.token_file import read_rows
+from safesteer_mlx.method.train import TrainingLog
 from safesteer_mlx.recipe import read_yaml
 from safesteer_mlx.system.files import DEEPEST, parse_json, read_json, write_out
 from safesteer_mlx.system.finished import RECORD, finished_run, read_record
 from safesteer_mlx.system.model_files import read_header
 from safesteer_mlx.system.screen import Screen, UserError, visible
-from safesteer_mlx.system.store import Store, write
+from safesteer_mlx.system.store import Store, save_arrays, write
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +303,35 @@ def test_a_state_of_another_shape_is_damaged_and_found_anew(case, tmp_path):
     assert store.damaged == ([] if case == "kept null" else ["directions.json"])
 
 
+STEPS = {
+    "no data": lambda c: {"arrays_sha256": c["arrays_sha256"]},
+    "data a list": lambda c: c | {"data": [1]},
+    "no log": lambda c: c | {"data": {}},
+    "rows for a list": lambda c: c | {"data": c["data"] | {"metrics": {"a": 1}}},
+    "numbers for rows": lambda c: c | {"data": c["data"] | {"metrics": [1, 2]}},
+    "texts for seconds": lambda c: c | {"data": c["data"] | {"seconds": ["x"]}},
+    "more": lambda c: c | {"data": c["data"] | {"more": 1}},
+    "no hash": lambda c: c | {"arrays_sha256": None},
+    "a list": lambda c: [c],
+    "a number": lambda c: 3,
+}
+
+
+@pytest.mark.parametrize("case", [*STEPS, "weights of another shape", "weights missing"])
+def test_a_step_of_another_shape_is_damaged_and_the_one_before_it_is_used(case, tmp_path):
+    store = Store(tmp_path, "this run")
+    shapes = {"student.w": (3,)}
+    for step in (1, 2):
+        name = "student.v" if step == 2 and case == "weights missing" else "student.w"
+        width = 4 if step == 2 and case == "weights of another shape" else 3
+        store.save(step, {name: mx.zeros(width)}, {"metrics": [], "seconds": [], "scored": []})
+    if case in STEPS:
+        store.keep("step-000002", STEPS[case](store.found("step-000002")))
+    saved = store.latest(TrainingLog, shapes)
+    assert saved is not None and saved.step == 1 and saved.data == TrainingLog([], [], [])
+    assert store.damaged == ["step-000002.safetensors"]
+
+
 # Numbers
 
 EVALUATE, CHAT = (evaluate.main, []), (chat.main, [])
@@ -422,6 +453,17 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_part(save, tmp_path, mo
     with pytest.raises(OSError):
         save(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_weights_that_the_disk_does_not_take_leave_no_part(tmp_path, monkeypatch):
+    def full(path, _):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write 3554 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OSError, match="Unable to write"):
+        save_arrays(tmp_path / "adapters.safetensors", {})
+    assert not list(tmp_path.iterdir())
 
 
 # Lines without end

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -20,12 +21,13 @@ import numpy as np
 from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
 from ..method.prompts import render
 from ..method.rollout import Completion, Sampling, answer_text, has_equal_batches, set_equal_batches
-from ..system.files import MOST_TEMPLATE, read_text, user_path
+from ..system.files import MOST_TEMPLATE, parse_json, read_text, user_path
 from ..system.load import Loaded
 from ..system.screen import Advance, UserError
 
 Ids = Sequence[int]
 SERVER_SECONDS = 300  # for one answer
+MOST_REPLY = 10_000_000  # bytes of it
 
 
 @dataclass(frozen=True)
@@ -269,12 +271,12 @@ class _Server:
         try:
             request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as response:
-                return json.loads(response.read())
+                return parse_json(response.read(MOST_REPLY))
         except urllib.error.HTTPError as error:
             text = error.read()[:200].decode("utf-8", "replace")
             which = f"; it serves {', '.join(self.names[:5])}: give one with --served-model" if self.names else ""
             raise UserError(f"the server {self.url} answers HTTP {error.code} ({text.strip()}){which}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(
                 f"the server {self.url} does not answer ({reason}); start it, or check the address"
@@ -291,7 +293,10 @@ class _Server:
         } | ({} if self.model is None else {"model": self.model})
         try:
             choice = self.ask("/chat/completions", body)["choices"][0]
-            return choice["message"].get("content") or "", choice["finish_reason"] == "stop"
+            text = choice["message"].get("content")
+            if not isinstance(text, str | None):
+                raise TypeError("no text")
+            return text or "", choice["finish_reason"] == "stop"
         except (KeyError, IndexError, TypeError, AttributeError):
             raise UserError(
                 f"the server {self.url} answers with no chat completion; is it OpenAI-compatible?"

@@ -12,13 +12,14 @@ Every file of it carries the fingerprint of what made it (model, prompts, settin
 content: what was made otherwise, or was damaged, is not used.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from .files import parse_json, read_json
+from .model_files import read_header
 from .screen import UserError
 
 T = TypeVar("T")
@@ -103,10 +105,14 @@ def put_in_place(part: Path, path: Path) -> None:
 def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
     """`mx.save_safetensors`, in one step as `write`."""
     part = path.with_name(f".{path.stem}.part.safetensors")  # MLX adds the ending if it is another
-    mx.save_safetensors(str(part), arrays)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    put_in_place(part, path)
+    try:
+        mx.save_safetensors(str(part), arrays)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        put_in_place(part, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what MLX raises at a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(getattr(error, "errno", None) or errno.EIO, str(error), str(path)) from None
 
 
 def as_json(content: Any) -> bytes:
@@ -235,7 +241,7 @@ class SavedStep:
 
     step: int
     arrays: dict[str, mx.array]
-    data: dict[str, Any]
+    data: Any
 
 
 def fingerprint(*parts: Any) -> str:
@@ -249,6 +255,13 @@ class Envelope(TypedDict):
     made_by: str
     sha256: str
     content: str
+
+
+class KeptStep(TypedDict):
+    """What is kept of a step beside its arrays."""
+
+    arrays_sha256: str
+    data: dict[str, Any]
 
 
 class Store(RunFolder):
@@ -326,19 +339,25 @@ class Store(RunFolder):
             (self.states / f"{old}.json").unlink(missing_ok=True)
             (self.states / f"{old}.safetensors").unlink(missing_ok=True)
 
-    def latest(self) -> SavedStep | None:
-        """The last state that is whole."""
+    def latest(self, kind: Any = dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> SavedStep | None:
+        """The last state that is whole, its data of this `kind`, with arrays of these `shapes` among its own."""
         for name in self._steps():
             content, file = self.found(name), self.states / f"{name}.safetensors"
             if content is None:
                 continue
-            if not file.is_file() or _sha256(file) != content["arrays_sha256"]:
+            try:
+                content = decoded(KeptStep, content)
+                data, step = decoded(kind, content["data"]), int(name.split("-")[1])
+                held = {name: its.shape for name, its in read_header(file).items()}
+                if _sha256(file) != content["arrays_sha256"] or not held.items() >= (shapes or {}).items():
+                    raise ValueError("other arrays")
+            except (ValueError, TypeError, KeyError):
                 self.damaged.append(file.name)
                 continue
             arrays = mx.load(str(file))
             assert isinstance(arrays, dict)
             mx.eval(arrays)  # now, since the file may be deleted while the run goes on
-            return SavedStep(int(name.split("-")[1]), arrays, content["data"])
+            return SavedStep(step, arrays, data)
         return None
 
     def _steps(self) -> list[str]:
