@@ -706,7 +706,7 @@ def train_student(
         if scorer is not None and due() and all(row["step"] != step for row in log.scored):
             log.scored.append(scorer.score(step))
 
-    trained = {f"student.{name}": w.shape for name, w in tree_flatten(student.trainable_parameters())}
+    trained = {f"student.{name}": w.shape for name, w in tree_flatten(student.trainable_parameters())}  # pyright: ignore
     if (saved := store.latest(TrainingLog, trained)) is not None:
         parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}, "best": {}}
         for name, array in saved.arrays.items():
