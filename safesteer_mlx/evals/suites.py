@@ -103,12 +103,12 @@ def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
     """
     subject = f"suite {suite.name}: {path}"
     if path.suffix == ".parquet":
-        from pyarrow import ArrowException, parquet  # type: ignore[import-not-found]
+        from pyarrow import parquet  # type: ignore[import-not-found]
 
         check_regular(path, subject, "fetch it again", MOST_TEXT)
         try:
             yield from parquet.read_table(path).to_pylist()
-        except (OSError, ArrowException) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"{subject} is malformed ({type(error).__name__}); fetch it again") from None
         return
     if path.suffix in (".json", ".jsonl"):
