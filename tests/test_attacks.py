@@ -144,7 +144,7 @@ def test_phrases_of_ones_own_count_until_they_are_taken_back(own_phrases):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "is not a file"),
+        (None, "cannot be read"),
         (b"", "holds no phrase"),
         (b"# only a remark\n", "holds no phrase"),
         (b"ne\n", "'ne'"),
