@@ -4,12 +4,36 @@ The method is SafeSteer (arXiv 2606.02530). `align.py` reads as its method secti
 function in a module of its own, in `method/`. Nothing heavy is imported here, so that `--help` stays quick.
 """
 
-import ctypes
+import os
+import signal
 import sys
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+
+
+def _stop_at_once() -> None:
+    """Ctrl-C and SIGTERM before a command has begun, or after its end, are one line and its code.
+
+    Only in a process that is ours: the console script's, or `python -m`'s, whose argv says so while the package is
+    imported. It stands first, since what comes after takes a while. While a command works, system/screen.py decides.
+    """
+
+    def stop(number: int, _: object) -> None:
+        os.write(2, b"safesteer-mlx: interrupted\n")
+        os._exit(128 + number)
+
+    if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) == "safesteer-mlx":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stop)
+
+
+_stop_at_once()
+
+
+import ctypes  # noqa: E402
+from importlib import import_module  # noqa: E402
+from importlib.metadata import PackageNotFoundError, version  # noqa: E402
+from types import ModuleType  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from .api import Aligned, Loaded, Recipe, Scores, UserError, align, evaluate, load

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, command_module
 from .recipe import HELD_OUT_TOKENS, Recipe, model_name, parse, recipe_note, resolve
+from .system.files import user_path
 from .system.hub import prepare
 from .system.model_files import read_header
 from .system.screen import Screen, UserError, exit_code
@@ -234,15 +235,6 @@ def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    import signal
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        pass  # not the main thread: its owner decides about signals
     return exit_code(lambda: _run(argv))
 
 
@@ -266,7 +258,7 @@ def _run(argv: list[str] | None) -> None:
         named = replace(draft, run=replace(run, model=name))
         direction_counts(named, prompt_sets(named))
     if draft.train.resume_adapter_file is not None:
-        read_header(Path(draft.train.resume_adapter_file).expanduser())
+        read_header(user_path(draft.train.resume_adapter_file))
     from .system.load import config_and_headers, load
 
     if dry_run:
@@ -302,9 +294,11 @@ def _run(argv: list[str] | None) -> None:
 
 def _last_seconds(folder: Path) -> float | None:
     """How long the run that is in `folder` took, if one is."""
+    from .system.finished import read_record
+
     try:
-        return float(json.loads((folder / "run" / "timing.json").read_text("utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_record(folder / "run", "timing.json")["seconds"]
+    except UserError:
         return None
 
 

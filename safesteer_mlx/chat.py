@@ -5,14 +5,12 @@ as text alone: no escape of theirs reaches the terminal.
 """
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Parser, adapter_folder, add_model_flags, model_name
+from .recipe import MOST_FACTOR, MOST_LENGTH, MOST_SEED, Parser, adapter_folder, add_model_flags, at_least, model_name
 from .system.hub import prepare
 from .system.screen import UserError, exit_code, visible
 
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 Turns = list[dict[str, str]]
+
+MOST_TYPED = 100_000  # characters of a message
 
 
 def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[str, "nn.Module"]:
@@ -32,22 +32,20 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
 
     from .method.residual import last_logits, steer
     from .method.student import with_adapters
+    from .system.finished import Vector, read_record
 
     voices = {"base": base, "aligned": with_adapters(base, folder)}
     if coeff is not None:
-        path = folder / "run" / "direction.json"
+        record = read_record(folder / "run", "direction.json", Vector)
+        vector = mx.array(record["vector"], mx.float32)
+        if not mx.any(vector).item():
+            raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
         try:
-            record = json.loads(path.read_text("utf-8"))
-            vector = mx.array(record["vector"], mx.float32)
-            if not mx.any(vector).item():
-                raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
             voices["teacher"] = steer(base, record["layer"], vector, coeff)
             mx.eval(last_logits(voices["teacher"], [[0]]))  # a vector of another width fails only when it is used
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, IndexError) as error:
             raise UserError(
-                f"--steer: {path} holds no direction for this model ({type(error).__name__}); "
+                f"--steer: the run in {folder} holds no direction for this model ({type(error).__name__}); "
                 "leave it out, or give the adapters of a run of align"
             ) from None
     return voices
@@ -138,18 +136,30 @@ def _show(pieces: Iterator[tuple[str, str]], names: Sequence[str], interactive: 
     return answers
 
 
+def _line() -> str | None:
+    """A line of the standard input; None of one without end, which is read past and not kept."""
+    line = sys.stdin.readline(MOST_TYPED + 1)
+    if len(line) <= MOST_TYPED:
+        return line
+    while line and not line.endswith("\n"):
+        line = sys.stdin.readline(MOST_TYPED)
+    return None
+
+
 def _messages(interactive: bool) -> Iterator[str]:
     """What the user says, line by line, to the end of the input or /quit."""
     if interactive:
         import readline  # noqa: F401  editing and history for input()
     while True:
         try:
-            line = input("> ") if interactive else next(sys.stdin)
-        except (EOFError, StopIteration):
+            line = input("> ") + "\n" if interactive else _line()
+        except EOFError:
             return
-        if line.strip() == "/quit":
+        if line is None or len(line) > MOST_TYPED:
+            print(f"a line of more than {MOST_TYPED:,} characters is left out", flush=True)
+        elif not line or line.strip() == "/quit":
             return
-        if line.strip():
+        elif line.strip():
             yield line.strip()
 
 
@@ -163,6 +173,7 @@ def converse(args: argparse.Namespace) -> None:
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
+    from .method.run import most_read
     from .system.load import load
 
     loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
@@ -181,6 +192,9 @@ def converse(args: argparse.Namespace) -> None:
             continue
         pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
         prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
+        if (length := max(map(len, prompts.values()))) > most_read(loaded):
+            print(f"{length:,} tokens, and {most_read(loaded):,} are read: left out; /reset begins anew", flush=True)
+            continue
         answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
         turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}
 
@@ -198,17 +212,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steer", type=float, metavar="COEFF", help="the run's teacher too, steered with this coefficient")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 takes the likeliest (default: 0)")
     add("--top-p", type=float, default=1.0, help="nucleus of the sampling (default: 1)")
-    add("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
-    add("--seed", type=int, default=42, help="seed of the sampling (default: 42)")
+    add("--max-tokens", type=at_least(1, MOST_LENGTH), default=512, help="longest answer (default: 512)")
+    add("--seed", type=at_least(0, MOST_SEED), default=42, help="seed of the sampling (default: 42)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
     args.model = model_name(args.model)
+    up = f"and at most {MOST_FACTOR:g}"
     for flag, value, fits, least in (
-        ("--steer", args.steer, args.steer is None or (math.isfinite(args.steer) and args.steer > 0), "above 0"),
-        ("--temp", args.temp, math.isfinite(args.temp) and args.temp >= 0, "at least 0"),
+        ("--steer", args.steer, args.steer is None or 0 < args.steer <= MOST_FACTOR, f"above 0, {up}"),
+        ("--temp", args.temp, 0 <= args.temp <= MOST_FACTOR, f"at least 0, {up}"),
         ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "at least 1"),
-        ("--seed", args.seed, args.seed >= 0, "at least 0"),
     ):
         if not fits:
             raise UserError(f"{flag} {value} does not fit; it must be {least}")

@@ -57,13 +57,12 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["-h"], ["--help"], ["--version"]):
-        print(f"safesteer-mlx {__version__}" if argv[0] == "--version" else usage())
-        return 0
-    return exit_code(lambda: _run(argv))
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"], ["--version"]):
+        print(f"safesteer-mlx {__version__}" if argv[0] == "--version" else usage())
+        return 0
     command, rest = command_of(argv)
     return import_module(f".{command}", __package__).main(rest)

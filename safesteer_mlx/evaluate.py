@@ -12,7 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import command_module
-from .recipe import BUNDLED, Parser, adapter_folder, add_model_flags, at_least, model_name, nearest, one_model
+from .recipe import (
+    BUNDLED,
+    MOST_BATCH,
+    MOST_LENGTH,
+    MOST_SAMPLES,
+    MOST_SEED,
+    Parser,
+    adapter_folder,
+    add_model_flags,
+    at_least,
+    model_name,
+    nearest,
+    one_model,
+)
+from .system.files import MOST_TEXT, check_out, check_regular, user_path, write_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -41,7 +55,7 @@ def _parser() -> Parser:
     add("--data", metavar="FOLDER", help=f"own test sets by name (harmful_test.jsonl, …), for those of {BUILT_IN}")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, by name or as own .yaml files")
     add("--test-prompts", type=at_least(0), default=100, help="prompts of each set; 0 for all (default: 100)")
-    add("--samples", type=at_least(1), default=1, help="sampled answers to each prompt (default: 1)")
+    add("--samples", type=at_least(1, MOST_SAMPLES), default=1, help="sampled answers to each prompt (default: 1)")
     add(
         "--attacks",
         nargs="*",
@@ -63,9 +77,14 @@ def _parser() -> Parser:
         help="guard, instruct, another of data/judges or a file, one for each judge model (default: by its name)",
     )
     add("--refusal-phrases", metavar="FILE", help="refusals that the keyword judge shall know too, a phrase a line")
-    add("--seed", type=at_least(0), default=42, help="seed of everything that is drawn (default: 42)")
-    add("--max-tokens", type=at_least(1), default=96, help="longest answer, thinking included (default: 96)")
-    add("--batch-size", type=at_least(1), default=64, help="answers generated at a time (default: 64)")
+    add("--seed", type=at_least(0, MOST_SEED), default=42, help="seed of everything that is drawn (default: 42)")
+    add(
+        "--max-tokens",
+        type=at_least(1, MOST_LENGTH),
+        default=96,
+        help="longest answer, thinking included (default: 96)",
+    )
+    add("--batch-size", type=at_least(1, MOST_BATCH), default=64, help="answers generated at a time (default: 64)")
     add("--perplexity", type=Path, metavar="FILE", help="also the perplexity of this text")
     add("--out", type=Path, metavar="FILE.json", help="write the scores here, no answers")
     add("--confirm-run-unsafe-code", action="store_true", help="let HumanEval run the code that the model writes")
@@ -94,10 +113,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for family in args.attacks or []:
         if family not in ATTACKS:
             raise UserError(f"there is no attack {family!r}{nearest(family, ATTACKS) or ': ' + ', '.join(ATTACKS)}")
-    if args.perplexity is not None and not args.perplexity.is_file():
-        raise UserError(f"--perplexity {args.perplexity} does not exist; give a text file")
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {args.out.absolute().parent}; make it first")
+    if args.perplexity is not None:
+        check_regular(args.perplexity, f"--perplexity {args.perplexity}", "give a text file", MOST_TEXT)
+    if args.out is not None:
+        check_out(args.out, "--out")
     return args
 
 
@@ -142,7 +161,7 @@ def read_suites(args: argparse.Namespace) -> Asked:
             prompts.kinds.update(kinds)
             prompts.capability.extend(capability)
         elif (suite := suites[name]).kind != "task":
-            items = load_suite(suite, Path(file).expanduser() if file else None)
+            items = load_suite(suite, user_path(file) if file else None)
             # Many suites are sorted by category: their first few would be of one.
             order = np.random.default_rng(args.seed).permutation(len(items))[:n]
             prompts.kinds[suite.name], prompts.kind_of[suite.name] = [items[i] for i in order], suite.kind
@@ -181,6 +200,7 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     from .method.student import with_adapters
 
     args.batch_size = batch_size(base, args.batch_size, screen)
+    _leave_out_long(prompts, base, screen)
     models = {} if args.against is None else {"original": _original(args, base)}
     models["base"] = base.model
     if args.adapter_path is not None:
@@ -195,6 +215,26 @@ def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Scre
     if prompts.tasks:
         result["tasks"] = _tasks(args, prompts, models, base, screen)
     return result
+
+
+def _leave_out_long(prompts: Asked, base: "Loaded", screen: Screen) -> None:
+    """Take out prompts of more tokens than are read, and say how many.
+
+    Raises:
+        UserError: none of a suite is left.
+    """
+    from .method.prompts import render
+    from .method.run import most_read
+
+    most = most_read(base)
+    for name, items in prompts.kinds.items():
+        # A token is a byte at least, so that hardly any prompt need be rendered for this.
+        fit = [i for i in items if len(i.text.encode()) < most / 2 or len(render(base.tokenizer, i.text)) <= most]
+        if items and not fit:
+            raise UserError(f"every prompt of {name} is longer than the {most:,} tokens that are read; give others")
+        if len(fit) < len(items):
+            screen.line(f"{name}: {len(items) - len(fit)} prompts are longer than {most:,} tokens and are left out")
+        prompts.kinds[name] = fit
 
 
 def _original(args: argparse.Namespace, base: "Loaded") -> Any:
@@ -331,7 +371,7 @@ def _run(argv: list[str] | None) -> None:
     if args.out is not None:
         # NaN is not JSON; a measurement that does not exist is null.
         plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
-        args.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        write_out(args.out, json.dumps(plain, indent=2) + "\n")
         screen.line(f"scores: {args.out}")
 
 

@@ -5,6 +5,7 @@ scored; one that does not answer as that student is marked failed, exit code 1.
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Parser, at_least
+from .recipe import PACKAGE, Parser, at_least
+from .system.files import user_path
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -121,7 +123,7 @@ def _target(run: "FinishedRun", args: Namespace) -> Path:
     parts = name.split("/")
     if len(parts) != 2 or not all(part and part.strip(".") and part.isprintable() for part in parts):
         raise UserError(f"--name {name} is not of the form PUBLISHER/NAME; give one like safesteer/my-model")
-    folder = args.out.expanduser() / name
+    folder = user_path(args.out) / name
     if folder.exists():
         raise UserError(f"{folder} exists already; give another --name or --out, or remove it")
     return folder
@@ -343,12 +345,14 @@ def _verified(run: "FinishedRun", args: Namespace, exported: Exported) -> dict[s
     mx.clear_cache()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "fidelity.json"
-        command = [sys.executable, "-m", "safesteer_mlx.verify", str(run.folder), "--with", exported.reader]
+        # -P: no json.py of the working folder is run, as it is not where export itself is the console script.
+        command = [sys.executable, "-P", "-m", "safesteer_mlx.verify", str(run.folder), "--with", exported.reader]
         command += ["--against", str(exported.folder / exported.against), "--test-prompts", str(args.verify)]
         command += ["--out", str(out), "--model", str(exported.base), "--offline"]
         command += ["--exact"] if exported.exact else []
         command += ["--trust-remote-code"] if args.trust_remote_code else []
-        code = subprocess.run(command, check=False).returncode
+        path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+        code = subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": path}).returncode
         if code not in (0, 1) or not out.is_file():
             raise UserError(
                 f"{exported.folder} was written, but could not be verified (see above); mend that and ask again: "

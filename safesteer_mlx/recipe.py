@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
+from .system.files import MOST_SETTINGS, read_text, user_path
 from .system.screen import UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -22,6 +23,17 @@ MODELS = PACKAGE / "models" if (PACKAGE / "models").is_dir() else PACKAGE.parent
 BUNDLED = "tiny-chat"
 THINKING = ("auto", "on", "off")
 HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
+
+# More than anybody means: beyond these a number is a slip, or no machine could hold what it asks for.
+MOST_SEED = 2**32 - 1
+MOST_PROMPTS = 1_000_000
+MOST_BATCH = 65_536
+MOST_SAMPLES = 10_000
+MOST_LENGTH = 1_000_000  # tokens of a text
+MOST_STEPS = 200_000
+MOST_IDS = 10_000_000  # of a vocabulary
+MOST_TOKENS = 10_000  # safety tokens
+MOST_FACTOR = 1e6  # a coefficient, temperature or rate
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -50,23 +62,25 @@ class RunSettings:
         "train on the direction's prompts too, the harmful ones beside those of --data, the harmless ones as anchor",
     )
     adapter_path: str = _setting("adapters", "where adapters and the run's record are written", free=True)
-    seed: int = _setting(42, "seed of everything that is drawn", least=0, most=2**32 - 1)
+    seed: int = _setting(42, "seed of everything that is drawn", least=0, most=MOST_SEED)
     trust_remote_code: bool = _setting(False, "let code from the model's repository run", free=True)
     thinking: str = _setting("auto", "the chat template's thinking switch", choices=THINKING)
     memory_limit: str | None = _setting(
         None, "memory to keep to, like 12GB (default: what the machine recommends)", free=True
     )
     prompt_batch_size: int = _setting(
-        32, "prompts read at a time where nothing is sampled or trained", least=1, free=True
+        32, "prompts read at a time where nothing is sampled or trained", least=1, most=MOST_BATCH, free=True
     )
-    generation_batch_size: int = _setting(64, "answers generated at a time", least=1, free=True)
+    generation_batch_size: int = _setting(64, "answers generated at a time", least=1, most=MOST_BATCH, free=True)
     select_checkpoint: str | None = _setting(
         None, "limits on what is kept, the safest saved step within them: over_refusal<=0.02,drift<=0.01"
     )
     refusal_phrases: str | None = _setting(
         None, "file of refusals that the keyword judge shall know too, a phrase a line, such as another language's"
     )
-    test_prompts: int = _setting(100, "held-out prompts of each kind for before and after", least=1, free=True)
+    test_prompts: int = _setting(
+        100, "held-out prompts of each kind for before and after", least=1, most=MOST_PROMPTS, free=True
+    )
     score_teacher: bool = _setting(False, "score the teacher too on the held-out prompts", free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
@@ -81,8 +95,10 @@ class DirectionSettings:
     refusal_prefixes: list[str] = _setting(
         ["I", "I'm", "As", "Sorry", "Unfortunately"], "texts that refusals begin with"
     )
-    direction_train: int = _setting(128, "prompts of each kind for the mean activations", least=2)
-    direction_validation: int = _setting(32, "prompts of each kind that score the candidates", least=1)
+    direction_train: int = _setting(128, "prompts of each kind for the mean activations", least=2, most=MOST_PROMPTS)
+    direction_validation: int = _setting(
+        32, "prompts of each kind that score the candidates", least=1, most=MOST_PROMPTS
+    )
     kl_threshold: float | None = _setting(0.1, "largest KL on harmless prompts under ablation")
     steering_threshold: float | None = _setting(0.0, "least refusal score of harmless prompts when steered")
     ablation: str = _setting(
@@ -100,7 +116,7 @@ class TeacherSettings:
 
     teacher: str = _setting("steer", "what makes the teacher safe", choices=("steer", "system_prompt", "ema"))
     coeff: str | float = _setting(
-        "auto", "steering coefficient, or auto: direction and coefficient by what the teacher does"
+        "auto", "steering coefficient, or auto: direction and coefficient by what the teacher does", most=MOST_FACTOR
     )
     coeff_grid: list[float] = _setting(
         [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0], "coefficients that auto tries; it refines between them"
@@ -113,7 +129,7 @@ class TeacherSettings:
     )
     ema_rate: float = _setting(0.01, "share of the student that the ema teacher takes each step", least=0, most=1)
     refresh_every: int = _setting(
-        0, "steps after which the ema teacher finds direction and tokens anew; 0 never", least=0
+        0, "steps after which the ema teacher finds direction and tokens anew; 0 never", least=0, most=MOST_STEPS
     )
 
 
@@ -121,7 +137,9 @@ class TeacherSettings:
 class TokenSettings:
     """Stage 3, the safety tokens."""
 
-    safety_tokens: int | str = _setting(50, "at most so many safety tokens, |S|, or a file that holds them", least=1)
+    safety_tokens: int | str = _setting(
+        50, "at most so many safety tokens, |S|, or a file that holds them", least=1, most=MOST_TOKENS
+    )
     token_method: str = _setting(
         "part",
         "how they are ranked: by their part in what steering does, or as published",
@@ -130,9 +148,9 @@ class TokenSettings:
     token_share: float = _setting(
         0.95, "share of what steering does that is enough, for token_method part", above=0.0, most=1.0
     )
-    inner_top_k: int = _setting(200, "ids that each position votes for", least=1)
-    token_samples: int = _setting(8, "continuations of each prompt", least=1)
-    horizon: int = _setting(7, "positions scored on each continuation", least=1)
+    inner_top_k: int = _setting(200, "ids that each position votes for", least=1, most=MOST_IDS)
+    token_samples: int = _setting(8, "continuations of each prompt", least=1, most=MOST_SAMPLES)
+    horizon: int = _setting(7, "positions scored on each continuation", least=1, most=MOST_LENGTH)
     min_steered_prob: float = _setting(1e-8, "least mean steered probability of a safety token", least=0.0, most=1.0)
 
 
@@ -146,23 +164,28 @@ class LossSettings:
         choices=("grouped_reverse_kl", "reverse_kl", "forward_kl", "jsd"),
     )
     loss_tokens: str = _setting("safety", "which tokens it sees", choices=("safety", "full", "top_k"))
-    top_k: int = _setting(50, "the teacher's likeliest ids at each position, for subset top_k", least=1)
+    top_k: int = _setting(50, "the teacher's likeliest ids at each position, for subset top_k", least=1, most=MOST_IDS)
     jsd_alpha: float = _setting(0.5, "α of the jsd loss, the share of the teacher in the mixture", least=0.0, most=1.0)
     renormalize: bool = _setting(False, "renormalise both distributions over the subset")
-    skip_first: int = _setting(0, "completion positions left out at the beginning", least=0)
+    skip_first: int = _setting(0, "completion positions left out at the beginning", least=0, most=MOST_LENGTH)
     first_tokens: int | str = _setting(
         "auto",
         "completion positions used from the beginning; 0 for all, auto for as many as the teacher is worth following",
         least=0,
+        most=MOST_LENGTH,
     )
     guidance: str | float = _setting(
         "auto",
         "how far the target of harmful prompts is from the base, in steps of the teacher's distance; auto for as far "
         "as it takes to begin nearly all answers with safety tokens",
         least=1.0,
+        most=MOST_FACTOR,
     )
     tail: int = _setting(
-        8, "completion positions after those of first_tokens, on which the student is held to the base", least=0
+        8,
+        "completion positions after those of first_tokens, on which the student is held to the base",
+        least=0,
+        most=MOST_LENGTH,
     )
     anchor_ratio: float = _setting(
         0.66, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9
@@ -178,12 +201,12 @@ class TrainSettings:
     lora_parameters: dict[str, Any] = _setting(
         {"rank": 8, "scale": 2.0, "dropout": 0.0}, "rank, scale, dropout and keys, as in mlx-lm"
     )
-    learning_rate: float = _setting(5e-4, "peak rate of AdamW", above=0.0)
+    learning_rate: float = _setting(5e-4, "peak rate of AdamW", above=0.0, most=MOST_FACTOR)
     warmup: float = _setting(0.1, "share of the steps that warm up", least=0.0, most=0.9)
-    weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0)
-    max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0)
-    epochs: float = _setting(3.0, "passes over the harmful training prompts", above=0.0)
-    iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1)
+    weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0, most=MOST_FACTOR)
+    max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0, most=1e30)
+    epochs: float = _setting(3.0, "passes over the harmful training prompts", above=0.0, most=1e5)
+    iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1, most=MOST_STEPS)
     until_learned: bool = _setting(
         True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
     )
@@ -198,13 +221,15 @@ class TrainSettings:
     wrap_ratio: float = _setting(
         0.0, "share of prompts put in a frame, pulled to what the target says without it", least=0.0, most=1.0
     )
-    batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1)
-    grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1)
-    num_generations: int = _setting(1, "completions that the student samples of each prompt", least=1)
-    temp: float = _setting(1.0, "sampling temperature of the student", above=0.0)
+    batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1, most=MOST_BATCH)
+    grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1, most=MOST_BATCH)
+    num_generations: int = _setting(
+        1, "completions that the student samples of each prompt", least=1, most=MOST_SAMPLES
+    )
+    temp: float = _setting(1.0, "sampling temperature of the student", above=0.0, most=MOST_FACTOR)
     top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
-    max_tokens: int = _setting(512, "longest completion", least=1)
-    max_prompt_length: int = _setting(512, "longest prompt; longer ones are left out", least=8)
+    max_tokens: int = _setting(512, "longest completion", least=1, most=MOST_LENGTH)
+    max_prompt_length: int = _setting(512, "longest prompt; longer ones are left out", least=8, most=MOST_LENGTH)
     grad_checkpoint: str = _setting(
         "auto",
         "compute activations again for the gradient instead of keeping them; auto where memory needs it",
@@ -213,9 +238,11 @@ class TrainSettings:
         free=True,
     )
     resume_adapter_file: str | None = _setting(None, "adapters.safetensors of an earlier run to begin from")
-    micro_batch_size: int = _setting(16, "completions in one forward and backward pass", least=1, free=True)
-    save_every: int = _setting(10, "steps after which the adapters are saved", least=1, free=True)
-    steps_per_report: int = _setting(5, "steps after which a line is printed", least=1, free=True)
+    micro_batch_size: int = _setting(
+        16, "completions in one forward and backward pass", least=1, most=MOST_BATCH, free=True
+    )
+    save_every: int = _setting(10, "steps after which the adapters are saved", least=1, most=MOST_STEPS, free=True)
+    steps_per_report: int = _setting(5, "steps after which a line is printed", least=1, most=MOST_STEPS, free=True)
 
 
 SECTIONS: dict[str, type] = {
@@ -391,7 +418,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
         limits_of(value)
     if name == "lora_parameters":
         value = check_lora_parameters(value, where)
-    if name == "coeff_grid" and not (value and all(type(c) in (int, float) and 0 < c < 1e6 for c in list(value))):
+    if name == "coeff_grid" and not (
+        value and all(type(c) in (int, float) and 0 < c < MOST_FACTOR for c in list(value))
+    ):
         raise UserError(f"{subject} must be a list of numbers above 0; change it")
     if name == "refusal_prefixes" and not (
         value and all(isinstance(text, str) and text.strip() for text in list(value))
@@ -456,7 +485,7 @@ def check_lora_parameters(parameters: dict[str, Any], where: str) -> dict[str, A
             raise UserError(f"{where} lora_parameters has no {key!r}{remedy}")
     if type(value["rank"]) is not int or not 1 <= value["rank"] <= 65536:
         raise misfit("rank", "a whole number of at least 1; change it")
-    for key, most in (("scale", 1e6), ("dropout", 0.99)):
+    for key, most in (("scale", MOST_FACTOR), ("dropout", 0.99)):
         if type(value[key]) not in (int, float) or not 0 <= value[key] <= most:
             raise misfit(key, f"a number from 0 to {most:g}; change it")
     keys = value.get("keys")
@@ -512,10 +541,11 @@ def adapter_folder(folder: Path) -> Path:
     Raises:
         UserError: it does not hold any.
     """
+    found = user_path(folder)
     for file in ("adapter_config.json", "adapters.safetensors"):
-        if not (folder.expanduser() / file).is_file():
+        if not (found / file).is_file():
             raise UserError(f"--adapter-path {folder} holds no {file}; give a folder that align or mlx_lm.lora wrote")
-    return folder.expanduser()
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -524,12 +554,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, a key twice, or not a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"configuration {path} cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"configuration {path} is not UTF-8 text; save it as UTF-8") from None
+    text = read_text(path, f"configuration {path}", "give a YAML file", MOST_SETTINGS)
     settings = _yaml(text, f"configuration {path}")
     if settings is None:
         return {}
@@ -659,12 +684,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """argparse's type for a whole number that is not below `least`."""
+def at_least(least: int, most: int = MOST_PROMPTS) -> Callable[[str], int]:
+    """argparse's type for a whole number from `least` to `most`."""
 
     def number(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        # Of so many digits no number is made: Python refuses to.
+        if not text.isascii() or not text.isdigit() or len(text) > 20 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text:.40} is not a whole number of at least {least} and at most {most}")
         return int(text)
 
     return number

@@ -50,9 +50,15 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
     """
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib; pip install 'safesteer-mlx[report]'")
-    from .evals.figures import picture
+    try:
+        from .evals.figures import picture
+    except ValueError as error:  # matplotlib reads its settings when it is imported
+        raise UserError(f"matplotlib cannot be used ({error!s:.60}…); unset MPLBACKEND, or mend matplotlibrc") from None
     from .system.store import write
 
+    folder, html = run_folder / "figures", run_folder / "report.html"
+    if (folder.exists() and not folder.is_dir()) or html.is_dir():
+        raise UserError(f"{folder} must be a folder and {html} a file, if they are there; move them away")
     run = read_run(run_folder, transcripts)
     try:
         figures = [(name, caption, picture(draw)) for name, caption, draw in _figures(run)]
@@ -61,18 +67,17 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
             for name, caption, image in figures
         }
         page = _page(run, images, transcripts)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         where = f", {error}" if isinstance(error, KeyError | UndefinedError) else ""
         raise UserError(
             f"{run_folder} is not as align writes it ({type(error).__name__}{where}); make the run again"
         ) from error
-    folder = run_folder / "figures"
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
     for name, _, image in figures:
         write(folder / f"{name}.png", image.png)
-    write(run_folder / "report.html", page.encode())
-    return run_folder / "report.html"
+    write(html, page.encode())
+    return html
 
 
 def read_run(folder: Path, transcripts: bool = True) -> RunFiles:
@@ -81,27 +86,14 @@ def read_run(folder: Path, transcripts: bool = True) -> RunFiles:
     Raises:
         UserError: a file is missing or damaged.
     """
-
-    def text(name: str) -> str:
-        try:
-            return (folder / name).read_text("utf-8")
-        except FileNotFoundError:
-            raise UserError(f"{folder} holds no {name}; give the run/ folder of a run that has finished") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{folder / name} cannot be read ({type(error).__name__}); make the run again") from None
+    from .system.finished import read_record
 
     def parsed(name: str, optional: bool = False) -> Any:
-        if optional and not (folder / name).is_file():
-            return None
-        try:
-            if name.endswith(".jsonl"):
-                return [json.loads(line) for line in text(name).split("\n") if line]
-            return json.loads(text(name))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{folder / name} line {error.lineno} is not JSON; make the run again") from None
+        return None if optional and not (folder / name).exists() else read_record(folder, name)
 
-    has_answers = (folder / "transcripts.jsonl").is_file()
-    text("recipe.yaml")  # a missing file is told in the words above
+    has_answers = (folder / "transcripts.jsonl").exists()
+    if not (folder / "recipe.yaml").exists():
+        raise UserError(f"{folder} holds no recipe.yaml; give the run/ folder of a run that has finished")
     return RunFiles(
         folder,
         current_names(read_yaml(folder / "recipe.yaml")),

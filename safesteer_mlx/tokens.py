@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipe import Parser, read_yaml
+from .system.files import check_out, write_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code, visible
 
@@ -109,8 +110,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--offline", action="store_true", help="make no connection, as HF_HUB_OFFLINE=1")
     add("--trust-remote-code", action="store_true", help="let the tokenizer's own code run")
     args = parser.parse_args(argv)
-    if (args.veto or args.add) and args.out.exists():
-        raise UserError(f"--out {args.out} exists already; give another file")
+    if args.veto or args.add:
+        check_out(args.out, "--out")
+        if args.out.exists():
+            raise UserError(f"--out {args.out} exists already; give another file")
     return args
 
 
@@ -133,7 +136,7 @@ def _run(args: argparse.Namespace) -> None:
     show(rows, screen)
     if args.veto or args.add:
         tokens = [{"token": row["token"], "id": row["id"]} for row in rows]
-        args.out.write_text(json.dumps(tokens, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_out(args.out, json.dumps(tokens, indent=2, ensure_ascii=False) + "\n")
         screen.line(f"{len(tokens)} tokens in {args.out}; align with --safety-tokens {args.out}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .recipe import HELD_OUT_TOKENS, Parser, at_least
+from .system.files import check_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
@@ -112,6 +113,8 @@ def _run(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.against is None:
         raise UserError("say with --against what to ask: a model's folder, a .gguf file, or a server's http address")
+    if args.out is not None:
+        check_out(args.out, "--out")
     prepare(args.offline)
     from .evals.fidelity import show
     from .system.finished import finished_run, load_base

@@ -144,7 +144,7 @@ def test_phrases_of_ones_own_count_until_they_are_taken_back(own_phrases):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "is not a file"),
+        (None, "cannot be read"),
         (b"", "holds no phrase"),
         (b"# only a remark\n", "holds no phrase"),
         (b"ne\n", "'ne'"),
@@ -427,7 +427,7 @@ def test_tuning_goes_on_above_adapters_and_changes_neither_them_nor_the_base(bas
 
 def test_the_runs_own_direction_is_read(tmp_path):
     assert run_direction(None) is None and run_direction(tmp_path) is None
-    (tmp_path / "direction.json").write_text(json.dumps({"vector": [0.5, 2.0]}))
+    (tmp_path / "direction.json").write_text(json.dumps({"layer": 2, "vector": [0.5, 2.0]}))
     assert run_direction(tmp_path).tolist() == [0.5, 2.0]
 
 

@@ -175,7 +175,7 @@ BAD = {
     "no adapters": (["--adapter-path", "nowhere"], "nowhere"),
     "steered away": (["--steer", "-1"], "--steer -1.0 does not fit; it must be above 0"),
     "steered without end": (["--steer", "inf"], "--steer inf"),
-    "no words": (["--max-tokens", "0"], "--max-tokens 0"),
+    "no words": (["--max-tokens", "0"], "--max-tokens: 0"),
     "cold": (["--temp", "-1"], "--temp"),
     "no nucleus": (["--top-p", "0"], "--top-p"),
     "no number": (["--seed", "x"], "--seed"),
@@ -198,7 +198,7 @@ DIRECTIONS = {
     "another model's": ({"layer": 3, "vector": [1.0] * 7}, "holds no direction"),
     "a block too far": ({"layer": 99, "vector": [1.0] * 128}, "holds no direction"),
     "a system prompt": ({"layer": 0, "vector": [0.0]}, "system prompt"),
-    "no numbers": ({"layer": 0, "vector": "x"}, "holds no direction"),
+    "no numbers": ({"layer": 0, "vector": "x"}, "is not as align writes it"),
 }
 
 

@@ -70,3 +70,16 @@ def test_no_function_takes_more_than_seven_things(name: str):
             given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             taken = [a for a in given if a not in ("self", "cls")]
             assert len(taken) <= 7, f"{name}:{node.lineno} {node.name} takes {len(taken)}"
+
+
+# Where a file may be read without the limits of system/files.py, which is of the package or the program's own.
+OWN_FILES = {"system.files", "system.model_files", "system.hub", "method.judge", "align", "export", "formats.gguf"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_files_are_read_and_homes_found_in_one_place(name: str):
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "expanduser" or name == "system.files", f"{name}:{node.lineno}: use user_path"
+            unbounded = node.attr in ("read_text", "read_bytes") and name not in OWN_FILES
+            assert not unbounded, f"{name}:{node.lineno}: read through system/files.py"

@@ -1,12 +1,20 @@
 """Runs that were interrupted at an awkward moment, and models, flags and data that are not the usual ones."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from runs import files, write_run
 
 from safesteer_mlx import evaluate
 from safesteer_mlx.method import run as runs
@@ -18,7 +26,7 @@ from safesteer_mlx.method.run import Run
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.train import MovingTeacher, StepMetrics, Training, collapsed, train_student
 from safesteer_mlx.recipe import resolve
-from safesteer_mlx.system.screen import Screen, exit_code
+from safesteer_mlx.system.screen import Screen, UserError, exit_code
 from safesteer_mlx.system.store import Store
 
 RECIPE = resolve({}, {})[0]
@@ -225,3 +233,177 @@ def test_the_time_that_sampling_will_take_goes_by_the_prompts_of_data(tmp_path):
     assert answers(33, reuse_direction_prompts=False)[0] == "192"
     beside = len(prompt_sets(RECIPE).harmful_direction_train)
     assert answers(33)[0] == f"{32 * -(-2 * (33 + beside) // 11):,}"
+
+
+# Signals
+
+PYTHON = {"PYTHONPATH": str(Path(__file__).parents[1]), "OPENBLAS_NUM_THREADS": "1"}
+SLOW_REPORT = """
+import sys, time
+from safesteer_mlx import report
+from safesteer_mlx.evals import figures
+figures.picture = lambda draw: (print("drawing", flush=True), time.sleep(60))
+sys.exit(report.main(sys.argv[1:]))
+"""
+# What waits, as a run does, and needs a while to keep what it has.
+SLOW_RUN = """
+import sys, time
+from safesteer_mlx.system.screen import exit_code
+def run():
+    try:
+        print("drawing", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(float(sys.argv[1]))
+sys.exit(exit_code(run))
+"""
+
+
+def stopped(command, signals, folder, wait_for=b"", pause=0.0) -> tuple[int, str]:
+    """The code and the words of a process that gets these signals, after a pause or once it has said something."""
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | PYTHON,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        if wait_for:
+            assert process.stdout.readline().strip() == wait_for
+        time.sleep(pause)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.05)
+        _, said = process.communicate(timeout=30)
+        return process.returncode, said.decode()
+
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+ONE_LINE = "safesteer-mlx: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"), [([INT], 130), ([TERM], 143), ([INT, INT], 130), ([TERM, TERM], 143), ([TERM, INT], 143)]
+)
+@pytest.mark.parametrize("keeping", ["0", "0.3"])
+def test_a_signal_or_two_are_one_line_and_the_code_of_the_first(signals, code, keeping, tmp_path):
+    assert stopped(["-c", SLOW_RUN, keeping], signals, tmp_path, b"drawing") == (code, ONE_LINE)
+
+
+@pytest.mark.parametrize("pause", [0.15, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
+def test_a_signal_at_the_start_is_one_line(number, code, pause, tmp_path):
+    # Whatever is being imported then; before the package is, Python itself decides.
+    ours = ["-c", "import sys; sys.argv = ['-m']; import safesteer_mlx; print('ours', flush=True); import runpy; "]
+    ours[1] += "sys.argv = ['align', '--iters', '2']; runpy.run_module('safesteer_mlx.align', run_name='__main__')"
+    assert stopped(ours, [number], tmp_path, b"ours", pause - 0.15) == (code, ONE_LINE)
+
+
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_a_signal_during_the_report_is_one_line_and_leaves_no_page(number, tmp_path):
+    run = write_run(tmp_path / "run", files())
+    before = sorted(run.rglob("*"))
+    code, said = stopped(["-c", SLOW_REPORT, str(run)], [number], tmp_path, b"drawing")
+    assert (code, said) == (128 + number, ONE_LINE) and sorted(run.rglob("*")) == before
+
+
+def test_an_interrupt_that_python_swallowed_comes_again(tmp_path):
+    code = """
+import sys, time, os, signal
+from safesteer_mlx.system.screen import exit_code
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+def run():
+    Swallows()
+    time.sleep(10)
+sys.exit(exit_code(run))
+"""
+    assert stopped(["-c", code], [], tmp_path) == (130, ONE_LINE)
+
+
+def test_handlers_are_put_back_and_another_thread_has_none():
+    before = [signal.getsignal(number) for number in (INT, TERM)]
+    inside = []
+
+    def command() -> None:
+        inside.append([signal.getsignal(number) for number in (INT, TERM)])
+
+    assert exit_code(command) == 0 and inside[0] != before
+    assert [signal.getsignal(number) for number in (INT, TERM)] == before
+    thread = threading.Thread(target=exit_code, args=(command,))
+    thread.start()
+    thread.join()
+    assert inside[1] == before
+
+
+# The terminal, and what is around a process
+
+
+STREAMS = {
+    "closed output": ("{} >&-", 0, ""),
+    "closed errors": ("{} 2>&-", 0, ""),
+    "all closed": ("{} <&- >&- 2>&-", 0, ""),
+    "nobody reads": ("{{ {}; echo code $? >&2; }} | true", 0, "code 141"),
+    "nobody reads the help": ("{{ {python} -m safesteer_mlx --help; echo code $? >&2; }} | true", 0, "code 141"),
+    "a full disk": ("{} >/dev/full", 2, "No space left on device"),
+    "C": ("LC_ALL=C {}", 0, ""),
+    "latin-1": ("PYTHONIOENCODING=latin-1 {}", 0, ""),
+    "latin-1 help": ("PYTHONIOENCODING=latin-1 {python} -m safesteer_mlx.align --help", 0, ""),
+    "ASCII errors": ("PYTHONIOENCODING=ascii {python} -m safesteer_mlx.align --seed ⟨", 2, "seed = '?'"),
+    "no home": ("env -u HOME {}", 0, ""),
+    "few files": ("ulimit -n 32; {}", 2, "only 32 files may be open at once"),
+    "small files": ("ulimit -f 0; {} --veto ' plain' --out x.json", 2, "File too large"),
+    "a proxy that is none": ("all_proxy=junk://x {}", 0, ""),
+    "a model behind it": (
+        "https_proxy=junk://x {python} -m safesteer_mlx.align a/b --offline",
+        2,
+        "the proxy in http_proxy, https_proxy or all_proxy cannot be used",
+    ),
+    "an unknown backend": ("MPLBACKEND=junk {report}", 2, "unset MPLBACKEND"),
+    "json.py": ("echo 'raise SystemExit(9)' > json.py; {safe}", 0, ""),
+    "a name that is no UTF-8": ("mv run $(printf 'r\\377'); {python} -m safesteer_mlx.tokens r*", 0, ""),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_odd_surroundings_are_a_sentence_or_do_not_matter(case, tmp_path):
+    write_run(tmp_path / "run", files())
+    line, code, expected = STREAMS[case]
+    if case == "a full disk" and not Path("/dev/full").exists():
+        pytest.skip("a Mac has no such device")
+    python = sys.executable
+    line = line.format(
+        f"{python} -m safesteer_mlx.tokens run",
+        python=python,
+        report=f"{python} -m safesteer_mlx.report run",
+        safe=f"{python} -P -m safesteer_mlx.tokens run",
+    )
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"} | PYTHON
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, timeout=60, check=False)
+    said = done.stderr.decode("utf-8", "replace")
+    assert done.returncode == code and expected in said and said.count("\n") == bool(expected), said
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".part") or p.name == "x.json"]
+
+
+def test_the_scripts_and_the_check_of_an_export_run_nothing_of_the_working_folder():
+    root = Path(__file__).parents[1]
+    assert " -P -m safesteer_mlx.align" in (root / "scripts" / "align").read_text()
+    assert '"-P", "-m", "safesteer_mlx.verify"' in (root / "safesteer_mlx" / "export.py").read_text()
+
+
+def test_a_sentence_for_which_nobody_listens_changes_no_code(monkeypatch):
+    class Gone:
+        def write(self, _):
+            raise BrokenPipeError
+
+        flush = write
+
+    def command():
+        raise UserError("a; b")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert exit_code(command) == 2

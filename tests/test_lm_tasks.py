@@ -98,7 +98,8 @@ def test_an_own_task_is_found_by_its_file(lm_eval, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "cannot be read"), ("dataset_path: json\n", "names no task"), (b"\xff", "no UTF-8")]
+    ("content", "said"),
+    [(None, "cannot be read"), ("dataset_path: json\n", "names no task"), (b"\xff", "not UTF-8 text")],
 )
 def test_an_own_task_that_is_none_is_a_sentence(tmp_path, capsys, content, said):
     file = tmp_path / "own.yaml"

@@ -212,15 +212,15 @@ def damaged(name, change):
 BAD = {
     "unfinished": (damaged("before_after.json", lambda _: None), "before_after.json"),
     "no recipe": (damaged("recipe.yaml", lambda _: None), "recipe.yaml"),
-    "another shape": (damaged("direction.json", lambda _: {"layer": 1}), "KeyError"),
+    "another shape": (damaged("direction.json", lambda _: {"layer": 1}), "no coeff"),
     "text for a number": (damaged("tokens.json", lambda rows: [rows[0] | {"votes": "many"}]), "is not as align"),
     "text for a block": (damaged("direction.json", lambda found: found | {"layer": HOSTILE}), "is not as align"),
     "text for a share": (
         damaged("direction.json", lambda found: found | {"trials": [trial(2, 0.7, ("$x^{", 0.1))]}),
         "is not as align",
     ),
-    "trial without a coefficient": (damaged("direction.json", lambda found: found | {"trials": [{}]}), "KeyError"),
-    "step without a loss": (damaged("metrics.jsonl", lambda _: [{"step": 1}]), "KeyError"),
+    "trial without a coefficient": (damaged("direction.json", lambda found: found | {"trials": [{}]}), "no coeff"),
+    "step without a loss": (damaged("metrics.jsonl", lambda _: [{"step": 1}]), "no anchor_loss"),
     "a setting that only the page reads": (
         damaged("recipe.yaml", lambda recipe: {k: v for k, v in recipe.items() if k != "fine_tune_type"}),
         "has no attribute 'fine_tune_type'",

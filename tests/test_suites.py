@@ -190,11 +190,11 @@ def test_a_long_field_beside_the_prompt_is_no_hindrance(tmp_path):
 
 BAD = {
     "no such column": (b"a,b\n1,2\n", ".csv", "Goal"),
-    "not JSON": (b"{", ".jsonl", "malformed"),
+    "not JSON": (b"{", ".jsonl", "line 1 is not JSON"),
     "not a list": (b'{"Goal": "x"}', ".json", "list"),
     "not a text": (b'[{"Goal": 3}]', ".json", "int"),
     "no prompts": (b"Goal\n", ".csv", "no prompts"),
-    "not UTF-8": (b"Goal\n\xff\xfe\n", ".csv", "malformed"),
+    "not UTF-8": (b"Goal\n\xff\xfe\n", ".csv", "not UTF-8 text"),
     "another kind of file": (b"x", ".xml", ".xml"),
 }
 
@@ -208,10 +208,11 @@ def test_a_wrong_file_is_a_sentence_without_its_content(name, tmp_path):
         load_suite(find_suite("JailbreakBench"), file)
 
 
-def test_parquet_is_read_where_pyarrow_is(monkeypatch):
+def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
+    (tmp_path / "file.parquet").touch()
     table = types.SimpleNamespace(to_pylist=lambda: [{"prompt": p} for p in PROMPTS])
     parquet = types.SimpleNamespace(read_table=lambda path: table)
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
     suite = Suite("own", "harmful", column=["prompt"])
-    assert [item.text for item in load_suite(suite, Path("file.parquet"))] == PROMPTS
+    assert [item.text for item in load_suite(suite, tmp_path / "file.parquet")] == PROMPTS

@@ -109,7 +109,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(flags, expected, run_of, t
 
 def test_a_folder_without_tokens_or_room_is_one_sentence(run_of, tmp_path, capsys):
     assert "tokens.json" in refused(capsys, tmp_path / "nowhere")
-    assert "cannot read or write" in refused(capsys, run_of, "--veto", "I", "--out", tmp_path / "no" / "folder.json")
+    assert "there is no folder" in refused(capsys, run_of, "--veto", "I", "--out", tmp_path / "no" / "folder.json")
 
 
 # What align takes

@@ -204,6 +204,10 @@ def pretender(status: int, body: bytes):
         (200, b'{"data": 3, "choices": [{"message": null, "finish_reason": 1}]}', "no chat completion"),
         (200, b"[]", "no chat completion"),
         (200, b'"' + b"x" * 100_000 + b'"', "no chat completion"),
+        (200, b'{"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]}', "no chat completion"),
+        (200, b'{"choices": [{"message": {"content": ["a"]}, "finish_reason": "stop"}]}', "no chat completion"),
+        (200, b"[" * 100_000, "does not answer"),
+        (200, b"1" * 5000, "does not answer"),
     ],
 )
 def test_a_server_that_is_none_is_one_sentence(finished, capsys, status, body, said):

@@ -1,6 +1,5 @@
 """Is what is shipped what was scored? An export, or a server, is held against the student of its run."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +13,8 @@ from ..method.losses import chunk_rows
 from ..method.prompts import prompt_sets, render
 from ..method.residual import answer_states, head
 from ..method.rollout import Sampling, answers, stream_key
-from ..system.finished import FinishedRun
-from ..system.screen import Advance, Screen
+from ..system.finished import FinishedRun, read_record
+from ..system.screen import Advance, Screen, UserError
 from .heldout import held_out_prompts
 from .scores import HOW, Answer, Count, Scores
 
@@ -144,18 +143,16 @@ def recorded(run: FinishedRun, asked: Sequence[Question]) -> dict[str, Scores] |
 
     Tasks and drift are not among it.
     """
-    path = run.record / "transcripts.jsonl"
     kept: dict[tuple[str, str, str, str], Answer] = {}
     try:
-        for line in path.read_text("utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_record(run.record, "transcripts.jsonl"):
             values = [row[name] for name in ("kind", "how", "prompt", "answer", "outcome", "finished")]
             kept[row["model"], row["kind"], row["how"], row["prompt"]] = Answer(*values, row.get("cut", False))
         return {
             name: Scores([kept[name, q.kind, how, q.text] for how in HOW for q in asked], {}, math.nan, math.nan)
             for name in ("base", "student")
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError):
         return None
 
 

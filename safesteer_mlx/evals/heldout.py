@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,6 +17,7 @@ from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
 from ..method.rollout import Completion, Sampling, answer_text, generate, stream_key
+from ..system.files import read_json, read_text
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import as_json, fingerprint, write
@@ -88,12 +88,12 @@ class BaseAnswers:
 
     def _read(self, file: Path) -> dict[str, Completion]:
         try:
-            content = json.loads(file.read_text("utf-8"))
+            content = read_json(file, str(file), "")
             kept = content["answers"] if content["made_by"] == self._made_by else {}
             found = {key: Completion(list(ids), end, cut) for key, (ids, end, cut) in kept.items()}
             ours = all(i in range(self._base.vocabulary) for c in found.values() for i in c.ids)
             return found if ours else {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             return {}  # nothing, or nothing of ours: it is drawn again
 
     def __call__(
@@ -255,11 +255,7 @@ def perplexity(model: nn.Module, tokenizer: Any, path: Path) -> tuple[float, flo
     """
     from mlx_lm.perplexity import eval_ppl
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"--perplexity {path} cannot be read ({reason}); give a text file") from None
+    text = read_text(path, f"--perplexity {path}", "give a text file")
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than the model is meant
     width = min(PERPLEXITY_TOKENS, len(ids))
     if width < 3:

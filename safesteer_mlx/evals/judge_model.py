@@ -17,6 +17,7 @@ import mlx.nn as nn
 from ..method.residual import last_logits
 from ..method.rollout import Completion, Sampling, answer_text, generate
 from ..recipe import PACKAGE, nearest
+from ..system.files import MOST_TEMPLATE, read_text, user_path
 from ..system.load import Loaded, find, load, read_tokenizer
 from ..system.memory import with_smaller_batches
 from ..system.model_files import check_model_folder, read_object
@@ -62,11 +63,11 @@ def read_template(name: str) -> Template:
     Raises:
         UserError: there is none of that name, or the file is not one.
     """
-    path = FOLDER / f"{name}.txt" if (FOLDER / f"{name}.txt").is_file() else Path(name).expanduser()
+    path = FOLDER / f"{name}.txt" if (FOLDER / f"{name}.txt").is_file() else user_path(name)
     known = sorted(p.stem for p in FOLDER.glob("*.txt"))
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no judge template {name!r}{nearest(name, known) or ': ' + ', '.join(known)}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, f"judge template {path}", "give a text file", MOST_TEMPLATE)
     head, *parts = re.split(rf"^\[({'|'.join(_ROLES)})\]\n", text, flags=re.MULTILINE)
     verdict = re.search(rf"^# verdict: ({'|'.join(VERDICTS)})$", head, re.MULTILINE)
     # A raw text is read to its last line end, turns are not.

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..system.files import MOST_SETTINGS, read_text
 from ..system.screen import UserError
 
 
@@ -36,10 +37,7 @@ def task_name(file: Path) -> str:
     Raises:
         UserError: the file cannot be read, or names none.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--tasks {file} cannot be read ({getattr(error, 'strerror', None) or 'no UTF-8'})") from None
+    text = read_text(file, f"--tasks {file}", "give a task's YAML file", MOST_SETTINGS)
     # Not as YAML: lm-eval's own tags name functions to import.
     if (name := re.search(r"^task:\s*[\"']?([\w.\-]+)", text, re.MULTILINE)) is None:
         raise UserError(f"--tasks {file} names no task; give it a line like task: {file.stem}")

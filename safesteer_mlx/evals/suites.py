@@ -4,7 +4,7 @@ Each is a file `data/suites/NAME.yaml`. Nothing is fetched but what is named, an
 """
 
 import csv
-import json
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from ..method.prompts import Instruction
 from ..recipe import PACKAGE, nearest, read_yaml
+from ..system.files import MOST_TEXT, check_regular, read_json, read_text
 from ..system.hub import fetch
 from ..system.screen import UserError
 
@@ -100,28 +101,27 @@ def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
     Raises:
         UserError: no such file, or malformed.
     """
+    subject = f"suite {suite.name}: {path}"
     if path.suffix == ".parquet":
         from pyarrow import parquet  # type: ignore[import-not-found]
 
-        yield from parquet.read_table(path).to_pylist()
+        check_regular(path, subject, "fetch it again", MOST_TEXT)
+        try:
+            yield from parquet.read_table(path).to_pylist()
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise UserError(f"{subject} is malformed ({type(error).__name__}); fetch it again") from None
         return
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            if path.suffix == ".csv":
-                csv.field_size_limit(2**24)  # a recorded answer may be longer than the default of 128 KiB
-                rows: Any = list(csv.DictReader(lines))
-            elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in lines if line.strip()]
-            elif path.suffix == ".json":
-                rows = json.load(lines)
-            else:
-                raise UserError(
-                    f"{path} ends in {path.suffix or 'nothing'}; a suite is .csv, .json, .jsonl or .parquet"
-                )
-    except OSError as error:
-        raise UserError(f"suite {suite.name}: {path} cannot be read ({error.strerror}); check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"suite {suite.name}: {path} is malformed ({type(error).__name__}); fetch it again") from None
+    if path.suffix in (".json", ".jsonl"):
+        rows = read_json(path, subject, "fetch it again", MOST_TEXT)
+    elif path.suffix == ".csv":
+        csv.field_size_limit(2**24)  # a recorded answer may be longer than the default of 128 KiB
+        try:
+            text = read_text(path, subject, "fetch it again", line_ends=True)
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        except csv.Error as error:
+            raise UserError(f"{subject} is malformed ({error}); fetch it again") from None
+    else:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}; a suite is .csv, .json, .jsonl or .parquet")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"suite {suite.name}: {path} is not a list of objects; is it this suite's file?")
     yield from rows

@@ -5,12 +5,10 @@ in the very model that is attacked, at the block where it does most (Arditi et a
 harmless requests as `mlx_lm.lora` does it, which means no harm and undoes refusals all the same (Qi et al. 2023).
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +24,7 @@ from ..method.rollout import Sampling, answers, stream_key
 from ..method.run import REFUSAL_TOKENS
 from ..method.student import make_student
 from ..recipe import resolve
+from ..system.finished import Vector, read_record
 from ..system.load import Loaded
 from ..system.screen import Advance, UserError, silent
 
@@ -136,8 +135,6 @@ def ablated(model: nn.Module, vector: mx.array, row: Sequence[int]) -> nn.Module
 
 def run_direction(run: Path | None) -> mx.array | None:
     """The direction that a run has kept, if there is a run."""
-    path = run / "direction.json" if run else None
-    if path is None or not path.is_file():
+    if run is None or not (run / "direction.json").exists():
         return None
-    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return mx.array(record["vector"])
+    return mx.array(read_record(run, "direction.json", Vector)["vector"], mx.float32)

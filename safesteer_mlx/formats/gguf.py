@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..system.files import user_path
 from ..system.load import Loaded
 from ..system.screen import UserError
 
@@ -36,7 +37,7 @@ def find_converter(given: Path | None, name: str = CONVERTER) -> Path:
         UserError: it is not there.
     """
     if given is not None:
-        path = given.expanduser() / name
+        path = user_path(given) / name
         if not path.is_file():
             raise UserError(f"--llama-cpp {given} holds no {name}; give the folder of llama.cpp's source")
         return path

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -20,11 +21,13 @@ import numpy as np
 from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
 from ..method.prompts import render
 from ..method.rollout import Completion, Sampling, answer_text, has_equal_batches, set_equal_batches
+from ..system.files import MOST_TEMPLATE, parse_json, read_text, user_path
 from ..system.load import Loaded
 from ..system.screen import Advance, UserError
 
 Ids = Sequence[int]
 SERVER_SECONDS = 300  # for one answer
+MOST_REPLY = 10_000_000  # bytes of it
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def reader_for(
     """
     if kind == "server":
         return _server(what, sampling, seed, served_model)
-    path = Path(what).expanduser()
+    path = user_path(what)
     if kind in ("mlx", "adapter"):
         return _mlx(path, base, sampling, seed, with_adapter=kind == "adapter")
     if kind == "transformers":
@@ -77,7 +80,7 @@ def kind_of(what: str) -> str:
     """
     if what.startswith(("http://", "https://")):
         return "server"
-    path = Path(what).expanduser()
+    path = user_path(what)
     if path.is_file() and (path.suffix == ".gguf" or path.name == "Modelfile"):
         return "llama.cpp"
     if (path / "adapter_model.safetensors").is_file():
@@ -218,7 +221,8 @@ def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
 
     files = {"FROM": str(path), "ADAPTER": None}
     if path.name == "Modelfile":
-        lines = [line.split(maxsplit=1) for line in path.read_text("utf-8").splitlines()]
+        text = read_text(path, str(path), "give an export's Modelfile", MOST_TEMPLATE)
+        lines = [line.split(maxsplit=1) for line in text.splitlines()]
         files |= {line[0]: str(path.parent / line[1]) for line in lines if len(line) == 2 and line[0] in files}
     try:
         with _quiet():
@@ -267,12 +271,12 @@ class _Server:
         try:
             request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as response:
-                return json.loads(response.read())
+                return parse_json(response.read(MOST_REPLY))
         except urllib.error.HTTPError as error:
             text = error.read()[:200].decode("utf-8", "replace")
             which = f"; it serves {', '.join(self.names[:5])}: give one with --served-model" if self.names else ""
             raise UserError(f"the server {self.url} answers HTTP {error.code} ({text.strip()}){which}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(
                 f"the server {self.url} does not answer ({reason}); start it, or check the address"
@@ -289,7 +293,10 @@ class _Server:
         } | ({} if self.model is None else {"model": self.model})
         try:
             choice = self.ask("/chat/completions", body)["choices"][0]
-            return choice["message"].get("content") or "", choice["finish_reason"] == "stop"
+            text = choice["message"].get("content")
+            if not isinstance(text, str | None):
+                raise TypeError("no text")
+            return text or "", choice["finish_reason"] == "stop"
         except (KeyError, IndexError, TypeError, AttributeError):
             raise UserError(
                 f"the server {self.url} answers with no chat completion; is it OpenAI-compatible?"

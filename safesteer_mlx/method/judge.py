@@ -11,9 +11,9 @@ nothing but a question counts as an evasion.
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 from ..recipe import PACKAGE
+from ..system.files import MOST_TEMPLATE, read_text, user_path
 from ..system.screen import UserError
 
 REFUSAL_WINDOW = 200  # characters of an answer in which a refusal or an evasion shows
@@ -29,11 +29,11 @@ _more: list[str] = []  # refusal phrases of the user's own, for this process
 
 @cache
 def _phrases(name: str) -> tuple[str, ...]:
-    return _read_phrases(PACKAGE / "data" / f"{name}_phrases.txt")
+    return _phrases_in((PACKAGE / "data" / f"{name}_phrases.txt").read_text("utf-8"))
 
 
-def _read_phrases(path: Path) -> tuple[str, ...]:
-    lines = (" ".join(line.lower().replace("’", "'").split()) for line in path.read_text("utf-8-sig").splitlines())
+def _phrases_in(text: str) -> tuple[str, ...]:
+    lines = (" ".join(line.lower().replace("’", "'").split()) for line in text.splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
@@ -48,14 +48,8 @@ def use_refusal_phrases(file: str | None) -> None:
     _more.clear()
     if file is None:
         return
-    path = Path(file).expanduser()
-    try:
-        if not path.is_file():
-            raise UserError(f"--refusal-phrases {file} is not a file; give one with a phrase a line")
-        phrases = _read_phrases(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"--refusal-phrases {file} cannot be read ({reason}); give a text file") from None
+    what = f"--refusal-phrases {file}"
+    phrases = _phrases_in(read_text(user_path(file), what, "give a text file with a phrase a line", MOST_TEMPLATE))
     if short := [phrase for phrase in phrases if len(phrase) < SHORTEST_PHRASE]:
         raise UserError(
             f"--refusal-phrases {file} holds {short[0]!r}, which would be found in any answer; give whole phrases"

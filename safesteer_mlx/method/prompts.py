@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..recipe import PACKAGE, DirectionSettings, Recipe
+from ..system.files import parse_json, read_bytes, user_path
 from ..system.hub import dataset_file
 from ..system.screen import UserError
 
@@ -68,7 +69,7 @@ Located = list[tuple[str, Instruction]]  # each with the file and line that it s
 
 def own_prompts(model: str) -> Path | None:
     """The `data/` folder of a model's folder, if it holds prompts of the model's own, as the bundled one's does."""
-    folder = Path(model).expanduser() / "data"
+    folder = user_path(model) / "data"
     return folder if any((folder / f"{name}.jsonl").is_file() for name in SETS) else None
 
 
@@ -119,7 +120,7 @@ def given_files(data: str | None) -> dict[str, Path]:
     """
     if data is None:
         return {}
-    path = Path(data).expanduser()
+    path = user_path(data)
     if not path.is_dir():
         return {"harmful_train": path}
     try:
@@ -184,17 +185,14 @@ def _located(path: Path) -> Located:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{path} does not exist; --data takes a .jsonl, .json or .txt file, an mlx-lm data folder, or a folder of "
             "prompt sets by name (harmful_train.jsonl, harmless_test.jsonl, …)"
         )
     if path.suffix not in KINDS:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; --data takes .jsonl, .json, .txt or a folder")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    content = read_bytes(path, str(path), "give a file of prompts")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
     try:
@@ -207,11 +205,11 @@ def _text(path: Path) -> str:
 def _json(text: str, where: str) -> Any:
     """The value in a JSON text; a text of many lines names its own."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = "" if " line " in where else f" line {error.lineno}"
         raise UserError(f"{where}{line} is not JSON ({error.msg}); mend that line") from None
-    except (RecursionError, ValueError):  # ten thousand brackets, or a number of ten thousand digits
+    except ValueError:  # ten thousand brackets, or a number of ten thousand digits
         raise UserError(f"{where} is JSON nested too deep or with too long a number; mend it") from None
 
 

@@ -26,6 +26,7 @@ from .token_file import read_token_file
 T = TypeVar("T")
 
 REFUSAL_TOKENS = 32  # of an answer, enough to tell a refusal
+READ = 4096, 32_768  # tokens of a prompt: a small model may be asked so many, and no model more than these
 TOLD_BY = 4  # tokens of an answer, enough to tell whether batches change it
 
 
@@ -141,6 +142,13 @@ def _batch_size(base: Loaded, prompts: Sequence[Sequence[int]], wanted: int, scr
         return wanted
     screen.line("mlx-lm does not batch this architecture rightly: answers are generated one at a time, slowly")
     return 1
+
+
+def most_read(base: Loaded) -> int:
+    """Ids of a prompt at most: what the model was made for, within what a machine can read in reasonable time."""
+    text = base.config.get("text_config") or base.config
+    made_for = text.get("max_position_embeddings")
+    return min(max(made_for, READ[0]), READ[1]) if type(made_for) is int else READ[1]
 
 
 def can_batch(base: Loaded, prompts: Sequence[Sequence[int]]) -> bool:

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..recipe import TrainSettings, check_lora_parameters
+from ..system.files import user_path
 from ..system.model_files import read_header, read_object, some
 from ..system.screen import UserError
 from ..system.store import save_arrays, write
@@ -50,7 +51,7 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
         if not tree_flatten(student.trainable_parameters()):
             raise UserError(f"lora_parameters keys = {parameters.get('keys')} match no layer; leave keys out for all")
     if settings.resume_adapter_file is not None:
-        _load_adapters(student, Path(settings.resume_adapter_file).expanduser())
+        _load_adapters(student, user_path(settings.resume_adapter_file))
     if settings.grad_checkpoint == "on":
         checkpoint_blocks(student)
     student.eval()

@@ -3,11 +3,13 @@
 Text and id must agree, since an id alone means another word in another model.
 """
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..recipe import MOST_TOKENS
+from ..system.files import read_json, user_path
 from ..system.screen import UserError, visible
 from .prompts import special_ids
 
@@ -18,20 +20,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, is not such a list, is empty, or holds an id twice.
     """
-    try:
-        rows = json.loads(path.expanduser().read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"token file {path} cannot be read ({error.strerror}); check the path") from None
-    except ValueError:
-        raise UserError(f"token file {path} is not JSON; make one with python -m safesteer_mlx.tokens") from None
+    rows = read_json(user_path(path), f"token file {path}", "make one with python -m safesteer_mlx.tokens")
     if not isinstance(rows, list) or not all(map(_is_row, rows)) or not rows:
         raise UserError(
             f'token file {path} is not a list of {{"token": text, "id": number}}; make one with '
             "python -m safesteer_mlx.tokens"
         )
-    ids = [row["id"] for row in rows]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}):
-        raise UserError(f"token file {path} holds id {twice[0]} twice; remove one")
+    if len(rows) > MOST_TOKENS:
+        raise UserError(f"token file {path} holds {len(rows):,} tokens; keep at most {MOST_TOKENS:,}")
+    twice = [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if twice:
+        raise UserError(f"token file {path} holds id {min(twice)} twice; remove one")
     return rows
 
 

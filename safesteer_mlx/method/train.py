@@ -701,17 +701,18 @@ def train_student(
         if scorer is not None and due() and all(row["step"] != step for row in log.scored):
             log.scored.append(scorer.score(step))
 
-    if (saved := store.latest()) is not None:
+    trained = {f"student.{name}": w.shape for name, w in tree_flatten(student.trainable_parameters())}  # pyright: ignore
+    if (saved := store.latest(TrainingLog, trained)) is not None:
         parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}, "best": {}}
         for name, array in saved.arrays.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = array
+            parts.setdefault(part, {})[rest] = array
         student.update(tree_unflatten(list(parts["student"].items())))
         training.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
         if moving is not None:
             moving.restore(parts["teacher"])
             follow_teacher()
-        log, step, best = TrainingLog(**saved.data), saved.step, parts["best"]
+        log, step, best = saved.data, saved.step, parts["best"]
         if training.learning is not None:
             training.learning = replace(training.learning, shares=[row["learned"] for row in log.metrics])
     total = course(nominal, settings, training.learning).steps

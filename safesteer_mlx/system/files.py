@@ -1,12 +1,37 @@
-"""Files that anyone may have written: regular ones of a sensible size, or one sentence.
+"""Files that anyone may have written, read in one place: regular ones of a sensible size, or one sentence.
 
-A pipe or a device would be waited for without end.
+A pipe or a device would be waited for without end, brackets without end would overflow the stack, and numbers without
+end the arithmetic of whatever reads them.
 """
 
+import json
+import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from .screen import UserError
+
+# Bytes, by what a file is for.
+MOST_SETTINGS = 200_000  # YAML, whose parser takes a second for as much
+MOST_TEMPLATE = 1_000_000
+MOST_RECORD = 200_000_000  # the JSON of a run
+MOST_TEXT = 1_000_000_000  # prompts and texts
+
+DEEPEST = 64  # brackets in brackets
+LARGEST = 1e30  # a number; more could not be squared in float32, nor drawn
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user gives it, `~` and `~name` resolved.
+
+    Raises:
+        UserError: nobody has that name, or there is no home folder to be found.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text!s:.200}: no home folder is known for its ~; write the whole path") from None
 
 
 def check_regular(path: Path, subject: str, remedy: str, most: int | None = None) -> None:
@@ -29,3 +54,110 @@ def check_regular(path: Path, subject: str, remedy: str, most: int | None = None
 
 def _unreadable(subject: str, why: str, remedy: str) -> UserError:
     return UserError(f"{subject} cannot be read ({why}); {remedy}")
+
+
+def read_bytes(path: Path, subject: str, remedy: str, most: int = MOST_TEXT) -> bytes:
+    """What a regular file holds.
+
+    Raises:
+        UserError: as `check_regular`, or it cannot be read.
+    """
+    check_regular(path, subject, remedy, most)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(subject, error.strerror or str(error), remedy) from None
+
+
+def read_text(path: Path, subject: str, remedy: str, most: int = MOST_TEXT, line_ends: bool = False) -> str:
+    """The UTF-8 text in a regular file, without a byte-order mark; its `line_ends` as they are, or as Python has them.
+
+    Raises:
+        UserError: as `read_bytes`, or it is another text.
+    """
+    content = read_bytes(path, subject, remedy, most)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _unreadable(subject, "it is not UTF-8 text", remedy) from None
+    return text if line_ends else text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON within the limits; NaN and infinity, which Python writes where nothing was measured, are null.
+
+    Raises:
+        ValueError: no JSON, nested too deep, or a number too large; a JSONDecodeError says where.
+    """
+
+    def number(kind: type) -> Any:
+        def parse(digits: str) -> Any:
+            if not -LARGEST <= (value := kind(digits)) <= LARGEST:
+                raise ValueError("a number too large")
+            return value
+
+        return parse
+
+    try:
+        content = json.loads(text, parse_int=number(int), parse_float=number(float), parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level = [content]
+    for _ in range(DEEPEST):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [item for value in inner if not isinstance(value, str | int | float | None) for item in value]
+        if not level:
+            return content
+    raise ValueError("nested too deep")
+
+
+def read_json(path: Path, subject: str, remedy: str, most: int = MOST_RECORD) -> Any:
+    """The JSON in a regular file, or, if it ends in .jsonl, the list of what its lines hold.
+
+    Raises:
+        UserError: as `read_text`, or it is not JSON within the limits of `parse_json`.
+    """
+    text = read_text(path, subject, remedy, most)
+    lines = text.split("\n") if path.suffix == ".jsonl" else [text]
+    values = []
+    for number, line in enumerate(lines, 1):
+        if path.suffix == ".jsonl" and not line.strip():
+            continue
+        try:
+            values.append(parse_json(line))
+        except json.JSONDecodeError as error:
+            at = number if path.suffix == ".jsonl" else error.lineno
+            raise UserError(f"{subject} line {at} is not JSON ({error.msg}); {remedy}") from None
+        except ValueError:
+            where = f" line {number}" if path.suffix == ".jsonl" else ""
+            raise UserError(f"{subject}{where} is JSON nested too deep or with too long a number; {remedy}") from None
+    return values if path.suffix == ".jsonl" else values[0]
+
+
+def check_out(path: Path, flag: str) -> None:
+    """Refuse, before any work, a file that could not be written at its end.
+
+    Raises:
+        UserError: it is a folder, or its folder is not there.
+    """
+    folder = path.absolute().parent
+    if not os.path.isdir(folder):  # Path.is_dir raises for some names
+        raise UserError(f"{flag} {path}: there is no folder {folder}; make it first")
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder; give a file in it")
+    if not os.access(path if os.path.lexists(path) else folder, os.W_OK):
+        raise UserError(f"{flag} {path} cannot be written; check its permissions")
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write a file that a user named: whole, or not at all and what was there before stays."""
+    if path.exists() and not path.is_file():  # /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f".{path.name[:200]}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -3,13 +3,184 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from ..method.judge import use_refusal_phrases
-from ..recipe import Recipe, current_names, model_name, read_yaml, resolve
+from ..recipe import MOST_TOKENS, Recipe, current_names, model_name, read_yaml, resolve
+from .files import read_json, user_path
 from .load import Loaded, load
-from .model_files import read_object
 from .screen import UserError
+from .store import decoded
+
+# What the files of a run's record hold, as far as anything reads it back.
+
+
+class Count(TypedDict):
+    """So many of so many."""
+
+    count: int
+    total: int
+
+
+class Scored(TypedDict):
+    """A model in before_after.json: outcomes and broken answers by kind and decoding, tasks, drift."""
+
+    outcomes: Annotated[dict[str, dict[str, dict[str, int]]], 20]
+    broken: Annotated[dict[str, dict[str, Count]], 20]
+    capability: Annotated[dict[str, Count], 100]
+    drift: float | None
+    drift_outside: float | None
+
+
+class Vector(TypedDict):
+    """The direction itself, and the block that it is added before."""
+
+    layer: int
+    vector: Annotated[list[float], 1_000_000]
+
+
+Map = Annotated[list[Annotated[list[float | None], 500]], 100]
+
+
+class Maps(TypedDict):
+    """The three tests of every candidate, by position and block."""
+
+    ablation_kl: Map
+    ablation_refusal: Map
+    steering_refusal: Map
+
+
+class Trial(TypedDict):
+    """A direction and coefficient that was tried."""
+
+    position: int
+    layer: int
+    coeff: float
+    harmful_opened: float | None
+    harmless_opened: float | None
+    refused: float | None
+    over_refused: float | None
+
+
+class Direction(Vector):
+    """direction.json."""
+
+    position: int
+    coeff: float
+    openers: Annotated[dict[str, int], 1000]
+    trials: NotRequired[Annotated[list[Trial], 1000]]
+    scores: Maps
+
+
+class Token(TypedDict):
+    """A row of tokens.json."""
+
+    token: str
+    id: int
+    votes: int
+    mean_delta: float
+    part: NotRequired[float | None]
+    base_prob: float
+    teacher_prob: float
+
+
+class Step(TypedDict):
+    """A row of metrics.jsonl."""
+
+    step: int
+    loss: float | None
+    harmful_loss: float | None
+    anchor_loss: float | None
+    student_mass: float | None
+    target_mass: float | None
+    grad_norm: float | None
+    learned: NotRequired[float | None]
+
+
+class Answered(TypedDict):
+    """A row of transcripts.jsonl."""
+
+    model: str
+    kind: str
+    how: str
+    prompt: str
+    answer: str
+    outcome: str
+    finished: bool
+    cut: NotRequired[bool]
+
+
+class Verdict(TypedDict):
+    """verdict.json."""
+
+    word: str
+    reasons: Annotated[list[str], 100]
+    flipped: Count
+    base_harmless: Count
+    teacher_harmless: Count
+
+
+class SavedStep(TypedDict):
+    """A step that was scored for --select-checkpoint."""
+
+    step: int
+    unsafe: Count
+    over_refusal: Count
+    drift: float | None
+
+
+class Selection(TypedDict):
+    """selection.json."""
+
+    select: str
+    kept: int
+    within: bool
+    scores: Annotated[list[SavedStep], 2000]
+
+
+class Timing(TypedDict):
+    """timing.json."""
+
+    seconds: float
+
+
+class Manifest(TypedDict):
+    """manifest.json: versions and hashes."""
+
+    model_sha256: NotRequired[str]
+    adapters_sha256: NotRequired[str]
+    not_aligned: NotRequired[str | None]
+
+
+MOST_ROWS = 200_000  # as the limits above: a page can still be drawn of it
+
+RECORD: dict[str, Any] = {
+    "direction.json": Direction,
+    "tokens.json": Annotated[list[Token], MOST_TOKENS],
+    "metrics.jsonl": Annotated[list[Step], MOST_ROWS],
+    "before_after.json": Annotated[dict[str, Scored], 10],
+    "manifest.json": Manifest,
+    "timing.json": Timing,
+    "transcripts.jsonl": Annotated[list[Answered], MOST_ROWS],
+    "verdict.json": Verdict,
+    "selection.json": Selection,
+}
+
+
+def read_record(folder: Path, name: str, kind: Any = None) -> Any:
+    """What a file in a run's own folder holds, checked; `kind` where less of it is wanted than all.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is not as `align` writes it.
+    """
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{folder} holds no {name}; give the run/ folder of a run that has finished")
+    content = read_json(path, str(path), "make the run again")
+    try:
+        return decoded(kind or RECORD[name], content)
+    except ValueError as error:
+        raise UserError(f"{path} is not as align writes it ({error!s:.100}); make the run again") from None
 
 
 @dataclass(frozen=True)
@@ -33,7 +204,7 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
     Raises:
         UserError: there is no run, it is not finished, or its adapters are gone or are others.
     """
-    given, folder = folder, folder.expanduser()
+    given, folder = folder, user_path(folder)
     if folder.name == "run" and not (folder / "run").is_dir():
         folder = folder.absolute().parent
     record = folder / "run"
@@ -41,7 +212,7 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
         raise UserError(f"{given} holds no run of align; give the folder that --adapter-path named")
     if not (record / "manifest.json").is_file():
         raise UserError(f"the run in {given} is not finished; go on with it first: align --resume {given}")
-    manifest = read_object(record / "manifest.json")
+    manifest = read_record(record, "manifest.json")
     for file in ("adapters.safetensors", "adapter_config.json"):
         if not (folder / file).is_file():
             raise UserError(f"{given} holds a run, but no {file}; run align again")
@@ -53,7 +224,7 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
         settings |= {"model": model_name(model), "revision": None}
     elif (name := str(settings.get("model"))).startswith("/") and not Path(name).exists():
         raise UserError(f"the base of the run in {given}, {name}, is gone; say with --model where it is now")
-    return FinishedRun(folder, resolve({}, settings)[0], manifest, read_object(record / "before_after.json"))
+    return FinishedRun(folder, resolve({}, settings)[0], manifest, read_record(record, "before_after.json"))
 
 
 def load_base(run: FinishedRun, trust_remote_code: bool = False) -> Loaded:

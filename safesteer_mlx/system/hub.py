@@ -4,6 +4,7 @@ the user says so; nothing else."""
 import errno
 import json
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,20 @@ def prepare(offline: bool = False) -> None:
     """Set the Hub library's environment, which it reads once, when it is imported.
 
     No telemetry and no update check; with `offline`, or HF_HUB_OFFLINE=1, no connection at all.
+
+    Raises:
+        UserError: this process may open too few files.
     """
     for library in ("HF_HUB", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 4096))  # as mlx-lm does, when it is imported
+    except (ValueError, OSError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        raise UserError(f"only {most} files may be open at once, and mlx-lm wants 4096; raise `ulimit -n`") from None
 
 
 def is_offline() -> bool:
@@ -147,7 +156,12 @@ def _set_up() -> None:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    session = get_session()
+    try:
+        session = get_session()
+    except Exception as error:  # a proxy that is none: httpx and what it calls raise what they like
+        raise UserError(
+            f"the proxy in http_proxy, https_proxy or all_proxy cannot be used ({error!s:.80}); correct or unset it"
+        ) from None
     if _patient not in session.event_hooks["request"]:
         session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _patient]}
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .chat_template import check_template
+from .files import user_path
 from .hub import headers, is_offline, model_folder
 from .model_files import (
     Tensor,
@@ -71,7 +72,7 @@ def find(name: str, revision: str | None = None, with_code: bool = False) -> Pat
     Raises:
         UserError: no such folder or repository, no access, or no configuration in it.
     """
-    local = Path(name).expanduser()
+    local = user_path(name)
     if local.exists():
         if revision is not None:
             raise UserError(
@@ -93,7 +94,7 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
     Raises:
         UserError: as `find`, or a file cannot be believed.
     """
-    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or is_offline():
+    if user_path(name).exists() or name.startswith((".", "/", "~")) or is_offline():
         path = find(name, revision)
         config, tensors = read_object(path / "config.json"), check_weights(path)
     else:

@@ -3,10 +3,14 @@
 Nothing that a model said is ever shown here.
 """
 
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 Advance = Callable[..., None]  # advance(done, total, note="")
 
@@ -26,24 +30,99 @@ def visible(text: str, keep: str = "\n") -> str:
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Run a command: its code or 0; 2 for what its user can mend, told in one sentence; 130 after Ctrl-C or SIGTERM."""
+    """Run a command: its code or 0; 2 for what its user can mend, told in one sentence; 130 after Ctrl-C, 143 after
+    SIGTERM, 141 where nobody reads the output any more."""
+    settle_streams()
+    came: list[int] = []
+    with _signals_stop(came):
+        try:
+            code = command() or 0
+            sys.stdout.flush()  # a full disk is told now, not by Python when it has ended
+            return code
+        except UserError as error:
+            return _told(str(error))
+        except BrokenPipeError:
+            _give_up_output()
+            return 141
+        except OSError as error:  # a full disk, missing permissions, a folder that went away
+            where = f" {error.filename}" if error.filename else ""
+            reason = error.strerror or error
+            return _told(f"cannot read or write{where} ({reason}); mend that, then run the same command again")
+        except KeyboardInterrupt:
+            for number in came and (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            code = _told("interrupted", 128 + (came[0] if came else signal.SIGINT))
+            if came:  # at once: Python would take its time to end, and to another signal end otherwise
+                os._exit(code)
+            return code
+
+
+def _told(what: str, code: int = 2) -> int:
+    with suppress(OSError):  # nobody reads it
+        print(f"safesteer-mlx: {visible(what, '')}", file=sys.stderr, flush=True)
     try:
-        return command() or 0
-    except UserError as error:
-        print(f"safesteer-mlx: {visible(str(error), '')}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, missing permissions, a folder that went away
-        where = f" {error.filename}" if error.filename else ""
-        reason = f"cannot read or write{where} ({error.strerror or error}); mend that, then run the same command again"
-        print(f"safesteer-mlx: {visible(reason, '')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("safesteer-mlx: interrupted", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+    except OSError:
+        _give_up_output()
+    return code
+
+
+def settle_streams() -> None:
+    """A standard stream that is closed is an empty one, and a character that a terminal does not have is a "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _give_up_output() -> None:
+    """What the standard output did not take is dropped; Python would try again at its end, and say so."""
+    with suppress(OSError):  # it is no file: a test's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals_stop(came: list[int]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM raises KeyboardInterrupt, so that a run can keep what it has; the second ends the
+    process. `came` holds the first."""
+
+    def stop(number: int, _: Any) -> None:
+        if came:
+            os.write(2, b"safesteer-mlx: interrupted\n")
+            os._exit(128 + came[0])
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def swallowed(unraisable: Any) -> None:
+        """One that came while Python could not raise, in a callback of an import for one, comes again."""
+        if not (came and unraisable.exc_type is KeyboardInterrupt):
+            return hook(unraisable)
+        again = came.pop()
+        threading.Timer(0.05, os.kill, (os.getpid(), again)).start()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # its owner decides about signals
+        return
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def silent(done: int, total: int, note: str = "") -> None:
     """A progress callback that shows nothing."""
+
+
+def _reraise() -> None:
+    raise
 
 
 class Screen:
@@ -52,7 +131,9 @@ class Screen:
     def __init__(self, quiet: bool = False, verbose: bool = False):
         from rich.console import Console
 
+        settle_streams()
         self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, stderr=False)
+        self.console.on_broken_pipe = _reraise  # rich would end the process
         self.verbose = verbose
         self._step = 0
 

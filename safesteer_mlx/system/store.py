@@ -12,20 +12,25 @@ Every file of it carries the fingerprint of what made it (model, prompts, settin
 content: what was made otherwise, or was damaged, is not used.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import mlx.core as mx
 import numpy as np
 
+from .files import parse_json, read_json
+from .model_files import read_header
 from .screen import UserError
 
 T = TypeVar("T")
@@ -44,8 +49,9 @@ def check_output(folder: Path) -> None:
     try:
         folder = folder.resolve()  # new/../file is the file, whether or not there is a folder new
         folder.exists()
-    except OSError as error:  # a name too long, for one
-        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({error.strerror}); give another") from None
+    except (OSError, RuntimeError) as error:  # a name too long, or links in a circle
+        why = getattr(error, "strerror", "links in a circle")
+        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({why}); give another") from None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--adapter-path {folder} is a file; give a folder")
     if folder.is_dir():
@@ -75,11 +81,15 @@ def _plain(value: Any) -> Any:
 def write(path: Path, content: bytes) -> None:
     """Replace a file in one step, readable by its owner only: after a crash it is the old one or the new one."""
     part = path.with_name(f".{path.name}.part")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    put_in_place(part, path)
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        put_in_place(part, path)
+    except OSError:  # a full disk, or a folder of that name
+        part.unlink(missing_ok=True)
+        raise
 
 
 def put_in_place(part: Path, path: Path) -> None:
@@ -95,10 +105,14 @@ def put_in_place(part: Path, path: Path) -> None:
 def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
     """`mx.save_safetensors`, in one step as `write`."""
     part = path.with_name(f".{path.stem}.part.safetensors")  # MLX adds the ending if it is another
-    mx.save_safetensors(str(part), arrays)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    put_in_place(part, path)
+    try:
+        mx.save_safetensors(str(part), arrays)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        put_in_place(part, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what MLX raises at a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(getattr(error, "errno", None) or errno.EIO, str(error), str(path)) from None
 
 
 def as_json(content: Any) -> bytes:
@@ -177,19 +191,48 @@ def encoded(value: Any) -> Any:
 
 def decoded(kind: Any, plain: Any) -> Any:
     """A value of this type from `encoded`'s, after JSON: null in an array is NaN, arrays are of float64 or, MLX's,
-    float32."""
+    float32. A TypedDict may hold more than it names; `Annotated[list[…], 9]` holds 9 at most.
+
+    Raises:
+        ValueError: it is of another type; TypeError or KeyError: of a dataclass with other fields.
+    """
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(**{name: decoded(hints[name], value) for name, value in plain.items()})  # type: ignore[operator]
+        hints, items = _hints(kind), _expect(plain, dict).items()
+        return kind(**{name: value if value is None else decoded(hints[name], value) for name, value in items})  # type: ignore[operator]
+    if is_typeddict(kind):
+        if missing := sorted(kind.__required_keys__ - _expect(plain, dict).keys()):
+            raise ValueError(f"no {missing[0]}")
+        return plain | {name: decoded(hint, plain[name]) for name, hint in _hints(kind).items() if name in plain}
     if kind is np.ndarray:
-        return np.array(plain, np.float64)
+        return np.array(_expect(plain, list), np.float64)
     if kind is mx.array:
-        return mx.array(np.array(plain, np.float32))
+        return mx.array(np.array(_expect(plain, list), np.float32))
+    inner = get_args(kind)
+    if get_origin(kind) is Annotated:
+        if isinstance(plain, list | dict) and len(plain) > inner[1]:
+            raise ValueError(f"{len(plain):,} in place of at most {inner[1]:,}")
+        return decoded(inner[0], plain)
+    if get_origin(kind) is NotRequired:
+        return decoded(inner[0], plain)
     if get_origin(kind) is list:
-        return [decoded(get_args(kind)[0], item) for item in plain]
+        return [decoded(inner[0], item) for item in _expect(plain, list)]
     if get_origin(kind) is dict:
-        return {key: decoded(get_args(kind)[1], item) for key, item in plain.items()}
-    return plain
+        return {key: decoded(inner[1], item) for key, item in _expect(plain, dict).items()}
+    return _expect(plain, *(inner if get_origin(kind) is UnionType else (kind,)))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _expect(plain: Any, *kinds: Any) -> Any:
+    """A plain value that is of one of these types; a whole number is a float too, and any other type is not checked."""
+    if Any in kinds or not set(kinds) <= {dict, list, str, int, float, bool, NoneType}:
+        return plain
+    if type(plain) in kinds or (type(plain) is int and float in kinds):
+        return plain
+    raise ValueError(f"{type(plain).__name__} in place of {' or '.join(kind.__name__ for kind in kinds)}")
 
 
 @dataclass(frozen=True)
@@ -198,12 +241,27 @@ class SavedStep:
 
     step: int
     arrays: dict[str, mx.array]
-    data: dict[str, Any]
+    data: Any
 
 
 def fingerprint(*parts: Any) -> str:
     """A hash of plain data."""
     return hashlib.sha256(as_json(list(parts))).hexdigest()
+
+
+class Envelope(TypedDict):
+    """A file of the state: who made it, and its content, JSON in a text, with the hash of that."""
+
+    made_by: str
+    sha256: str
+    content: str
+
+
+class KeptStep(TypedDict):
+    """What is kept of a step beside its arrays."""
+
+    arrays_sha256: str
+    data: dict[str, Any]
 
 
 class Store(RunFolder):
@@ -224,22 +282,25 @@ class Store(RunFolder):
     def found(self, name: str) -> Any | None:
         """What was kept under a name by a run like this one, or None."""
         file = self.states / f"{name}.json"
-        try:
-            envelope = json.loads(file.read_bytes())
-            made_by, sha, body = envelope["made_by"], envelope["sha256"], envelope["content"]
-            if hashlib.sha256(body.encode()).hexdigest() != sha:
-                raise ValueError("hash")
-        except FileNotFoundError:
+        if not file.exists():
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        try:
+            envelope = decoded(Envelope, read_json(file, str(file), "make the run again"))
+            body = envelope["content"].encode()
+            if hashlib.sha256(body).hexdigest() != envelope["sha256"]:
+                raise ValueError("hash")
+            return parse_json(body) if envelope["made_by"] == self._fingerprint else None
+        except ValueError:
             self.damaged.append(file.name)
             return None
-        return json.loads(body) if made_by == self._fingerprint else None
 
     def once(self, name: str, find: Callable[[], T], kind: type[T]) -> T:
         """What `find` finds, a dataclass of this `kind`, or what it found before."""
         if (content := self.found(name)) is not None:
-            return decoded(kind, content)
+            try:
+                return decoded(kind, content)
+            except (ValueError, TypeError, KeyError):
+                self.damaged.append(f"{name}.json")
         result = find()
         self.keep(name, encoded(result))
         return result
@@ -278,19 +339,25 @@ class Store(RunFolder):
             (self.states / f"{old}.json").unlink(missing_ok=True)
             (self.states / f"{old}.safetensors").unlink(missing_ok=True)
 
-    def latest(self) -> SavedStep | None:
-        """The last state that is whole."""
+    def latest(self, kind: Any = dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> SavedStep | None:
+        """The last state that is whole, its data of this `kind`, with arrays of these `shapes` among its own."""
         for name in self._steps():
             content, file = self.found(name), self.states / f"{name}.safetensors"
             if content is None:
                 continue
-            if not file.is_file() or _sha256(file) != content["arrays_sha256"]:
+            try:
+                content = decoded(KeptStep, content)
+                data, step = decoded(kind, content["data"]), int(name.split("-")[1])
+                held = {name: its.shape for name, its in read_header(file).items()}
+                if _sha256(file) != content["arrays_sha256"] or not held.items() >= (shapes or {}).items():
+                    raise ValueError("other arrays")
+            except (ValueError, TypeError, KeyError):
                 self.damaged.append(file.name)
                 continue
             arrays = mx.load(str(file))
             assert isinstance(arrays, dict)
             mx.eval(arrays)  # now, since the file may be deleted while the run goes on
-            return SavedStep(int(name.split("-")[1]), arrays, content["data"])
+            return SavedStep(step, arrays, data)
         return None
 
     def _steps(self) -> list[str]:

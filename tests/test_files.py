@@ -1,0 +1,519 @@
+"""What a stranger sends: files that are none, runs that were edited, numbers and lines without end, paths that lead
+nowhere. Each is one sentence, at once, and leaves nothing behind."""
+
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from runs import files, write_run
+
+from safesteer_mlx import align, chat, evaluate, export, report, tokens, verify
+from safesteer_mlx.evals.fidelity import recorded
+from safesteer_mlx.evals.heldout import BaseAnswers, perplexity
+from safesteer_mlx.evals.judge_model import read_template
+from safesteer_mlx.evals.lm_tasks import task_name
+from safesteer_mlx.evals.suites import find_suite, load_suite
+from safesteer_mlx.evals.tampering import run_direction
+from safesteer_mlx.method.direction import FoundDirections
+from safesteer_mlx.method.judge import use_refusal_phrases
+from safesteer_mlx.method.prompts import Instruction, load_instructions
+from safesteer_mlx.method.run import most_read
+from safesteer_mlx.method.token_file import read_rows
+from safesteer_mlx.method.train import TrainingLog
+from safesteer_mlx.recipe import read_yaml
+from safesteer_mlx.system.files import DEEPEST, parse_json, read_json, write_out
+from safesteer_mlx.system.finished import RECORD, finished_run, read_record
+from safesteer_mlx.system.model_files import read_header
+from safesteer_mlx.system.screen import Screen, UserError, visible
+from safesteer_mlx.system.store import Store, save_arrays, write
+
+
+@pytest.fixture(autouse=True)
+def at_once():
+    """What waits for a pipe, or reads a device to its end, fails."""
+
+    def late(*_):
+        raise TimeoutError("not told at once")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 20)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def refused(capsys, main, *argv) -> str:
+    """The one sentence in which a command ends; what was in its folders is as before."""
+    assert main([str(a) for a in argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("safesteer-mlx: ") and said.count("\n") == 1 and len(said) < 700, said
+    assert "Traceback" not in said and visible(said[:-1]) == said[:-1]
+    return said
+
+
+# Not a regular file
+
+READERS = {
+    "run.yaml": read_yaml,
+    "data.jsonl": load_instructions,
+    "data.json": load_instructions,
+    "data.txt": load_instructions,
+    "tokens.json": read_rows,
+    "phrases": lambda p: use_refusal_phrases(str(p)),
+    "text": lambda p: evaluate.parse(["--perplexity", str(p)]),
+    "text.txt": lambda p: perplexity(None, None, p),
+    "suite.csv": lambda p: load_suite(find_suite("AdvBench"), p),
+    "suite.json": lambda p: load_suite(find_suite("AdvBench"), p),
+    "suite.jsonl": lambda p: load_suite(find_suite("AdvBench"), p),
+    "template": lambda p: read_template(str(p)),
+    "task.yaml": task_name,
+    "adapters.safetensors": read_header,
+    "direction.json": lambda p: run_direction(p.parent),
+    **{f"run/{name}": lambda p: read_record(p.parent, p.name) for name in RECORD},
+}
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def endless(path: Path) -> None:
+    """A terabyte that takes no place."""
+    path.touch()
+    os.truncate(path, 10**12)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, device, Path.mkdir, endless], ids=["pipe", "device", "folder", "endless"])
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_file_or_has_no_end_is_told_and_not_read(name, make, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    if name == "adapters.safetensors" and make is endless:
+        pytest.skip("its header is read, and says nothing")
+    with pytest.raises(UserError, match=r"; ") as error:
+        READERS[name](path)
+    assert len(str(error.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, device, Path.mkdir, endless], ids=["pipe", "device", "folder", "endless"])
+def test_a_state_that_is_no_file_is_damaged_and_answers_are_drawn_again(make, tmp_path):
+    store = Store(tmp_path, "this run")
+    store.keep("tokens", [1])
+    (store.states / "tokens.json").unlink()
+    make(store.states / "tokens.json")
+    assert store.found("tokens") is None and store.damaged == ["tokens.json"]
+    make(tmp_path / "answers.json")
+    assert BaseAnswers(None, None, tmp_path / "answers.json")._found == {}  # type: ignore[arg-type]
+
+
+# JSON without end
+
+DEEP = "[" * 10_000 + "]" * 10_000
+BAD_JSON = ["1e308", "-1e31", "1e400", "9" * 31, "9" * 5000, "-" + "9" * 5000, DEEP, '{"a":' * 100 + "1" + "}" * 100]
+BAD_JSON += ["[" * DEEPEST + "[]" + "]" * DEEPEST, "[" * 10_000, "", "{", "[1,]", "{'a': 1}", '"\x00"', "nul", "1 2"]
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=lambda t: t[:20])
+def test_json_beyond_the_limits_is_refused(text, tmp_path):
+    with pytest.raises(ValueError):
+        parse_json(text)
+    for name, where in (("a.json", " line 1" if text.startswith(("{'", "1 ")) else ""), ("a.jsonl", " line 2")):
+        (tmp_path / name).write_text(f'"first"\n{text}\n' if name.endswith("l") else text)
+        if text or name == "a.json":
+            with pytest.raises(UserError, match=f"a file{where}.* JSON.*; mend it"):
+                read_json(tmp_path / name, "a file", "mend it")
+
+
+def test_json_within_the_limits_is_read_and_what_was_not_measured_is_null():
+    assert parse_json(b'[1e30, -5, NaN, Infinity, -Infinity, true, null, {"a": []}, "x"]') == [
+        1e30,
+        -5,
+        None,
+        None,
+        None,
+        True,
+        None,
+        {"a": []},
+        "x",
+    ]
+
+
+# A run that was edited, or that a stranger made
+
+
+HOW = {
+    "huge": lambda row: json.dumps(row).replace("{", '{"more": 1e308, ', 1),
+    "digits": lambda row: json.dumps(row).replace("{", '{"more": ' + "9" * 5000 + ", ", 1),
+    "null": lambda row: "null",
+    "a text": lambda row: '"x"',
+    "number": lambda row: "3",
+    "a list of lists": lambda row: "[[]]",
+    "deep": lambda row: DEEP,
+    "half": lambda row: json.dumps(row)[: len(json.dumps(row)) // 2],
+    "no text": lambda row: "\udcff",
+    "names only": lambda row: json.dumps(dict.fromkeys(row)),
+    "true for all": lambda row: json.dumps(dict.fromkeys(row, True)),
+    "lists for all": lambda row: json.dumps({key: [] for key in row}),
+}
+
+
+def spoil(folder: Path, name: str, how: str) -> None:
+    """A file of a run with its object, or the second row of its list, made otherwise."""
+    found = files()[name]
+    if name.endswith("jsonl"):
+        text = "\n".join([json.dumps(found[0]), HOW[how](found[1])])
+    elif isinstance(found, list):
+        text = f"[{json.dumps(found[0])}, {HOW[how](found[1])}]"
+    else:
+        text = HOW[how](found)
+    (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", RECORD)
+def test_an_edited_file_of_a_run_is_one_sentence_that_names_it(name, how, tmp_path, capsys):
+    if name == "manifest.json" and how == "names only":
+        pytest.skip("versions that are not known are fine")
+    folder = write_run(tmp_path / "run", files())
+    spoil(folder, name, how)
+    before = tree(tmp_path)
+    said = refused(capsys, report.main, folder, "--transcripts-in-report")
+    assert name in said and said.endswith("make the run again\n") and tree(tmp_path) == before
+
+
+SHAPES = {
+    "votes beyond C": ("tokens.json", lambda d: [d[0] | {"part": None, "votes": 10**29}, d[1]]),
+    "ragged scores": ("direction.json", lambda d: d | {"scores": d["scores"] | {"ablation_kl": [[1], [1, 2]]}}),
+    "a thousand positions": ("direction.json", lambda d: d | {"scores": d["scores"] | {"ablation_kl": [[1]] * 1000}}),
+    "a thousand blocks": ("direction.json", lambda d: d | {"scores": d["scores"] | {"ablation_kl": [[1] * 1000]}}),
+    "1e5 trials": ("direction.json", lambda d: d | {"trials": d["trials"] * 20_000}),
+    "1e5 tokens": ("tokens.json", lambda d: [d[0] | {"id": i} for i in range(100_000)]),
+    "1e5 reasons": ("verdict.json", lambda d: d | {"reasons": ["x"] * 100_000}),
+    "1e4 saved steps": ("selection.json", lambda d: d | {"scores": d["scores"] * 5000}),
+    "1e4 tasks": (
+        "before_after.json",
+        lambda d: d | {"base": d["base"] | {"capability": {str(i): {"count": 1, "total": 1} for i in range(10_000)}}},
+    ),
+    "a hundred models": ("before_after.json", lambda d: d | {f"m{i}": d["base"] for i in range(100)}),
+    "no student": ("before_after.json", lambda d: {"base": d["base"]}),
+    "less than none": (
+        "verdict.json",
+        lambda d: d | {"flipped": {"count": -3, "total": -5}},
+    ),
+    "a step that was not saved": ("selection.json", lambda d: d | {"kept": 99}),
+}
+
+
+DRAWN = {
+    "tokens.json": "tokens",
+    "direction.json": "direction",
+    "verdict.json": "verdict",
+    "selection.json": "selection",
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_run_of_another_shape_is_one_sentence(case, tmp_path, capsys, monkeypatch):
+    name, change = SHAPES[case]
+    found, pictures = files(), report._figures
+    monkeypatch.setattr(report, "_figures", lambda run: [p for p in pictures(run) if p[0] == DRAWN.get(name)])
+    folder = write_run(tmp_path / "run", found | {name: change(found[name])})
+    before = tree(tmp_path)
+    assert "is not as align writes it" in refused(capsys, report.main, folder) and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_other_commands_read_a_run_as_strictly(how, tmp_path, capsys):
+    import hashlib
+
+    run = write_run(tmp_path / "run", files())
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    manifest = files()["manifest.json"] | {"adapters_sha256": hashlib.sha256(b"{}").hexdigest()}
+    for name in ("direction.json", "tokens.json", "before_after.json", "transcripts.jsonl", "timing.json"):
+        spoil(run, name, how)
+    assert "tokens.json" in refused(capsys, tokens.main, run)
+    with pytest.raises(UserError, match=r"direction\.json"):
+        run_direction(run)
+    model = SimpleNamespace()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safesteer_mlx.method.student.with_adapters", lambda *_: model)
+        with pytest.raises(UserError, match=r"direction\.json"):
+            chat.make_voices(model, tmp_path, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"tokens\.json"):
+        evaluate._safety_tokens(tmp_path, SimpleNamespace(tokenizer=None, vocabulary=1))  # type: ignore[arg-type]
+    assert recorded(SimpleNamespace(record=run), []) is None  # type: ignore[arg-type]
+    assert align._last_seconds(tmp_path) is None
+    write_run(run, {"manifest.json": manifest, "recipe.yaml": {"model": "tiny-chat"}})
+    with pytest.raises(UserError, match=r"before_after\.json"):
+        finished_run(tmp_path)
+    spoil(run, "manifest.json", "lists for all" if how == "names only" else how)
+    for main, argv in ((export.main, ["--to", "mlx"]), (verify.main, ["--against", "x"])):
+        assert "manifest.json" in refused(capsys, main, tmp_path, *argv)
+
+
+STATES = {
+    "another hash": lambda e: e | {"sha256": "0" * 64},
+    "content no text": lambda e: e | {"content": [1]},
+    "no maker": lambda e: {k: v for k, v in e.items() if k != "made_by"},
+    "a list": lambda e: [e],
+    "null": lambda e: None,
+    "huge": lambda e: e | {"more": 10**40},
+}
+KEPT = {
+    "deep": DEEP,
+    "huge": '{"openers": {"I": 1e308}}',
+    "no object": "[1, 2]",
+    "no fields": "{}",
+    "other fields": '{"a": 1}',
+    "texts for numbers": '{"openers": {"I": "x"}}',
+    "a list for an object": '{"openers": []}',
+    "null": "null",
+    "ragged": '{"scores": {"ablation_kl": [[1], [1, 2]]}}',
+    "words for numbers": '{"scores": {"ablation_kl": ["x"]}}',
+}
+
+
+@pytest.mark.parametrize("case", [*STATES, *(f"kept {name}" for name in KEPT)])
+def test_a_state_of_another_shape_is_damaged_and_found_anew(case, tmp_path):
+    import hashlib
+
+    store = Store(tmp_path, "this run")
+    store.keep("directions", {})
+    file = store.states / "directions.json"
+    envelope = json.loads(file.read_text())
+    if case in STATES:
+        file.write_text(json.dumps(STATES[case](envelope)))
+    else:  # by one who knows how a state is signed
+        body = KEPT[case.removeprefix("kept ")]
+        file.write_text(json.dumps(envelope | {"content": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}))
+    new = FoundDirections({"I": 1}, None, [], [], [], [])  # type: ignore[arg-type]
+    assert store.once("directions", lambda: new, FoundDirections) is new
+    assert store.damaged == ([] if case == "kept null" else ["directions.json"])
+
+
+STEPS = {
+    "no data": lambda c: {"arrays_sha256": c["arrays_sha256"]},
+    "data a list": lambda c: c | {"data": [1]},
+    "no log": lambda c: c | {"data": {}},
+    "rows for a list": lambda c: c | {"data": c["data"] | {"metrics": {"a": 1}}},
+    "numbers for rows": lambda c: c | {"data": c["data"] | {"metrics": [1, 2]}},
+    "texts for seconds": lambda c: c | {"data": c["data"] | {"seconds": ["x"]}},
+    "more": lambda c: c | {"data": c["data"] | {"more": 1}},
+    "no hash": lambda c: c | {"arrays_sha256": None},
+    "a list": lambda c: [c],
+    "a number": lambda c: 3,
+}
+
+
+@pytest.mark.parametrize("case", [*STEPS, "weights of another shape", "weights missing"])
+def test_a_step_of_another_shape_is_damaged_and_the_one_before_it_is_used(case, tmp_path):
+    store = Store(tmp_path, "this run")
+    shapes = {"student.w": (3,)}
+    for step in (1, 2):
+        name = "student.v" if step == 2 and case == "weights missing" else "student.w"
+        width = 4 if step == 2 and case == "weights of another shape" else 3
+        store.save(step, {name: mx.zeros(width)}, {"metrics": [], "seconds": [], "scored": []})
+    if case in STEPS:
+        store.keep("step-000002", STEPS[case](store.found("step-000002")))
+    saved = store.latest(TrainingLog, shapes)
+    assert saved is not None and saved.step == 1 and saved.data == TrainingLog([], [], [])
+    assert store.damaged == ["step-000002.safetensors"]
+
+
+# Numbers
+
+EVALUATE, CHAT = (evaluate.main, []), (chat.main, [])
+VERIFY, EXPORT = (verify.main, ["run", "--against", "x"]), (export.main, ["run", "--to", "mlx"])
+ALIGN = (align.main, ["--adapter-path", "new"])
+NUMBERS = [
+    *((EVALUATE, f"--seed {n}") for n in (2**32, 2**64, "1e30", "-1", "9" * 5000, "²")),
+    *((CHAT, f"--seed {n}") for n in (2**32, 2**64, "1e30", "-1", "9" * 5000)),
+    *((EVALUATE, f"{flag} 99999999999") for flag in ("--max-tokens", "--batch-size", "--test-prompts", "--samples")),
+    *((CHAT, f"{flag} 1e308") for flag in ("--max-tokens", "--temp", "--steer", "--top-p")),
+    *((CHAT, f"{flag} nan") for flag in ("--max-tokens", "--temp", "--steer", "--top-p")),
+    *((VERIFY, f"--test-prompts {n}") for n in (10**18, "9" * 5000, "1e3")),
+    *((EXPORT, f"--verify {n}") for n in (10**18, "9" * 5000, "0")),
+    *((ALIGN, f"{flag} 1e308") for flag in ("--epochs", "--learning-rate", "--temp", "--weight-decay", "--coeff")),
+    *((ALIGN, f"{flag} {10**18}") for flag in ("--iters", "--max-tokens", "--batch-size", "--test-prompts")),
+    *((ALIGN, f"{flag} {10**18}") for flag in ("--num-generations", "--token-samples", "--horizon", "--tail")),
+    *((ALIGN, f"{flag} {10**18}") for flag in ("--safety-tokens", "--inner-top-k", "--top-k", "--direction-train")),
+    *((ALIGN, f"{flag} {10**18}") for flag in ("--save-every", "--skip-first", "--first-tokens", "--guidance")),
+]
+
+
+@pytest.mark.parametrize(("command", "flags"), NUMBERS, ids=lambda v: v[:40] if isinstance(v, str) else v[0].__module__)
+def test_a_number_beyond_its_range_is_told_and_nothing_is_written(command, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main, argv = command
+    said = refused(capsys, main, *argv, *flags.split())
+    assert flags.split()[0].strip("-").replace("-", "_") in said.replace("-", "_") and not list(tmp_path.iterdir())
+
+
+# Paths
+
+TILDE = "~no-such-user-here/x"
+LOST = {
+    "data": (align.main, ["--data", TILDE]),
+    "adapters to begin from": (align.main, ["--resume-adapter-file", TILDE]),
+    "model": (align.main, [TILDE]),
+    "evaluate's model": (evaluate.main, [TILDE]),
+    "evaluate's adapters": (evaluate.main, ["--adapter-path", TILDE]),
+    "suite": (evaluate.main, ["--suite", f"AdvBench={TILDE}"]),
+    "phrases": (evaluate.main, ["--refusal-phrases", TILDE]),
+    "data of evaluate": (evaluate.main, ["--data", TILDE]),
+    "template": (evaluate.main, ["--judge", "a", "b", "--model", "tiny-chat", "--judge-template", TILDE, TILDE]),
+    "chat's adapters": (chat.main, ["--adapter-path", TILDE]),
+    "report": (report.main, [TILDE]),
+    "tokens": (tokens.main, [TILDE]),
+    "verify": (verify.main, [TILDE, "--against", "x"]),
+    "export": (export.main, [TILDE, "--to", "mlx"]),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+@pytest.mark.parametrize("path", [TILDE, "loop", "loop/x", "n" * 300, "\udcff.json", "a\x1b[2Jb"], ids=ascii)
+def test_a_path_that_leads_nowhere_is_one_sentence(case, path, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "loop").symlink_to("loop")
+    main, argv = LOST[case]
+    before = tree(tmp_path)
+    refused(capsys, main, *(word.replace(TILDE, path) for word in argv))
+    assert tree(tmp_path) == before
+
+
+def test_without_a_home_a_tilde_is_one_sentence(monkeypatch):
+    import pwd
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: (_ for _ in ()).throw(KeyError("nobody")))
+    with pytest.raises(UserError, match="no home folder is known for its ~; write the whole path"):
+        read_rows(Path("~/tokens.json"))
+
+
+# What is refused leaves nothing
+
+LEFT = {
+    "report.html a folder": (report.main, ["run"], lambda f: (f / "run" / "report.html").mkdir()),
+    "figures a file": (report.main, ["run"], lambda f: (f / "run" / "figures").touch()),
+    "scores a folder": (evaluate.main, ["--out", "d"], lambda f: (f / "d").mkdir()),
+    "scores nowhere": (evaluate.main, ["--out", "d/e/x.json"], lambda f: None),
+    "scores in a file": (evaluate.main, ["--out", "d/x.json"], lambda f: (f / "d").touch()),
+    "counts a folder": (verify.main, ["run", "--against", "x", "--out", "d"], lambda f: (f / "d").mkdir()),
+    "counts nowhere": (verify.main, ["run", "--against", "x", "--out", "d/x.json"], lambda f: None),
+    "tokens a folder": (tokens.main, ["run", "--veto", " plain", "--out", "d"], lambda f: (f / "d").mkdir()),
+    "tokens nowhere": (tokens.main, ["run", "--veto", " plain", "--out", "d/x.json"], lambda f: None),
+    "tokens in a circle": (
+        tokens.main,
+        ["run", "--veto", " plain", "--out", "loop"],
+        lambda f: (f / "loop").symlink_to("loop"),
+    ),
+    "steps without end": (align.main, ["--adapter-path", "new", "--iters", "99999999"], lambda f: None),
+    "adapters in a circle": (align.main, ["--adapter-path", "loop"], lambda f: (f / "loop").symlink_to("loop")),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_cannot_be_written_is_told_before_the_work_and_leaves_nothing(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", files())
+    main, argv, prepare = LEFT[case]
+    prepare(tmp_path)
+    before = tree(tmp_path)
+    refused(capsys, main, *argv)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "save", [lambda p: write(p, b"new"), lambda p: write_out(p, "new")], ids=["write", "write_out"]
+)
+def test_a_write_that_fails_leaves_what_was_there_and_no_part(save, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write(tmp_path / "folder", b"new")
+    (tmp_path / "file").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError):
+        save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_weights_that_the_disk_does_not_take_leave_no_part(tmp_path, monkeypatch):
+    def full(path, _):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write 3554 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OSError, match="Unable to write"):
+        save_arrays(tmp_path / "adapters.safetensors", {})
+    assert not list(tmp_path.iterdir())
+
+
+# Lines without end
+
+
+@pytest.mark.parametrize(
+    ("typed", "heard", "left_out"),
+    [
+        ("hi\n", ["hi"], 0),
+        ("hi", ["hi"], 0),
+        ("", [], 0),
+        ("\n\n \n", [], 0),
+        ("hi\n/quit\nno\n", ["hi"], 0),
+        ("a" * 10**6, [], 1),
+        ("a" * 10**6 + "\nhi\n", ["hi"], 1),
+        ("hi\n" + "a" * 10**6 + "\nho\n", ["hi", "ho"], 1),
+        ("a" * 10**5, ["a" * 10**5], 0),
+        ("a" * (10**5 + 1) + "\n" + "b" * 10**7, [], 2),
+        ("\0" * 10**6 + "\nhi", ["hi"], 1),
+    ],
+    ids=range(11),
+)
+def test_a_line_without_end_is_left_out_and_said(typed, heard, left_out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert list(chat._messages(interactive=False)) == heard
+    assert capsys.readouterr().out.count("a line of more than 100,000 characters is left out") == left_out
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        ({}, 32_768),
+        ({"max_position_embeddings": 512}, 4096),
+        ({"max_position_embeddings": 8192}, 8192),
+        ({"max_position_embeddings": 131_072}, 32_768),
+        ({"text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"max_position_embeddings": "many"}, 32_768),
+    ],
+)
+def test_prompts_longer_than_a_model_reads_are_left_out_and_said(config, most, capsys):
+    base = SimpleNamespace(
+        config=config,
+        tokenizer=SimpleNamespace(chat_template="", apply_chat_template=lambda turns, **_: turns[0]["content"].split()),
+    )
+    assert most_read(base) == most  # type: ignore[arg-type]
+    items = [Instruction("a " * n) for n in (1, most, most + 1, 3 * most)]
+    asked = evaluate.Asked({"AdvBench": items, "other": items[:1]}, {}, [], [])
+    evaluate._leave_out_long(asked, base, Screen())  # type: ignore[arg-type]
+    assert asked.kinds == {"AdvBench": items[:2], "other": items[:1]}
+    assert f"AdvBench: 2 prompts are longer than {most:,} tokens and are left out" in capsys.readouterr().out
+    asked = evaluate.Asked({"AdvBench": items[2:]}, {}, [], [])
+    with pytest.raises(UserError, match=f"every prompt of AdvBench is longer than the {most:,} tokens"):
+        evaluate._leave_out_long(asked, base, Screen())  # type: ignore[arg-type]
