@@ -3,6 +3,7 @@
 What is accepted instead says so: a byte-order mark, Windows line ends, a prompt given twice or too long.
 """
 
+import copy
 import io
 import json
 import os
@@ -17,13 +18,19 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from runs import files
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method import framing, prompts
 from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
-from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, read_header
+from safesteer_mlx.system.chat_template import check_template
+from safesteer_mlx.system.finished import RECORD, read_record
+from safesteer_mlx.system.load import _guarded
+from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, check_weights, read_header
 from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
+from safesteer_mlx.system.shape import shape_of
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -1049,8 +1056,9 @@ def test_no_text_is_obeyed_by_the_terminal(text, capsys):
 
 # Fuzz: nothing but a result or our own sentence ever comes out
 
+MORE = int(os.environ.get("FUZZ", "1"))  # times as many, by hand: CONTRIBUTING.md
 QUICK = settings(
-    max_examples=60,
+    max_examples=60 * MORE,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],  # to shrink a failure could take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -1139,3 +1147,62 @@ def test_fuzz_a_flipped_bit_in_a_header(at, bit, tmp_path, adapters):
     raw[at % (8 + struct.unpack("<Q", raw[:8])[0])] ^= 1 << bit
     (tmp_path / "adapters.safetensors").write_bytes(raw)
     only_user_errors(read_header, tmp_path / "adapters.safetensors")
+
+
+@st.composite
+def edited(draw, plain):
+    """JSON in which one value, wherever it stands, is another, is gone, or is deep or long without end."""
+    plain = json.loads(json.dumps(plain))
+    places = [(plain, key) for key in (plain if isinstance(plain, dict) else range(len(plain)))]
+    for owner, key in places:
+        if isinstance(owner[key], (dict, list)):
+            places += [
+                (owner[key], k) for k in (owner[key] if isinstance(owner[key], dict) else range(len(owner[key])))
+            ]
+    owner, key = draw(st.sampled_from(places))
+    new = draw(json_values | st.sampled_from([1e308, -(10**40), 10**9, -1, "1e9", [[]], {"a": {}}, None, "\ud800"]))
+    if isinstance(owner, dict) and draw(st.booleans()) and draw(st.booleans()):
+        del owner[key]
+    else:
+        owner[key] = new
+    return plain
+
+
+@QUICK
+@given(edited(json.loads((TINY / "config.json").read_text())))
+def test_fuzz_configs(config):
+    only_user_errors(check_config, "m", config, check_weights(TINY))
+    only_user_errors(shape_of, config, check_weights(TINY))
+
+
+@QUICK
+@given(data=st.data())
+def test_fuzz_the_record_of_a_run(data, tmp_path):
+    name = data.draw(st.sampled_from(sorted(RECORD)))
+    whole = files()[name]
+    content = data.draw(edited(whole) | json_values)
+    lines = content if name.endswith(".jsonl") and isinstance(content, list) else [content]
+    (tmp_path / name).write_text("\n".join(json.dumps(line) for line in lines))
+    only_user_errors(read_record, tmp_path, name)
+
+
+PIECES = """
+{% for m in messages %} | {% endfor %} | {% if x %} | {% endif %} | {{ m.role }} | {{ messages }} | {{ n * n }} | {{
+| }} | {% set n = 9 %} | {% | %} | {{ 'a' * n }} | {{ messages[0].content }} | {% break %} | {% macro f() %} | {{ f() }}
+| {{ raise_exception('no') }} | {% endmacro %} | {{ range(n) }} | {% include 'a' %} | {{ m.content | tojson }} | {# a #}
+| {{ (1).__class__ }} | <|im_end|> | {{ strftime_now('%Y') }}
+"""
+pieces = st.sampled_from([piece.strip() for piece in PIECES.replace("\n|", " |").split(" |")]) | st.text(max_size=9)
+
+
+@settings(QUICK, max_examples=12 * MORE)
+@given(text=st.lists(pieces, max_size=12).map(" ".join))
+def test_fuzz_chat_templates(text, base):
+    tokenizer = copy.copy(base.tokenizer._tokenizer)
+    tokenizer.chat_template = text
+
+    def read() -> None:
+        check_template("m", text, {"bos_token": "<s>"})
+        prompts.render(_guarded("m", TokenizerWrapper(tokenizer), base.vocabulary), "Why?")
+
+    only_user_errors(read)

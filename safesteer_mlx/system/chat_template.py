@@ -30,7 +30,7 @@ _CONVERSATIONS = [
         _TURNS[:1],
         _TURNS,
         [("system", "a"), *_TURNS],
-        [("user", [{"type": "text", "text": "a"}])],
+        _PARTS,
     )
 ]
 
