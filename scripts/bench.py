@@ -504,7 +504,7 @@ def published_run(n_prompts: int) -> None:
 def our_run(n_prompts: int) -> None:
     """Ours, up to the trained student: all epochs over as many harmful prompts, whenever it has learned."""
     with tempfile.TemporaryDirectory() as folder:
-        run = bundled(save_every=10**6, grad_checkpoint="off", adapter_path=folder)
+        run = bundled(save_every=10**5, grad_checkpoint="off", adapter_path=folder)
         student = make_student(run.base.model, run.recipe.train, 0)
         found = directions.find_directions(run)
         chosen = find_teacher(run, found)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -46,7 +47,7 @@ VARIANTS = {
 }
 
 
-def stop_after(monkeypatch, events, why: BaseException | None = None):
+def stop_after(monkeypatch, events, why: Callable[[], BaseException] = KeyboardInterrupt):
     """Let training be interrupted after so many of its events: rollouts, metrics, rollouts, …"""
     whole = stage.train
 
@@ -54,7 +55,7 @@ def stop_after(monkeypatch, events, why: BaseException | None = None):
         for n, event in enumerate(whole(*args, **kwargs), 1):
             yield event
             if n == events:
-                raise why or KeyboardInterrupt
+                raise why()
 
     monkeypatch.setattr(stage, "train", stops)
 
@@ -93,7 +94,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes(variant, events, tmp_path, mo
 
 def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     command = ["--adapter-path", str(tmp_path / "adapters"), *SHORT]
-    stop_after(monkeypatch, 3, PagingError("training used 9.9 GB, the same command with --yes goes on"))
+    stop_after(monkeypatch, 3, lambda: PagingError("training used 9.9 GB, the same command with --yes goes on"))
     assert main(command) == 2
     assert "training used 9.9 GB" in capsys.readouterr().err
     monkeypatch.undo()

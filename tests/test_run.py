@@ -113,7 +113,8 @@ def test_ablation_projects_the_whole_stream_where_the_published_way_leaves_some(
     run, monkeypatch, capsys, way, left, whole
 ):
     monkeypatch.setattr(direction, "left_by_ablation", lambda *_: left)
-    own = run.with_settings(direction=replace(run.recipe.direction, ablation=way))
+    own = replace(run, screen=Screen(verbose=True))
+    own = own.with_settings(direction=replace(run.recipe.direction, ablation=way))
     assert direction._whole_stream(own, np.ones((2, 4, run.prompts.n_eoi), np.float32)) is whole
     assert ("leaves up to 2.0%" in capsys.readouterr().out) is (way == "auto" and whole)
 
