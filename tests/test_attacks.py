@@ -16,7 +16,7 @@ from safesteer_mlx.evals.judge_model import Case
 from safesteer_mlx.evals.judge_replies import Verdict
 from safesteer_mlx.evals.judging import Chosen
 from safesteer_mlx.evals.scores import Count, effective_size, paired_by_prompt, wilson
-from safesteer_mlx.evals.tampering import TUNING_STEPS, Tampering, run_direction
+from safesteer_mlx.evals.tampering import TUNING_STEPS, Tampering, ablated, run_direction
 from safesteer_mlx.evaluate import ATTACKS, main
 from safesteer_mlx.method.framing import (
     ENCODINGS,
@@ -425,10 +425,13 @@ def test_tuning_goes_on_above_adapters_and_changes_neither_them_nor_the_base(bas
     assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
 
 
-def test_the_runs_own_direction_is_read(tmp_path):
+def test_the_runs_own_direction_is_read(base, tmp_path):
     assert run_direction(None) is None and run_direction(tmp_path) is None
     (tmp_path / "direction.json").write_text(json.dumps({"layer": 2, "vector": [0.5, 2.0]}))
-    assert run_direction(tmp_path).tolist() == [0.5, 2.0]
+    vector = run_direction(tmp_path)
+    assert vector is not None and vector.tolist() == [0.5, 2.0]
+    with pytest.raises(UserError, match="has 2 numbers, and this model's stream 128"):
+        ablated(base.model, vector, [1, 2, 3])
 
 
 def test_adapters_that_carry_no_others_are_left_out(base, tampering, tmp_path, items):

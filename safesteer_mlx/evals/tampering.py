@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from ..method.direction import LEFT, mean_differences
 from ..method.judge import is_refusal
 from ..method.prompts import PromptSets, Rows, render_all
-from ..method.residual import ablate, blocks, left_by_ablation
+from ..method.residual import ablate, block_inputs, blocks, left_by_ablation
 from ..method.rollout import Sampling, answers, stream_key
 from ..method.run import REFUSAL_TOKENS
 from ..method.student import make_student
@@ -129,8 +129,15 @@ def _has_adapters(block: nn.Module) -> bool:
 
 
 def ablated(model: nn.Module, vector: mx.array, row: Sequence[int]) -> nn.Module:
-    """The model without a direction in its stream, by the way that leaves none of it."""
-    return ablate(model, vector, left_by_ablation(model, vector, mx.array([list(row)])) > LEFT)
+    """The model without a direction in its stream, by the way that leaves none of it.
+
+    Raises:
+        UserError: it is another model's.
+    """
+    tokens = mx.array([list(row)])
+    if vector.size != (width := block_inputs(model, tokens)[0].shape[-1]):
+        raise UserError(f"the run's direction has {vector.size} numbers, and this model's stream {width}")
+    return ablate(model, vector, left_by_ablation(model, vector, tokens) > LEFT)
 
 
 def run_direction(run: Path | None) -> mx.array | None:
