@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from runs import files
@@ -1168,11 +1168,18 @@ def edited(draw, plain):
     return plain
 
 
+CONFIG = json.loads((TINY / "config.json").read_text())
+
+
 @QUICK
-@given(edited(json.loads((TINY / "config.json").read_text())))
+@given(edited(CONFIG))
+@example(CONFIG | {"num_hidden_layers": 10**9})
 def test_fuzz_configs(config):
-    only_user_errors(check_config, "m", config, check_weights(TINY))
-    only_user_errors(shape_of, config, check_weights(TINY))
+    def read() -> None:
+        check_config("m", config, check_weights(TINY))
+        shape_of(config, check_weights(TINY))
+
+    only_user_errors(read)
 
 
 @QUICK
