@@ -138,7 +138,8 @@ def test_a_committed_model_is_as_its_recipe_says(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "falls", "harmless", "flags"), [("foundry", 0.4, 4, ["--iters", "25"]), ("market", 0.7, 4, [])]
+    ("name", "falls", "harmless", "flags"),
+    [("foundry", 0.4, 4, ["--iters", "25"]), pytest.param("market", 0.7, 4, [], marks=pytest.mark.slow)],
 )
 def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, harmless, flags, tmp_path, monkeypatch):
     """No flag but the model, and how many prompts are scored; of a model that thinks, whose answers are long, a third
