@@ -99,8 +99,6 @@ def test_what_is_no_file_or_has_no_end_is_told_and_not_read(name, make, tmp_path
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     make(path)
-    if name == "adapters.safetensors" and make is endless:
-        pytest.skip("its header is read, and says nothing")
     with pytest.raises(UserError, match=r"; ") as error:
         READERS[name](path)
     assert len(str(error.value)) < 400 + len(str(path))
@@ -180,11 +178,11 @@ def spoil(folder: Path, name: str, how: str) -> None:
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", RECORD)
+# Versions in a manifest that are not known are fine.
+@pytest.mark.parametrize(
+    ("name", "how"), [(n, h) for n in RECORD for h in HOW if (n, h) != ("manifest.json", "names only")]
+)
 def test_an_edited_file_of_a_run_is_one_sentence_that_names_it(name, how, tmp_path, capsys):
-    if name == "manifest.json" and how == "names only":
-        pytest.skip("versions that are not known are fine")
     folder = write_run(tmp_path / "run", files())
     spoil(folder, name, how)
     before = tree(tmp_path)

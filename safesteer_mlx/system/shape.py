@@ -17,6 +17,9 @@ _TOP_K = re.compile(
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 # Asks its experts one after another: keeps what each gives for all tokens, twice where a block is checkpointed.
 _IN_TURN = {"dbrx"}
+UNGATED = (
+    1.5  # what experts without a gate keep of their inner width, in that of gated ones: the activation's own steps
+)
 _SCAN_KEEPS = {"jamba": 0.5}  # its scan's gradient holds an array of all positions for each of them: states · length
 _CHUNK, _CHUNK_STATE = 1.0, 2.7  # what Mamba 2 keeps, in states: heads · length, and its inner width
 
@@ -117,7 +120,7 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
             continue
         share = 1.0
         if len(shape) == 3:
-            share = min(passed, experts)
+            share = min(passed, experts) * (UNGATED if name.endswith(".fc1.weight") else 1)
         elif _EXPERT.search(name):
             share = 2 * passed if in_turn and shape[-2] == hidden else min(1.0, passed / experts_apart)
         widths[number][shape[-2] == hidden] += shape[-2] * share
