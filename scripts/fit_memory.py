@@ -167,6 +167,26 @@ CHECKED: list[tuple[dict[str, Any], int, int]] = [
         4,
         96,
     ),
+    (
+        {
+            "model_type": "dbrx",
+            **{"vocab_size": 512, "d_model": 256, "n_layers": 6, "n_heads": 8},
+            "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 384, "moe_num_experts": 8, "moe_top_k": 3, "moe_jitter_eps": 0.01},
+        },
+        4,
+        96,
+    ),
+    (
+        {
+            "model_type": "phixtral",
+            **{"vocab_size": 512, "n_embd": 256, "n_head": 8, "n_layer": 6, "num_experts_per_tok": 2},
+            **{"num_vocab": 512, "model_dim": 256, "num_heads": 8, "num_layers": 6, "rotary_dim": 16},
+            "num_local_experts": 4,
+        },
+        4,
+        96,
+    ),
 ]
 
 

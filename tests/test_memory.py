@@ -181,16 +181,7 @@ def test_the_plan_holds_for_shapes_that_it_was_not_fitted_to(which):
 
 def test_experts_without_a_gate_are_planned_for():
     """phixtral's: their activation keeps more of a narrower width."""
-    sizes = {"vocab_size": 512, "n_embd": 256, "n_head": 8, "n_layer": 6, "num_experts_per_tok": 2}
-    own = {
-        "num_vocab": 512,
-        "model_dim": 256,
-        "num_heads": 8,
-        "num_layers": 6,
-        "rotary_dim": 16,
-        "num_local_experts": 4,
-    }
-    config = {"model_type": "phixtral", **sizes, **own}
+    config, *_ = fit_memory.CHECKED[-1]
     model = fit_memory.made(config)
     shape, found = fit_memory.read_of(model, config), fit_memory.measure(model, 4, 64)
     for checkpointed, name in ((False, "gradient"), (True, "checkpointed")):
