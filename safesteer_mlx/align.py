@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, command_module
-from .recipe import HELD_OUT_TOKENS, Recipe, model_name, parse, recipe_note, resolve
+from .recipe import HELD_OUT_TOKENS, Recipe, model_name, parse, read_yaml, recipe_note, resolve
+from .system import machines
 from .system.files import user_path
 from .system.hub import prepare
 from .system.model_files import read_header
@@ -64,7 +65,8 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     from .system.store import check_output
 
     start, folder = time.time(), Path(recipe.run.adapter_path)
-    check_output(folder)
+    if machines.here().first:
+        check_output(folder)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
     prompts = training_prompts(run)
@@ -116,8 +118,9 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     scores = _before_and_after(run, teacher, student, tokens)
     learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
     why = not_aligned(scores["base"], scores["student"], learned)
-    _record(run, scores, why, {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds})
-    _tell(run, scores, why)
+    if run.store.ours:
+        _record(run, scores, why, {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds})
+        _tell(run, scores, why)
     return Aligned(folder, verdict, scores, why)
 
 
@@ -128,7 +131,7 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     from .system.shape import read_shape
 
     screen.line(f"prompts: {prompts_from(recipe)}")
-    machine = memory.this_machine(recipe.run.memory_limit)
+    machine = memory.smallest_machine(recipe.run.memory_limit)
     try:
         plan = memory.fitted(recipe, read_shape(base.path), machine, longest_prompt(recipe))
         screen.line(memory.summary(recipe, plan))
@@ -148,7 +151,7 @@ def _before_and_after(
 
     settings, ids = run.recipe.run, tokens.ids.tolist()
     test = TestSet(*held_out_prompts(run.prompts.sets, settings.test_prompts))
-    kept = run.store.path_for(BASE_ANSWERS) if settings.transcripts else None
+    kept = run.store.path_for(BASE_ANSWERS) if settings.transcripts and run.store.ours else None
     held_out = HeldOut(run.base, test, ids, settings.seed, run.sampling(HELD_OUT_TOKENS), kept=kept)
     models = {"base": run.base.model} | ({"teacher": teacher.model} if settings.score_teacher else {})
     models["student"] = student
@@ -243,8 +246,13 @@ def _run(argv: list[str] | None) -> None:
     resume, yes = flags.pop("resume", None), flags.pop("yes", False)
     dry_run = flags.pop("dry_run", False)
     verdict_only, force = flags.pop("verdict_only", False), flags.pop("force", False)
+    first = machines.join().first
     if resume is not None:
-        yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
+        flags["adapter_path"] = resume
+        yaml_file = _settings_of(Path(resume), preset, yaml_file) if first else None
+    given = machines.here().share(read_yaml(yaml_file) if first and yaml_file is not None else {})
+    if not first:  # settings files are on the first machine
+        flags, yaml_file = given | flags, None
     # A mistake in a setting, a folder or a file is told before anything is fetched.
     draft = resolve({}, flags, preset, yaml_file)[0]
     run = draft.run
@@ -253,7 +261,8 @@ def _run(argv: list[str] | None) -> None:
     from .system.store import check_output
 
     folder, name = Path(run.adapter_path), model_name(run.model)
-    check_output(folder)
+    if first:
+        check_output(folder)
     if run.data is not None:
         named = replace(draft, run=replace(run, model=name))
         direction_counts(named, prompt_sets(named))
@@ -270,11 +279,13 @@ def _run(argv: list[str] | None) -> None:
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
         plan = memory.fitted(recipe, shape_of(config, headers), machine, longest_prompt(recipe))
-        memory.show(recipe, plan, machine, Screen(), _last_seconds(folder))
+        memory.show(recipe, plan, machine, Screen(quiet=not first), _last_seconds(folder))
         return
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, recipe_name = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
-    screen = Screen(verbose=recipe.run.verbose or verdict_only)
+    screen = Screen(quiet=not first, verbose=recipe.run.verbose or verdict_only)
+    if (size := machines.here().size) > 1:
+        screen.line(f"machines: {size}, each with the whole model and a share of the work")
     screen.line(f"model: {name}" + (f", recipe {recipe_name}" if recipe_name else ""))
     if note := recipe_note(recipe_name):
         screen.line(f"  {note}")
@@ -283,7 +294,8 @@ def _run(argv: list[str] | None) -> None:
             recipe = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))
             align_model(recipe, base, screen, check=True)
         return
-    _earlier_run(folder, recipe, resume is not None or yes, screen)
+    if first:
+        _earlier_run(folder, recipe, resume is not None or yes, screen)
     reason = align_model(recipe, base, screen, force=force).not_aligned
     if reason is not None:
         warning = f"not aligned: {reason}; the adapters in {folder} are not to be used"
@@ -302,10 +314,8 @@ def _last_seconds(folder: Path) -> float | None:
         return None
 
 
-def _settings_of(
-    folder: Path, flags: dict[str, Any], preset: str | None, yaml_file: Path | None
-) -> tuple[Path, dict[str, Any]]:
-    """The settings file of the run in `folder`, and flags that lead back to it."""
+def _settings_of(folder: Path, preset: str | None, yaml_file: Path | None) -> Path:
+    """The settings file of the run in `folder`."""
     settings = folder / "run" / "recipe.yaml"
     if preset is not None or yaml_file is not None:
         raise UserError("--resume takes its settings from the run; leave --config and --preset out")
@@ -313,7 +323,7 @@ def _settings_of(
         raise UserError(f"--resume {folder} holds no run; give the --adapter-path of one that was interrupted")
     if (folder / "run" / "manifest.json").is_file():
         raise UserError(f"--resume {folder} is a finished run; there is nothing left to do")
-    return settings, {**flags, "adapter_path": str(folder)}
+    return settings
 
 
 def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> None:
@@ -322,7 +332,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
     Raises:
         UserError: the unfinished run had other settings, or nobody said whether to go on.
     """
-    from .recipe import current_names, read_yaml, result_settings
+    from .recipe import current_names, result_settings
     from .system.store import RunFolder
 
     settings = folder / "run" / "recipe.yaml"

@@ -17,6 +17,7 @@ from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
 from ..method.rollout import Completion, Sampling, answer_text, generate, stream_key
+from ..system import machines
 from ..system.files import read_json, read_text
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
@@ -78,7 +79,8 @@ class BaseAnswers:
 
     def __init__(self, base: Loaded, sampling: Sampling, file: Path | None = None):
         self._base, self._sampling, self._file = base, sampling, file
-        self._found: dict[str, Completion] = {} if file is None else self._read(file)
+        kept = {} if file is None else self._read(file)
+        self._found = {key: Completion(*c) for key, c in machines.here().share(_plain(kept)).items()}
 
     @cached_property
     def _made_by(self) -> str:
@@ -111,10 +113,13 @@ class BaseAnswers:
         drawn = generate(self._base.model, [prompts[i] for i in new.values()], how, random, progress)
         self._found |= dict(zip(new, drawn, strict=True))
         if self._file is not None:
-            answers = {key: [c.ids, c.finished, c.cut] for key, c in self._found.items()}
             with contextlib.suppress(OSError):  # then they are drawn again another time
-                write(self._file, as_json({"made_by": self._made_by, "answers": answers}))
+                write(self._file, as_json({"made_by": self._made_by, "answers": _plain(self._found)}))
         return [self._found[key] for key in keys]
+
+
+def _plain(answers: Mapping[str, Completion]) -> dict[str, Any]:
+    return {key: [c.ids, c.finished, c.cut] for key, c in answers.items()}
 
 
 def base_texts(answers: BaseAnswers, harmless: list[list[int]]) -> BaseTexts:
@@ -131,11 +136,11 @@ def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[
         return float("nan"), float("nan")
     if model is base:
         return 0.0, 0.0 if len(tokens) else float("nan")
-    total = outside = 0.0
-    count = 0
     ids = mx.array([int(t) for t in tokens], mx.int32)
     heads = head(base), head(model)
-    for start in range(0, len(texts.prompts), DRIFT_BATCH):
+
+    def of_batch(start: int) -> tuple[float, float, int]:
+        total = outside = 0.0
         part = slice(start, start + DRIFT_BATCH)
         states = [answer_states(m, texts.prompts[part], texts.answers[part]) for m in (base, model)]
         chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
@@ -146,7 +151,11 @@ def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[
                 zb[:, ids] = -mx.inf
                 zm[:, ids] = -mx.inf
                 outside += _kl(zb, zm)
-        count += len(states[0])
+        return total, outside, len(states[0])
+
+    starts = range(0, len(texts.prompts), DRIFT_BATCH)
+    sums = machines.here().each(starts, lambda own: [of_batch(start) for start in own])
+    total, outside, count = (sum(column) for column in zip(*sums, strict=True))
     return total / count, outside / count if ids.size else float("nan")
 
 

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from ..method.judge import is_broken, outcome
 from ..method.run import Run
 from ..recipe import HELD_OUT_TOKENS, limits_of
+from ..system import machines
 from ..system.store import decoded, save_arrays
 from .heldout import HeldOut, TestSet, base_texts, drift
 from .scores import Count
@@ -73,7 +74,8 @@ class SavedSteps:
             Count(sum(is_broken(text, c.finished or c.cut) for text, c in both), len(both)),
             drift(held.base.model, student, self._texts, self._tokens)[0],
         )
-        save_arrays(self._run.store.path_for(_file(step)), dict(tree_flatten(student.trainable_parameters())))
+        if self._run.store.ours:
+            save_arrays(self._run.store.path_for(_file(step)), dict(tree_flatten(student.trainable_parameters())))
         return asdict(score)
 
 
@@ -102,7 +104,8 @@ def keep_best(run: Run, student: nn.Module, scored: Sequence[dict[str, Any]]) ->
         )
     else:
         screen.line(f"step {chosen.step} is the safest that keeps {select}")
-        weights = mx.load(str(store.path / _file(chosen.step)))
-        student.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
+        weights = mx.load(str(store.path / _file(chosen.step))) if store.ours else None
+        weights = machines.here().share_arrays(weights)  # type: ignore[arg-type]
+        student.load_weights(list(weights.items()), strict=False)
     kept = (chosen or scores[-1]).step
     store.json("selection.json", {"select": select, "kept": kept, "within": chosen is not None, "scores": scored})

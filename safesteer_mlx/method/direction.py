@@ -26,6 +26,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..recipe import number_of_steps, rollout_tokens
+from ..system import machines
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError, silent
 from .judge import is_refusal
@@ -381,7 +382,7 @@ def search(
         sums, alive = initial.copy(), list(range(len(of)))
         for i, part in enumerate(parts):
             remaining = sum(float(floor[later].sum()) for later in parts[i + 1 :])  # of what is left to ask
-            values, cost = ask([of[c] for c in alive], part)
+            values, cost = ask_together(ask, [of[c] for c in alive], part)
             passes += cost
             sums[alive] += values.sum(1)
             alive = [c for c in alive if not sums[c] + remaining > limit]
@@ -425,6 +426,19 @@ def search(
             progress(2 * len(candidates) + start + len(part), total)
     progress(total, total)
     return replace(scores, block_passes=passes)
+
+
+def ask_together(ask: Ask, of: list[Candidate], part: list[int]) -> tuple[np.ndarray, int]:
+    """What `ask` answers, of which each machine asks about its share of the candidates."""
+    costs = []
+
+    def own(pairs: list[Candidate]) -> list[list[float]]:
+        values, cost = ask(pairs, part) if pairs else (np.zeros((0, len(part))), 0)
+        costs.append(cost)
+        return values.tolist()
+
+    values = machines.here().each(of, own)
+    return np.array(values), sum(machines.here().gather(costs[0]))
 
 
 def _fails(score: float, threshold: float | None, at_least: bool) -> bool:
@@ -631,7 +645,8 @@ def find_directions(run: Run) -> FoundDirections:
     own = find_openers(run)
     find = _find_directions if own.openers else _untested_directions
     size = run.recipe.run.prompt_batch_size
-    return with_smaller_batches(size, partial(find, run, own), "the search for the direction")[0]
+    together = machines.here().size > 1
+    return with_smaller_batches(size, partial(find, run, own), "the search for the direction", together)[0]
 
 
 def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..system import machines
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, silent
 from .residual import pad_right
@@ -172,18 +173,34 @@ def generate(
     progress: Advance = silent,
 ) -> list[Completion]:
     """One completion a prompt, in the prompts' order: greedy at a temperature of 0, else drawn with its key; a prompt
-    whose key is None is answered greedily too.
+    whose key is None is answered greedily too. Several machines do a part each.
 
     Where memory is exhausted it begins again with half of the batch size, which changes no sample.
 
     Raises:
         ValueError: sampling without one key a prompt.
     """
+    if sampling.temp > 0 and (keys is None or len(keys) != len(prompts)):
+        raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
+
+    def part(indices: list[int]) -> list[tuple[list[int], bool, bool]]:
+        rows, own = [prompts[i] for i in indices], None if keys is None else [keys[i] for i in indices]
+        return [(c.ids, c.finished, c.cut) for c in generate_here(model, rows, sampling, own, progress)]
+
+    return [Completion(*found) for found in machines.here().each(range(len(prompts)), part)]
+
+
+def generate_here(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    sampling: Sampling,
+    keys: Sequence[mx.array | None] | None = None,
+    progress: Advance = silent,
+) -> list[Completion]:
+    """`generate`, on this machine alone."""
     if not prompts:
         return []
     random = sampling.temp > 0
-    if random and (keys is None or len(keys) != len(prompts)):
-        raise ValueError(f"{len(prompts)} prompts need as many random keys, not {len(keys or [])}")
     model.eval()  # LoRA's dropout would act while sampling
     points = None
     drawn = [i for i, key in enumerate(keys or []) if key is not None and random]

@@ -14,13 +14,14 @@ import numpy as np
 
 from .. import __version__
 from ..recipe import Recipe, result_settings
+from ..system import machines
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Store, fingerprint
 from .judge import own_phrases, use_refusal_phrases
 from .prompts import Prompts, PromptSets, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import check_stream, last_logits, view
-from .rollout import Completion, Sampling, answers, generate, set_equal_batches, stream_key
+from .rollout import Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
 from .token_file import read_token_file
 
 T = TypeVar("T")
@@ -91,15 +92,37 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
         if count < (wanted := getattr(recipe.direction, name.split("_", 1)[1])):
             screen.line(f"prompts: {name} holds {count}, and all are taken; by default it would be {wanted}")
     recipe = check_padding(recipe, base, prompts.harmful_validation, screen)
+    check_alike(run_parts(recipe, base, sets))
     store = Store(Path(recipe.run.adapter_path), run_fingerprint(recipe, base, sets))
     return Run(recipe, base, prompts, screen, store, force)
 
 
-def run_fingerprint(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
-    """The fingerprint of all that decides a run's result: weights, prompts, settings and versions."""
+def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:
+    """All that decides a run's result, by what a user would call it."""
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
-    parts = [base.weights_hash, result_settings(recipe), asdict(sets), versions, given_tokens(recipe, base)]
-    return fingerprint(*parts, *([phrases] if (phrases := own_phrases()) else []))
+    parts = {"weights": base.weights_hash, "settings": result_settings(recipe), "prompts": asdict(sets)}
+    parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base)}
+    return parts | ({"refusal phrases": phrases} if (phrases := own_phrases()) else {})
+
+
+def run_fingerprint(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
+    """The fingerprint of all that decides a run's result."""
+    return fingerprint(*run_parts(recipe, base, sets).values())
+
+
+def check_alike(parts: dict[str, Any]) -> None:
+    """Refuse a run on several machines that are not about to do the same.
+
+    Raises:
+        UserError: on one of them, other weights, prompts, settings or versions are found than on the first.
+    """
+    first, *others = machines.here().gather({name: fingerprint(part) for name, part in parts.items()})
+    for number, own in enumerate(others, start=2):
+        if other := [name for name in first | own if own.get(name) != first.get(name)]:
+            raise UserError(
+                f"machine {number} has other {' and other '.join(other)} than the first; every machine needs the same "
+                "model, files and versions (docs/several-macs.md)"
+            )
 
 
 def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
@@ -176,9 +199,9 @@ def batches_rightly(model: nn.Module, rows: Sequence[Sequence[int]], eos_ids: Se
     """Whether answers to prompts of unequal length begin side by side as they do alone."""
     few = Sampling(eos_ids, TOLD_BY)
     try:
-        together = generate(model, rows, few)
+        together = generate_here(model, rows, few)
     except (ValueError, RuntimeError, AttributeError, TypeError, IndexError):
         return False
-    alone = [generate(model, [row], replace(few, batch_size=1))[0] for row in rows]
+    alone = [generate_here(model, [row], replace(few, batch_size=1))[0] for row in rows]
     near_ties = 0 if model(mx.array([list(rows[0])])).dtype == mx.float32 else 1  # that half precision may turn
     return sum(a.ids != b.ids for a, b in zip(together, alone, strict=True)) <= near_ties

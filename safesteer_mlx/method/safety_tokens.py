@@ -31,6 +31,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..system import machines
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError
 from .direction import FoundDirections
@@ -305,13 +306,18 @@ def openings(
 
     float64; the others' from the logsumexp of their logits, so that it keeps its digits near 0.
     """
-    ids, probabilities = mx.array(np.asarray(tokens, np.int32)), []
-    for start in range(0, len(prompts), batch_size):
-        logits = last_logits(model, prompts[start : start + batch_size])
-        inside, rest = inside_and_rest(logits, ids)
-        outcomes = mx.concatenate([inside, rest[:, None]], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-        probabilities.append(np.exp(np.array(outcomes, np.float64)))
-    return np.concatenate(probabilities)
+    ids = mx.array(np.asarray(tokens, np.int32))
+
+    def part(rows: list[Ids]) -> list[list[float]]:
+        probabilities: list[list[float]] = []
+        for start in range(0, len(rows), batch_size):
+            logits = last_logits(model, rows[start : start + batch_size])
+            inside, rest = inside_and_rest(logits, ids)
+            outcomes = mx.concatenate([inside, rest[:, None]], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+            probabilities += np.exp(np.array(outcomes, np.float64)).tolist()
+        return probabilities
+
+    return np.array(machines.here().each(prompts, part))
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
 
 def save_student(run: Run, student: nn.Module) -> None:
     """`save_adapters`, to the run's folder."""
+    if not run.store.ours:
+        return
     settings = run.recipe.run
     config = adapter_config(run.recipe.train, settings.model, settings.seed)
     save_adapters(Path(settings.adapter_path), student, config)
@@ -157,6 +159,8 @@ def check_saved(run: Run, student: nn.Module) -> None:
     Raises:
         UserError: they differ, or the adapters change nothing.
     """
+    if not run.store.ours:
+        return
     folder, rows = Path(run.recipe.run.adapter_path), run.prompts.harmful_validation[:4]
     saved = with_adapters(run.base.model, folder)
     from_disk, in_memory, base = (last_logits(model, rows) for model in (saved, student, run.base.model))

@@ -42,6 +42,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_steps, rollout_tokens
+from ..system import machines
+from ..system.machines import LostMachineError
 from ..system.memory import PagingError, with_smaller_batches
 from ..system.screen import UserError
 from .direction import FoundDirections, mean_differences
@@ -226,6 +228,11 @@ def _passes(n: int, seed: int, which: int) -> Iterator[int]:
         epoch += 1
 
 
+def kinds(batch: Sequence[TrainingPrompt]) -> list[tuple[bool, bool]]:
+    """Those that are in a batch, harmful ones first."""
+    return sorted({prompt.kind for prompt in batch}, reverse=True)
+
+
 def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: int) -> np.ndarray:
     """What each answer position counts in the step's loss, answer after answer: m[n,t] / T_n / rollouts, (R,)."""
     mask = mx.array([[float(t < length) for t in range(max(lengths))] for length in lengths])
@@ -360,13 +367,14 @@ def train(
     def gradients(
         step: int, batch: list[TrainingPrompt], rollouts: list[Completion], size: int
     ) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Of the whole batch, `size` completions at a time: the gradient, and each completion's loss (B,) and mass on
-        the safety tokens at its beginning, under student and target (2, B)."""
+        """Of this machine's part of the batch, `size` completions at a time: the gradient, and each completion's loss
+        (B,) and mass on the safety tokens at its beginning, under student and target (2, B); 0 for the others'."""
         # Rows of like length and target share a pass; the order changes no mathematics.
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].ids) + len(rollouts[i].ids), i))
+        order = [i for kind in kinds(batch) for i in order if batch[i].kind == kind][of.rank :: of.size]
         mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
-        for kind in sorted({prompt.kind for prompt in batch}, reverse=True):
+        for kind in kinds(batch):
             harmful_ones, in_frame = kind
             of_kind = [i for i in order if batch[i].kind == kind]
             for start in range(0, len(of_kind), size):
@@ -392,8 +400,11 @@ def train(
                 first = np.cumsum([0, *lengths[:-1]])
                 losses[index] = np.add.reduceat(weighted, first) * len(batch)
                 masses[:, index] = np.array(mass)[:, np.searchsorted(targets[0].rows, first)]
+        if grads is None:  # fewer rows than machines
+            grads = tree_map(mx.zeros_like, student.trainable_parameters())
         return grads, losses, masses
 
+    of = machines.here()
     micro_batch_size, size = settings.micro_batch_size, training.generation_batch_size
     most = rollout_tokens(settings, loss)
     sampling = Sampling(training.eos_ids, most, settings.temp, settings.top_p, size)
@@ -421,6 +432,8 @@ def train(
         work = partial(gradients, step, batch, rollouts)
         (grads, losses, masses), micro_batch_size = with_smaller_batches(micro_batch_size, work, "training")
         student.eval()
+        grads = of.total(grads)
+        losses, masses = (np.sum(of.gather(own.tolist()), axis=0) for own in (losses, masses))
         grads, norm = optim.clip_grad_norm(grads, settings.max_grad_norm)
         if not (np.isfinite(losses).all() and math.isfinite(norm.item())):
             worst = int(np.argmax(~np.isfinite(losses)))
@@ -756,16 +769,21 @@ def train_student(
                     score_once()
                     keep()
         except (NotFiniteError, PagingError):
+            machines.leave()
             if step:  # the last step that was applied
                 keep()
             raise
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, LostMachineError) as error:
+            machines.leave()  # the others do not take part in what is kept
+            if not store.ours:
+                raise
             if step:
                 weights = [(n.removeprefix("student."), w) for n, w in last.items() if n.startswith("student.")]
                 student.update(tree_unflatten(weights))
                 keep()
             where = f"the adapters so far are in {run.recipe.run.adapter_path}; " if step else ""
-            screen.line(f"interrupted after {step} of {total} steps; {where}the same command with --yes goes on")
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+            screen.line(f"{what} after {step} of {total} steps; {where}the same command with --yes goes on")
             raise
     kept = best_step(log.metrics)
     if settings.keep_best and kept is not None and kept < step and scorer is None:

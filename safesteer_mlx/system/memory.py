@@ -14,10 +14,11 @@ mathematics; where it is not, but the machine would run on its disk, it stops.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from ..recipe import HELD_OUT_TOKENS, Recipe, TrainSettings, parse_bytes, rollout_tokens
+from . import machines
 from .screen import Screen, UserError
 from .shape import Block, ModelShape
 
@@ -97,6 +98,12 @@ class Plan:
     def fits(self) -> bool:
         """Whether the peak is within the budget."""
         return self.peak <= self.budget
+
+
+def smallest_machine(limit: str | None = None) -> Machine:
+    """`this_machine`, or of several the one with the least: all get the same batches."""
+    every = machines.here().gather(asdict(this_machine(limit)))
+    return Machine(**min(every, key=lambda machine: machine["memory"]))
 
 
 def this_machine(limit: str | None = None) -> Machine:
@@ -344,11 +351,13 @@ def _check_use(what: str, peak_before: int) -> None:
         )
 
 
-def with_smaller_batches(size: int, work: Callable[[int], T], what: str) -> tuple[T, int]:
+def with_smaller_batches(size: int, work: Callable[[int], T], what: str, together: bool = False) -> tuple[T, int]:
     """work(size), with half the size as often as it is too much, said on stderr; and the size that was enough.
 
+    `together` says that other machines take part in the work, which cannot begin it again.
+
     Raises:
-        UserError: even one at a time is too much.
+        UserError: even one at a time is too much, or any size of a work that is done together.
         PagingError: it went on, but with more memory than the machine has.
     """
     import mlx.core as mx
@@ -365,6 +374,8 @@ def with_smaller_batches(size: int, work: Callable[[int], T], what: str) -> tupl
             _check_use(what, before)
             return result, size
         watchdog = "" if "memory" in fault else DISPLAY
+        if together:
+            raise UserError(f"{fault} in {what} with {size} at a time; give --prompt-batch-size {max(1, size // 2)}")
         if size == 1:
             advice = watchdog or "lower --max-tokens, or close other programs"
             raise UserError(f"{fault} in {what} even one at a time; {advice}")

@@ -15,10 +15,18 @@ from typing import Any
 Advance = Callable[..., None]  # advance(done, total, note="")
 
 PLAIN_SECONDS = 15.0  # between two plain lines of one stage
+FIRST_SPEAKS = 2.0  # seconds that the other processes of a launcher give to the first
+_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # mlx.launch's own, and those that its MPI sets
 
 
 class UserError(ValueError):
     """A mistake its user can mend: one sentence with the thing, the value and the remedy; exit code 2."""
+
+
+def started_rank() -> int | None:
+    """Which of several processes this is that a launcher started together, from 0; None where there are no others."""
+    given = next((os.environ[name] for name in _RANKS if name in os.environ), "")
+    return int(given) if given.isdecimal() else None
 
 
 def visible(text: str, keep: str = "\n") -> str:
@@ -51,13 +59,20 @@ def exit_code(command: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             for number in came and (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            code = _told("interrupted", 128 + (came[0] if came else signal.SIGINT))
+            code = 128 + (came[0] if came else signal.SIGINT)
+            if not started_rank():
+                _told("interrupted", code)
             if came:  # at once: Python would take its time to end, and to another signal end otherwise
                 os._exit(code)
             return code
 
 
 def _told(what: str, code: int = 2) -> int:
+    if rank := started_rank():
+        what = f"machine {rank + 1}: {what}"
+        for number in (signal.SIGINT, signal.SIGTERM):  # mlx.launch ends the others as soon as one has ended
+            signal.signal(number, lambda *_: os._exit(code))
+        time.sleep(FIRST_SPEAKS)  # what went wrong on all of them is told once
     with suppress(OSError):  # nobody reads it
         print(f"safesteer-mlx: {visible(what, '')}", file=sys.stderr, flush=True)
     try:

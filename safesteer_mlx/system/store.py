@@ -29,6 +29,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, get_args, ge
 import mlx.core as mx
 import numpy as np
 
+from . import machines
 from .files import parse_json, read_json
 from .model_files import read_header
 from .screen import UserError
@@ -122,12 +123,15 @@ def as_json(content: Any) -> bytes:
 
 
 class RunFolder:
-    """Writes the files of one run. Made by the first of them, and locked from then on, by this process alone."""
+    """Writes the files of one run. Made by the first of them, and locked from then on, by this process alone.
+
+    Of several machines the first alone reads and writes; the others are told what it found."""
 
     def __init__(self, adapters: Path):
         self.path = adapters / "run"
+        self.ours = machines.here().first
         self._locked = False
-        if self.path.is_dir():
+        if self.ours and self.path.is_dir():
             self._open()
 
     def _open(self) -> None:
@@ -165,7 +169,8 @@ class RunFolder:
 
     def text(self, name: str, content: str) -> None:
         """Write a text file."""
-        write(self.path_for(name), content.encode())
+        if self.ours:
+            write(self.path_for(name), content.encode())
 
     def json(self, name: str, content: Any) -> None:
         """Write plain data and numpy arrays."""
@@ -281,6 +286,9 @@ class Store(RunFolder):
 
     def found(self, name: str) -> Any | None:
         """What was kept under a name by a run like this one, or None."""
+        return machines.here().share(self._read(name) if self.ours else None)
+
+    def _read(self, name: str) -> Any | None:
         file = self.states / f"{name}.json"
         if not file.exists():
             return None
@@ -303,6 +311,8 @@ class Store(RunFolder):
                 self.damaged.append(f"{name}.json")
         result = find()
         self.keep(name, encoded(result))
+        if machines.here().size > 1:  # of one kind of machine or of several: all go on from what the first found
+            return decoded(kind, json.loads(machines.here().share(as_json(encoded(result)).decode())))
         return result
 
     def check_space(self, trained_bytes: int, candidates: int = 0) -> None:
@@ -315,6 +325,8 @@ class Store(RunFolder):
         Raises:
             UserError: less is free.
         """
+        if not self.ours:
+            return
         needed = (4 * (KEPT + 1) + 2 + candidates) * trained_bytes + 64 * 10**6
         folder = next(p for p in self.states.absolute().parents if p.exists())
         free = shutil.disk_usage(folder).free
@@ -329,6 +341,8 @@ class Store(RunFolder):
 
         Later ones too: the run would have gone on from them, but another run made them, or they are damaged.
         """
+        if not self.ours:
+            return
         file = self.path_for(f"checkpoint/step-{step:06d}.safetensors")
         save_arrays(file, arrays)
         file.chmod(0o600)
@@ -341,15 +355,23 @@ class Store(RunFolder):
 
     def latest(self, kind: Any = dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> SavedStep | None:
         """The last state that is whole, its data of this `kind`, with arrays of these `shapes` among its own."""
+        saved = self._latest(kind, shapes or {}) if self.ours else None
+        if machines.here().size == 1:
+            return saved
+        plain = machines.here().share(saved and [saved.step, as_json(encoded(saved.data)).decode()])
+        arrays = machines.here().share_arrays(saved.arrays if saved else None)
+        return plain and SavedStep(plain[0], arrays, decoded(kind, json.loads(plain[1])))
+
+    def _latest(self, kind: Any, shapes: Mapping[str, tuple[int, ...]]) -> SavedStep | None:
         for name in self._steps():
-            content, file = self.found(name), self.states / f"{name}.safetensors"
+            content, file = self._read(name), self.states / f"{name}.safetensors"
             if content is None:
                 continue
             try:
                 content = decoded(KeptStep, content)
                 data, step = decoded(kind, content["data"]), int(name.split("-")[1])
                 held = {name: its.shape for name, its in read_header(file).items()}
-                if _sha256(file) != content["arrays_sha256"] or not held.items() >= (shapes or {}).items():
+                if _sha256(file) != content["arrays_sha256"] or not held.items() >= shapes.items():
                     raise ValueError("other arrays")
             except (ValueError, TypeError, KeyError):
                 self.damaged.append(file.name)

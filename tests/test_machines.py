@@ -1,0 +1,191 @@
+"""Several machines at one run: processes of this machine, over loopback, are what Macs on a cable are."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from safesteer_mlx.system import machines, screen
+from safesteer_mlx.system.machines import Machines
+from safesteer_mlx.system.screen import UserError
+
+COUNTS = {"direction_train": 24, "direction_validation": 8, "validation": 8, "train": 16, "test": 4}  # prompts a kind
+SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "4", "--coeff", "0.85", "--no-report", "--offline"]
+SHORT += ["--data", "few", "--adapter-path", "adapters"]
+PROMPTS = Path(__file__).parents[1] / "models" / "tiny-chat" / "data"
+ALIGN = [sys.executable, "-m", "safesteer_mlx.align"]
+ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def few_prompts(folder: Path, skip: int = 0) -> Path:
+    """The bundled model's prompts, few of each set, in folder/few; and that folder."""
+    (folder / "few").mkdir(parents=True)
+    for kind in ("harmful", "harmless"):
+        for name, count in COUNTS.items():
+            lines = (PROMPTS / f"{kind}_{name}.jsonl").read_text().splitlines()
+            (folder / "few" / f"{kind}_{name}.jsonl").write_text("\n".join(lines[skip : skip + count]))
+    return folder
+
+
+def start(n: int, folder: Path, *flags: str) -> list[subprocess.Popen]:
+    """What `mlx.launch` starts, one process a machine, of which each can be held and heard by itself. A machine has a
+    folder of its own, if there is one of its number."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
+    return [
+        subprocess.Popen(
+            [*ALIGN, *flags],
+            cwd=own if (own := folder / str(rank)).is_dir() else folder,
+            env=ENVIRONMENT | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(n)
+    ]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Code, output and our own errors of each; MLX's ring has words of its own."""
+    results = []
+    for process in processes:
+        out, err = process.communicate(timeout=240)
+        results.append((process.returncode, out, re.sub(r"(?m)^\[ring\].*\n", "", err)))
+    return results
+
+
+def made(folder: Path) -> tuple[list[float], dict[str, mx.array], dict]:
+    """Losses, adapters and scores (without the drift, whose digits are the last)."""
+    losses = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "run" / "before_after.json").read_text())
+    for score in scores.values():
+        score.pop("drift"), score.pop("drift_outside")
+    return losses, mx.load(str(folder / "adapters.safetensors")), scores
+
+
+def assert_alike(folder: Path, other: Path) -> None:
+    (losses, weights, scores), (other_losses, other_weights, other_scores) = made(folder), made(other)
+    assert losses == pytest.approx(other_losses, abs=1e-5) and scores == other_scores
+    for name, weight in weights.items():
+        assert mx.abs(weight - other_weights[name]).max().item() < 1e-4, name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run on one machine."""
+    folder = few_prompts(tmp_path_factory.mktemp("alone"))
+    subprocess.run([*ALIGN, *SHORT], cwd=folder, env=ENVIRONMENT, check=True)
+    return folder / "adapters"
+
+
+@pytest.mark.distributed
+def test_two_machines_make_what_one_makes_and_the_first_alone_speaks(alone, tmp_path):
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "-p", str(free_ports(1)[0]), "--"]
+    run = subprocess.run(
+        [*launch, *ALIGN, *SHORT],
+        cwd=few_prompts(tmp_path),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    assert run.stdout.count("machines: 2, each with the whole model") == 1
+    assert run.stdout.count("5 of 5: ") == run.stdout.count("unsafe answers: ") == 1
+    assert_alike(alone, tmp_path / "adapters")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapters", "few"]
+
+
+@pytest.mark.distributed
+def test_a_machine_that_dies_ends_all_and_others_go_on_from_there(alone, tmp_path):
+    first, _, third = processes = start(3, few_prompts(tmp_path), *SHORT)
+    states = tmp_path / "adapters" / "run" / "checkpoint"
+    until = time.monotonic() + 200
+    while not list(states.glob("step-*.json")) and time.monotonic() < until:
+        assert first.poll() is None
+        time.sleep(0.02)
+    third.send_signal(signal.SIGKILL)
+    (code, out, said), (other_code, other_out, _), _ = ended(processes)
+    assert code == other_code == 2 and not other_out
+    assert re.fullmatch(r"safesteer-mlx: another machine of this run does not answer \(.*\); see .*\n", said)
+    assert re.search(r"stopped after [23] of 4 steps; the adapters so far are in adapters", out)
+    assert (tmp_path / "adapters" / "adapters.safetensors").exists()
+
+    results = ended(start(2, tmp_path, *SHORT, "--yes"))
+    assert [code for code, *_ in results] == [0, 0] and "going on after step" in results[0][1]
+    assert results[1][1:] == ("", "")
+    assert_alike(alone, tmp_path / "adapters")
+
+
+@pytest.mark.distributed
+def test_settings_are_those_of_the_first_and_files_are_held_against_its_own(tmp_path):
+    for rank in (0, 1):
+        few_prompts(tmp_path / str(rank), skip=rank)
+    (tmp_path / "0" / "mine.yaml").write_text("learning_rate: 0.002\n")  # the second has no such file
+    first, second = ended(start(2, tmp_path, *SHORT, "-c", "mine.yaml"))
+    what = "machine 2 has other prompts than the first; every machine needs the same model, files and versions"
+    assert first[0] == second[0] == 2 and what in first[2] and first[2].count("\n") == 1
+    assert second[2].startswith("safesteer-mlx: machine 2: ") and not second[1]
+
+
+@pytest.mark.distributed
+def test_what_is_wrong_on_all_is_told_once(tmp_path):
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "-p", str(free_ports(1)[0]), "--"]
+    run = subprocess.run([*launch, *ALIGN, "--seeds", "1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
+    assert run.stderr.decode().count("safesteer-mlx:") == 1 and b"did you mean --seed" in run.stderr
+
+
+def test_a_machine_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text("no hosts")
+    monkeypatch.setattr(machines, "_here", Machines())
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    monkeypatch.setenv("MLX_RANK", "0")
+    with pytest.raises(UserError, match=r"^the machines of this run cannot meet \(.*\); check the hosts and ports"):
+        machines.join()
+    hosts.write_text("\n")  # what mlx.launch -n 1 writes
+    assert machines.join() == Machines()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 16])
+def test_parts_are_all_there_is_and_none_twice(size, n):
+    parts = [Machines(rank, size).part(n) for rank in range(size)]
+    assert sorted(i for part in parts for i in part) == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= machines.TOGETHER
+
+
+def test_one_alone_exchanges_nothing():
+    one, tree = Machines(), {"a": mx.array([1.0])}
+    assert one.gather(3) == [3] and one.share("x") == "x" and one.total(tree) is tree
+    assert one.share_arrays(tree) is tree and one.each(range(3), lambda own: [i + 1 for i in own]) == [1, 2, 3]
+
+
+def test_who_started_together_is_told_by_the_launcher(monkeypatch):
+    for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert screen.started_rank() is None and machines.join() == Machines()
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert screen.started_rank() == 3
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert screen.started_rank() == 1
+    monkeypatch.setenv("MLX_RANK", "first")
+    assert screen.started_rank() is None
