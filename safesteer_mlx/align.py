@@ -15,9 +15,15 @@ from .system import machines
 from .system.files import user_path
 from .system.hub import prepare
 from .system.model_files import read_header
-from .system.screen import Screen, UserError, exit_code
+from .system.screen import Screen, UserError, duration, exit_code
 
-STEPS = 5
+STEPS = (
+    "finding what makes the model refuse",
+    "finding how strongly to push it there",
+    "finding the words that decide",
+    "training on the model's own answers",
+    "comparing before and after, on requests that were not trained on",
+)
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -57,6 +63,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
     from .method.direction import find_directions
+    from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .method.safety_tokens import check_tokens, find_tokens
     from .method.student import check_saved, make_student, save_student
@@ -72,14 +79,16 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     prompts = training_prompts(run)
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
     check_space(run, student, prompts)
+    if not screen.console.quiet:
+        screen.plan(plan_seconds(run, measure_rates(run)))
 
     # 1. Refusal directions: mean activations on harmful minus harmless instructions.
-    screen.step("finding what makes the model refuse", STEPS)
+    screen.step(STEPS)
     directions = run.once(find_directions)
     run.store.yaml("recipe.yaml", run.recipe.flat())
 
     # 2. The safety teacher: the base, steered along the direction, as strongly, as works best on this model.
-    screen.step("finding how strongly to push it there", STEPS)
+    screen.step(STEPS)
     chosen = run.once(find_teacher, directions)
     teacher = make_teacher(run, chosen.direction, chosen.coeff)
     run.store.json("direction.json", _direction_record(directions, chosen))
@@ -94,14 +103,14 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
         return Aligned(folder, verdict, {})
 
     # 3. The safety tokens: what the teacher favours over the base, where it is worth following.
-    screen.step("finding the words that decide", STEPS)
+    screen.step(STEPS)
     run = settled(run, chosen.opening)
     tokens = run.once(find_tokens, teacher, directions)
     run.store.json("tokens.json", tokens.rows)
     check_tokens(run, tokens)
 
     # 4. The student learns from its own answers, on the safety tokens, and stays put on harmless prompts.
-    screen.step("training on the model's own answers", STEPS)
+    screen.step(STEPS)
     run, learning = what_to_learn(run, teacher, tokens)
     moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
     saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select_checkpoint else None
@@ -114,12 +123,13 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     run.store.text("metrics.jsonl", _json_lines(log.metrics))
 
     # Before and after, on prompts that no stage has seen.
-    screen.step("comparing before and after, on requests that were not trained on", STEPS)
+    screen.step(STEPS)
     scores = _before_and_after(run, teacher, student, tokens)
     learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
     why = not_aligned(scores["base"], scores["student"], learned)
     if run.store.ours:
-        _record(run, scores, why, {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds})
+        timing = {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds}
+        _record(run, scores, why, timing | screen.pace.as_json())
         _tell(run, scores, why)
     return Aligned(folder, verdict, scores, why)
 
@@ -279,7 +289,10 @@ def _run(argv: list[str] | None) -> None:
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
         plan = memory.fitted(recipe, shape_of(config, headers), machine, longest_prompt(recipe))
-        memory.show(recipe, plan, machine, Screen(quiet=not first), _last_seconds(folder))
+        screen = Screen(quiet=not first)
+        memory.show(recipe, plan, machine, screen)
+        if first:
+            _show_time(plan.recipe if plan.fits else None, folder, screen)
         return
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, recipe_name = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
@@ -304,14 +317,36 @@ def _run(argv: list[str] | None) -> None:
         screen.line(warning)
 
 
-def _last_seconds(folder: Path) -> float | None:
-    """How long the run that is in `folder` took, if one is."""
+def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
+    """How long a run will take: as long as the one in `folder` did, or by what is measured, if the model fits and its
+    weights are on this machine."""
+    from .method.pace import measure_rates, plan_seconds
+    from .method.run import make_run
     from .system.finished import read_record
+    from .system.hub import is_here
+    from .system.load import load
 
     try:
-        return read_record(folder / "run", "timing.json")["seconds"]
+        seconds = read_record(folder / "run", "timing.json")["seconds"]
+        screen.line(f"time: {seconds / 60:,.1f} minutes, as the last run here took")
+        return
     except UserError:
-        return None
+        pass  # there is none
+    if recipe is None or not is_here(recipe.run.model, recipe.run.revision):
+        screen.line("time: not known before the weights are on this machine, and fit; the run shows what is left")
+        return
+    settings = recipe.run
+    try:
+        base = load(settings.model, settings.trust_remote_code, settings.thinking, settings.revision)
+        with tempfile.TemporaryDirectory() as scratch:
+            recipe = replace(recipe, run=replace(settings, adapter_path=f"{scratch}/none"))
+            run = make_run(recipe, base, Screen(quiet=True))
+            planned = plan_seconds(run, measure_rates(run))
+    except UserError as error:
+        screen.line(f"time: not measured, {error}")
+        return
+    rows = [[name, duration(seconds)] for name, seconds in zip(STEPS, planned, strict=True)]
+    screen.table("Time, planned by what was measured just now", ["", ""], [*rows, ["in all", duration(sum(planned))]])
 
 
 def _settings_of(folder: Path, preset: str | None, yaml_file: Path | None) -> Path:

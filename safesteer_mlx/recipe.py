@@ -724,7 +724,7 @@ def _align_parser(everything: bool) -> Parser:
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the unfinished run in this adapter folder")
     parser.add_argument("--yes", action="store_true", help="go on with an unfinished run without asking")
-    parser.add_argument("--dry-run", action="store_true", help="plan memory from the files' headers; load nothing")
+    parser.add_argument("--dry-run", action="store_true", help="plan memory and time; train nothing")
     parser.add_argument(
         "--verdict-only", action="store_true", help="give the verdict on this model; train and keep nothing"
     )

@@ -24,6 +24,7 @@ ORDER = [
     "method.teacher",
     "method.safety_tokens",
     "method.train",
+    "method.pace",
     "evals.heldout evals.verdict",
     "evals.tampering evals.judging",
     "evals.attacks evals.fidelity evals.lm_tasks evals.selection report",

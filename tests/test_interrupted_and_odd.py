@@ -19,8 +19,7 @@ from runs import files, write_run
 from safesteer_mlx import evaluate
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import train as stage
-from safesteer_mlx.method.direction import Direction, _sampling_time, mean_differences
-from safesteer_mlx.method.prompts import prompt_sets
+from safesteer_mlx.method.direction import Direction, mean_differences
 from safesteer_mlx.method.residual import hidden_states
 from safesteer_mlx.method.run import Run
 from safesteer_mlx.method.student import make_student
@@ -216,23 +215,6 @@ def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_a
     assert sizes == [4, 2]
     expected = mean_differences(base.model, UNEQUAL[:5], UNEQUAL[5:9], 2)[0, 1]  # the student is still the base
     assert mx.allclose(moving.state()["vector"], mx.array(expected.astype(np.float32)), atol=1e-5)
-
-
-def test_the_time_that_sampling_will_take_goes_by_the_prompts_of_data(tmp_path):
-    def answers(count, **flags):
-        (tmp_path / "mine.txt").write_text("".join(f"How is harm number {i} done?\n" for i in range(count)))
-        flags |= {"data": str(tmp_path / "mine.txt"), "first_tokens": 3, "epochs": 2.0}
-        recipe = resolve({}, flags)[0]
-        run = Run(recipe, SimpleNamespace(thinks=False), SimpleNamespace(sets=prompt_sets(recipe)), Screen(), None)
-        said = _sampling_time(run, [2, 4], 60.0)
-        assert said.startswith("time: training samples ")
-        return said.split()[3:8]
-
-    # 11 of 32 in a batch are harmful: 60 steps for two passes. 6 tokens in a minute are half a minute for each answer.
-    assert answers(330, reuse_direction_prompts=False) == ["1,920", "answers,", "960.0", "minutes", "at"]
-    assert answers(33, reuse_direction_prompts=False)[0] == "192"
-    beside = len(prompt_sets(RECIPE).harmful_direction_train)
-    assert answers(33)[0] == f"{32 * -(-2 * (33 + beside) // 11):,}"
 
 
 # Signals

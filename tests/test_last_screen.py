@@ -119,8 +119,8 @@ def test_a_program_is_named_only_where_the_shell_finds_this_one(tmp_path, monkey
 def test_steps_are_counted_and_details_shown_only_if_wanted(capsys):
     for verbose in (False, True):
         screen = Screen(verbose=verbose)
-        screen.step("finding", 2)
+        screen.step(["finding", "training"])
         screen.detail("a number")
-        screen.step("training", 2)
+        screen.step(["finding", "training"])
         said = capsys.readouterr().out.splitlines()
         assert said == ["1 of 2: finding", *(["a number"] if verbose else []), "2 of 2: training"]

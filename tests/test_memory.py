@@ -285,7 +285,7 @@ def test_a_dry_run_reads_headers_alone_and_writes_nothing(tmp_path, monkeypatch,
     monkeypatch.setattr(mx, "load", None)  # no weights are read
     assert main([str(tmp_path / "model"), "--dry-run", "--memory-limit", "12GB"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "peak" in said and "of 12.00 GB, fits" in said and "time: not known" in said
+    assert "peak" in said and "of 12.00 GB, fits" in said and "time: not measured, " in said
     for part in ("activations of 32 prompts", "keys and values of 64 answers", "activations of 16 completions", "loss"):
         assert f"of it {part}" in said
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -11,8 +11,9 @@ from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
 
 def test_plain_lines_give_rate_and_time_left(monkeypatch, capsys):
     now = iter([100.0, 105.0, 120.0, 125.0, 200.0])
+    shown = Screen()
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    with Screen().stage("reading") as advance:
+    with shown.stage("reading") as advance:
         advance(1, 100)  # too soon for a line
         advance(40, 100, "loss 1")
         advance(50, 100)

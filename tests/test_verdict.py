@@ -84,7 +84,7 @@ def test_the_bundled_model_is_no_stop_and_check_keeps_nothing(tmp_path, monkeypa
     assert main(["--verdict-only"]) == 0
     said = capsys.readouterr().out
     assert "verdict: stop" not in said and "flip rate" in said and "(chosen)" in said
-    assert "time: training samples 2,368 answers" in said and "memory: peak" in said
+    assert "time: about " in said and "memory: peak" in said
     assert not list(tmp_path.iterdir())
 
 

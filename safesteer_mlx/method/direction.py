@@ -14,7 +14,6 @@ only rank: `shortlist`'s candidates are tried as teachers (`teacher.choose_teach
 ablation say little about what steering does.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,13 +24,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..recipe import number_of_steps, rollout_tokens
 from ..system import machines
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError, silent
 from .judge import is_refusal
 from .losses import inside_and_rest
-from .prompts import Rows, instructions_to_train_on, opener_ids
+from .prompts import Rows, opener_ids
 from .residual import (
     ablate,
     block_inputs,
@@ -596,10 +594,9 @@ def find_openers(run: Run) -> OwnAnswers:
         UserError: none of them is a token of this model.
     """
     rows = [*run.prompts.harmful_direction_train, *run.prompts.harmless_direction_train]
-    n, began = len(run.prompts.harmful_direction_train), time.monotonic()
+    n = len(run.prompts.harmful_direction_train)
     with run.screen.stage("reading how the model refuses") as advance:
         answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
-    run.screen.line(_sampling_time(run, [len(c.ids) for c, _ in answers], time.monotonic() - began))
     refusals = [is_refusal(text) for _, text in answers]
     share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
     if run.base.thinks:
@@ -622,18 +619,6 @@ def find_openers(run: Run) -> OwnAnswers:
         )
     run.screen.detail(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
     return OwnAnswers(openers, refusals[:n], refusals[n:])
-
-
-def _sampling_time(run: Run, lengths: list[int], seconds: float) -> str:
-    """What training's sampling will take at the rate of these answers, so many tokens each."""
-    train, loss = run.recipe.train, run.recipe.loss
-    steps = number_of_steps(len(instructions_to_train_on(run.recipe, run.prompts.sets, harmful=True)), train, loss)
-    rows = steps * train.batch_size * train.grad_accumulation_steps * train.num_generations
-    keep = (0 if run.base.thinks else run.recipe.tokens.horizon) if loss.first_tokens == "auto" else loss.first_tokens
-    most = rollout_tokens(train, replace(loss, first_tokens=keep))
-    tokens = sum(min(n, most) for n in lengths) / len(lengths)
-    minutes = rows * tokens * seconds / sum(lengths) / 60
-    return f"time: training samples {rows:,} answers, {minutes:,.1f} minutes at this rate; its passes come on top"
 
 
 def find_directions(run: Run) -> FoundDirections:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .files import read_json, user_path
 from .screen import UserError
 
 DATASETS = "hf://datasets/"
@@ -56,6 +57,23 @@ def model_folder(name: str, revision: str | None = None, with_code: bool = False
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if with_code or p != "*.py"]
     with _explained("model", name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def is_here(name: str, revision: str | None = None) -> bool:
+    """Whether all weights of a model are on this machine: in its folder, or in the Hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        if not (folder := user_path(name)).is_dir():
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        shards = {*folder.glob("*.safetensors")}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            shards = {folder / shard for shard in read_json(index, str(index), "")["weight_map"].values()}
+    except (LocalEntryNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(shards) and all(shard.is_file() for shard in shards)
 
 
 def headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:

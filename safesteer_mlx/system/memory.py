@@ -262,7 +262,7 @@ def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: 
     return now()
 
 
-def show(asked: Recipe, plan: Plan, machine: Machine, screen: Screen, seconds: float | None = None) -> None:
+def show(asked: Recipe, plan: Plan, machine: Machine, screen: Screen) -> None:
     """The plan as a table, what was lowered to fit, and what helps if it does not."""
 
     def megabytes(n: int) -> str:
@@ -276,10 +276,6 @@ def show(asked: Recipe, plan: Plan, machine: Machine, screen: Screen, seconds: f
     rows += [["peak", megabytes(plan.peak)], [f"this machine: {machine.source}", megabytes(machine.memory)]]
     screen.table("Memory, planned", ["", "bytes"], rows)
     screen.line(summary(asked, plan))
-    if seconds is None:
-        screen.line("time: not known before a step was measured; the run shows what is left")
-    else:
-        screen.line(f"time: {seconds / 60:,.1f} minutes, as the last run here took")
 
 
 def summary(asked: Recipe, plan: Plan) -> str:

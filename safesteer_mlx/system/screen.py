@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -140,6 +140,46 @@ def _reraise() -> None:
     raise
 
 
+def duration(seconds: float) -> str:
+    """A time as a person says it, to the digit that a plan can hold."""
+    if seconds < 90:
+        return f"about {max(5, 5 * round(seconds / 5))} seconds"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"about {minutes} minutes"
+    return f"about {minutes // 60} h {5 * (minutes % 60 // 5):02d} min"
+
+
+class Pace:
+    """How far a run is, by the seconds that its steps were planned to take and those that they took."""
+
+    def __init__(self, planned: Sequence[float]):
+        self.planned, self.took, self.step = list(planned), [], 0
+        self._began = time.monotonic()
+
+    def next(self) -> None:
+        """The next step begins."""
+        now = time.monotonic()
+        self.took += [now - self._began] if self.step else []
+        self.step, self._began = self.step + 1, now
+
+    def as_json(self) -> dict[str, list[float]]:
+        """Seconds that were planned for each step, and that each took, the one under way until now."""
+        took = [*self.took, time.monotonic() - self._began]
+        return {"planned": [round(s, 1) for s in self.planned], "took": [round(s, 1) for s in took]}
+
+    def left(self, of_stage: float = 0.0) -> float:
+        """Seconds until the run's end, of which the stage under way needs so many; 0 where nothing is planned.
+
+        The steps to come take as much longer than planned as those that are done did."""
+        if not self.planned:
+            return 0.0
+        done = len(self.took)
+        slower = (sum(self.took) + self.planned[0]) / (sum(self.planned[:done]) + self.planned[0])
+        here, *later = [slower * seconds for seconds in self.planned[done:]] or [0.0]
+        return max(here - (time.monotonic() - self._began), of_stage) + sum(later)
+
+
 class Screen:
     """Prints stages and their results; nothing if `quiet`, details only if `verbose`."""
 
@@ -150,12 +190,18 @@ class Screen:
         self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, stderr=False)
         self.console.on_broken_pipe = _reraise  # rich would end the process
         self.verbose = verbose
-        self._step = 0
+        self.pace = Pace([])
 
-    def step(self, text: str, of: int) -> None:
-        """Say which step of how many begins."""
-        self._step += 1
-        self.line(f"{self._step} of {of}: {text}")
+    def plan(self, seconds: Sequence[float]) -> None:
+        """Say how long the steps to come are planned to take, and what is left of them from now on."""
+        self.pace = Pace(seconds)
+        self.line(f"time: {duration(sum(seconds))} in all, by what was measured just now")
+
+    def step(self, steps: Sequence[str]) -> None:
+        """Say which of a run's steps begins, the one after the last that did, and what is left of the run."""
+        self.pace.next()
+        left, n = self.pace.left(), self.pace.step
+        self.line(f"{n} of {len(steps)}: {steps[n - 1]}" + (f" ({duration(left)} left)" if left else ""))
 
     def detail(self, text: str) -> None:
         """A line of result that the report has too."""
@@ -197,14 +243,16 @@ class Screen:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        rate = TextColumn("{task.fields[rate]} {task.fields[note]}", markup=False)
+        rate = TextColumn("{task.fields[rate]} {task.fields[note]}{task.fields[whole]}", markup=False)
         started = time.monotonic()
         with Progress(*columns, rate, console=self.console, transient=True) as bar:
-            task = bar.add_task(visible(name, ""), total=None, rate="", note="")
+            task = bar.add_task(visible(name, ""), total=None, rate="", note="", whole="")
 
             def advance(done: int, total: int, note: str = "") -> None:
                 per_second = done / max(time.monotonic() - started, 1e-9)
-                bar.update(task, completed=done, total=total, rate=f"{per_second:.1f}/s", note=visible(note, ""))
+                whole = self._whole((total - done) / max(per_second, 1e-9))
+                shown = {"rate": f"{per_second:.1f}/s", "note": visible(note, ""), "whole": whole}
+                bar.update(task, completed=done, total=total, **shown)
 
             yield advance
 
@@ -218,6 +266,12 @@ class Screen:
                 last = now
                 rate = done / (now - started)
                 left = (total - done) / rate
-                self.line(f"{name}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
+                said = f"{name}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip()
+                self.line(said + self._whole(left))
 
         yield advance
+
+    def _whole(self, left: float) -> str:
+        """What is left of the run, where the stage under way needs so many seconds."""
+        whole = self.pace.left(left)
+        return f"; the run: {duration(whole)} left" if whole else ""

@@ -1,0 +1,143 @@
+"""How long a run will take: what each of its steps reads and draws, at rates that a few seconds of measuring give.
+
+Reading is a forward pass, told by the tokens that go through it; drawing is told by how often a batch is fed a token
+each. What nobody can know before (how many candidates are dropped early, how soon the student has learned) is taken as
+it mostly is. `Screen` corrects the plan by the steps that are done.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from ..recipe import HELD_OUT_TOKENS, number_of_steps, rollout_tokens
+from ..system import machines
+from .direction import SHORTLIST, pruned_from
+from .prompts import instructions_to_train_on
+from .residual import blocks, last_logits
+from .rollout import Sampling, generate_here
+from .run import REFUSAL_TOKENS, Run
+from .safety_tokens import TOLD
+from .teacher import ASKED, FIRST_PASSES, OPENING, OPENINGS, ROUNDS, VALIDATION_PROMPTS, VALIDATION_TOKENS
+from .train import COLLAPSE_PROMPTS, MEASURED_EVERY
+
+SECONDS = 4.0  # of drawing, after which eight tokens more are enough to measure by
+READ = 2  # batches, timed
+# As it mostly is, on the half of the zoo that defaults were chosen on:
+LEARNS = 1.25  # of the epochs' steps, until it has learned
+SEARCHED = 0.6, 350  # of candidates × prompts, full forward passes of the search; and those that it always needs
+PASSES = 4.0  # reads of a training row: student, its gradient, teacher and base, beside what they share
+TASK_TOKENS = 8  # of an answer to a little task
+KEPT_BUSY = 0.85  # of a batch's rows, while those that have finished wait to be replaced
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds to read a token of a batch of prompts, and to feed a batch of one row and of `batch` rows a token each;
+    and how many tokens answers have, those that were longer counted as `HELD_OUT_TOKENS`."""
+
+    reading: float
+    feeding: tuple[float, float]
+    batch: int
+    lengths: Sequence[int]
+
+    def draw(self, rows: float, most: int) -> float:
+        """Seconds to draw answers to `rows` prompts, `most` tokens of each at most; without reading the prompts."""
+        lengths = [min(length, most) for length in self.lengths]
+        if rows <= self.batch:  # until the longest has ended
+            wide = (rows - 1) / max(1, self.batch - 1)
+            return (self.feeding[0] + (self.feeding[1] - self.feeding[0]) * wide) * max(lengths) if rows else 0.0
+        return self.feeding[1] * (rows * float(np.mean(lengths)) / (KEPT_BUSY * self.batch) + max(lengths) / 2)
+
+
+def measure_rates(run: Run) -> Rates:
+    """The rates of this machine with this model, from answers of the base to validation prompts."""
+    base, settings = run.base, run.recipe.run
+    rows = [*run.prompts.harmful_validation, *run.prompts.harmless_validation]
+    batch = min(settings.generation_batch_size, len(rows))
+    asked = [rows[i * len(rows) // batch] for i in range(batch)]
+    together = asked[: settings.prompt_batch_size]
+    mx.eval(last_logits(base.model, together))  # kernels are made, and weights read from the disk
+    began = time.monotonic()
+    for _ in range(READ):
+        mx.eval(last_logits(base.model, together))
+    reading = (time.monotonic() - began) / (READ * len(together) * max(map(len, together)))
+
+    def drawn(prompts: list[list[int]], most: int) -> tuple[float, list[int]]:
+        """Seconds that feeding took each time, and the lengths of the answers."""
+        start = time.monotonic()
+
+        def enough(*_) -> bool:
+            return time.monotonic() - start > SECONDS
+
+        keys = [run.key(15, i) for i in range(len(prompts))]
+        answers = generate_here(base.model, prompts, Sampling(base.eos_ids, most, 1.0, 1.0, batch, enough), keys)
+        read = reading * len(prompts) * max(map(len, prompts))
+        fed = max(len(answer.ids) for answer in answers)
+        # One that was cut would have gone on for as long as answers of a constant chance to end do.
+        more = sum(len(answer.ids) for answer in answers) / max(1, sum(answer.finished for answer in answers))
+        lengths = [min(HELD_OUT_TOKENS, len(a.ids) + (0 if a.finished else int(more))) for a in answers]
+        return max(1e-6, time.monotonic() - start - read) / fed, lengths
+
+    alone, _ = drawn(asked[:1], 8)
+    side_by_side, lengths = drawn(asked, HELD_OUT_TOKENS)
+    return Rates(reading, (alone, side_by_side), batch, lengths)
+
+
+def plan_seconds(run: Run, rates: Rates) -> list[float]:
+    """Seconds of each of a run's five steps, in their order; several machines share the work evenly."""
+    recipe, prompts, sets = run.recipe, run.prompts, run.prompts.sets
+    train, loss, tokens, teacher = recipe.train, recipe.loss, recipe.tokens, recipe.teacher
+    n_blocks, thinks = len(blocks(run.base.model)), run.base.thinks
+    found_from = [*prompts.harmful_direction_train, *prompts.harmless_direction_train]
+    prompt = float(np.mean([len(row) for row in found_from]))
+    tried = len(prompts.harmless_direction_validation)
+
+    def read(rows: float, length: float = prompt) -> float:
+        return rates.reading * rows * length
+
+    def answer(rows: int, most: int) -> float:
+        """Seconds to read prompts and to answer them."""
+        return read(rows) + rates.draw(rows, most)
+
+    validation = run.answer_tokens(VALIDATION_TOKENS)
+    both = prompts.harmful_validation, prompts.harmless_validation
+    asked = [min(most, len(own)) for most, own in zip(VALIDATION_PROMPTS, both, strict=True)]
+    candidates = prompts.n_eoi * pruned_from(n_blocks, recipe.direction.prune_last)
+    searched = SEARCHED[0] * candidates * tried + SEARCHED[1] if teacher.teacher != "system_prompt" else 0
+    directions = answer(len(found_from), run.answer_tokens(REFUSAL_TOKENS)) + read(searched + 2 * len(found_from))
+
+    # Teachers are asked for answers; what they open, the base reads and goes on with.
+    opened = answer(sum(asked), OPENING) + answer(sum(asked), validation)
+    asks = 2 if teacher.coeff != "auto" or teacher.teacher == "system_prompt" else 1 + ASKED + 2 * ROUNDS
+    first_passes = 0 if asks == 2 else SHORTLIST * len(teacher.coeff_grid) * sum(FIRST_PASSES) / 2
+    asks += sum(n != OPENING for n in OPENINGS) if loss.first_tokens == "auto" and not thinks else 0
+    choosing = asks * opened + read(first_passes)
+
+    samples = tokens.token_samples if tokens.horizon > 1 else 1
+    continued = samples * (asked[0] + tried)
+    finding = answer(continued, tokens.horizon) + read(2 * continued, prompt + tokens.horizon)
+    if tokens.token_method == "part" and not thinks:
+        finding += answer(TOLD * asked[0], tokens.horizon) + answer(TOLD * asked[0], validation)
+
+    n_harmful = len(instructions_to_train_on(recipe, sets, harmful=True))
+    steps = number_of_steps(n_harmful, train, loss)
+    if train.until_learned and train.iters is None:
+        steps *= LEARNS
+    auto = loss.first_tokens == "auto"
+    most = rollout_tokens(train, replace(loss, first_tokens=0 if thinks else OPENING) if auto else loss)
+    rows = train.batch_size * train.num_generations * train.grad_accumulation_steps
+    length = prompt + float(np.mean([min(n, most) for n in rates.lengths]))
+    a_step = answer(rows, most) + read(PASSES * rows, length) + read(sum(map(len, both)) / MEASURED_EVERY)
+    a_step += answer(COLLAPSE_PROMPTS, REFUSAL_TOKENS) / train.save_every
+    training = steps * a_step
+
+    few, capability = recipe.run.test_prompts, sets.capability_test
+    n_tests = sum(len(kind[:few]) for kind in (sets.harmful_test, sets.harmless_test, sets.borderline_test))
+    n_tasks = min(len(capability), len({item.category for item in capability}) * (few or len(capability)))
+    scored = answer(2 * n_tests, run.answer_tokens(HELD_OUT_TOKENS)) + answer(n_tasks, TASK_TOKENS)
+    scoring = (2 + recipe.run.score_teacher) * scored
+    size = machines.here().size
+    return [seconds / size for seconds in (directions, choosing, finding, training, scoring)]
