@@ -125,9 +125,9 @@ TABLE = {
     '--variant "full vocabulary, no anchor: loss_tokens=full;anchor_ratio=0"': "parse",
     'python scripts/compare.py --seeds 42 --every 0 --variant "coeff auto: coeff=auto" '
     '--variant "coeff 0.7: coeff=0.7" --variant "coeff 1.0: coeff=1.0" --variant "rate 1e-4: learning_rate=1e-4" '
-    '--variant "rate 1e-3: learning_rate=1e-3" --variant "rank 32: lora_parameters={rank: 32}" --variant "2 epochs: epochs=2" '
-    '--variant "8 epochs: epochs=8" '
-    '--variant "24 tokens: safety_tokens=24" --variant "anchor 0.25: anchor_ratio=0.25"': "parse",
+    '--variant "rate 1e-3: learning_rate=1e-3" --variant "rank 32: lora_parameters={rank: 32}" '
+    '--variant "2 epochs: epochs=2" --variant "8 epochs: epochs=8" --variant "24 tokens: safety_tokens=24" '
+    '--variant "anchor 0.25: anchor_ratio=0.25"': "parse",
     "python scripts/make_tiny_chat.py": "parse",
     "python scripts/survey.py": "parse",
     # the tests themselves
