@@ -107,8 +107,8 @@ def test_sdist_is_complete(tmp_path):
         "CHANGELOG.md",
         "CITATION.cff",
     }
-    wanted |= {"scripts/align", "scripts/test", "scripts/setup", "scripts/setup_venv.py", ".ci/run"}
-    for folder in ("safesteer_mlx", "models", "tests", "docs"):
+    wanted |= {"scripts/align", "scripts/test", "scripts/setup", "scripts/setup_venv.py", ".ci/run", "mkdocs.yml"}
+    for folder in ("safesteer_mlx", "models", "tests", "docs", "examples"):
         wanted |= {
             path.relative_to(ROOT).as_posix()
             for path in (ROOT / folder).rglob("*")
