@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from shapes import memory_shape, qwen2
+from shapes import memory_shape, random_model
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method.residual import hidden_states
@@ -139,7 +139,7 @@ def test_a_configuration_without_a_size_is_a_sentence():
 
 
 def random_qwen(hidden, intermediate, layers, vocabulary, dtype=mx.float32):
-    model = qwen2(hidden, intermediate, layers, 8, 2, vocabulary)
+    model = random_model(hidden, intermediate, layers, 8, 2, vocabulary)
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, memory_shape(model)
