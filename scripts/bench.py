@@ -8,6 +8,7 @@
     python scripts/bench.py --contribute           as above, and figures.json for an issue; with --shape too
     python scripts/bench.py --planned              what M1, M2 and M4 could do at best, computed
     python scripts/bench.py --against bench.json   what a Mac measured, beside that
+    python scripts/bench.py --counts               waits, graphs and operations of a training step
 
 Seconds are noisy, so each figure is the median of ratios of two measurements made one after the other. Peaks are
 MLX's own, above what was in use before. docs/performance.md says what came out and on which machine.
@@ -16,6 +17,7 @@ MLX's own, above what was in use before. docs/performance.md says what came out 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -53,7 +56,15 @@ from safesteer_mlx.method.safety_tokens import contrast_tokens, find_tokens, sel
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import find_teacher, make_teacher, settled, steered_teacher
 from safesteer_mlx.method.train import Rollouts, StepMetrics, Training, TrainingPrompt, make_optimizer
-from safesteer_mlx.recipe import MODELS, PRESETS, TrainSettings, number_of_steps, resolve
+from safesteer_mlx.recipe import (
+    MODELS,
+    PRESETS,
+    TrainSettings,
+    harmful_per_batch,
+    number_of_steps,
+    resolve,
+    rollout_tokens,
+)
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.memory import (
     ModelShape,
@@ -72,6 +83,8 @@ BUNDLED = str(MODELS / "tiny-chat")
 GROUPED = "grouped_reverse_kl"
 # With these the published tests find a direction on the bundled model; no candidate of its passes a threshold of 0.
 PUBLISHED = {"steering_threshold": -1.5, "direction_validation": 96}
+COUNTED = ("waits", "handed over", "reads", "graphs", "operations")
+TINY = {"hidden": 32, "intermediate": 64, "layers": 3, "heads": 4, "kv_heads": 2, "vocabulary": 512}
 NARROW = {"hidden": 512, "intermediate": 1408, "layers": 28, "heads": 8, "kv_heads": 2, "vocabulary": 32_000}
 
 
@@ -195,6 +208,109 @@ class OurStep:
         while not isinstance(found := next(self._steps), StepMetrics):
             assert isinstance(found, Rollouts)
         return []
+
+
+def operations(arrays: Any) -> int:
+    """Operations that are still to be done for them: the nodes of their graph."""
+    drawn = io.StringIO()
+    mx.export_to_dot(drawn, *(array for _, array in tree_flatten(arrays) if isinstance(array, mx.array)))
+    return drawn.getvalue().count("shape=rectangle")
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts what is asked of MLX: `waits` for what is still to be computed, `handed over` to be computed meanwhile
+    (`async_eval`), `reads` of what is computed, `graphs` of a gradient that are built, and the `operations` in all."""
+    found: Counter[str] = Counter()
+    kept = {
+        (mx, "eval"): "waits",
+        (mx, "async_eval"): "handed over",
+        (np, "array"): "waits",
+        (np, "asarray"): "waits",
+        **{(mx.array, name): "waits" for name in ("item", "tolist", "__bool__", "__float__", "__int__")},
+    }
+
+    def counting(call: Callable[..., Any], kind: str, *args: Any, **how: Any) -> Any:
+        if any(isinstance(array, mx.array) for _, array in tree_flatten(args)):
+            found["operations"] += (count := operations(args))
+            found[kind if count else "reads"] += 1
+        return call(*args, **how)
+
+    def building(*given: Any, **how: Any) -> Callable[..., Any]:
+        build = value_and_grad(*given, **how)
+
+        def built(*args: Any, **more: Any) -> Any:
+            found["graphs"] += 1
+            return build(*args, **more)
+
+        return built
+
+    value_and_grad, before = nn.value_and_grad, {key: getattr(*key) for key in kept}
+    nn.value_and_grad = building
+    for key, kind in kept.items():
+        # A method of arrays is only bound to them if it is a function of Python.
+        setattr(*key, lambda *args, _call=before[key], _kind=kind, **how: counting(_call, _kind, *args, **how))
+    try:
+        yield found
+    finally:
+        nn.value_and_grad = value_and_grad
+        for key, call in before.items():
+            setattr(*key, call)
+
+
+def bench_counts(shape: dict[str, Any] = NARROW, rows: int = 32, length: int = 24) -> list[list[str]]:
+    """Of a training step by default settings, on `rows` answers of as many tokens as are trained on: a row of the
+    table for what samples and for what learns."""
+    model = random_model(**shape)
+    mx.eval(model.parameters())
+    recipe = resolve({}, {"iters": 1000, "batch_size": rows})[0]
+    loss = replace(recipe.loss, first_tokens=recipe.tokens.horizon, guidance=2.0)
+    prompts, _ = prompts_and_answers(rows, 2 * length, shape["vocabulary"])
+    both = ([p for p in prompts if p.harmful is kind] for kind in (True, False))
+    student = make_student(model, recipe.train, 0)
+    mx.eval(student.parameters())
+    teacher = steered_teacher(model, shape["layers"] // 2, mx.random.normal((shape["hidden"],)), 1.0)
+    how = (recipe.train, loss, [], 0, make_optimizer(recipe.train))
+    found = []
+    with counted() as counts:
+        steps = training.train(Training(student, model, teacher, mx.arange(50), *both, *how))
+        for which, event in enumerate(
+            itertools.islice(steps, 4)
+        ):  # the second step: the first makes the optimizer's state
+            what = f"{_named(shape)}: {'sampling' if isinstance(event, Rollouts) else 'learning'}"
+            found += [[what, *(f"{counts[kind]:,}" for kind in COUNTED)]] * (which > 1)
+            counts.clear()
+    return found
+
+
+def bench_padding(steps: int = 8) -> list[list[str]]:
+    """Passes of a step and what is padded in them, of the bundled run's batches and the base's answers: by rows, and by
+    as many tokens as these rows would have if all were as long as the longest that the plan knows."""
+    run = bundled()
+    recipe, base = run.recipe, run.base
+    settings = replace(recipe.train, until_learned=False)
+    loss = replace(recipe.loss, first_tokens=recipe.tokens.horizon)
+    most = rollout_tokens(settings, loss)
+    pools = training.training_prompts(run)
+    each = harmful_per_batch(settings, loss)
+    rng = np.random.default_rng(0)
+    batches: list[list[int]] = []  # lengths, of one kind in a step
+    for _ in range(steps):
+        for pool, count in zip(pools, (each, settings.batch_size - each), strict=True):
+            rows = [pool[i].ids for i in rng.permutation(len(pool))[:count]]
+            keys = [stream_key(0, len(batches), i) for i in range(count)]
+            drawn = generate(base.model, rows, Sampling(base.eos_ids, most, 1.0, batch_size=64), keys)
+            batches.append(sorted(len(row) + len(c.ids) for row, c in zip(rows, drawn, strict=True)))
+    longest = longest_prompt(recipe) + most
+    ways: list[tuple[str, int, int | None]] = [("16 rows, the default", 16, None)]
+    for n in (4, 2, 1):
+        ways += [(f"{n} row{'s'[: n > 1]}", n, None), (f"{n * longest} tokens, of {n} × {longest}", 16, n * longest)]
+    found = []
+    for name, rows_at_once, tokens in ways:
+        cut = [lengths[part] for lengths in batches for part in training.micro_batches(lengths, rows_at_once, tokens)]
+        padded = sum(len(part) * max(part) for part in cut)
+        found.append([name, f"{len(cut) / steps:.1f}", f"{padded / sum(map(sum, batches)):.3f}"])
+    return found
 
 
 def their_steps(
@@ -824,6 +940,7 @@ def main() -> None:
     instead.add_argument("--contribute", action="store_true", help="measure, and write the file that an issue asks for")
     instead.add_argument("--planned", action="store_true", help="print what Apple's chips could do at best; no more")
     instead.add_argument("--against", type=Path, metavar="FILE", help="a bench.json beside that; no more")
+    instead.add_argument("--counts", action="store_true", help="count what a training step asks of MLX; no more")
     args = parser.parse_args()
     if args.planned:
         print("\n".join(planned()))
@@ -831,6 +948,12 @@ def main() -> None:
     screen = Screen()
     if args.against is not None:
         _show_against(args.against, screen)
+        return
+    if args.counts:
+        rows = [row for shape in (TINY, NARROW) for row in bench_counts(shape)]
+        screen.table("A training step of 32 answers, 15 tokens each", ["", *COUNTED], rows)
+        head = ["completions in one pass, at most", "passes a step", "tokens, padded / real"]
+        screen.table("The bundled run's batches", head, bench_padding())
         return
     parts = PARTS[args.shape]
     wanted = args.only.split(",") if args.only else list(parts)

@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import bench
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 import roofline
 import yaml
@@ -297,3 +300,69 @@ def test_shapes_in_4_bits_are_measured_as_the_bound_has_them(name):
         assert row["ours_seconds"] > 0 and row["work"]["shape"] == shape and row["work"]["bits"] == roofline.FOUR_BIT
         assert planned_seconds(row["work"], CHIPS["Apple M1"]) > 0
     assert step["work"]["checkpointed"] and step["work"]["rows"] == 1 and answers[0]["work"]["rows"] == 8
+
+
+# What a step asks of MLX
+
+WAITS = {
+    "eval": (lambda x: mx.eval(x), {"waits": 1, "operations": 2}),
+    "eval of a tree": (lambda x: mx.eval({"a": [x, x]}, x), {"waits": 1, "operations": 2}),
+    "item": (lambda x: x.item(), {"waits": 1, "operations": 2}),
+    "tolist": (lambda x: x.tolist(), {"waits": 1, "operations": 2}),
+    "float": (lambda x: float(x), {"waits": 1, "operations": 2}),
+    "int": (lambda x: int(x), {"waits": 1, "operations": 2}),
+    "a condition": (lambda x: 1 if x > 0 else 2, {"waits": 1, "operations": 3}),
+    "np.array": (lambda x: np.array(x), {"waits": 1, "operations": 2}),
+    "np.asarray": (lambda x: np.asarray(x), {"waits": 1, "operations": 2}),
+    "async_eval": (lambda x: mx.async_eval(x), {"handed over": 1, "operations": 2}),
+    "read again": (lambda x: (mx.eval(x), x.item(), np.array(x)), {"waits": 1, "reads": 2, "operations": 2}),
+    "two graphs": (lambda x: (x.item(), (x + 1).item()), {"waits": 2, "operations": 3}),
+    "numpy's own": (lambda x: np.array([1, 2]), {}),
+    "nothing": (lambda x: x * 2, {}),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_every_wait_is_counted(name):
+    work, expected = WAITS[name]
+    before = mx.eval, mx.array.item, np.array, nn.value_and_grad
+    x = mx.exp(mx.array(1.0)) * mx.array(2.0)
+    with bench.counted() as found:
+        work(x)
+    assert {kind: count for kind, count in found.items() if count} == expected
+    assert (mx.eval, mx.array.item, np.array, nn.value_and_grad) == before
+
+
+def test_graphs_are_counted():
+    model = nn.Linear(2, 1)
+    with bench.counted() as found:
+        grad = nn.value_and_grad(model, lambda x: model(x).sum())
+        assert not found["graphs"]
+        for _ in range(3):
+            grad(mx.ones((1, 2)))
+    assert found["graphs"] == 3 and not found["waits"]
+
+
+def test_a_step_waits_for_nothing_that_it_need_not():
+    """One wait a pass; two for the log-odds that guidance goes by; the gradient's norm, before it is applied; the rest.
+
+    A number that is read in the loop, to be shown for one, makes Metal stand still until it is there.
+    """
+    sampling, learning = (dict(zip(bench.COUNTED, row[1:], strict=True)) for row in bench.bench_counts(bench.TINY))
+    passes = 3  # 11 harmful prompts; 16 and 5 harmless ones
+    assert learning["graphs"] == str(passes) and sampling["graphs"] == "0"
+    assert int(learning["waits"]) <= passes + 2 + 1 + 1
+    assert int(learning["handed over"]) <= passes
+    # Of what was waited for: each pass's masses and two targets' losses, and the tokens, held against the vocabulary.
+    assert int(learning["reads"]) <= 4 * passes
+    assert (
+        int(sampling["handed over"]) <= 15 and int(sampling["waits"]) <= 5
+    )  # tokens; readings, and what they begin with
+
+
+def test_short_completions_go_together_where_long_ones_cannot(monkeypatch):
+    monkeypatch.setattr(bench, "generate", lambda model, rows, *how: [bench.Completion([1] * 15, False) for _ in rows])
+    rows = {name.split(" ")[0] + name.split(" ")[1]: (float(n), float(p)) for name, n, p in bench.bench_padding(2)}
+    by_rows, by_tokens = [rows[f"{n}row{'s'[: n > 1]}"] for n in (4, 2, 1)], list(rows.values())[2::2]
+    for (passes, padded), (fewer, more) in zip(by_rows, by_tokens, strict=True):
+        assert fewer < 0.7 * passes and padded <= more < 1.1
