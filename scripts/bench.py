@@ -8,7 +8,7 @@
     python scripts/bench.py --contribute           as above, and figures.json for an issue; with --shape too
     python scripts/bench.py --planned              what M1, M2 and M4 could do at best, computed
     python scripts/bench.py --against bench.json   what a Mac measured, beside that
-    python scripts/bench.py --counts               waits, graphs and operations of a training step
+    python scripts/bench.py --counts               waits, graphs and operations of a training step; padding
 
 Seconds are noisy, so each figure is the median of ratios of two measurements made one after the other. Peaks are
 MLX's own, above what was in use before. docs/performance.md says what came out and on which machine.
@@ -49,7 +49,7 @@ from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as training
 from safesteer_mlx.method.losses import Divergence, Scored, distillation_loss, localized_loss
 from safesteer_mlx.method.prompts import longest_prompt
-from safesteer_mlx.method.residual import answer_states, head, pad_right
+from safesteer_mlx.method.residual import answer_states, head, hidden_states, pad_right
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
 from safesteer_mlx.method.run import Run, make_run
 from safesteer_mlx.method.safety_tokens import contrast_tokens, find_tokens, select_tokens
@@ -387,7 +387,7 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
 
 
 def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, length: int = 128) -> list[Row]:
-    """The gradient of one batch, compiled for its lengths, and as training computes it."""
+    """The gradient of one batch, compiled for its lengths, and as training computes it; then by buckets of lengths."""
     model = random_model(**shape)
     student = make_student(model, replace(resolve({}, {})[0].train, num_layers=-1), 0)
     mx.eval(model.parameters(), student.parameters())
@@ -407,7 +407,47 @@ def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, l
     first = measured(lambda: compiled(targets))[0]
     row = in_turns(lambda: compiled(targets), lambda: plain(student, targets), repeats)
     what = f"{shape['layers']} blocks of width {shape['hidden']}, {rows} × {length} tokens; compiled / as it is"
-    return [{"part": "compile", "what": what, **row, "first_call_seconds": first}]
+    found = [{"part": "compile", "what": what, **row, "first_call_seconds": first}]
+
+    # By buckets: rows and positions padded to the longest that falls into one, so that a compiled graph serves many.
+    def gradient(ids: mx.array, at: mx.array, targets: mx.array, weights: mx.array) -> Any:
+        def objective(of: nn.Module) -> mx.array:
+            states = hidden_states(of, ids)
+            own = Scored(states.reshape(-1, states.shape[-1])[at], head(of))
+            return localized_loss(own, Scored(targets, head(model)), weights, tokens, Divergence(GROUPED, tokens))[0]
+
+        return nn.value_and_grad(student, objective)(student)
+
+    lengths = [length - length // 8 * i for i in range(1, 4)]  # none as long as the bucket
+    exact = [_batch(rows, n, n, shape) for n in lengths]
+    padded = [_batch(rows, n, length, shape) for n in lengths]
+    by_bucket = mx.compile(gradient, inputs=state, outputs=state)
+    first = measured(lambda: by_bucket(*padded[0]))[0]
+    row = in_turns(
+        lambda: [_done(by_bucket(*b)) for b in padded], lambda: [_done(gradient(*b)) for b in exact], repeats
+    )
+    what = f"the same, {rows} × {', '.join(map(str, lengths))} tokens; compiled for {length}, padded / as it is"
+    return [*found, {"part": "compile", "what": what, **row, "first_call_seconds": first}]
+
+
+def _done(arrays: Any) -> mx.array:
+    mx.eval(arrays)
+    return mx.array(0)
+
+
+def _batch(rows: int, length: int, width: int, shape: dict[str, Any]) -> list[mx.array]:
+    """Rows of `length` tokens, half of them the answer's, padded to `width`: ids, positions, targets and weights."""
+    drawn = np.random.default_rng(length).integers(1, shape["vocabulary"], (rows, length))
+    ids, each = np.zeros((rows, width), np.int32), length - length // 2
+    ids[:, :length] = drawn
+    at = np.zeros((rows, width - width // 2), np.int32)
+    at[:, :each] = np.arange(rows)[:, None] * width + np.arange(length - each - 1, length - 1)
+    weights = np.zeros(at.shape, np.float32)
+    weights[:, :each] = 1 / (rows * each)
+    targets = mx.random.normal((at.size, shape["hidden"]), key=mx.random.key(0))
+    made = [mx.array(ids), mx.array(at.ravel()), targets, mx.array(weights.ravel())]
+    mx.eval(made)
+    return made
 
 
 def bundled(**changes: Any) -> Run:

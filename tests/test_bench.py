@@ -61,11 +61,11 @@ def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
             rows += found["rows"]
     finally:
         bench.training.generate = generate
-    assert [row["part"] for row in rows] == ["loss", "compile", "rollouts", "run", "step", "step"]
+    assert [row["part"] for row in rows] == ["loss", "compile", "compile", "rollouts", "run", "step", "step"]
     for row in rows:
         assert row["seconds_ratio"] > 0 and row["ours_bytes"] > 0 and row["other_bytes"] > 0
-    assert [row["goal"] for row in rows[4:]] == [1.3, 1.4]
-    assert all(row["planned_ratio"] == row["planned_bytes"] / row["ours_bytes"] for row in rows[4:])
+    assert [row["goal"] for row in rows[5:]] == [1.3, 1.4]
+    assert all(row["planned_ratio"] == row["planned_bytes"] / row["ours_bytes"] for row in rows[5:])
 
 
 @pytest.fixture
@@ -366,3 +366,11 @@ def test_short_completions_go_together_where_long_ones_cannot(monkeypatch):
     by_rows, by_tokens = [rows[f"{n}row{'s'[: n > 1]}"] for n in (4, 2, 1)], list(rows.values())[2::2]
     for (passes, padded), (fewer, more) in zip(by_rows, by_tokens, strict=True):
         assert fewer < 0.7 * passes and padded <= more < 1.1
+
+
+def test_a_padded_batch_is_the_batch():
+    shape = {"hidden": 8, "vocabulary": 50}
+    (ids, at, _, weights), (exact, where, _, own) = (map(np.array, bench._batch(2, 6, n, shape)) for n in (9, 6))
+    assert (ids[:, :6] == exact).all() and not ids[:, 6:].any() and at.shape == (10,) and where.shape == (6,)
+    assert (ids.ravel()[at[weights > 0]] == exact.ravel()[where]).all() and weights.sum() == own.sum() == 1
+    assert where.tolist() == [2, 3, 4, 8, 9, 10]  # what predicts the last three tokens of each
