@@ -241,6 +241,13 @@ class TrainSettings:
     micro_batch_size: int = _setting(
         16, "completions in one forward and backward pass", least=1, most=MOST_BATCH, free=True
     )
+    micro_batch_tokens: int | None = _setting(
+        None,
+        "tokens in one forward and backward pass, padding included (default: what memory has room for)",
+        least=1,
+        most=MOST_BATCH * MOST_LENGTH,
+        free=True,
+    )
     save_every: int = _setting(10, "steps after which the adapters are saved", least=1, most=MOST_STEPS, free=True)
     steps_per_report: int = _setting(5, "steps after which a line is printed", least=1, most=MOST_STEPS, free=True)
 

@@ -3,7 +3,12 @@
     python scripts/bench.py                        the bundled model and small shapes, some twenty minutes on two cores
     python scripts/bench.py --only loss,step --repeats 5
     python scripts/bench.py --shape qwen2.5-0.5b   rollouts, a short run of every stage, and training steps
-    python scripts/bench.py --shape qwen2.5-7b     one 4-bit training step on 64 + 64 tokens; forty minutes
+    python scripts/bench.py --shape qwen2.5-7b --only step     one 4-bit training step on 64 + 64 tokens; forty minutes
+    python scripts/bench.py --shape llama-3.2-3b   (qwen3-4b, qwen2.5-7b) on a Mac: answers too
+    python scripts/bench.py --contribute           as above, and figures.json for an issue; with --shape too
+    python scripts/bench.py --planned              what M1, M2 and M4 could do at best, computed
+    python scripts/bench.py --against bench.json   what a Mac measured, beside that
+    python scripts/bench.py --counts               waits, graphs and operations of a training step; padding
 
 Seconds are noisy, so each figure is the median of ratios of two measurements made one after the other. Peaks are
 MLX's own, above what was in use before. docs/performance.md says what came out and on which machine.
@@ -12,15 +17,22 @@ MLX's own, above what was in use before. docs/performance.md says what came out 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +41,30 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from shapes import QWEN_05B, QWEN_7B, memory_shape, qwen2
+from roofline import CHIPS, FOUR_BIT, held_against, table
+from shapes import LLAMA_3B, QWEN3_4B, QWEN_05B, QWEN_7B, memory_shape, random_model
 
 from safesteer_mlx.method import direction as directions
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as training
 from safesteer_mlx.method.losses import Divergence, Scored, distillation_loss, localized_loss
 from safesteer_mlx.method.prompts import longest_prompt
-from safesteer_mlx.method.residual import answer_states, head, pad_right
+from safesteer_mlx.method.residual import answer_states, head, hidden_states, pad_right
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
 from safesteer_mlx.method.run import Run, make_run
 from safesteer_mlx.method.safety_tokens import contrast_tokens, find_tokens, select_tokens
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import find_teacher, make_teacher, settled, steered_teacher
 from safesteer_mlx.method.train import Rollouts, StepMetrics, Training, TrainingPrompt, make_optimizer
-from safesteer_mlx.recipe import MODELS, PRESETS, TrainSettings, number_of_steps, resolve
+from safesteer_mlx.recipe import (
+    MODELS,
+    PRESETS,
+    TrainSettings,
+    harmful_per_batch,
+    number_of_steps,
+    resolve,
+    rollout_tokens,
+)
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.memory import (
     ModelShape,
@@ -53,7 +74,7 @@ from safesteer_mlx.system.memory import (
     this_machine,
     trained_values,
 )
-from safesteer_mlx.system.screen import Screen
+from safesteer_mlx.system.screen import Screen, exit_code
 from safesteer_mlx.system.shape import read_shape
 
 Row = dict[str, Any]
@@ -62,14 +83,17 @@ BUNDLED = str(MODELS / "tiny-chat")
 GROUPED = "grouped_reverse_kl"
 # With these the published tests find a direction on the bundled model; no candidate of its passes a threshold of 0.
 PUBLISHED = {"steering_threshold": -1.5, "direction_validation": 96}
+COUNTED = ("waits", "handed over", "reads", "graphs", "operations")
+TINY = {"hidden": 32, "intermediate": 64, "layers": 3, "heads": 4, "kv_heads": 2, "vocabulary": 512}
 NARROW = {"hidden": 512, "intermediate": 1408, "layers": 28, "heads": 8, "kv_heads": 2, "vocabulary": 32_000}
 
 
-def quantized_qwen2(**shape: Any) -> nn.Module:
-    """As `qwen2`, with random 4-bit weights in groups of 64, built packed: no full-precision copy ever exists.
+def quantized_model(**shape: Any) -> nn.Module:
+    """As `random_model`, with random 4-bit weights in groups of 64, built packed: no full-precision copy ever exists.
 
-    Scales are float32, in which the CPU backend's quantized kernels are fastest.
+    Scales are float32, in which the CPU backend's quantized kernels are fastest; on a GPU bfloat16, as in the files.
     """
+    kind = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
 
     def packed(path: str, module: nn.Module) -> nn.Module:
         outputs, inputs = module.weight.shape
@@ -79,16 +103,16 @@ def quantized_qwen2(**shape: Any) -> nn.Module:
             else nn.QuantizedLinear(64, 64, "bias" in module, 64, 4)
         )
         made.weight = mx.random.randint(0, 2**32 - 1, (outputs, inputs // 8), mx.uint32)
-        made.scales = mx.full((outputs, inputs // 64), 0.02 / inputs**0.5)
-        made.biases = mx.full((outputs, inputs // 64), -0.15 / inputs**0.5)
+        made.scales = mx.full((outputs, inputs // 64), 0.02 / inputs**0.5, kind)
+        made.biases = mx.full((outputs, inputs // 64), -0.15 / inputs**0.5, kind)
         if "bias" in module:
-            made.bias = mx.zeros(outputs)
+            made.bias = mx.zeros(outputs, kind)
         if isinstance(module, nn.Embedding):
             made.num_embeddings, made.dims = outputs, inputs
         mx.eval(made.parameters())
         return made
 
-    model = qwen2(**shape)
+    model = random_model(**shape)
     found = [(p, m) for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
     model.update_modules(tree_unflatten([(path, packed(path, module)) for path, module in found]))
     mx.eval(model.parameters())
@@ -157,6 +181,12 @@ def prompts_and_answers(rows: int, length: int, vocabulary: int) -> tuple[list[T
     return prompts, [Completion(r[length // 2 :].tolist(), False) for r in drawn]
 
 
+def work_of(kind: str, shape: dict[str, Any], bits: float, rows: int, length: int, **more: Any) -> Row:
+    """What a row measured, for `planned_seconds`: half of the length is the prompt's."""
+    what = {"kind": kind, "shape": shape, "bits": bits, "rows": rows, "prompt": length // 2}
+    return what | {"answer": length - length // 2, "trained": -1, "checkpointed": False} | more
+
+
 class OurStep:
     """Optimizer steps of `train` on given answers; nothing is sampled."""
 
@@ -178,6 +208,109 @@ class OurStep:
         while not isinstance(found := next(self._steps), StepMetrics):
             assert isinstance(found, Rollouts)
         return []
+
+
+def operations(arrays: Any) -> int:
+    """Operations that are still to be done for them: the nodes of their graph."""
+    drawn = io.StringIO()
+    mx.export_to_dot(drawn, *(array for _, array in tree_flatten(arrays) if isinstance(array, mx.array)))
+    return drawn.getvalue().count("shape=rectangle")
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts what is asked of MLX: `waits` for what is still to be computed, `handed over` to be computed meanwhile
+    (`async_eval`), `reads` of what is computed, `graphs` of a gradient that are built, and the `operations` in all."""
+    found: Counter[str] = Counter()
+    kept = {
+        (mx, "eval"): "waits",
+        (mx, "async_eval"): "handed over",
+        (np, "array"): "waits",
+        (np, "asarray"): "waits",
+        **{(mx.array, name): "waits" for name in ("item", "tolist", "__bool__", "__float__", "__int__")},
+    }
+
+    def counting(call: Callable[..., Any], kind: str, *args: Any, **how: Any) -> Any:
+        if any(isinstance(array, mx.array) for _, array in tree_flatten(args)):
+            found["operations"] += (count := operations(args))
+            found[kind if count else "reads"] += 1
+        return call(*args, **how)
+
+    def building(*given: Any, **how: Any) -> Callable[..., Any]:
+        build = value_and_grad(*given, **how)
+
+        def built(*args: Any, **more: Any) -> Any:
+            found["graphs"] += 1
+            return build(*args, **more)
+
+        return built
+
+    value_and_grad, before = nn.value_and_grad, {key: getattr(*key) for key in kept}
+    nn.value_and_grad = building
+    for key, kind in kept.items():
+        # A method of arrays is only bound to them if it is a function of Python.
+        setattr(*key, lambda *args, _call=before[key], _kind=kind, **how: counting(_call, _kind, *args, **how))
+    try:
+        yield found
+    finally:
+        nn.value_and_grad = value_and_grad
+        for key, call in before.items():
+            setattr(*key, call)
+
+
+def bench_counts(shape: dict[str, Any] = NARROW, rows: int = 32, length: int = 24) -> list[list[str]]:
+    """Of a training step by default settings, on `rows` answers of as many tokens as are trained on: a row of the
+    table for what samples and for what learns."""
+    model = random_model(**shape)
+    mx.eval(model.parameters())
+    recipe = resolve({}, {"iters": 1000, "batch_size": rows})[0]
+    loss = replace(recipe.loss, first_tokens=recipe.tokens.horizon, guidance=2.0)
+    prompts, _ = prompts_and_answers(rows, 2 * length, shape["vocabulary"])
+    both = ([p for p in prompts if p.harmful is kind] for kind in (True, False))
+    student = make_student(model, recipe.train, 0)
+    mx.eval(student.parameters())
+    teacher = steered_teacher(model, shape["layers"] // 2, mx.random.normal((shape["hidden"],)), 1.0)
+    how = (recipe.train, loss, [], 0, make_optimizer(recipe.train))
+    found = []
+    with counted() as counts:
+        steps = training.train(Training(student, model, teacher, mx.arange(50), *both, *how))
+        for which, event in enumerate(
+            itertools.islice(steps, 4)
+        ):  # the second step: the first makes the optimizer's state
+            what = f"{_named(shape)}: {'sampling' if isinstance(event, Rollouts) else 'learning'}"
+            found += [[what, *(f"{counts[kind]:,}" for kind in COUNTED)]] * (which > 1)
+            counts.clear()
+    return found
+
+
+def bench_padding(steps: int = 8) -> list[list[str]]:
+    """Passes of a step and what is padded in them, of the bundled run's batches and the base's answers: by rows, and by
+    as many tokens as these rows would have if all were as long as the longest that the plan knows."""
+    run = bundled()
+    recipe, base = run.recipe, run.base
+    settings = replace(recipe.train, until_learned=False)
+    loss = replace(recipe.loss, first_tokens=recipe.tokens.horizon)
+    most = rollout_tokens(settings, loss)
+    pools = training.training_prompts(run)
+    each = harmful_per_batch(settings, loss)
+    rng = np.random.default_rng(0)
+    batches: list[list[int]] = []  # lengths, of one kind in a step
+    for _ in range(steps):
+        for pool, count in zip(pools, (each, settings.batch_size - each), strict=True):
+            rows = [pool[i].ids for i in rng.permutation(len(pool))[:count]]
+            keys = [stream_key(0, len(batches), i) for i in range(count)]
+            drawn = generate(base.model, rows, Sampling(base.eos_ids, most, 1.0, batch_size=64), keys)
+            batches.append(sorted(len(row) + len(c.ids) for row, c in zip(rows, drawn, strict=True)))
+    longest = longest_prompt(recipe) + most
+    ways: list[tuple[str, int, int | None]] = [("16 rows, the default", 16, None)]
+    for n in (4, 2, 1):
+        ways += [(f"{n} row{'s'[: n > 1]}", n, None), (f"{n * longest} tokens, of {n} × {longest}", 16, n * longest)]
+    found = []
+    for name, rows_at_once, tokens in ways:
+        cut = [lengths[part] for lengths in batches for part in training.micro_batches(lengths, rows_at_once, tokens)]
+        padded = sum(len(part) * max(part) for part in cut)
+        found.append([name, f"{len(cut) / steps:.1f}", f"{padded / sum(map(sum, batches)):.3f}"])
+    return found
 
 
 def their_steps(
@@ -228,7 +361,7 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
             resolve({}, {})[0].train, num_layers=blocks, iters=10**6, batch_size=rows, micro_batch_size=rows,
             grad_checkpoint="off",
         )  # fmt: skip
-        model = qwen2(**shape)
+        model = random_model(**shape)
         mx.eval(model.parameters())
         ours = OurStep(model, settings, rows, length, shape["vocabulary"])
         ours()  # set-up and first step
@@ -247,14 +380,15 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
                 # Harmful prompts and the anchor's are passes of their own.
                 **beside_plan(memory_shape(model), settings, rows // 2, length, row["ours_bytes"]),
                 "goal": 1.30 if blocks > 0 else 1.40,
+                "work": work_of("step", shape, 32, rows, length, trained=blocks),
             }
         )
     return found
 
 
 def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, length: int = 128) -> list[Row]:
-    """The gradient of one batch, compiled for its lengths, and as training computes it."""
-    model = qwen2(**shape)
+    """The gradient of one batch, compiled for its lengths, and as training computes it; then by buckets of lengths."""
+    model = random_model(**shape)
     student = make_student(model, replace(resolve({}, {})[0].train, num_layers=-1), 0)
     mx.eval(model.parameters(), student.parameters())
     prompts, answers = prompts_and_answers(rows, length, shape["vocabulary"])
@@ -273,7 +407,47 @@ def bench_compile(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, l
     first = measured(lambda: compiled(targets))[0]
     row = in_turns(lambda: compiled(targets), lambda: plain(student, targets), repeats)
     what = f"{shape['layers']} blocks of width {shape['hidden']}, {rows} × {length} tokens; compiled / as it is"
-    return [{"part": "compile", "what": what, **row, "first_call_seconds": first}]
+    found = [{"part": "compile", "what": what, **row, "first_call_seconds": first}]
+
+    # By buckets: rows and positions padded to the longest that falls into one, so that a compiled graph serves many.
+    def gradient(ids: mx.array, at: mx.array, targets: mx.array, weights: mx.array) -> Any:
+        def objective(of: nn.Module) -> mx.array:
+            states = hidden_states(of, ids)
+            own = Scored(states.reshape(-1, states.shape[-1])[at], head(of))
+            return localized_loss(own, Scored(targets, head(model)), weights, tokens, Divergence(GROUPED, tokens))[0]
+
+        return nn.value_and_grad(student, objective)(student)
+
+    lengths = [length - length // 8 * i for i in range(1, 4)]  # none as long as the bucket
+    exact = [_batch(rows, n, n, shape) for n in lengths]
+    padded = [_batch(rows, n, length, shape) for n in lengths]
+    by_bucket = mx.compile(gradient, inputs=state, outputs=state)
+    first = measured(lambda: by_bucket(*padded[0]))[0]
+    row = in_turns(
+        lambda: [_done(by_bucket(*b)) for b in padded], lambda: [_done(gradient(*b)) for b in exact], repeats
+    )
+    what = f"the same, {rows} × {', '.join(map(str, lengths))} tokens; compiled for {length}, padded / as it is"
+    return [*found, {"part": "compile", "what": what, **row, "first_call_seconds": first}]
+
+
+def _done(arrays: Any) -> mx.array:
+    mx.eval(arrays)
+    return mx.array(0)
+
+
+def _batch(rows: int, length: int, width: int, shape: dict[str, Any]) -> list[mx.array]:
+    """Rows of `length` tokens, half of them the answer's, padded to `width`: ids, positions, targets and weights."""
+    drawn = np.random.default_rng(length).integers(1, shape["vocabulary"], (rows, length))
+    ids, each = np.zeros((rows, width), np.int32), length - length // 2
+    ids[:, :length] = drawn
+    at = np.zeros((rows, width - width // 2), np.int32)
+    at[:, :each] = np.arange(rows)[:, None] * width + np.arange(length - each - 1, length - 1)
+    weights = np.zeros(at.shape, np.float32)
+    weights[:, :each] = 1 / (rows * each)
+    targets = mx.random.normal((at.size, shape["hidden"]), key=mx.random.key(0))
+    made = [mx.array(ids), mx.array(at.ravel()), targets, mx.array(weights.ravel())]
+    mx.eval(made)
+    return made
 
 
 def bundled(**changes: Any) -> Run:
@@ -380,7 +554,7 @@ def bench_rollouts(repeats: int, tokens: int = 64) -> list[Row]:
     """Answers drawn: ours, mlx-lm's batch_generate on the same prompts, and one prompt at a time."""
     run = bundled()
     base, prompts = run.base, run.prompts.harmful_validation
-    larger = qwen2(**NARROW | {"vocabulary": base.vocabulary})
+    larger = random_model(**NARROW | {"vocabulary": base.vocabulary})
     mx.eval(larger.parameters())
     return [
         *rollouts("bundled model", base.model, base, prompts[:32], tokens, repeats, alone=True),
@@ -522,7 +696,7 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[
 
 def shape_run(ours: bool, shape: dict[str, Any]) -> None:
     """Every stage once on random weights and prompts, ours or in the published order, to a student of two steps."""
-    model = qwen2(**shape)
+    model = random_model(**shape)
     mx.eval(model.parameters())
     vocabulary, openers, steps = shape["vocabulary"], [10, 20, 30], 2
     harmful, harmless = (random_prompts(8, 16, vocabulary, which) for which in (0, 1))
@@ -622,7 +796,7 @@ def bench_growth(repeats: int) -> list[Row]:
                 length = 2 * value  # a prompt as long as the completion
             else:
                 shape[name] = value
-            model = qwen2(**shape)
+            model = random_model(**shape)
             mx.eval(model.parameters())
             settings = replace(
                 resolve({}, {})[0].train, iters=10**6, batch_size=rows, micro_batch_size=rows, grad_checkpoint="off"
@@ -641,14 +815,14 @@ def bench_growth(repeats: int) -> list[Row]:
     return found
 
 
-def bench_7b(length: int) -> list[Row]:
-    """One row of half prompt, half completion through a training step at the 7B shape, and what the plan says."""
-    model = quantized_qwen2(**QWEN_7B)
+def four_bit_step(length: int, shape: dict[str, Any]) -> list[Row]:
+    """One row of half prompt, half completion through a training step, and what the plan says."""
+    model = quantized_model(**shape)
     weights = mx.get_active_memory()
     settings = replace(resolve({}, {})[0].train, iters=10**6, batch_size=1, micro_batch_size=1, grad_checkpoint="on")
-    prompts, answers = prompts_and_answers(2, length, QWEN_7B["vocabulary"])
+    prompts, answers = prompts_and_answers(2, length, shape["vocabulary"])
     student = make_student(model, settings, 0)
-    teacher = steered_teacher(model, 14, mx.random.normal((QWEN_7B["hidden"],)), 1.0)
+    teacher = steered_teacher(model, shape["layers"] // 2, mx.random.normal((shape["hidden"],)), 1.0)
     tokens = mx.arange(50)
     mx.eval(student.parameters())
     student.train()
@@ -671,32 +845,53 @@ def bench_7b(length: int) -> list[Row]:
     optimizer.update(student, gradient)
     mx.eval(value, student.trainable_parameters(), optimizer.state)
     seconds, peak = time.perf_counter() - began, mx.get_peak_memory() - before
-    shape = memory_shape(model, quantization={"bits": 4, "group_size": 64})
+    planned = memory_shape(model, quantization={"bits": 4, "group_size": 64})
     return [
         {
             "part": "step",
-            "what": f"Qwen2.5-7B's shape, 4-bit, 1 × {length} tokens, checkpointed; weights {weights / 1e9:.2f} GB",
+            "what": f"{_named(shape)}, 4-bit, 1 × {length} tokens, checkpointed; weights {weights / 1e9:.2f} GB",
             "ours_seconds": seconds,
             "ours_bytes": peak,
             "whole_bytes": before + peak,
-            **beside_plan(shape, settings, 1, length, peak),
+            **beside_plan(planned, settings, 1, length, peak),
             "loss": value.item(),
+            "work": work_of("step", shape, FOUR_BIT, 1, length, checkpointed=True),
         }
     ]
 
 
-def large_rollouts(repeats: int, shape: dict[str, Any] = QWEN_05B) -> list[Row]:
+def four_bit_rollouts(length: int, shape: dict[str, Any]) -> list[Row]:
+    """Eight answers, as long as their prompts: ours, and batch_generate's, once."""
+    model = quantized_model(**shape)
+    return random_rollouts(f"{_named(shape)}, 4-bit", model, shape, FOUR_BIT, length, 1)
+
+
+def random_rollouts(
+    name: str, model: nn.Module, shape: dict[str, Any], bits: float, length: int, repeats: int
+) -> list[Row]:
     """Eight answers of random weights: ours, and batch_generate's."""
-    model = qwen2(**shape)
-    mx.eval(model.parameters())
     base = load(BUNDLED)  # for its tokenizer alone
-    return rollouts(_named(shape), model, base, random_prompts(8, 16, 1000, 0), 16, repeats)
+    found = rollouts(name, model, base, random_prompts(8, length // 2, 1000, 0), length - length // 2, repeats)
+    return [row | {"work": work_of("rollouts", shape, bits, 8, length)} for row in found]
+
+
+def large_rollouts(repeats: int, shape: dict[str, Any] = QWEN_05B) -> list[Row]:
+    """Eight answers of 16 tokens."""
+    model = random_model(**shape)
+    mx.eval(model.parameters())
+    return random_rollouts(_named(shape), model, shape, 32, 32, repeats)
 
 
 def large_run(repeats: int, shape: dict[str, Any] = QWEN_05B) -> list[Row]:
     """Every stage on random weights, in small: ours, and the published order ported plainly."""
     what = f"{_named(shape)}, every stage in small, 2 steps; ours / published order"
-    return [{"part": "run", "what": what, **runs(shape_run, shape, weight_bytes(qwen2(**shape)), max(1, repeats // 2))}]
+    return [
+        {
+            "part": "run",
+            "what": what,
+            **runs(shape_run, shape, weight_bytes(random_model(**shape)), max(1, repeats // 2)),
+        }
+    ]
 
 
 def large_step(repeats: int, shape: dict[str, Any] = QWEN_05B) -> list[Row]:
@@ -708,7 +903,9 @@ def _named(shape: dict[str, Any]) -> str:
     return f"{shape['layers']} blocks of width {shape['hidden']}, V {shape['vocabulary']:,}"
 
 
-# By shape; each takes how often to measure, but the 7B step, which is measured once: how many tokens.
+FOUR_BIT_SHAPES = {"llama-3.2-3b": LLAMA_3B, "qwen3-4b": QWEN3_4B, "qwen2.5-7b": QWEN_7B}
+
+# By shape; each takes how often to measure, but those in 4 bits, which are measured once: how many tokens.
 PARTS: dict[str, dict[str, Callable[[int], list[Row]]]] = {
     "bundled": {
         "direction": bench_direction,
@@ -721,8 +918,55 @@ PARTS: dict[str, dict[str, Callable[[int], list[Row]]]] = {
         "growth": bench_growth,
     },
     "qwen2.5-0.5b": {"rollouts": large_rollouts, "run": large_run, "step": large_step},
-    "qwen2.5-7b": {"step": bench_7b},
+    **{
+        name: {"step": partial(four_bit_step, shape=shape), "rollouts": partial(four_bit_rollouts, shape=shape)}
+        for name, shape in FOUR_BIT_SHAPES.items()
+    },
 }
+
+
+def _said(*command: str) -> str | None:
+    """What a command says, if there is one."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def facts() -> Row:
+    """What was measured with; nothing that tells who measured."""
+    packages = ("mlx", "mlx-metal", "mlx-lm", "safesteer-mlx")
+    return {
+        "machine": _said("sysctl", "-n", "hw.model") or platform.machine(),
+        "chip": _said("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.system(),
+        "macos": platform.mac_ver()[0] or None,
+        "python": platform.python_version(),
+        "device": str(mx.default_device()),
+        **{name: _version(name) for name in packages},
+        "commit": _said("git", "describe", "--always", "--dirty", "--exclude=*"),
+    }
+
+
+def planned() -> list[str]:
+    """Markdown: for each shape that is measured in 4 bits, what Apple's chips could do at best."""
+    lines, recipe = [], resolve({}, {"model": "org/model"})[0]
+    for name, shape in FOUR_BIT_SHAPES.items():
+        works = {
+            "step of 1 × 128 tokens": work_of("step", shape, FOUR_BIT, 1, 128, checkpointed=True),
+            "8 answers of 64 tokens": work_of("rollouts", shape, FOUR_BIT, 8, 128),
+        }
+        lines += [f"{name}, 4-bit, computed:", "", *table(shape, recipe, works), ""]
+    return lines
 
 
 def main() -> None:
@@ -730,23 +974,51 @@ def main() -> None:
     parser.add_argument("--shape", default="bundled", choices=PARTS, help="of the model; the large ones are random")
     parser.add_argument("--only", help="some parts, joined by commas")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=128, help="of the 7B step's row, half of them the prompt's")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--tokens", type=int, default=128, help="of a row in 4 bits, half of them the prompt's")
+    parser.add_argument("--out", type=Path, help="(default: bench.json; with --contribute figures.json)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--contribute", action="store_true", help="measure, and write the file that an issue asks for")
+    instead.add_argument("--planned", action="store_true", help="print what Apple's chips could do at best; no more")
+    instead.add_argument("--against", type=Path, metavar="FILE", help="a bench.json beside that; no more")
+    instead.add_argument("--counts", action="store_true", help="count what a training step asks of MLX; no more")
     args = parser.parse_args()
+    if args.planned:
+        print("\n".join(planned()))
+        return
+    screen = Screen()
+    if args.against is not None:
+        _show_against(args.against, screen)
+        return
+    if args.counts:
+        rows = [row for shape in (TINY, NARROW) for row in bench_counts(shape)]
+        screen.table("A training step of 32 answers, 15 tokens each", ["", *COUNTED], rows)
+        head = ["completions in one pass, at most", "passes a step", "tokens, padded / real"]
+        screen.table("The bundled run's batches", head, bench_padding())
+        return
     parts = PARTS[args.shape]
     wanted = args.only.split(",") if args.only else list(parts)
     if unknown := set(wanted) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))} of {args.shape}; choose {', '.join(parts)}")
-    rows, screen = [], Screen()
+    out = args.out or Path("figures.json" if args.contribute else "bench.json")
+    command = {"shape": args.shape, "parts": wanted, "repeats": args.repeats, "tokens": args.tokens}
+    rows, where = [], facts()
     for name in wanted:
-        for row in parts[name](args.tokens if args.shape == "qwen2.5-7b" else args.repeats):
+        for row in parts[name](args.tokens if args.shape in FOUR_BIT_SHAPES else args.repeats):
             rows.append(row)
             screen.line("; ".join(part for part in _cells(row) if part))
-            where = {"machine": platform.machine(), "system": platform.system(), "device": str(mx.default_device())}
-            args.out.write_text(json.dumps({**where, "rows": rows}, indent=2) + "\n")
+            out.write_text(json.dumps({**where, **command, "rows": rows}, indent=2) + "\n")
     head = ["", "seconds (ratio)", "peak, MB (ratio)", "block passes", "plan / peak"]
     screen.table("Ours / the other", head, [_cells(row) for row in rows])
-    screen.line(f"all of it: {args.out}")
+    if where["chip"] in CHIPS and any("work" in row for row in rows):
+        _show_against(out, screen)
+    screen.line(f"all of it: {out}")
+    if args.contribute:
+        screen.line('paste it into an issue of the kind "Figures from a Mac"; it names no user, host or folder')
+
+
+def _show_against(path: Path, screen: Screen) -> None:
+    head = ["", "at best, seconds, computed", "measured", "efficiency"]
+    screen.table("Measured beside the chip's bound", head, held_against(path))
 
 
 def _cells(row: Row) -> list[str]:
@@ -762,4 +1034,4 @@ def _cells(row: Row) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

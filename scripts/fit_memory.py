@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from scipy.optimize import nnls
-from shapes import qwen2
+from shapes import random_model
 
 from safesteer_mlx.method.residual import check_stream, hidden_states
 from safesteer_mlx.method.student import make_student
@@ -236,7 +236,7 @@ def models(width: int) -> Any:
 
     for i, c in enumerate(random_shapes()):
         sizes = {name: c[name] for name in ("hidden", "intermediate", "layers", "heads", "kv_heads")}
-        model = qwen2(**sizes, vocabulary=1000)
+        model = random_model(**sizes, vocabulary=1000)
         model.set_dtype(TYPES[width])
         mx.eval(model.parameters())
         yield "qwen2 shape", model, read_of(model, vars(model.args)), c["rows"], c["length"]

@@ -87,6 +87,7 @@ FLAGS = {
     "--batch-size 0": "at least 1",
     "--batch-size many": "many",
     "--micro-batch-size 0": "at least 1",
+    "--micro-batch-tokens 0": "at least 1",
     "--generation-batch-size 0": "at least 1",
     "--num-layers -2": "at least -1",
     "--prune-last 1": "at most 0.99",

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from shapes import memory_shape, qwen2
+from shapes import memory_shape, random_model
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method.residual import hidden_states
@@ -139,7 +139,7 @@ def test_a_configuration_without_a_size_is_a_sentence():
 
 
 def random_qwen(hidden, intermediate, layers, vocabulary, dtype=mx.float32):
-    model = qwen2(hidden, intermediate, layers, 8, 2, vocabulary)
+    model = random_model(hidden, intermediate, layers, 8, 2, vocabulary)
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, memory_shape(model)
@@ -246,6 +246,36 @@ def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths():
     assert found.recipe.train.batch_size == RECIPE.train.batch_size
 
 
+@pytest.mark.parametrize("memory_limit", [4.9e9, 5.1e9, 5.3e9, 5.6e9, 6e9, 7e9, 8e9, 10e9, 12e9, 16e9])
+@pytest.mark.parametrize("keep", [{}, {"first_tokens": 0}])
+def test_no_piece_of_a_batch_takes_more_than_was_planned(memory_limit, keep):
+    from safesteer_mlx.method.train import micro_batches
+
+    recipe = resolve({}, {"model": "org/model", "max_tokens": 64, **keep})[0]
+    found = fitted(recipe, BIG, Machine(int(memory_limit), "--memory-limit", False), 512)
+    train, answer = found.recipe.train, 15 if not keep else 64
+    assert train.micro_batch_size == 16  # so many short ones go together, if they are short enough
+    cut, planned = train.micro_batch_tokens, found.stages["training"]
+    assert cut % (512 + answer) == 0 if memory_limit < 6e9 else cut is None or cut > 512
+    rng = np.random.default_rng(int(memory_limit) % 1000)
+    for _ in range(20):
+        lengths = sorted((answer + rng.integers(8, 513, 21)).tolist())
+        for piece in micro_batches(lengths, train.micro_batch_size, cut):
+            rows, longest = len(lengths[piece]), max(lengths[piece])
+            took = memory.gradient_bytes(BIG, train, rows, longest, train.grad_checkpoint == "on")
+            assert took + memory.loss_bytes(BIG, rows * answer) <= planned
+
+
+def test_where_memory_is_tight_short_completions_go_together():
+    tight = fitted(RECIPE, BIG, Machine(8 * 10**9, "--memory-limit", False), 512)
+    tokens = tight.recipe.train.micro_batch_tokens
+    assert tokens is not None and tokens < 16 * 1024 and f"micro batch tokens {tokens}" in memory.summary(RECIPE, tight)
+    assert f"activations of {tokens:,} tokens" in tight.parts["training"]
+    given = replace(RECIPE, train=replace(RECIPE.train, micro_batch_tokens=tokens))
+    assert memory.plan(given, BIG, AMPLE, 512).stages["training"] < fitted(RECIPE, BIG, AMPLE, 512).stages["training"]
+    assert fitted(given, BIG, AMPLE, 512).recipe.train.micro_batch_tokens == tokens  # what was asked for is kept
+
+
 def test_what_is_not_trained_on_is_not_planned_for():
     whole, begun = (
         memory.plan(resolve({}, {"model": "org/model", **keep})[0], BIG, AMPLE, 512)
@@ -255,7 +285,7 @@ def test_what_is_not_trained_on_is_not_planned_for():
 
 
 def test_what_was_asked_for_is_kept_where_it_fits_and_the_knob_is_named_where_nothing_does():
-    assert fitted(RECIPE, BIG, AMPLE, 512).recipe.train.micro_batch_size == RECIPE.train.micro_batch_size
+    assert fitted(RECIPE, BIG, AMPLE, 512).recipe.train == replace(RECIPE.train, grad_checkpoint="off")
     assert fitted(RECIPE, BIG, AMPLE, 512).recipe.train.grad_checkpoint == "off"
     small = fitted(RECIPE, BIG, Machine(4 * 10**9, "--memory-limit", False), 512)
     assert not small.fits and "weights alone are too large" in memory.summary(RECIPE, small)

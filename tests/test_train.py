@@ -151,6 +151,62 @@ def test_how_the_batch_is_cut_changes_nothing(model, micro_batch_size):
         np.testing.assert_allclose(np.array(cut[name]), np.array(weight), atol=2e-4)  # Adam divides by the gradient
 
 
+@pytest.mark.parametrize(
+    ("lengths", "rows", "tokens", "expected"),
+    [
+        ([5], 1, None, [1]),
+        ([3, 3, 3, 3, 3], 2, None, [2, 2, 1]),  # by rows alone, from the shortest on
+        ([3, 3, 3, 3, 3], 16, None, [5]),
+        ([3, 3, 3, 3, 3], 16, 15, [5]),
+        ([3, 3, 3, 3, 3], 16, 14, [4, 1]),
+        ([3, 3, 3, 3, 3], 2, 14, [2, 2, 1]),  # rows, too
+        ([2, 2, 2, 2, 8], 16, 8, [4, 1]),  # short ones together, a long one alone
+        ([2, 2, 2, 3, 8], 16, 8, [3, 1, 1]),  # the fourth would make four of 3 tokens
+        ([2, 4, 4, 4], 16, 12, [3, 1]),  # padding counts: three of 4 tokens
+        ([2, 20], 16, 8, [1, 1]),  # longer than that: alone
+        ([20, 20], 16, 1, [1, 1]),
+        ([1, 2, 3, 4, 5, 6], 3, 9, [3, 1, 1, 1]),
+    ],
+)
+def test_completions_are_cut_by_tokens_and_rows(lengths, rows, tokens, expected):
+    cut = stage.micro_batches(lengths, rows, tokens)
+    assert [piece.stop - piece.start for piece in cut] == expected
+    assert [length for piece in cut for length in lengths[piece]] == lengths
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 14, 100])
+def test_cutting_by_tokens_changes_nothing(model, tokens):
+    whole, _, expected = one_step(model)
+    cut, _, found = one_step(model, replace(SETTINGS, micro_batch_tokens=tokens))
+    assert found.tokens == expected.tokens and found.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name, weight in whole.items():
+        np.testing.assert_allclose(np.array(cut[name]), np.array(weight), atol=2e-4)
+    if tokens == 100:  # more than there are: to the byte
+        assert all(mx.array_equal(cut[name], weight) for name, weight in whole.items())
+
+
+def test_where_memory_is_exhausted_tokens_are_halved_with_the_rows(model, given_answers, monkeypatch, capsys):
+    loss, cut, asked, given = stage.localized_loss, stage.micro_batches, [], []
+
+    def exhausted(*how):
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("[metal::malloc] unable to allocate")
+        return loss(*how)
+
+    monkeypatch.setattr(stage, "localized_loss", exhausted)
+    monkeypatch.setattr(stage, "micro_batches", lambda *how: (given.append(how[1:]), cut(*how))[1])
+    one_step(model, replace(SETTINGS, micro_batch_size=4, micro_batch_tokens=40))
+    assert given == [(4, 40), (2, 20), (2, 20)]  # harmful ones; then both kinds
+    assert "going on with 2 at a time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(None, 3), (1000, 3), (10, 2), (5, 1), (2, 1)])
+def test_prompts_are_read_as_many_at_a_time_as_there_is_room_for(tokens, expected):
+    settings = replace(SETTINGS, micro_batch_tokens=tokens)
+    assert stage.read_at_once(settings, [p.ids for p in HARMFUL]) == expected  # the longest has 5 tokens
+
+
 @pytest.mark.parametrize("share", [0.1, 10.0])
 def test_the_gradient_is_clipped_to_its_largest_norm(model, share):
     _, _, free = one_step(model)

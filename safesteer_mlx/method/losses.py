@@ -227,13 +227,15 @@ def _log_mixture(ls: mx.array, lt: mx.array, mix: float) -> mx.array:
     return mx.logaddexp(ls + mx.log(mx.array(1 - mix)), lt + mx.log(mx.array(mix)))
 
 
+def kept_window(length: int, skip: int = 0, keep: int = 0) -> np.ndarray:
+    """Which of the first `length` positions count: not the first `skip` and, if `keep`, none from `keep` on, (T,)."""
+    t = np.arange(length)
+    return (t >= skip) & (t < (keep or length))
+
+
 def kept_positions(mask: mx.array, skip: int = 0, keep: int = 0) -> mx.array:
     """The mask (N, T) without each row's first `skip` positions and, if `keep`, those from `keep` on."""
-    t = mx.arange(mask.shape[-1])
-    window = t >= skip
-    if keep:
-        window = window & (t < keep)
-    return mask.astype(mx.float32) * window
+    return mask.astype(mx.float32) * mx.array(kept_window(mask.shape[-1], skip, keep))
 
 
 def sequence_losses(

@@ -32,7 +32,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -54,7 +54,7 @@ from .losses import (
     Scored,
     far_enough,
     guidance_shift,
-    kept_positions,
+    kept_window,
     localized_loss,
     safety_log_odds,
 )
@@ -182,6 +182,13 @@ def _grouped(p: np.ndarray, q: np.ndarray) -> float:
     return float((p * np.log(p / q) - p + q).sum(-1).mean())
 
 
+def read_at_once(train: TrainSettings, prompts: Sequence[Ids]) -> int:
+    """How many prompts are read at a time where completions are trained on."""
+    if train.micro_batch_tokens is None:
+        return train.micro_batch_size
+    return max(1, min(train.micro_batch_size, train.micro_batch_tokens // max(map(len, prompts))))
+
+
 @dataclass(frozen=True)
 class Course:
     """The steps of a run, and how its rate goes: a linear warm-up that never starts at 0, constant until step `falls`
@@ -235,10 +242,21 @@ def kinds(batch: Sequence[TrainingPrompt]) -> list[tuple[bool, bool]]:
 
 def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: int) -> np.ndarray:
     """What each answer position counts in the step's loss, answer after answer: m[n,t] / T_n / rollouts, (R,)."""
-    mask = mx.array([[float(t < length) for t in range(max(lengths))] for length in lengths])
-    weights = np.array(kept_positions(mask, skip, keep))
-    weights = weights / np.maximum(weights.sum(1, keepdims=True), 1.0) / rollouts
-    return weights[np.array(mask) > 0].astype(np.float32)
+    # In numpy: what MLX computed would have to be waited for.
+    there = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    weights = (there & kept_window(max(lengths), skip, keep)).astype(np.float32)
+    return (weights / np.maximum(weights.sum(1, keepdims=True), 1.0) / rollouts)[there].astype(np.float32)
+
+
+def micro_batches(lengths: Sequence[int], rows: int, tokens: int | None = None) -> list[slice]:
+    """Cuts completions, the shortest first, into pieces that share a pass: of at most so many `rows` and, padding
+    included, `tokens`; one that is longer than that stands alone. Short ones go together where long ones cannot."""
+    starts = [0]
+    for at, length in enumerate(lengths):  # the longest of its piece so far
+        before = at - starts[-1]
+        if before and (before == rows or (tokens is not None and (before + 1) * length > tokens)):
+            starts.append(at)
+    return [slice(*ends) for ends in pairwise([*starts, len(lengths)])]
 
 
 @dataclass(frozen=True)
@@ -370,15 +388,17 @@ def train(
         """Of this machine's part of the batch, `size` completions at a time: the gradient, and each completion's loss
         (B,) and mass on the safety tokens at its beginning, under student and target (2, B); 0 for the others'."""
         # Rows of like length and target share a pass; the order changes no mathematics.
-        order = sorted(range(len(batch)), key=lambda i: (len(batch[i].ids) + len(rollouts[i].ids), i))
+        length = [len(p.ids) + len(r.ids) for p, r in zip(batch, rollouts, strict=True)]
+        order = sorted(range(len(batch)), key=lambda i: (length[i], i))
         order = [i for kind in kinds(batch) for i in order if batch[i].kind == kind][of.rank :: of.size]
+        tokens = settings.micro_batch_tokens and settings.micro_batch_tokens * size // settings.micro_batch_size
         mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
         for kind in kinds(batch):
             harmful_ones, in_frame = kind
             of_kind = [i for i in order if batch[i].kind == kind]
-            for start in range(0, len(of_kind), size):
-                index = of_kind[start : start + size]
+            for piece in micro_batches([length[i] for i in of_kind], size, tokens):
+                index = of_kind[piece]
                 part = [batch[i] for i in index]
                 answers = [rollouts[i].ids for i in index]
                 lengths = [len(ids) for ids in answers]
@@ -434,8 +454,8 @@ def train(
         student.eval()
         grads = of.total(grads)
         losses, masses = (np.sum(of.gather(own.tolist()), axis=0) for own in (losses, masses))
-        grads, norm = optim.clip_grad_norm(grads, settings.max_grad_norm)
-        if not (np.isfinite(losses).all() and math.isfinite(norm.item())):
+        grads, clipped = optim.clip_grad_norm(grads, settings.max_grad_norm)
+        if not (np.isfinite(losses).all() and math.isfinite(norm := clipped.item())):
             worst = int(np.argmax(~np.isfinite(losses)))
             raise NotFiniteError(
                 f"loss or gradient is not finite at step {step + 1} (prompt {worst} of its batch); the step was not "
@@ -447,7 +467,7 @@ def train(
         learned = worth = math.nan
         if learning is not None:
             if (step + 1) % MEASURED_EVERY == 0 or step + 1 == now.steps:
-                learned, worth = learning.measure(student, settings.micro_batch_size)
+                learned, worth = learning.measure(student, read_at_once(settings, learning.prompts))
             learning = replace(learning, shares=[*learning.shares, None if math.isnan(learned) else learned])
         is_harmful = np.array([p.harmful for p in batch])
         yield StepMetrics(
@@ -458,7 +478,7 @@ def train(
             float(losses[~is_harmful].mean()) if anchors else math.nan,
             float(masses[0, is_harmful].mean()),
             float(masses[1, is_harmful].mean()),
-            norm.item(),
+            norm,
             now.rate(step, settings.learning_rate),
             sum(len(r.ids) for r in rollouts),
             float(np.mean([not r.finished for r in rollouts])),

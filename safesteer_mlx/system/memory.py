@@ -139,7 +139,7 @@ def _recommended() -> int:
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
-def _activations(kind: str, shape: ModelShape, blocks: Sequence[Block], rows: int, length: int) -> int:
+def _activations(kind: str, shape: ModelShape, blocks: Sequence[Block], rows: float, length: int) -> int:
     rates = RATES[kind][shape.activation_bytes]
     return int(rows * length * sum(r * f for r, f in zip(rates, FEATURES[kind](shape, blocks, length), strict=True)))
 
@@ -154,7 +154,7 @@ def trained_blocks(shape: ModelShape, train: TrainSettings) -> int:
     return min(train.num_layers, shape.n_layers) if train.num_layers > 0 else shape.n_layers
 
 
-def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: int, length: int, checkpointed: bool) -> int:
+def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: float, length: int, checkpointed: bool) -> int:
     """Activations of a forward and backward pass through the trained blocks."""
     blocks = shape.blocks[-trained_blocks(shape, train) :]
     if checkpointed and shape.forgets:
@@ -192,16 +192,33 @@ def trained_values(shape: ModelShape, train: TrainSettings) -> int:
     return int(share * sum(train.lora_parameters["rank"] * (i + o) for i, o in linears))
 
 
+def _longest(recipe: Recipe, longest_prompt: int) -> tuple[int, int]:
+    """Tokens of the longest prompt that is trained on, and of the longest completion."""
+    keep = recipe.tokens.horizon if recipe.loss.first_tokens == "auto" else int(recipe.loss.first_tokens)
+    answer = rollout_tokens(recipe.train, replace(recipe.loss, first_tokens=keep))
+    return min(longest_prompt, recipe.train.max_prompt_length), answer
+
+
+def _rollouts(train: TrainSettings) -> int:
+    return train.batch_size * train.grad_accumulation_steps * train.num_generations
+
+
+def _of_the_longest(train: TrainSettings, length: int) -> float:
+    """How many completions of this length would be as many tokens as are in one pass at most."""
+    rows = min(train.micro_batch_size, _rollouts(train))
+    return rows if train.micro_batch_tokens is None else max(1.0, min(rows, train.micro_batch_tokens / length))
+
+
 def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: int) -> Plan:
     """The bytes of each stage, for prompts of up to `longest_prompt` tokens."""
     train, run = recipe.train, recipe.run
     dequantizes = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
     weights = shape.dequantized_bytes if dequantizes else shape.weight_bytes
-    keep = recipe.tokens.horizon if recipe.loss.first_tokens == "auto" else int(recipe.loss.first_tokens)
-    loss = replace(recipe.loss, first_tokens=keep)
-    prompt, answer = min(longest_prompt, train.max_prompt_length), rollout_tokens(train, loss)
-    rollouts = train.batch_size * train.grad_accumulation_steps * train.num_generations
-    micro = min(train.micro_batch_size, rollouts)
+    prompt, answer = _longest(recipe, longest_prompt)
+    rollouts, micro = _rollouts(train), _of_the_longest(train, prompt + answer)
+    # As many tokens in shorter rows take no more: what one takes grows with its row. But more of them are answers'.
+    learned = min(train.micro_batch_size, rollouts) * answer
+    learned = min(learned, max(train.micro_batch_tokens or learned, answer))
     width = 4 if train.fine_tune_type != "full" else shape.activation_bytes
     # Weights, two moments and the last good state of all three; a gradient and the sum it is added to.
     trained = 8 * width * trained_values(shape, train)
@@ -221,12 +238,13 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
         + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
         + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary)),
         "sampling": sampling_bytes(shape, answers, prompt, length),
-        "training": activations + loss_bytes(shape, micro * answer),
+        "training": activations + loss_bytes(shape, learned),
     }
+    together = f"{train.micro_batch_tokens:,} tokens" if train.micro_batch_tokens else f"{micro} completions"
     parts = {
         "direction": {f"activations of {run.prompt_batch_size} prompts": read},
         "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, prompt + length)},
-        "training": {f"activations of {micro} completions": activations, "loss": loss_bytes(shape, micro * answer)},
+        "training": {f"activations of {together}": activations, "loss": loss_bytes(shape, learned)},
     }
     share = 1.0 if machine.source == "--memory-limit" else ROOM
     return Plan(recipe, weights, trained, stages, parts, int(share * machine.memory))
@@ -257,8 +275,11 @@ def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: 
         recipe = replace(recipe, run=replace(recipe.run, generation_batch_size=recipe.run.generation_batch_size // 2))
     if auto and over("training") and shape.forgets:
         recipe = with_train(grad_checkpoint="on")
-    while over("training") and recipe.train.micro_batch_size > 1:
-        recipe = with_train(micro_batch_size=recipe.train.micro_batch_size // 2)
+    longest = sum(_longest(recipe, longest_prompt))
+    rows = int(_of_the_longest(recipe.train, longest))
+    while over("training") and rows > 1:
+        rows //= 2
+        recipe = with_train(micro_batch_tokens=rows * longest)
     return now()
 
 
@@ -286,7 +307,7 @@ def summary(asked: Recipe, plan: Plan) -> str:
         for before, after, name in (
             (asked.run, now.run, "prompt_batch_size"),
             (asked.run, now.run, "generation_batch_size"),
-            (asked.train, now.train, "micro_batch_size"),
+            (asked.train, now.train, "micro_batch_tokens"),
             (asked.train, now.train, "grad_checkpoint"),
         )
         if getattr(before, name) != getattr(after, name) and getattr(after, name) != "off"
