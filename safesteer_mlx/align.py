@@ -1,6 +1,7 @@
 """SafeSteer, end to end: `align_model` is the paper's method section, stage by stage (arXiv 2606.02530)."""
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -294,6 +295,8 @@ def _run(argv: list[str] | None) -> None:
         if first:
             _show_time(plan.recipe if plan.fits else None, folder, screen)
         return
+    from .evals.last_screen import ask_what_next
+
     base = load(name, run.trust_remote_code, run.thinking, run.revision)
     recipe, recipe_name = resolve(base.config, {**flags, "model": name}, preset, yaml_file)
     screen = Screen(quiet=not first, verbose=recipe.run.verbose or verdict_only)
@@ -315,6 +318,16 @@ def _run(argv: list[str] | None) -> None:
         if not force:
             raise UserError(warning)
         screen.line(warning)
+    elif not yes and screen.console.is_terminal and sys.stdin.isatty():
+        more = {"--offline": run.offline, "--trust-remote-code": run.trust_remote_code}
+        _go_on_with(ask_what_next(run.model, folder, [flag for flag, given in more.items() if given]))
+
+
+def _go_on_with(arguments: list[str] | None) -> None:
+    """Become the command that was chosen: its model takes the place of this one in memory."""
+    if arguments is not None:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", __package__, *arguments])
 
 
 def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:

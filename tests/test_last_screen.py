@@ -1,12 +1,17 @@
 """The last screen: what a run says in plain words, what it costs, and commands that can be pasted."""
 
 import math
+import os
+import pty
 import shlex
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from safesteer_mlx import cli
 from safesteer_mlx.evals import last_screen
 from safesteer_mlx.evals.last_screen import in_words, next_steps, show_last, shown_path
 from safesteer_mlx.evals.scores import HOW, Answer, Scores
@@ -124,3 +129,70 @@ def test_steps_are_counted_and_details_shown_only_if_wanted(capsys):
         screen.step(["finding", "training"])
         said = capsys.readouterr().out.splitlines()
         assert said == ["1 of 2: finding", *(["a number"] if verbose else []), "2 of 2: training"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "arguments"),
+    [
+        (["chat"], ["chat", "org/m", "--adapter-path", "ad", "--offline"]),
+        (["c"], ["chat", "org/m", "--adapter-path", "ad", "--offline"]),
+        (["Export "], ["export", "ad", "--to", "mlx", "--offline"]),
+        (["what", "e"], ["export", "ad", "--to", "mlx", "--offline"]),
+        (["comp", "other run"], ["compare", "ad", "other run"]),
+        (["compare", "", "q"], None),
+        (["upload", "me/safer"], ["export", "ad", "--to", "hub", "--name", "me/safer", "--offline"]),
+        (["quit"], None),
+        ([""], None),
+        ([], None),
+    ],
+)
+def test_the_menu_gives_the_command_that_was_meant(typed, arguments, monkeypatch):
+    words = iter(typed)
+
+    def ask(prompt: str) -> str:
+        assert len(prompt) <= 80
+        try:
+            return next(words)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert last_screen.ask_what_next("org/m", Path("ad"), ["--offline"]) == arguments
+    if arguments is not None:  # its program takes it so
+        assert arguments[0] in cli.COMMANDS
+
+
+MENU_RUN = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+from safesteer_mlx import align
+align.align_model = lambda *given, **more: align.Aligned(Path("ad"), None, {}, sys.argv[1] or None)
+sys.exit(align.main(["--adapter-path", "ad", "--offline", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "flags", "asked"), [("", [], True), ("", ["--yes"], False), ("nothing moved", [], False)]
+)
+def test_the_menu_is_for_a_person_whose_run_made_something_safer(reason, flags, asked, tmp_path):
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", MENU_RUN, reason, *flags],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # how a terminal ends
+            while more := os.read(ours, 1024):
+                said += more
+                if b"quit: " in said and process.poll() is None and not said.endswith(b"e\r\n"):
+                    os.write(ours, b"e\n")
+    os.close(ours)
+    assert (b"what now?" in said) is asked
+    # Chosen was export, which became of the process: it has a sentence for a folder that is no run.
+    assert (b"safesteer-mlx: ad " in said or b"no run" in said) is asked, said.decode()

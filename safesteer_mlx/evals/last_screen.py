@@ -122,6 +122,33 @@ def next_steps(model: str, folder: Path, report: Path | None) -> list[tuple[str,
     return steps
 
 
+CHOICES = ("chat", "compare", "export", "upload", "quit")
+
+
+def ask_what_next(model: str, folder: Path, more: list[str]) -> list[str] | None:
+    """The program's own arguments for what a person at a terminal wants to do with the adapters now; None for nothing.
+
+    A word may be cut short; what is no choice is asked again. `more` are flags of a command that loads the model.
+    """
+    adapters = str(folder)
+    while True:
+        try:
+            word = input(f"what now?  {' · '.join(CHOICES)}: ").strip().lower()
+            choice = next((name for name in CHOICES if name.startswith(word)), "")
+            if not word or choice == "quit":
+                return None
+            if choice == "chat":
+                return ["chat", model, "--adapter-path", adapters, *more]
+            if choice == "export":
+                return ["export", adapters, "--to", "mlx", *more]
+            if choice == "compare" and (other := input("with the run in the folder: ").strip()):
+                return ["compare", adapters, other]
+            if choice == "upload" and (name := input("as (publisher/name; private): ").strip()):
+                return ["export", adapters, "--to", "hub", "--name", name, *more]
+        except EOFError:
+            return None
+
+
 def show_last(scores: Mapping[str, Scores], not_aligned: str | None, screen: Screen) -> None:
     """The outcome in words, and a table of the counts behind it."""
     screen.line("")
