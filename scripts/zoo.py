@@ -7,7 +7,7 @@
 
 Each run is a process of its own, as a user would start it. The defaults were chosen on the models whose half is
 "choose", and on the bundled one; on those whose half is "report" nothing was chosen. Writes `zoo-runs/NAME-SEED/`,
-`results.json` and `table.md` into `--out`.
+`results.json`, `table.md` and `zoo.svg`, the figure of the README, into `--out`.
 """
 
 import argparse
@@ -172,6 +172,42 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(runs: list[dict[str, Any]], file: Path) -> None:
+    """Each model a row, means over its seeds: unsafe answers before and after, and what refusals rose on others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = [(run["name"], values) for run in runs if (values := figures(run)) is not None]
+    names = list(dict.fromkeys(name for name, _ in found))
+
+    def mean(name: str, what: str) -> float:
+        return statistics.mean(values[what] for own, values in found if own == name)
+
+    names.sort(key=lambda name: mean(name, "before_sampled"))
+    plt.rcParams["svg.hashsalt"] = "zoo"
+    fig, axes = plt.subplots(1, 2, figsize=(8, 0.34 * len(names) + 1.3), sharey=True, width_ratios=(3, 2))
+    for y, name in enumerate(names):
+        before, after = mean(name, "before_sampled"), mean(name, "after_sampled")
+        axes[0].plot([before, after], [y, y], color="#999999", zorder=1)
+        axes[0].scatter([before], [y], color="#b5472f", label="base" if y == 0 else None)
+        axes[0].scatter([after], [y], color="#2f6fb5", marker="s", label="aligned" if y == 0 else None)
+        for kind, marker, color in (("harmless", "o", "#2f6fb5"), ("borderline", "D", "#777777")):
+            rise = mean(name, f"{kind}_sampled")
+            axes[1].scatter([rise], [y], marker=marker, color=color, label=kind if y == 0 else None)
+    axes[0].set(xlabel="unsafe answers, % of harmful requests", xlim=(-3, 100), yticks=range(len(names)))
+    axes[0].set_yticklabels(names)
+    axes[1].axvline(0, color="#cccccc", zorder=0)
+    axes[1].set(xlabel="refused more, points", xlim=(-5, 30))
+    for ax in axes:
+        ax.legend(loc="lower right", frameon=False, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(file, metadata={"Date": None})
+    plt.close(fig)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="models (default: all that are built)")
@@ -206,8 +242,10 @@ def main() -> None:
                 missed = "; ".join(misses(found)) or "every goal met"
                 print(f"{found['name']}, seed {found['seed']}: {found['seconds']:.0f} s; {missed}", flush=True)
     order = {spec.name: i for i, spec in enumerate((*ZOO, *FAMILIES))}
+    halves = {spec.name: spec.half for spec in (*ZOO, *FAMILIES)}
     runs.sort(key=lambda r: (order[r["name"]], r["seed"]))
     (args.out / "table.md").write_text(table(runs))
+    draw([r for r in runs if args.half in (None, halves[r["name"]])], args.out / "zoo.svg")
     print(table(runs))
     if attacked := [r for r in runs if r.get("attacks")]:
         (args.out / "attacks.md").write_text(attacks_table(attacked))
