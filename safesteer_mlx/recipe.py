@@ -85,6 +85,12 @@ class RunSettings:
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
     transcripts_in_report: bool = _setting(False, "put those answers into the page", free=True)
+    watch: bool = _setting(
+        False,
+        "serve the run's page while it grows, to this computer's browser alone; the address is printed",
+        free=True,
+    )
+    watch_port: int = _setting(0, "port of that page; 0 takes any that is free", least=0, most=65535, free=True)
     verbose: bool = _setting(False, "print every count, and what each step found, as the report has it", free=True)
 
 
