@@ -79,6 +79,10 @@ class Browser:
         """What a script, `return` and all, says about the page."""
         return self._post("/execute/sync", {"script": script, "args": []})
 
+    def wait_for(self, script: str) -> Any:
+        """What a script hands to its last argument, a function, when it is done."""
+        return self._post("/execute/async", {"script": script, "args": []})
+
     def log(self, kind: str) -> list[dict[str, Any]]:
         """Entries since it was last asked: `browser` for the console, `performance` for requests."""
         return self._post("/se/log", {"type": kind})

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
 
 import chromium
 import pytest
@@ -368,6 +370,12 @@ sys.exit(any(name in sys.modules for name in ("mlx", "numpy", "rich", "matplotli
 
 # In a browser
 
+AXE = find_spec("axe_core_python")
+LOOKS = """
+const done = arguments[arguments.length - 1];
+axe.run(document).then(found => done(found.violations.map(v => v.id + ": " + v.nodes[0].html)), e => done([String(e)]));
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -407,3 +415,51 @@ def test_a_script_in_the_page_would_be_refused(browser, plain, tmp_path):
     browser.show(broken)
     assert browser.run("return document.title") == "name plain, aligned"
     assert any("Content Security Policy" in entry["message"] for entry in browser.log("browser"))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, True)], ids=["narrow and light", "wide and dark"])
+@pytest.mark.parametrize("which", ["finished", "not aligned", "going on"])
+def test_axe_finds_nothing_that_keeps_anybody_out(browser, hostile, tmp_path, which, width, dark):
+    """Contrast, names, order, landmarks: axe-core's rules, with everything that folds open."""
+    page = hostile
+    if which != "finished":
+        found = files() | ({"timing.json": None} if which == "going on" else {})
+        found["manifest.json"]["not_aligned"] = "nothing moved"
+        page, folder = tmp_path / "page.html", write_run(tmp_path / "run", found)
+        page.write_bytes(report.GoingRun(folder, transcripts=True)()[0])
+    browser.show(page, width, dark)
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.run(Path(AXE.submodule_search_locations[0], "axe.min.js").read_text())
+    assert browser.wait_for(LOOKS) == []
+
+
+@pytest.mark.browser
+def test_what_is_folded_is_printed_but_no_answer(browser, hostile):
+    folded = "[...document.querySelectorAll('details > :not(summary)')]"
+    visible = f"return {folded}.map(e => [!!e.closest('.answers'), e.checkVisibility()])"
+    browser.show(hostile)
+    browser.cdp("Emulation.setEmulatedMedia", media="print")
+    seen = browser.run(visible)
+    browser.cdp("Emulation.setEmulatedMedia", media="")
+    assert {shown for answers, shown in seen if answers} == {False}
+    assert {shown for answers, shown in seen if not answers} == {True}
+
+
+@pytest.mark.browser
+def test_the_keyboard_reaches_everything(browser, hostile):
+    """Tab goes first to the link that skips to the result, then through links, tables and folds, each seen."""
+    browser.show(hostile)
+    visited = []
+    for _ in range(20):
+        for kind in ("rawKeyDown", "keyUp"):
+            browser.cdp("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        visited.append(
+            browser.run(
+                "const e = document.activeElement; return [e.tagName, e.className, getComputedStyle(e).outlineStyle, "
+                "e.getBoundingClientRect().left >= 0]"
+            )
+        )
+    assert visited[0][:2] == ["A", "skip"]
+    assert {tag for tag, *_ in visited} >= {"A", "SUMMARY", "DIV"}
+    assert all(outline == "solid" and there for tag, _, outline, there in visited if tag != "BODY")
