@@ -333,7 +333,7 @@ def _page(
     run: RunFiles, figures: Mapping[str, Any], with_answers: bool, going: str | None = None, served: bool = False
 ) -> str:
     """The page; `going` says how a run that has not finished is doing, `served` that no file lies beside the page."""
-    names = [name for name in SHOWN if name in (run.scores or {})]
+    names = [name for name in SHOWN if name != "teacher" or name in (run.scores or {})]
     answers, left_out = _answers(run)
     command: list[str] = []
     steps: list[tuple[str, str]] = []

@@ -144,6 +144,12 @@ def test_a_page_stays_below_two_megabytes(tmp_path):
     assert "The first 500 of 5000 safety tokens" in text and "are in transcripts.jsonl alone" in text
 
 
+def test_the_picture_of_the_readme_is_small_and_has_a_text():
+    root = Path(__file__).resolve().parent.parent
+    assert (root / "docs/figures/report.png").stat().st_size <= 200_000
+    assert "](docs/figures/report.png)" in (root / "README.md").read_text()
+
+
 def test_answers_stand_side_by_side_those_first_that_changed(tmp_path):
     found = files()
     rows = found["transcripts.jsonl"]

@@ -164,6 +164,7 @@ def entangled(folder: Path) -> Path:
 
 def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
+    monkeypatch.setenv("COLUMNS", "300")  # the table does not fold
     folder = entangled(tmp_path / "model")
     assert main([str(folder), "--verdict-only", "--direction-train", "64", "--steering-threshold", "-5"]) == 0
     said = capsys.readouterr().out
