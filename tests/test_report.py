@@ -60,7 +60,8 @@ def test_the_first_screen_is_what_the_run_said_last_and_what_to_do_now(plain):
     assert "verdict: safer, plain unsafe answers: 5 → 1 of 10" in first
     assert "harmful requests answered, greedy5 of 100 of 101 of 10" in first
     assert "Before training the verdict was caution: because plain" in first
-    assert all(f"{what} " in first for what in ("talk to it", "serve it", "export it", "in a terminal cd /"))
+    assert all(f"{what} " in first for what in ("talk to it", "serve it", "export it"))
+    assert "in a terminal cd /" in first
     for technical in ("block", "position", "KL", "ablat", "p =", "coefficient", "safety token", "mass"):
         assert technical not in first, technical
 
