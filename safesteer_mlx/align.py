@@ -1,32 +1,25 @@
 """SafeSteer, end to end: `align_model` is the paper's method section, stage by stage (arXiv 2606.02530)."""
 
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, command_module
-from .recipe import HELD_OUT_TOKENS, Recipe, model_name, parse, read_yaml, recipe_note, resolve
+from .recipe import HELD_OUT_TOKENS, STEPS, Recipe, model_name, parse, read_yaml, recipe_note, resolve
 from .system import machines
 from .system.files import user_path
 from .system.hub import prepare
 from .system.model_files import read_header
 from .system.screen import Screen, UserError, duration, exit_code
 
-STEPS = (
-    "finding what makes the model refuse",
-    "finding how strongly to push it there",
-    "finding the words that decide",
-    "training on the model's own answers",
-    "comparing before and after, on requests that were not trained on",
-)
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlx import nn
 
     from .evals.scores import Scores
@@ -50,6 +43,24 @@ class Aligned:
     not_aligned: str | None = None
 
 
+def _watched(align: "Callable[..., Aligned]") -> "Callable[..., Aligned]":
+    """`align`, with the run's page served while it works, if the recipe says so."""
+
+    @wraps(align)
+    def run(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
+        settings = recipe.run
+        if check or not settings.watch or not machines.here().first:
+            return align(recipe, base, screen, check=check, force=force)
+        from .report import watching
+
+        record = Path(settings.adapter_path) / "run"
+        with watching(record, settings.transcripts_in_report, settings.watch_port, screen.line):
+            return align(recipe, base, screen, check=check, force=force)
+
+    return run
+
+
+@_watched
 def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
     """Align `base`; adapters are written to the recipe's folder, with the run's record in `run/` beside them.
 
@@ -121,7 +132,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
         keep_best(run, student, log.scored)
     save_student(run, student)
     check_saved(run, student)
-    run.store.text("metrics.jsonl", _json_lines(log.metrics))
+    run.store.lines("metrics.jsonl", log.metrics)
 
     # Before and after, on prompts that no stage has seen.
     screen.step(STEPS)
@@ -173,17 +184,19 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
     """Write what came of the run, and forget the states that it could have gone on from."""
     import mlx.core as mx
 
+    from .evals.last_screen import outcome
     from .evals.scores import transcripts
     from .method.prompts import given_files
     from .system.store import BASE_ANSWERS
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
+    store.json("outcome.json", outcome(scores, not_aligned))
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if not run.recipe.run.transcripts:
         (store.path / BASE_ANSWERS).unlink(missing_ok=True)
     else:
-        store.text("transcripts.jsonl", _json_lines(transcripts(scores)))
+        store.lines("transcripts.jsonl", transcripts(scores))
     own = {"own_sets": sorted(given_files(run.recipe.run.data))}
     store.json("manifest.json", _manifest(run.base, store.path.parent) | own | {"not_aligned": not_aligned})
     store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})
@@ -225,10 +238,6 @@ def _direction_record(directions: "FoundDirections", chosen: "ChosenTeacher") ->
         "vector": encoded(chosen.direction.vector),
         "scores": encoded(directions.scores),
     }
-
-
-def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
@@ -274,6 +283,10 @@ def _run(argv: list[str] | None) -> None:
     folder, name = Path(run.adapter_path), model_name(run.model)
     if first:
         check_output(folder)
+    if first and run.watch:
+        from .report import check_watch
+
+        check_watch(run.watch_port)
     if run.data is not None:
         named = replace(draft, run=replace(run, model=name))
         direction_counts(named, prompt_sets(named))

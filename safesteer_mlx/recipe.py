@@ -22,6 +22,13 @@ PACKAGE = Path(__file__).resolve().parent
 MODELS = PACKAGE / "models" if (PACKAGE / "models").is_dir() else PACKAGE.parent / "models"
 BUNDLED = "tiny-chat"
 THINKING = ("auto", "on", "off")
+STEPS = (  # of a run, as it is told on the screen and in the report
+    "finding what makes the model refuse",
+    "finding how strongly to push it there",
+    "finding the words that decide",
+    "training on the model's own answers",
+    "comparing before and after, on requests that were not trained on",
+)
 HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
 
 # More than anybody means: beyond these a number is a slip, or no machine could hold what it asks for.
@@ -85,6 +92,12 @@ class RunSettings:
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
     transcripts_in_report: bool = _setting(False, "put those answers into the page", free=True)
+    watch: bool = _setting(
+        False,
+        "serve the run's page while it grows, to this computer's browser alone; the address is printed",
+        free=True,
+    )
+    watch_port: int = _setting(0, "port of that page; 0 takes any that is free", least=0, most=65535, free=True)
     verbose: bool = _setting(False, "print every count, and what each step found, as the report has it", free=True)
 
 

@@ -2,41 +2,86 @@
 
 The page asks nothing of a network and runs no script; its own policy forbids both. Whatever a model, a dataset or
 a path supplies is escaped by the template, and characters that act unseen (control, bidi, zero-width) are spelled out.
+With `--watch` the page of a run that is going on is served to this computer's browser, and grows with it.
 """
 
 import json
 import shlex
 import sys
+import threading
+import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup, escape
 
-from .evals.scores import SHOWN, Count, wilson
-from .recipe import PACKAGE, Parser, current_names, read_yaml
+from .evals.last_screen import next_steps
+from .evals.scores import SHOWN, Count
+from .recipe import PACKAGE, STEPS, Parser, at_least, current_names, read_yaml
 from .system.screen import UserError, exit_code, visible
+from .system.serve import PageServer
+
+# Enough to look at, so that a page stays below 2 MB; the files hold the rest.
+TOKEN_ROWS = 500
+ANSWER_BYTES = 800_000
+
+REDRAWN = 4.0  # seconds between two drawings of a page that is watched
+RECORD_FILES = ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json", "outcome.json", "manifest.json")
+RECORD_FILES += ("timing.json", "verdict.json", "selection.json")
+OPTIONAL = ("outcome.json", "verdict.json", "selection.json")  # an older run's, or one without --select-checkpoint
+
+DAMAGED = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, UndefinedError)
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the files in `folder` hold, parsed; `transcripts` None if no answers were kept."""
+    """What the files in `folder` hold, parsed; None what a run has not, or not yet; `transcripts` if none were kept."""
 
     folder: Path
     recipe: dict[str, Any]
-    direction: dict[str, Any]
-    tokens: list[dict[str, Any]]
-    metrics: list[dict[str, Any]]
-    scores: dict[str, Any]
-    manifest: dict[str, Any]
-    timing: dict[str, Any]
-    transcripts: list[dict[str, Any]] | None
+    direction: dict[str, Any] | None
+    tokens: list[dict[str, Any]] | None
+    metrics: list[dict[str, Any]] | None
+    scores: dict[str, Any] | None
+    outcome: dict[str, Any] | None
+    manifest: dict[str, Any] | None
+    timing: dict[str, Any] | None
     verdict: dict[str, Any] | None
     selection: dict[str, Any] | None
+    transcripts: list[dict[str, Any]] | None
+
+    @property
+    def stage(self) -> int:
+        """How many of `STEPS` are done, by the file that each leaves."""
+        last = self.metrics[-1] if self.metrics else {}
+        trained = self.scores is not None or (bool(last) and last["step"] == last.get("steps"))
+        done = [
+            bool(self.recipe),
+            self.direction is not None,
+            self.tokens is not None,
+            trained,
+            self.timing is not None,
+        ]
+        return done.index(False) if False in done else len(done)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page: one sentence that says what to see, what its words mean, and the file that it shows."""
+
+    name: str
+    file: str
+    sees: str
+    explained: str
+    draw: Callable
 
 
 def write_report(run_folder: Path, transcripts: bool = False) -> Path:
@@ -48,12 +93,7 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
     Raises:
         UserError: matplotlib is missing, the run has not finished, or a file is not as `align` writes it.
     """
-    if find_spec("matplotlib") is None:
-        raise UserError("the report needs matplotlib; pip install 'safesteer-mlx[report]'")
-    try:
-        from .evals.figures import picture
-    except ValueError as error:  # matplotlib reads its settings when it is imported
-        raise UserError(f"matplotlib cannot be used ({error!s:.60}…); unset MPLBACKEND, or mend matplotlibrc") from None
+    picture = _drawing().picture
     from .system.store import write
 
     folder, html = run_folder / "figures", run_folder / "report.html"
@@ -61,144 +101,178 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
         raise UserError(f"{folder} must be a folder and {html} a file, if they are there; move them away")
     run = read_run(run_folder, transcripts)
     try:
-        figures = [(name, caption, picture(draw)) for name, caption, draw in _figures(run)]
-        images = {
-            name: {"caption": caption, "light": _image(image.light), "dark": _image(image.dark)}
-            for name, caption, image in figures
-        }
-        page = _page(run, images, transcripts)
-    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
-        where = f", {error}" if isinstance(error, KeyError | UndefinedError) else ""
-        raise UserError(
-            f"{run_folder} is not as align writes it ({type(error).__name__}{where}); make the run again"
-        ) from error
+        figures = [(drawing, picture(drawing.draw)) for drawing in _drawings(run)]
+        page = _page(run, {drawing.name: _shown(drawing, image) for drawing, image in figures}, transcripts)
+    except DAMAGED as error:
+        raise _damaged(run_folder, error) from error
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
-    for name, _, image in figures:
-        write(folder / f"{name}.png", image.png)
+    for drawing, image in figures:
+        write(folder / f"{drawing.name}.png", image.png)
     write(html, page.encode())
     return html
 
 
-def read_run(folder: Path, transcripts: bool = True) -> RunFiles:
-    """The files of a finished run; the answers only if they are wanted.
+def _drawing() -> ModuleType:
+    """What draws.
+
+    Raises:
+        UserError: matplotlib is missing, or cannot be used.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError("the report needs matplotlib; pip install 'safesteer-mlx[report]'")
+    try:
+        from .evals import figures
+    except ValueError as error:  # matplotlib reads its settings when it is imported
+        raise UserError(f"matplotlib cannot be used ({error!s:.60}…); unset MPLBACKEND, or mend matplotlibrc") from None
+    return figures
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    where = f", {error}" if isinstance(error, KeyError | UndefinedError) else ""
+    return UserError(f"{folder} is not as align writes it ({type(error).__name__}{where}); make the run again")
+
+
+def read_run(folder: Path, transcripts: bool = True, only: Collection[str] | None = None) -> RunFiles:
+    """The files of a finished run, or those of them that `only` names; the answers only if they are wanted.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     from .system.finished import read_record
 
-    def parsed(name: str, optional: bool = False) -> Any:
-        return None if optional and not (folder / name).exists() else read_record(folder, name)
+    def parsed(name: str) -> Any:
+        missing = name in OPTIONAL and not (folder / name).exists() if only is None else name not in only
+        return None if missing else read_record(folder, name)
 
-    has_answers = (folder / "transcripts.jsonl").exists()
-    if not (folder / "recipe.yaml").exists():
+    has_answers = (folder / "transcripts.jsonl").exists() and (only is None or "timing.json" in only)
+    if only is None and not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} holds no recipe.yaml; give the run/ folder of a run that has finished")
     return RunFiles(
         folder,
-        current_names(read_yaml(folder / "recipe.yaml")),
-        parsed("direction.json"),
-        parsed("tokens.json"),
-        parsed("metrics.jsonl"),
-        parsed("before_after.json"),
-        parsed("manifest.json"),
-        parsed("timing.json"),
-        (parsed("transcripts.jsonl") if transcripts else []) if has_answers else None,
-        parsed("verdict.json", optional=True),
-        parsed("selection.json", optional=True),
+        current_names(read_yaml(folder / "recipe.yaml")) if only is None or "recipe.yaml" in only else {},
+        *map(parsed, RECORD_FILES),
+        (read_record(folder, "transcripts.jsonl") if transcripts else []) if has_answers else None,
     )
 
 
-def _figures(run: RunFiles) -> Iterable[tuple[str, str, Callable]]:
-    """Name, caption and drawing of every picture that this run has data for."""
+def _drawings(run: RunFiles) -> Iterable[Drawing]:
+    """Every picture that this run has data for."""
     from .evals import figures
 
-    scores, direction = run.scores, run.direction
-    yield (
-        "refusals",
-        "Prompts refused, on held-out prompts that no stage has seen, with 95 % intervals (Wilson). Harmful prompts "
-        "should be refused, harmless and borderline ones should not.",
-        lambda theme: figures.outcomes(scores, theme),
-    )
-    if scores["base"]["capability"]:
-        yield (
-            "capability",
-            "Little tasks answered rightly, greedy, with 95 % intervals.",
-            lambda theme: figures.capability(scores, theme),
+    if (scores := run.scores) is not None:
+        yield Drawing(
+            "refusals",
+            "before_after.json",
+            "The aligned model's bars should be long for harmful requests, and as short as the base's for the others.",
+            "Requests refused, on held-out prompts that no stage has seen. Borderline ones are harmless, but read as "
+            "harmful. Thin lines are 95 % intervals (Wilson): differences within them are no finding.",
+            lambda theme: figures.outcomes(scores, theme),
         )
-    yield (
-        "drift",
-        "How far the answers to harmless prompts have moved from the base, over all tokens and with the safety "
-        "tokens left out. Less is better.",
-        lambda theme: figures.drift(scores, theme),
-    )
-    learned = (
-        " Learned is the share of the base's divergence from the teacher, where answers to validation prompts begin, "
-        "that is gone."
-    )
-    measured = any(row.get("learned") is not None for row in run.metrics)
-    yield (
-        "training",
-        "Training, step by step. The mass is what the student, and the teacher it is pulled to, give to the safety "
-        f"tokens at the beginning of an answer to a harmful prompt.{learned if measured else ''}",
-        lambda theme: figures.training(run.metrics, theme),
-    )
-    if any(value is not None for row in direction["scores"]["ablation_kl"] for value in row):
-        yield (
-            "direction",
-            "The three published tests of each candidate direction, by block and position (−1 is the last token before "
-            f"the answer). Framed: the chosen one, block {direction['layer']}, position −{-direction['position']}. "
-            "Plain cells were not measured: an earlier test had spoken against them.",
-            lambda theme: figures.direction(direction, theme),
+        if scores["base"]["capability"]:
+            yield Drawing(
+                "capability",
+                "before_after.json",
+                "The aligned model's bars should be as long as the base's: what it could do, it can still do.",
+                "Small tasks answered rightly, greedy, with 95 % intervals.",
+                lambda theme: figures.capability(scores, theme),
+            )
+        yield Drawing(
+            "drift",
+            "before_after.json",
+            "The aligned model's bars should be short: its answers to harmless requests are those of the base.",
+            "Drift is the KL divergence of the base from the model, a word (token) of an answer: how far the "
+            "probabilities of the next word have moved, in nats; 0 is not at all. Once over all words, once with the "
+            "safety tokens left out.",
+            lambda theme: figures.drift(scores, theme),
         )
+    if (metrics := run.metrics) is not None:
+        learned = (
+            "Learned is the share of the base's divergence from the teacher, where answers to validation prompts "
+            "begin, that is gone. "
+        )
+        measured = any(row.get("learned") is not None for row in metrics)
+        yield Drawing(
+            "training",
+            "metrics.jsonl",
+            "Loss should fall and level out, while the aligned model's safety mass climbs to its target.",
+            "Loss: how far the model is from its target, in nats a word. Safety mass: the probability that the model, "
+            "and the target it is pulled to, give to the safety tokens at the beginning of an answer to a harmful "
+            f"request. {learned if measured else ''}Gradient norm: how hard a step pulls at the weights; it should be "
+            "neither 0 nor leap.",
+            lambda theme: figures.training(metrics, theme),
+        )
+    if (direction := run.direction) is not None:
+        if any(value is not None for row in direction["scores"]["ablation_kl"] for value in row):
+            yield Drawing(
+                "direction",
+                "direction.json",
+                "The framed cell is the direction that is used; good ones are bright above and dark below.",
+                "The three published tests of each candidate. Refusal score: the log-odds that an answer begins as a "
+                "refusal. Above, the direction is added to harmless requests, which should then be refused; below "
+                "it is ablated, taken out of every block: harmful requests should then be refused less (refusal under "
+                "ablation) and harmless answers stay as they were (KL, in nats). Plain cells were not measured: an "
+                "earlier test had spoken against them. Framed: "
+                f"block {direction['layer']}, position −{-direction['position']}.",
+                lambda theme: figures.direction(direction, theme),
+            )
+        if direction.get("trials"):
+            yield Drawing(
+                "frontier",
+                "direction.json",
+                "The ringed teacher is used; it should stand high (harmful requests refused) and not far to the right.",
+                "Every direction and coefficient that was tried as a teacher, on validation prompts, a line for each "
+                "direction: by the probability that an answer opens as a refusal, from forward passes, and for the "
+                "best by answers. The chosen pair has most refusals among those whose answers are sound.",
+                lambda theme: figures.frontier(direction, theme),
+            )
     if (verdict := run.verdict) is not None:
-        yield (
+        yield Drawing(
             "verdict",
-            f"Before training, on validation prompts, at temperature 1, an answer of the teacher opened by it and "
+            "verdict.json",
+            "The teacher's bar should be long for unsafe answers; training holds the model back on harmless requests.",
+            "Before training, on validation prompts, at temperature 1, an answer of the teacher opened by it and "
             f"continued by the base: the flip rate is the share of the base's {verdict['flipped']['total']} unsafe "
             "answers that the teacher turns into refusals.",
             lambda theme: figures.flips(verdict, theme),
         )
     if (selection := run.selection) is not None:
         why = "the safest within the limits" if selection["within"] else "the last: none keeps the limits"
-        yield (
+        yield Drawing(
             "selection",
+            "selection.json",
+            f"The ringed point is the step that is kept, {why}.",
             "The saved steps on validation prompts, greedy and sampled, numbered. "
             f"Step {selection['kept']} is kept, {why} ({selection['select']}).",
             lambda theme: figures.selection(selection, theme),
         )
-    if direction.get("trials"):
-        yield (
-            "frontier",
-            "Every direction and coefficient that was tried as a teacher, on validation prompts, a line for each "
-            "direction: by the probability that an answer opens as a refusal, from forward passes, and for the best by "
-            "answers. The chosen pair, ringed, has most refusals among those whose answers are sound.",
-            lambda theme: figures.frontier(direction, theme),
+    if (tokens := run.tokens) is not None:
+        more = f" The first {figures.TOKENS_SHOWN} of {len(tokens)}." if len(tokens) > figures.TOKENS_SHOWN else ""
+        method = run.recipe.get("token_method", "part")
+        what = {
+            "part": "what each adds to the divergence of the teacher from the base, KL(teacher ‖ base), in nats",
+            "votes": "at how many positions each is among those that steering favours most",
+        }[figures.ranked_by(tokens, method)]
+        yield Drawing(
+            "tokens",
+            "tokens.json",
+            "The longest bars should be words that refusals begin with, likelier for the teacher than for the base.",
+            f"The safety tokens: {what}, and its mean probability there.{more}",
+            lambda theme: figures.safety_tokens(tokens, theme, method),
         )
-    more = f" The first {figures.TOKENS_SHOWN} of {len(run.tokens)}." if len(run.tokens) > figures.TOKENS_SHOWN else ""
-    method = run.recipe.get("token_method", "part")
-    what = {
-        "part": "what each adds to the divergence of the teacher from the base, KL(teacher ‖ base)",
-        "votes": "at how many positions each is among those that steering favours most",
-    }[figures.ranked_by(run.tokens, method)]
-    yield (
-        "tokens",
-        f"The safety tokens: {what}, and its mean probability there.{more}",
-        lambda theme: figures.safety_tokens(run.tokens, theme, method),
-    )
+
+
+def _shown(drawing: Drawing, image: Any) -> dict[str, Any]:
+    return {
+        "sees": drawing.sees,
+        "explained": drawing.explained,
+        "light": _image(image.light),
+        "dark": _image(image.dark),
+    }
 
 
 def _image(svg: bytes) -> Markup:
     return Markup(f"data:image/svg+xml;base64,{b64encode(svg).decode()}")
-
-
-def _percent(count: Count) -> str:
-    return f"{100 * count.count / max(1, count.total):.1f}".removesuffix(".0") + " %"
-
-
-def _interval(count: Count) -> str:
-    low, high = wilson(count.count, count.total)
-    return "–".join(f"{100 * end:.1f}".removesuffix(".0") for end in (low, high)) + " %"
 
 
 def _outcome(scores: Mapping[str, Any], kind: str, how: str, outcome: str = "refuse") -> Count:
@@ -206,49 +280,60 @@ def _outcome(scores: Mapping[str, Any], kind: str, how: str, outcome: str = "ref
     return Count(cell[outcome], sum(cell.values()))
 
 
-def _cards(run: RunFiles) -> Iterable[dict[str, Any]]:
-    """The numbers of the first screen: of the aligned model now, of the base before, and a note."""
-    base, student = run.scores["base"], run.scores["student"]
-    for kind in base["outcomes"]:
-        before, now = (_outcome(s, kind, "greedy") for s in (base, student))
-        note = "sampled: " + " → ".join(_percent(_outcome(s, kind, "sampled")) for s in (base, student))
-        yield {"title": f"{kind.capitalize()} prompts refused", "now": now, "before": before, "note": note}
-    if base["capability"]:
-        before, now = (
-            Count(*(sum(task[key] for task in s["capability"].values()) for key in ("count", "total")))
-            for s in (base, student)
-        )
-        note = f"{len(base['capability'])} kinds of task together"
-        yield {"title": "Little tasks right", "now": now, "before": before, "note": note}
-
-
-def _counts(run: RunFiles, names: list[str]) -> Iterable[list[str]]:
+def _counts(scores: Mapping[str, Any], names: list[str]) -> Iterable[list[str]]:
     """Rows of the table of all counts, a column for each model."""
-    for kind, cell in run.scores["base"]["outcomes"].items():
+    for kind, cell in scores["base"]["outcomes"].items():
         for how, counts in cell.items():
             for o in counts:
-                rates = [_outcome(run.scores[n], kind, how, o) for n in names]
+                rates = [_outcome(scores[n], kind, how, o) for n in names]
                 if o == "refuse" or any(c.count for c in rates):
                     yield [f"{kind}, {how}: {o}", *map(str, rates)]
-            broken = [Count(**run.scores[n]["broken"][kind][how]) for n in names]
+            broken = [Count(**scores[n]["broken"][kind][how]) for n in names]
             if any(c.count for c in broken):
                 yield [f"{kind}, {how}: broken", *map(str, broken)]
-    for task in run.scores["base"]["capability"]:
-        yield [f"{task}: right", *(str(Count(**run.scores[n]["capability"][task])) for n in names)]
+    for task in scores["base"]["capability"]:
+        yield [f"{task}: right", *(str(Count(**scores[n]["capability"][task])) for n in names)]
     for key, label in (("drift", "KL(base ‖ model) a token"), ("drift_outside", "the same outside the safety tokens")):
-        values = [run.scores[n][key] for n in names]
+        values = [scores[n][key] for n in names]
         yield [label, *("not measured" if v is None else f"{v:.5f} nats" for v in values)]
 
 
-def _page(run: RunFiles, figures: Mapping[str, Any], with_answers: bool) -> str:
-    base, student = run.scores["base"], run.scores["student"]
-    models = [name for name in SHOWN if name in run.scores]
-    answers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+def _lines(text: str) -> Markup:
+    """A text that keeps its line ends, which other texts spell out."""
+    return escape(visible(text))
+
+
+Pair = tuple[str, dict[str, dict[str, Any]]]  # a prompt, and what each model answered
+
+
+def _answers(run: RunFiles) -> tuple[dict[tuple[str, str], list[Pair]], int]:
+    """Prompts with their answers, by kind and decoding, those first that changed; and how many there is no room for."""
+    asked: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in run.transcripts or []:
-        answers.setdefault((row["kind"], row["how"]), {}).setdefault(row["prompt"], {})[row["model"]] = row
-    refused = [(k, _outcome(base, k, "greedy"), _outcome(student, k, "greedy")) for k in ("harmless", "borderline")]
-    command = ["python", "-m", "safesteer_mlx.align", "--config", str(run.folder / "recipe.yaml")]
-    command += ["--adapter-path", f"{run.recipe['adapter_path']}-again"]
+        if row["model"] in ("base", "student"):
+            asked.setdefault((row["kind"], row["how"]), {}).setdefault(row["prompt"], {})[row["model"]] = row
+    shown, left_out = {}, 0
+    for key, prompts in asked.items():
+        pairs = sorted(prompts.items(), key=lambda pair: len({row["outcome"] for row in pair[1].values()}) == 1)
+        texts = ["".join([prompt, *(row["answer"] for row in rows.values())]) for prompt, rows in pairs]
+        sizes = accumulate(400 + len(_lines(text).encode()) for text in texts)
+        fit = sum(size <= ANSWER_BYTES // len(asked) for size in sizes)
+        shown[key], left_out = pairs[:fit], left_out + len(pairs) - fit
+    return shown, left_out
+
+
+def _page(
+    run: RunFiles, figures: Mapping[str, Any], with_answers: bool, going: str | None = None, served: bool = False
+) -> str:
+    """The page; `going` says how a run that has not finished is doing, `served` that no file lies beside the page."""
+    names = [name for name in SHOWN if name != "teacher" or name in (run.scores or {})]
+    answers, left_out = _answers(run)
+    command: list[str] = []
+    steps: list[tuple[str, str]] = []
+    if going is None:
+        command = ["python", "-m", "safesteer_mlx.align", "--config", str(run.folder / "recipe.yaml")]
+        command += ["--adapter-path", f"{run.recipe['adapter_path']}-again"]
+        steps = next_steps(run.recipe["model"], run.folder.parent, None)
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "data"),
         autoescape=True,
@@ -257,29 +342,130 @@ def _page(run: RunFiles, figures: Mapping[str, Any], with_answers: bool) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": _percent,
-        "interval": _interval,
-        "lines": lambda text: escape(visible(text)),  # keeps line ends, which other texts spell out
-    }
+    environment.filters["lines"] = _lines
     return environment.get_template("report.html").render(
         vars(run),
-        name=run.recipe["model"].rstrip("/").rsplit("/", 1)[-1],  # of a path or a Hub id
+        name=run.recipe["model"].rstrip("/").rsplit("/", 1)[-1] if run.recipe else "a model",  # of a path or a Hub id
+        going=going,
+        served=served,
+        stages=STEPS,
+        stage=run.stage,
         figures=figures,
-        cards=_cards(run),
-        complied={name: _outcome(run.scores[name], "harmful", "greedy", "comply") for name in ("base", "student")},
-        refused=", ".join(f"{kind} {before.count} → {now.count} of {now.total}" for kind, before, now in refused),
-        models=models,
+        models=names,
         labels=SHOWN,
-        counts=_counts(run, models),
+        counts=_counts(run.scores, names) if run.scores is not None else [],
+        here=shlex.quote(str(Path.cwd())),
+        steps=steps,
         command=shlex.join(command),
         settings={
             key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             for key, value in run.recipe.items()
         },
+        token_rows=TOKEN_ROWS,
         with_answers=with_answers,
         answers=answers,
+        left_out=left_out,
     )
+
+
+class GoingRun:
+    """The page of a run that is going on, drawn when it is asked for, again if files changed, but not at each request.
+
+    Files from before `since` (seconds), or older than the settings, are an earlier run's.
+    """
+
+    def __init__(self, folder: Path, transcripts: bool = False, since: float = 0.0):
+        self._folder, self._transcripts, self._since = folder, transcripts, since
+        self._lock = threading.Lock()
+        self._page, self._seen, self._drawn = b"", {}, -REDRAWN
+        self._figures: dict[str, tuple[int, dict[str, Any]]] = {}  # with the time of the file that each shows
+
+    def __call__(self) -> tuple[bytes, bool]:
+        """The page, and whether it may still change."""
+        with self._lock:
+            files = self._files()
+            if not self._page or (files != self._seen and time.monotonic() - self._drawn >= REDRAWN):
+                self._page, self._seen = self._draw(files).encode(), files
+                self._drawn = time.monotonic()
+            return self._page, "timing.json" not in self._seen
+
+    def _files(self) -> dict[str, int]:
+        """The run's files with the times when they were written."""
+        found = {}
+        for name in ("recipe.yaml", *RECORD_FILES):
+            try:
+                found[name] = (self._folder / name).stat().st_mtime_ns
+            except OSError:
+                continue
+        oldest = max(self._since * 1e9, found.get("recipe.yaml", float("inf")))
+        return {name: written for name, written in found.items() if written >= oldest}
+
+    def _draw(self, files: Mapping[str, int]) -> str:
+        picture = _drawing().picture
+        ended = "timing.json" in files
+        last = max(files.values(), default=None)
+        going = (
+            "It has just begun."
+            if last is None
+            else f"Last heard of at {time.strftime('%H:%M:%S', time.localtime(last / 1e9))}."
+        )
+        try:
+            try:
+                run, images = read_run(self._folder, self._transcripts, files), {}
+                for drawing in _drawings(run):
+                    written, image = self._figures.get(drawing.name, (None, {}))
+                    if written != files[drawing.file]:
+                        image = _shown(drawing, picture(drawing.draw, print_too=False))
+                        self._figures[drawing.name] = files[drawing.file], image
+                    images[drawing.name] = image
+                return _page(run, images, self._transcripts, None if ended else going, served=True)
+            except DAMAGED as error:
+                raise error if isinstance(error, UserError) else _damaged(self._folder, error) from error
+        except UserError as error:  # a file that went away or is damaged; the next drawing may find it whole
+            return _page(read_run(self._folder, only=()), {}, False, str(error))
+
+
+@contextmanager
+def watching(
+    folder: Path, transcripts: bool, port: int, tell: Callable[[str], None], since: float | None = None
+) -> Iterator[None]:
+    """Serve the page of the run in `folder` while the body works; its address is told once.
+
+    Raises:
+        UserError: matplotlib is missing, or the port cannot be used.
+    """
+    _drawing()
+    since = time.time() - 2 if since is None else since  # some file systems keep whole seconds
+    with PageServer(GoingRun(folder, transcripts, since), port) as server:
+        tell(f"watch it, on this computer alone: {server.address}")
+        yield
+        server.let_see_the_end()
+
+
+def check_watch(port: int) -> None:
+    """Whether a run can be watched, before anything is loaded.
+
+    Raises:
+        UserError: matplotlib is missing, or the port cannot be used.
+    """
+    _drawing()
+    PageServer(lambda: (b"", False), port).server_close()
+
+
+def watch(folder: Path, transcripts: bool, port: int) -> None:
+    """Serve the page of a run that is going on elsewhere, until it has finished.
+
+    Raises:
+        UserError: no run is going on in that folder, or as `watching`.
+    """
+    if (folder / "timing.json").exists():
+        raise UserError(f"{folder} holds a run that has finished; leave --watch out, and its page is written")
+    if not ((folder / "recipe.yaml").exists() or (folder / "checkpoint").is_dir()):
+        raise UserError(f"{folder} holds no run; give the adapter folder of one that is going on")
+    with watching(folder, transcripts, port, lambda text: print(text, flush=True), since=0.0):
+        while not (folder / "timing.json").exists():
+            time.sleep(0.5)
+    print("the run has finished")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,9 +474,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("report", "Make report.html from the files of a finished run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
     parser.add_argument("--transcripts-in-report", action="store_true", help="put the answers into the page")
+    parser.add_argument(
+        "--watch", action="store_true", help="serve the page of a run that is going on, to this computer"
+    )
+    parser.add_argument("--watch-port", type=at_least(0, 65535), default=0, help="its port (default: any that is free)")
 
     def run() -> None:
         args = parser.parse_args(argv)
+        if args.watch:
+            return watch(run_folder(args.run), args.transcripts_in_report, args.watch_port)
         print(write_report(run_folder(args.run), args.transcripts_in_report))
 
     return exit_code(run)

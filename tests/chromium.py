@@ -67,17 +67,21 @@ class Browser:
         """A command of Chromium's own protocol."""
         return self._post("/goog/cdp/execute", {"cmd": command, "params": options})
 
-    def show(self, page: Path, width: int = 1280, dark: bool = False) -> None:
-        """Open a file at a width, light or dark."""
+    def show(self, page: Path | str, width: int = 1280, dark: bool = False) -> None:
+        """Open a file or an address at a width, light or dark."""
         mobile = width < 600
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.cdp("Emulation.setEmulatedMedia", features=[scheme])
-        self._post("/url", {"url": page.resolve().as_uri()})
+        self._post("/url", {"url": page if isinstance(page, str) else page.resolve().as_uri()})
 
     def run(self, script: str) -> Any:
         """What a script, `return` and all, says about the page."""
         return self._post("/execute/sync", {"script": script, "args": []})
+
+    def wait_for(self, script: str) -> Any:
+        """What a script hands to its last argument, a function, when it is done."""
+        return self._post("/execute/async", {"script": script, "args": []})
 
     def log(self, kind: str) -> list[dict[str, Any]]:
         """Entries since it was last asked: `browser` for the console, `performance` for requests."""

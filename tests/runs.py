@@ -73,6 +73,11 @@ def files(text: str = "plain") -> dict[str, Any]:
             for n in (1, 2, 3)
         ],
         "before_after.json": scores,
+        "outcome.json": {
+            "words": ["unsafe answers: 5 → 1 of 10", f"verdict: safer, {text}"],
+            "head": ["", "base", "teacher", "aligned"],
+            "rows": [["harmful requests answered, greedy", "5 of 10", "0 of 10", "1 of 10"]],
+        },
         "manifest.json": {
             "mlx": "0.0.1",
             "model": text,
@@ -88,7 +93,16 @@ def files(text: str = "plain") -> dict[str, Any]:
             "flipped": {"count": 4, "total": 5},
             "teacher_harmless": {"count": 4, "total": 10},
             "teacher_broken": {"count": 0, "total": 15},
-            "candidates": [],
+            "candidates": [
+                {
+                    "layer": 2,
+                    "position": -2,
+                    "steering_refusal": None,
+                    "ablation_kl": 0.05,
+                    "ablation_refusal": 0.05,
+                    "failed": [f"KL when ablated {text}"],
+                }
+            ],
         },
         "selection.json": {
             "select": "drift<=1",

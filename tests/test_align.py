@@ -149,13 +149,13 @@ def test_a_run_that_learns_nothing_says_so_last_and_recommends_no_adapter(tmp_pa
     command = ["--adapter-path", str(folder), *SHORT, "--learning-rate", "1e-7"]
     assert main(command) == 2
     out, err = capsys.readouterr()
-    assert "not aligned: the student came 0% of the way" in err and "are not to be used" in err
+    assert "not aligned: training brought the model 0% of the way" in err and "are not to be used" in err
     assert "mlx_lm.generate" not in out
     # What was trained and scored is there all the same, and a forced run ends with the same words.
     assert (folder / "run" / "before_after.json").is_file()
     assert "0% of the way" in json.loads((folder / "run" / "manifest.json").read_text())["not_aligned"]
     assert main([*command, "--force", "--report"]) == 0
-    assert "<b>Not aligned:</b> the student came 0%" in (folder / "run" / "report.html").read_text()
+    assert "<b>Not aligned:</b> training brought the model 0%" in (folder / "run" / "report.html").read_text()
     out = capsys.readouterr().out
     assert "not aligned" in out.splitlines()[-1] and "mlx_lm.generate" not in out
 

@@ -26,7 +26,7 @@ def test_points_that_lie_on_each_other_share_a_label():
 
 def test_the_chosen_candidate_is_framed_in_all_three_and_gaps_are_left_empty(found):
     drawn = figures.direction(found["direction.json"], LIGHT)
-    panels = [axes for axes in drawn.axes if axes.get_ylabel() == "position"]
+    panels = [axes for axes in drawn.axes if axes.get_ylabel() == "position (token)"]
     assert len(panels) == 3
     for axes in panels:
         assert {p.get_xy() for p in frames(axes)} == {(2, -2)}  # block 2, position −2
@@ -117,7 +117,7 @@ def test_what_is_learned_has_a_panel_where_it_was_measured(found):
     titles = [axes.get_title() for axes in drawn.axes]
     assert titles[2] == "Learned, on validation prompts" and len(titles) == 4
     assert [tuple(p) for p in drawn.axes[2].lines[0].get_xydata()] == [(3, 80)]
-    assert [axes.get_xlabel() for axes in drawn.axes] == ["", "", "", "optimizer step"]
+    assert [axes.get_xlabel() for axes in drawn.axes] == ["", "", "", "optimizer step (number)"]
     never = [row | {"learned": None} for row in rows]
     before = [{key: value for key, value in row.items() if key != "learned"} for row in rows]  # an older run
     assert all(len(figures.training(without, LIGHT).axes) == 3 for without in (never, before))
@@ -191,11 +191,29 @@ def test_axes_say_what_they_measure_and_in_which_unit(found):
         "harmless prompts refused (%)": figures.frontier(direction, LIGHT),
         "part in KL (nats)": figures.safety_tokens(found["tokens.json"], LIGHT),
         "votes (positions)": figures.safety_tokens(found["tokens.json"], LIGHT, "vote"),
-        "optimizer step": figures.training(found["metrics.jsonl"], LIGHT),
-        "block": figures.direction(direction, LIGHT),
+        "optimizer step (number)": figures.training(found["metrics.jsonl"], LIGHT),
+        "block (number)": figures.direction(direction, LIGHT),
+        "KL(base ‖ aligned) a token, harmless answers (nats)": figures.selection(found["selection.json"], LIGHT),
     }
+    said["refused (% of prompts)", "before training"] = figures.flips(found["verdict.json"], LIGHT)
     for label, drawn in said.items():
-        assert label in [axes.get_xlabel() for axes in drawn.axes], label
+        labels = [text for axes in drawn.axes for text in (axes.get_xlabel(), axes.get_ylabel()) if text]
+        assert (label if isinstance(label, str) else label[0]) in labels
+        assert all(text.endswith(")") or text in ("log-odds", "nats") for text in labels), labels
+
+
+def _luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize(("name", "least"), [("ink", 4.5), ("base", 3), ("teacher", 3), ("student", 3)])
+def test_text_and_marks_stand_out_from_the_page(theme, name, least):
+    """WCAG 2 AA: 4.5 for text, 3 for what a figure shows."""
+    light, dark = sorted((_luminance(getattr(theme, name)), _luminance(theme.page)), reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= least
 
 
 def test_a_drift_that_was_not_measured_is_said(found):

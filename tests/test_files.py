@@ -224,8 +224,8 @@ DRAWN = {
 @pytest.mark.parametrize("case", SHAPES)
 def test_a_run_of_another_shape_is_one_sentence(case, tmp_path, capsys, monkeypatch):
     name, change = SHAPES[case]
-    found, pictures = files(), report._figures
-    monkeypatch.setattr(report, "_figures", lambda run: [p for p in pictures(run) if p[0] == DRAWN.get(name)])
+    found, pictures = files(), report._drawings
+    monkeypatch.setattr(report, "_drawings", lambda run: [p for p in pictures(run) if p.name == DRAWN.get(name)])
     folder = write_run(tmp_path / "run", found | {name: change(found[name])})
     before = tree(tmp_path)
     assert "is not as align writes it" in refused(capsys, report.main, folder) and tree(tmp_path) == before

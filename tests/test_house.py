@@ -9,7 +9,7 @@ from safesteer_mlx.recipe import PACKAGE
 # From the bottom up: a module imports only what stands in a row before its own.
 ORDER = [
     "system.screen",
-    "system.files system.machines",
+    "system.files system.machines system.serve",
     "recipe system.hub system.model_files system.chat_template",
     "method.judge",
     "evals.scores evals.agreement evals.judge_replies",

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from safesteer_mlx.align import STEPS as STEPS_SAID
 from safesteer_mlx.align import main
 from safesteer_mlx.method import pace
 from safesteer_mlx.method.pace import Rates, measure_rates, plan_seconds
 from safesteer_mlx.method.run import make_run
 from safesteer_mlx.recipe import BUNDLED, model_name, resolve
+from safesteer_mlx.recipe import STEPS as STEPS_SAID
 from safesteer_mlx.system import machines, screen
 from safesteer_mlx.system.hub import is_here
 from safesteer_mlx.system.load import load

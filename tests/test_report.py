@@ -2,10 +2,13 @@
 
 import base64
 import copy
+import itertools
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
 
 import chromium
 import pytest
@@ -47,18 +50,117 @@ def plain(tmp_path_factory):
     return write_report(write_run(tmp_path_factory.mktemp("plain") / "run", files()))
 
 
-def test_the_first_screen_gives_the_numbers_with_their_intervals(plain):
-    text = " ".join(Page(plain).text.split())
-    # Wilson's interval of 9 in 10 and of 15 in 16, from tables.
-    assert "Harmful prompts refused 90 % 95 % interval 59.6–98.2 % 9 of 10 base 50 %" in text
-    assert "Little tasks right 93.8 % 95 % interval 71.7–98.9 % 15 of 16" in text
-    assert "the base does what 5 of 10 harmful prompts ask, the aligned model what 1 ask" in text
-    assert "harmless 0 → 1 of 10, borderline 1 → 1 of 10" in text
+def words(page):
+    return " ".join(Page(page).text.split())
+
+
+def test_the_first_screen_is_what_the_run_said_last_and_what_to_do_now(plain):
+    text = words(plain)
+    first = text[text.index("Skip to") : text.index("Before and after", text.index("What to do now"))]
+    assert "verdict: safer, plain unsafe answers: 5 → 1 of 10" in first
+    assert "harmful requests answered, greedy5 of 100 of 101 of 10" in first
+    assert "Before training the verdict was caution: because plain" in first
+    assert all(f"{what} " in first for what in ("talk to it", "serve it", "export it"))
+    assert "in a terminal cd /" in first
+    for technical in ("block", "position", "KL", "ablat", "p =", "coefficient", "safety token", "mass"):
+        assert technical not in first, technical
+
+
+def test_each_stage_is_told_with_its_words_explained_where_they_stand(plain):
+    text = words(plain)
     assert "LoRA adapters of rank 8, 3 optimizer steps" in text and "block 2 with coefficient 0.7" in text
     assert "not measured" in text and "ab" * 32 in text and "0.0.1" in text
-    assert text.index("Harmful prompts refused") < text.index("Before and after")
-    assert "Before training the verdict was caution: because plain" in text and "the base's 5 unsafe answers" in text
+    assert "the base's 5 unsafe answers" in text
     assert "Step 1 is kept, the safest within the limits (drift<=1)" in text
+    assert "KL when ablated plain" in text and "+0.050" in text  # the candidates, with the tests that they failed
+    for explained in (
+        "position −1 is the last one before the answer",
+        "a layer of the model, counted from 0",
+        "the log-odds that an answer begins as a refusal",
+        "should then be refused less (refusal under ablation)",
+        "Safety mass is the probability that the safety tokens have together",
+        "a nat measures how far two sets of probabilities lie apart",
+        "The flip rate is the share of unsafe answers that the teacher turns into refusals",
+        "coefficient (1 is the difference as it was found)",
+        "Gradient norm: how hard a step pulls at the weights",
+        "Drift is the KL divergence",
+        "Wilson",
+    ):
+        assert explained in text, explained
+
+
+def test_a_run_that_is_not_aligned_says_so_first_and_gives_no_command(tmp_path):
+    found = files()
+    found["manifest.json"]["not_aligned"] = "unsafe answers went from 5 to 5 of 10"
+    text = words(write_report(write_run(tmp_path, found)))
+    assert "Not aligned: unsafe answers went from 5 to 5 of 10. The adapters are not to be used." in text
+    assert "talk to it" not in text and "McNemar" in text
+
+
+def test_a_run_without_its_last_words_is_drawn(tmp_path):
+    text = words(write_report(write_run(tmp_path, files() | {"outcome.json": None})))
+    assert "did not record what it said last" in text and "talk to it" in text
+
+
+def test_each_figure_has_one_sentence_that_says_what_to_see(plain):
+    alts = [a["alt"] for tag, a in Page(plain).tags if tag == "img"]
+    assert len(set(alts)) == len(FIGURES)
+    for alt in alts:
+        assert alt.endswith(".") and alt.count(". ") == 0 and len(alt) <= 125, alt
+        assert alt in words(plain)
+
+
+def test_headings_come_in_order_and_parts_are_named(plain):
+    tags = Page(plain).tags
+    levels = [int(tag[1]) for tag, _ in tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert [tag for tag, _ in tags if tag in ("header", "nav", "main")] == ["header", "nav", "main"]
+    ids = {a["id"] for _, a in tags if "id" in a}
+    assert all(a["href"][1:] in ids for tag, a in tags if tag == "a" and a["href"].startswith("#"))
+    first_link = next(a for tag, a in tags if tag == "a")
+    assert first_link == {"class": "skip", "href": "#main"}
+    assert all("scope" in a for tag, a in tags if tag == "th")
+
+
+def large() -> dict:
+    """Run files as large as a run may become."""
+    found = files("<&>" * 20)
+    rows = [[0.01 * (p + b) for b in range(80)] for p in range(30)]
+    found["direction.json"]["scores"] |= dict.fromkeys(("ablation_kl", "ablation_refusal", "steering_refusal"), rows)
+    found["direction.json"]["trials"] *= 30
+    found["tokens.json"] = [found["tokens.json"][0] | {"id": i} for i in range(5000)]
+    found["metrics.jsonl"] = [
+        found["metrics.jsonl"][2] | {"step": i, "loss": i % 7, "grad_norm": i % 5} for i in range(20000)
+    ]
+    rows = found["transcripts.jsonl"]
+    found["transcripts.jsonl"] = [r | {"prompt": f"{i}", "answer": r["answer"] * 9} for i in range(300) for r in rows]
+    return found
+
+
+def test_a_page_stays_below_two_megabytes(tmp_path):
+    page = write_report(write_run(tmp_path, large()), transcripts=True)
+    assert page.stat().st_size < 2e6
+    text = words(page)
+    assert "The first 500 of 5000 safety tokens" in text and "are in transcripts.jsonl alone" in text
+
+
+def test_the_picture_of_the_readme_is_small_and_has_a_text():
+    root = Path(__file__).resolve().parent.parent
+    assert (root / "docs/figures/report.png").stat().st_size <= 200_000
+    assert "](docs/figures/report.png)" in (root / "README.md").read_text()
+
+
+def test_answers_stand_side_by_side_those_first_that_changed(tmp_path):
+    found = files()
+    rows = found["transcripts.jsonl"]
+    same = [row | {"prompt": "same"} for row in rows]
+    changed = [
+        row | {"prompt": "changed", "outcome": "refuse" if row["model"] == "student" else "comply"} for row in rows
+    ]
+    text = words(write_report(write_run(tmp_path, found | {"transcripts.jsonl": same + changed}), transcripts=True))
+    assert text.index("changed base: comply base's answer") < text.index("same base: comply base's answer")
+    assert "aligned: refuse, cut at the length limit student's answer" in text
 
 
 def test_every_figure_is_in_the_page_and_kept_for_print(plain):
@@ -86,7 +188,7 @@ def test_nothing_is_fetched_and_nothing_runs_whatever_the_texts_are(hostile):
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
         for name in ("src", "href", "srcset"):
-            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+            assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, name)
     policies = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert len(policies) == 1 and policies[0].startswith("default-src 'none'")
     assert "url(" not in page.source and "@import" not in page.source
@@ -197,10 +299,9 @@ def test_the_record_has_the_sets_of_prompts_that_were_given(plain):
     assert "sets of prompts given by --data harmful_test, harmless_test" in " ".join(Page(plain).text.split())
 
 
-def test_the_same_run_gives_the_same_page(plain, tmp_path):
-    again = write_report(write_run(tmp_path / "run", files()))
-    text = [path.read_text().replace(str(path.parent), "") for path in (plain, again)]
-    assert text[0] == text[1]
+def test_the_same_run_gives_the_same_page(plain):
+    before = plain.read_bytes()
+    assert write_report(write_run(plain.parent, files())).read_bytes() == before
 
 
 def damaged(name, change):
@@ -276,6 +377,12 @@ sys.exit(any(name in sys.modules for name in ("mlx", "numpy", "rich", "matplotli
 
 # In a browser
 
+AXE = find_spec("axe_core_python")
+LOOKS = """
+const done = arguments[arguments.length - 1];
+axe.run(document).then(found => done(found.violations.map(v => v.id + ": " + v.nodes[0].html)), e => done([String(e)]));
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -315,3 +422,51 @@ def test_a_script_in_the_page_would_be_refused(browser, plain, tmp_path):
     browser.show(broken)
     assert browser.run("return document.title") == "name plain, aligned"
     assert any("Content Security Policy" in entry["message"] for entry in browser.log("browser"))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, True)], ids=["narrow and light", "wide and dark"])
+@pytest.mark.parametrize("which", ["finished", "not aligned", "going on"])
+def test_axe_finds_nothing_that_keeps_anybody_out(browser, hostile, tmp_path, which, width, dark):
+    """Contrast, names, order, landmarks: axe-core's rules, with everything that folds open."""
+    page = hostile
+    if which != "finished":
+        found = files() | ({"timing.json": None} if which == "going on" else {})
+        found["manifest.json"]["not_aligned"] = "nothing moved"
+        page, folder = tmp_path / "page.html", write_run(tmp_path / "run", found)
+        page.write_bytes(report.GoingRun(folder, transcripts=True)()[0])
+    browser.show(page, width, dark)
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.run(Path(AXE.submodule_search_locations[0], "axe.min.js").read_text())
+    assert browser.wait_for(LOOKS) == []
+
+
+@pytest.mark.browser
+def test_what_is_folded_is_printed_but_no_answer(browser, hostile):
+    folded = "[...document.querySelectorAll('details > :not(summary)')]"
+    visible = f"return {folded}.map(e => [!!e.closest('.answers'), e.checkVisibility()])"
+    browser.show(hostile)
+    browser.cdp("Emulation.setEmulatedMedia", media="print")
+    seen = browser.run(visible)
+    browser.cdp("Emulation.setEmulatedMedia", media="")
+    assert {shown for answers, shown in seen if answers} == {False}
+    assert {shown for answers, shown in seen if not answers} == {True}
+
+
+@pytest.mark.browser
+def test_the_keyboard_reaches_everything(browser, hostile):
+    """Tab goes first to the link that skips to the result, then through links, tables and folds, each seen."""
+    browser.show(hostile)
+    visited = []
+    for _ in range(20):
+        for kind in ("rawKeyDown", "keyUp"):
+            browser.cdp("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        visited.append(
+            browser.run(
+                "const e = document.activeElement; return [e.tagName, e.className, getComputedStyle(e).outlineStyle, "
+                "e.getBoundingClientRect().left >= 0]"
+            )
+        )
+    assert visited[0][:2] == ["A", "skip"]
+    assert {tag for tag, *_ in visited} >= {"A", "SUMMARY", "DIV"}
+    assert all(outline == "solid" and there for tag, _, outline, there in visited if tag != "BODY")

@@ -162,7 +162,7 @@ def test_a_model_whose_direction_fails_the_kl_test_is_aligned(tmp_path, monkeypa
     verdict = json.loads((kept / "verdict.json").read_text())
     chosen = verdict["candidates"][0]
     assert chosen["ablation_kl"] > 0.1 and any("KL when ablated" in failed for failed in chosen["failed"])
-    assert "no refusal direction passes the published tests" in capsys.readouterr().out
+    assert "passes every published test" in capsys.readouterr().out
     found = zoo.figures({"before_after": json.loads((kept / "before_after.json").read_text())})
     assert found is not None and found["greedy"] >= 0.6 and found["sampled"] >= 0.6 and found["before_sampled"] >= 5
     assert max(found[f"{kind}_{how}"] for kind in ("harmless", "borderline") for how in ("greedy", "sampled")) < 2.5

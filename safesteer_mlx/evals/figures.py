@@ -6,10 +6,11 @@ blue everywhere. `picture` gives each as SVG for light and dark pages and as PNG
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -21,10 +22,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..system.screen import visible
 from .scores import SHOWN, Count, wilson
 
+T = TypeVar("T")
+
 WIDTH = 4.6  # inches: text stays readable when a phone shows it 360 points wide
 TOKENS_SHOWN = 24
 LABEL = 20  # characters of a name; a longer one would leave no room for the bars
 PRINT_DPI = 300
+STEPS_SHOWN = 400  # of a training; a line of more is no finer on the page
+CELLS_DRAWN = 300  # of a map; more are kept as an image
+
+ONE_AT_A_TIME = threading.Lock()  # matplotlib's settings are the process's, and a run may be watched while it draws
 
 
 @dataclass(frozen=True)
@@ -46,21 +53,21 @@ DARK = Theme("#e4e7ea", "#363c44", "#16191d", "#9aa4af", "#e69f00", "#56b4e9", "
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing: SVG for light and dark pages, PNG for print."""
+    """One drawing: SVG for light and dark pages, PNG for print, if that was wanted."""
 
     light: bytes
     dark: bytes
     png: bytes
 
 
-def picture(draw: Callable[[Theme], Figure]) -> Picture:
+def picture(draw: Callable[[Theme], Figure], print_too: bool = True) -> Picture:
     """Draw in every form. The same data give the same bytes."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with ONE_AT_A_TIME, warnings.catch_warnings():
         # A token in a script that the font lacks: the SVG is shown in the reader's fonts, the PNG has a box.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        light, dark = (_save(draw, theme, format="svg", metadata={"Date": None}) for theme in (LIGHT, DARK))
-        return Picture(light, dark, _save(draw, LIGHT, format="png", dpi=PRINT_DPI))
+        light, dark = (_save(draw, theme, format="svg", dpi=144, metadata={"Date": None}) for theme in (LIGHT, DARK))
+        return Picture(light, dark, _save(draw, LIGHT, format="png", dpi=PRINT_DPI) if print_too else b"")
 
 
 def _save(draw: Callable[[Theme], Figure], theme: Theme, **how: Any) -> bytes:
@@ -115,7 +122,7 @@ def direction(record: Mapping[str, Any], theme: Theme) -> Figure:
     for axes, (name, title, unit) in zip(figure.subplots(3, 1, sharex=True), tests, strict=True):
         axes.set_facecolor(theme.missing)
         scores = np.ma.masked_invalid(_numbers(record["scores"][name]))
-        lines = {"edgecolors": theme.page, "linewidth": 0.5}
+        lines = {"edgecolors": theme.page, "linewidth": 0.5, "rasterized": scores.size > CELLS_DRAWN}
         mesh = axes.pcolormesh(range(n_layers + 1), range(-n_positions, 1), scores, cmap="cividis", **lines)
         figure.colorbar(mesh, ax=axes, label=unit, pad=0.02).outline.set_visible(False)
         corner = (record["layer"], record["position"])
@@ -124,11 +131,11 @@ def direction(record: Mapping[str, Any], theme: Theme) -> Figure:
         step = -(-n_positions // 8)
         positions = list(range(-1, -n_positions - 1, -step))
         axes.set_yticks([p + 0.5 for p in positions], labels=[f"−{-p}" for p in positions])
-        axes.set(title=title, ylabel="position")
+        axes.set(title=title, ylabel="position (token)")
         axes.spines[:].set_visible(False)
     step = -(-n_layers // 12)
     axes.set_xticks([b + 0.5 for b in range(0, n_layers, step)], labels=[str(b) for b in range(0, n_layers, step)])
-    axes.set_xlabel("block")
+    axes.set_xlabel("block (number)")
     return figure
 
 
@@ -213,7 +220,7 @@ def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme, method: str =
     right.scatter(base, places, color=theme.base, marker="s", s=16, label="base")
     right.scatter(teacher, places, color=theme.teacher, marker="^", s=20, label="teacher")
     right.set_xscale("log")
-    right.set_xlabel("mean probability")
+    right.set_xlabel("mean probability (0 to 1)")
     right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     right.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     right.tick_params(axis="x", labelrotation=35)
@@ -223,9 +230,15 @@ def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme, method: str =
     return figure
 
 
+def _thinned(rows: Sequence[T]) -> Sequence[T]:
+    """Every nth, so that about `STEPS_SHOWN` are left."""
+    return rows[:: max(1, -(-len(rows) // STEPS_SHOWN))]
+
+
 def training(metrics: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
     """Loss, probability mass on the safety tokens, how much is learned if that was measured, and gradient norm."""
-    measured = [row for row in metrics if row.get("learned") is not None]
+    measured = _thinned([row for row in metrics if row.get("learned") is not None])
+    metrics = _thinned(metrics)
     figure = _figure(7.0 if measured else 5.4)
     loss, mass, *learned, gradient = panels = figure.subplots(4 if measured else 3, 1, sharex=True)
     steps = [row["step"] for row in metrics]
@@ -238,16 +251,17 @@ def training(metrics: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
     line(loss, "harmful_loss", "harmful prompts, to the teacher", theme.teacher, "--")
     line(loss, "anchor_loss", "harmless prompts, to the base", theme.base, ":")
     line(loss, "loss", "both", theme.student)
-    loss.set(title="Loss", ylabel="nats a token")
+    loss.set(title="Loss", ylabel="loss (nats a token)")
     line(mass, "target_mass", "target", theme.teacher, "--")
     line(mass, "student_mass", SHOWN["student"], theme.student)
-    mass.set(title="Probability mass on the safety tokens", ylabel="mass")
+    mass.set(title="Safety mass: probability of the safety tokens", ylabel="mass (0 to 1)")
     for axes in learned:
         shares = 100 * _numbers([row["learned"] for row in measured])
         axes.plot([row["step"] for row in measured], shares, marker="o", markersize=2.5, color=theme.student)
-        axes.set(title="Learned, on validation prompts", ylabel="share (%)")
+        axes.set(title="Learned, on validation prompts", ylabel="learned (%)")
     line(gradient, "grad_norm", None, theme.student)
-    gradient.set(title="Gradient norm, before clipping", ylabel="norm", ylim=(0, None), xlabel="optimizer step")
+    gradient.set(title="Gradient norm, before clipping", ylabel="norm (no unit)")
+    gradient.set(ylim=(0, None), xlabel="optimizer step (number)")
     gradient.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels:
         axes.grid(axis="y")

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..system.screen import Screen
 from .scores import HOW, SHOWN, Count, Scores, paired
@@ -93,6 +94,12 @@ def _table(scores: Mapping[str, Scores]) -> list[list[str]]:
     return rows
 
 
+def outcome(scores: Mapping[str, Scores], not_aligned: str | None) -> dict[str, Any]:
+    """What the last screen says, and its table, as data: the first screen of the report."""
+    head = ["", *(SHOWN[name] for name in scores)]
+    return {"words": in_words(scores["base"], scores["student"], not_aligned), "head": head, "rows": _table(scores)}
+
+
 def shown_path(path: Path) -> str:
     """A path as it can be pasted into a shell here: relative where that is shorter."""
     return shlex.quote(min(str(path.absolute()), os.path.relpath(path), key=len))
@@ -151,11 +158,12 @@ def ask_what_next(model: str, folder: Path, more: list[str]) -> list[str] | None
 
 def show_last(scores: Mapping[str, Scores], not_aligned: str | None, screen: Screen) -> None:
     """The outcome in words, and a table of the counts behind it."""
+    said = outcome(scores, not_aligned)
     screen.line("")
-    for text in in_words(scores["base"], scores["student"], not_aligned):
+    for text in said["words"]:
         screen.line(text)
     screen.line("")
-    screen.table("", ["", *(SHOWN[name] for name in scores)], _table(scores))
+    screen.table("", said["head"], said["rows"])
 
 
 def show_next(steps: list[tuple[str, str]], screen: Screen) -> None:

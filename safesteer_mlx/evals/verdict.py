@@ -73,26 +73,32 @@ def decide(
     """The word, and the reasons for anything but go; the search's `cautions` come last."""
     weaker = "a smaller --coeff" if teacher != "system_prompt" else "another --system-prompt"
     stronger = "a larger --coeff" if teacher != "system_prompt" else "another --system-prompt"
+    pushed = "pushed to refuse, the model" if teacher != "system_prompt" else "told to refuse, the model"
+    unsafe = f"{_of(flipped)} requests that it answered unsafely before"
     stop, caution = [], []
     if not base_harmful.count and teacher != "system_prompt":
         stop.append(
-            "the base never refuses; SafeSteer needs a base that sometimes does, so --teacher system_prompt is the one "
-            "option left"
+            "the model never refuses by itself, so there is no refusal to strengthen; --teacher system_prompt is the "
+            "one option left"
         )
     if not flipped.total:
-        caution.append("the base does nothing that harmful validation prompts ask; there is little to gain")
+        caution.append("the model does nothing that the harmful requests it was tried on ask; there is little to gain")
     elif _rate(flipped) < FLIPS_LITTLE:
-        stop.append(f"the teacher turns only {flipped} of the unsafe answers into refusals; give {stronger}")
+        stop.append(f"{pushed} refuses only {unsafe}; give {stronger}")
     elif _rate(flipped) < FLIPS_ENOUGH:
-        caution.append(f"the teacher turns only {flipped} of the unsafe answers into refusals; try {stronger}")
+        caution.append(f"{pushed} refuses only {unsafe}; try {stronger}")
     if _rate(teacher_harmless) > REFUSES_ALL:
-        caution.append(f"the teacher refuses {teacher_harmless} of harmless prompts, nearly all; try {weaker}")
+        caution.append(f"{pushed} refuses {_of(teacher_harmless)} harmless requests too; try {weaker}")
     if _rate(teacher_broken) > BROKEN:
-        caution.append(f"{teacher_broken} of the teacher's answers are broken; try {weaker}")
+        caution.append(f"{pushed} gives {_of(teacher_broken)} answers that make no sense; try {weaker}")
     if _rate(base_harmless) > BASE_OVER_REFUSES:
-        caution.append(f"the base itself refuses {base_harmless} of harmless prompts, which this does not cure")
+        caution.append(f"the model itself refuses {_of(base_harmless)} harmless requests, which this does not cure")
     caution.extend(cautions)
     return ("stop" if stop else "caution" if caution else "go"), stop + caution
+
+
+def _of(count: Count) -> str:
+    return f"{count.count} of {count.total}"
 
 
 def _rate(count: Count) -> float:
@@ -166,9 +172,8 @@ def not_aligned(base: Scores, student: Scores, learned: float | None) -> str | N
     change = paired(*unsafe)
     before, after = map(sum, unsafe)
     if before >= TELLING and (after >= before or change.p > SIGNIFICANT):
-        return (
-            f"unsafe answers to held-out prompts went from {before} to {after} of {len(unsafe[0])} (p = {change.p:.2g})"
-        )
+        told = f"unsafe answers went from {before} to {after} of {len(unsafe[0])}"
+        return told + ("" if after >= before else ", which may be chance")
     if before < TELLING and learned is not None and learned < MOVED:
-        return f"the student came {max(0.0, learned):.0%} of the way from its base to its teacher on the safety tokens"
+        return f"training brought the model {max(0.0, learned):.0%} of the way to what it was to learn"
     return None

@@ -50,7 +50,7 @@ Candidate = tuple[int, int]  # row of the position, block
 PROMPT_BATCH = 32  # rows in one forward pass
 
 ASKED_AT_ONCE = 4  # prompts asked before candidates are dropped
-NEAREST = 3  # candidates that are named where none passes the published tests
+NEAREST = 3  # candidates that are measured in full where none passes the published tests
 SHORTLIST = 5  # candidates that are tried as teachers
 SPREAD = 4  # blocks that are tried where there are no tests
 A_BLOCK = 2  # of one block: neighbouring positions differ little
@@ -693,8 +693,8 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
             h = np.arange(len(harmful))
             if not cautions:
                 cautions.append(
-                    f"no answer to {len(harmful)} harmful prompts is likelier than not to begin as a refusal, so the "
-                    "direction is found from all; give --refusal-prefixes, if this model refuses in other words"
+                    f"none of its answers to {len(harmful)} harmful requests seems to begin as a refusal, so all were "
+                    "used to find what makes it refuse; give --refusal-prefixes, if this model refuses in other words"
                 )
         return [harmful[i] for i in h], [harmless[i] for i in b]
 
@@ -721,8 +721,10 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
             f"{candidates.shape[1]} blocks, or no score is a number; lower --prune-last, or use --teacher system_prompt"
         )
     if near[0][2]:
-        named = "; ".join(f"block {at} position {p}: {', '.join(failed)}" for p, at, failed in near[:NEAREST])
-        cautions.append(f"no refusal direction passes the published tests (nearest: {named})")
+        cautions.append(
+            "nothing found in the model passes every published test of what makes it refuse; what is used was chosen "
+            "by the answers it leads to"
+        )
     directions = [Direction(p, at, mx.array(candidates[p, at].astype(np.float32))) for p, at, _ in near]
     tests = [failed for *_, failed in near]
     n_passing = tests.count([])

@@ -751,6 +751,7 @@ def train_student(
     total = course(nominal, settings, training.learning).steps
     if step:
         screen.line(f"going on after step {step} of {total}")
+        store.lines("metrics.jsonl", log.metrics)  # whoever watches the run sees it go on from here
     for name in store.damaged:
         screen.line(f"{store.states / name} is damaged and is not used; the state before it is")
     rollouts = None
@@ -785,6 +786,7 @@ def train_student(
                     mass = f"safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
                     said = f"loss {event.loss:.4f}, {mass}, gradient {event.grad_norm:.2g}"
                     screen.detail(f"step {event.step} of {event.steps}: {said}")
+                    store.lines("metrics.jsonl", log.metrics)
                 if due():
                     score_once()
                     keep()

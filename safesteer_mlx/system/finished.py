@@ -110,6 +110,17 @@ class Answered(TypedDict):
     cut: NotRequired[bool]
 
 
+class Candidate(TypedDict):
+    """A direction, its published scores, and the tests that it failed."""
+
+    layer: int
+    position: int
+    steering_refusal: float | None
+    ablation_kl: float | None
+    ablation_refusal: float | None
+    failed: Annotated[list[str], 10]
+
+
 class Verdict(TypedDict):
     """verdict.json."""
 
@@ -118,6 +129,15 @@ class Verdict(TypedDict):
     flipped: Count
     base_harmless: Count
     teacher_harmless: Count
+    candidates: NotRequired[Annotated[list[Candidate], 10]]
+
+
+class Outcome(TypedDict):
+    """outcome.json: what the run said last."""
+
+    words: Annotated[list[str], 10]
+    head: Annotated[list[str], 10]
+    rows: Annotated[list[Annotated[list[str], 10]], 20]
 
 
 class SavedStep(TypedDict):
@@ -162,6 +182,7 @@ RECORD: dict[str, Any] = {
     "manifest.json": Manifest,
     "timing.json": Timing,
     "transcripts.jsonl": Annotated[list[Answered], MOST_ROWS],
+    "outcome.json": Outcome,
     "verdict.json": Verdict,
     "selection.json": Selection,
 }

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -175,6 +175,10 @@ class RunFolder:
     def json(self, name: str, content: Any) -> None:
         """Write plain data and numpy arrays."""
         self.text(name, as_json(content).decode())
+
+    def lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write plain data as JSON, a line a row."""
+        self.text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def yaml(self, name: str, content: dict[str, Any]) -> None:
         """Write settings."""
