@@ -92,6 +92,35 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes(variant, events, tmp_path, mo
     assert not (folder / "run" / "checkpoint").exists()
 
 
+def test_ids_that_were_forged_into_a_state_are_found_anew(variant, tmp_path, monkeypatch, capsys):
+    """By somebody who knows how a state is signed; MLX would read whatever is in memory there."""
+    flags, whole = variant
+    folder = tmp_path / "adapters"
+    stop_after(monkeypatch, 5)
+    assert main(["--adapter-path", str(folder), *flags]) == 130
+    monkeypatch.undo()
+    states = folder / "run" / "checkpoint"
+    store = Store(folder, json.loads((states / "tokens.json").read_text())["made_by"])
+    tokens, drawn = store.found("tokens"), store.found("rollouts")
+    tokens["rows"][0]["id"] = 2_000_000_000
+    drawn["completions"][0]["ids"][0] = -1_000_000_000
+    store.keep("tokens", tokens)
+    store.keep("rollouts", drawn)
+    saved = store.latest()
+    assert saved is not None and saved.step == 2
+    expected = ["tokens.json", "rollouts.json"]
+    if "teacher.tokens" in saved.arrays:
+        store.save(2, saved.arrays | {"teacher.tokens": mx.array([2_000_000_000])}, saved.data)
+        expected.append("step-000002.safetensors")
+    del store  # and its lock
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert all(f"{name}isdamaged" in said for name in expected), said
+    for name in COMPARED:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     command = ["--adapter-path", str(tmp_path / "adapters"), *SHORT]
     stop_after(monkeypatch, 3, lambda: PagingError("training used 9.9 GB, the same command with --yes goes on"))

@@ -20,7 +20,7 @@ from ..method.rollout import Completion, Sampling, answer_text, generate, stream
 from ..system.files import read_json, read_text
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
-from ..system.store import as_json, fingerprint, write
+from ..system.store import as_json, decoded, encoded, fingerprint, write
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]
@@ -89,11 +89,11 @@ class BaseAnswers:
     def _read(self, file: Path) -> dict[str, Completion]:
         try:
             content = read_json(file, str(file), "")
-            kept = content["answers"] if content["made_by"] == self._made_by else {}
-            found = {key: Completion(list(ids), end, cut) for key, (ids, end, cut) in kept.items()}
-            ours = all(i in range(self._base.vocabulary) for c in found.values() for i in c.ids)
-            return found if ours else {}
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if content["made_by"] != self._made_by:
+                return {}
+            found = decoded(dict[str, Completion], content["answers"], {"token": range(self._base.vocabulary)})
+            return found if all(len(c.ids) <= self._sampling.max_tokens for c in found.values()) else {}
+        except (ValueError, TypeError, KeyError):
             return {}  # nothing, or nothing of ours: it is drawn again
 
     def __call__(
@@ -111,9 +111,8 @@ class BaseAnswers:
         drawn = generate(self._base.model, [prompts[i] for i in new.values()], how, random, progress)
         self._found |= dict(zip(new, drawn, strict=True))
         if self._file is not None:
-            answers = {key: [c.ids, c.finished, c.cut] for key, c in self._found.items()}
             with contextlib.suppress(OSError):  # then they are drawn again another time
-                write(self._file, as_json({"made_by": self._made_by, "answers": answers}))
+                write(self._file, as_json({"made_by": self._made_by, "answers": encoded(self._found)}))
         return [self._found[key] for key in keys]
 
 

@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,8 +42,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_steps, rollout_tokens
+from ..system.finished import SavedStep, Step
 from ..system.memory import PagingError, with_smaller_batches
 from ..system.screen import UserError
+from ..system.store import TokenId, encoded
 from .direction import FoundDirections, mean_differences
 from .framing import LONGEST, Framer, begun, takes_system_turn
 from .judge import is_refusal, outcome
@@ -131,6 +133,10 @@ class Rollouts:
 
     step: int
     completions: list[Completion]
+
+    def fits(self, step: int, count: int, most: int) -> bool:
+        """Whether they are of this step, so many and no longer."""
+        return (self.step, len(self.completions)) == (step, count) and all(len(c.ids) <= most for c in self.completions)
 
 
 def make_optimizer(train: TrainSettings) -> optim.Optimizer:
@@ -411,7 +417,7 @@ def train(
             rng = np.random.default_rng([seed, 5, step])
             prompts = [prompt.put(training.framer, rng) for prompt in prompts]
         batch = [prompt for prompt in prompts for _ in range(settings.num_generations)]
-        if drawn_before is not None and drawn_before.step == step + 1:
+        if drawn_before is not None and drawn_before.fits(step + 1, len(batch), settings.max_tokens):
             rollouts = drawn_before.completions
         else:
             keys = [stream_key(seed, 1, step, i) for i in range(len(batch))]
@@ -615,7 +621,7 @@ def make_training(
 class OwnOpenings:
     """How the base begins to answer training prompts, by instruction."""
 
-    ids: dict[str, list[int]]
+    ids: dict[str, Annotated[list[TokenId], LONGEST]]
 
 
 def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> OwnOpenings:
@@ -647,9 +653,9 @@ def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingProm
 class TrainingLog:
     """Each step's metrics, the seconds it took, and the scores of saved steps, if they were asked for."""
 
-    metrics: list[dict[str, Any]]
+    metrics: list[Step]
     seconds: list[float]
-    scored: list[dict[str, Any]]
+    scored: list[SavedStep]
 
 
 class StepScorer(Protocol):
@@ -701,8 +707,10 @@ def train_student(
         if scorer is not None and due() and all(row["step"] != step for row in log.scored):
             log.scored.append(scorer.score(step))
 
-    trained = {f"student.{name}": w.shape for name, w in tree_flatten(student.trainable_parameters())}  # pyright: ignore
-    if (saved := store.latest(TrainingLog, trained)) is not None:
+    training.optimizer.init(student.trainable_parameters())  # as its first step does; a state holds as much
+    last = state()
+    allowed = {name.replace("student", "best", 1): w for name, w in last.items() if name.startswith("student.")}
+    if (saved := store.latest(TrainingLog, last, allowed)) is not None:
         parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}, "best": {}}
         for name, array in saved.arrays.items():
             part, _, rest = name.partition(".")
@@ -713,17 +721,16 @@ def train_student(
             moving.restore(parts["teacher"])
             follow_teacher()
         log, step, best = saved.data, saved.step, parts["best"]
+        last = state()
         if training.learning is not None:
             training.learning = replace(training.learning, shares=[row["learned"] for row in log.metrics])
     total = course(nominal, settings, training.learning).steps
     if step:
         screen.line(f"going on after step {step} of {total}")
+    rollouts = store.found_as("rollouts", Rollouts)
     for name in store.damaged:
         screen.line(f"{store.states / name} is damaged and is not used; the state before it is")
-    rollouts = None
-    if (record := store.found("rollouts")) is not None:
-        rollouts = Rollouts(record["step"], [Completion(ids, finished) for ids, finished in record["completions"]])
-    before, last = dict(tree_flatten(student.trainable_parameters())), state()
+    before = dict(tree_flatten(student.trainable_parameters()))
 
     began = time.monotonic()
     with screen.stage("training") as advance:
@@ -731,8 +738,7 @@ def train_student(
             score_once()  # where an interrupt left it out
             for event in train(training, step, rollouts):
                 if isinstance(event, Rollouts):
-                    completions = [(c.ids, c.finished) for c in event.completions]
-                    store.keep("rollouts", {"step": event.step, "completions": completions})
+                    store.keep("rollouts", encoded(event))
                     continue
                 if moving is not None:
                     moving.move(event.step)

@@ -95,6 +95,7 @@ class Step(TypedDict):
     target_mass: float | None
     grad_norm: float | None
     learned: NotRequired[float | None]
+    worth: NotRequired[float | None]
 
 
 class Answered(TypedDict):
@@ -126,6 +127,7 @@ class SavedStep(TypedDict):
     step: int
     unsafe: Count
     over_refusal: Count
+    broken: Count
     drift: float | None
 
 
