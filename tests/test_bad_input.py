@@ -25,7 +25,7 @@ from safesteer_mlx.align import main
 from safesteer_mlx.method import framing, prompts
 from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
-from safesteer_mlx.system.chat_template import check_template
+from safesteer_mlx.system.chat_template import check_template, template_of
 from safesteer_mlx.system.finished import RECORD, read_record
 from safesteer_mlx.system.load import _guarded
 from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, check_weights, read_header
@@ -696,6 +696,97 @@ def test_chat_templates(name, copied, tmp_path, capsys):
     assert time.monotonic() - started < 20  # 2, where no other process wants the processor
 
 
+def with_template(base, template: str):
+    """The bundled model's tokenizer with another template, as `load` would give it."""
+    tokenizer = copy.copy(base.tokenizer._tokenizer)
+    tokenizer.chat_template = template
+    check_template("m", template)
+    return _guarded("m", TokenizerWrapper(tokenizer), base.vocabulary)
+
+
+LAST = "messages[-1].content"
+AT_A_TEXT = {
+    "a loop": ("{% if 'x' in " + LAST + " %}" + LOOP + "{% endif %}", "does not end within a second"),
+    "a loop at a turn": ("{% if messages | length == 5 %}" + LOOP + "{% endif %}", "within a second"),
+    "a loop at a length": ("{% if " + LAST + " | length == 3 %}" + LOOP + "{% endif %}", "within a second"),
+    "a loop by chance": ("{% if range(90000) | random and 'x' in " + LAST + " %}" + LOOP + "{% endif %}", "a second"),
+    "a number too large": ("{{ (10 ** (10 ** (" + LAST + " | int))) % 7 }}", "within a second"),
+    "a width": ("{% if 'x' in " + LAST + " %}{{ '%999999999d' % 1 }}{% endif %}", "more than 512 MB"),
+    "as many as it says": ("{{ (['a'] * " + LAST + " | int) | length }}", "more than 512 MB"),
+    "a text many times": ("{{ ('a' * " + LAST + " | int) | length }}", "more than 512 MB"),
+    "written many times": ("{{ 'a' * (" + LAST + " | int // 200) }}", "more than 1000000 characters"),
+    "replaced again and again": (
+        "{% if 'x' in " + LAST + " %}" + REPLACED + "{% endfor %}{{ n.x | length }}{% endif %}",
+        "more than 512 MB",
+    ),
+}
+EVIL = {"a loop at a turn": "a", "a number too large": "9", "a loop at a length": "abc"} | {
+    name: "999999999" for name in ("as many as it says", "a text many times", "written many times")
+}
+
+
+@pytest.mark.parametrize("name", AT_A_TEXT)
+def test_a_template_that_does_its_worst_at_some_text_alone(name, base):
+    template, expected = AT_A_TEXT[name]
+    tokenizer = with_template(base, template + "{{ " + LAST + " }}<|im_start|>")
+    turns = [{"role": "user", "content": EVIL.get(name, "an x")}] * (5 if "turn" in name else 1)
+    plain = [{"role": "user", "content": "move it"}]
+    ids = tokenizer.apply_chat_template(plain)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"the chat template of model m .*{expected}.*; choose another model"):
+        tokenizer.apply_chat_template(turns)
+    assert time.monotonic() - started < 20  # 2, where no other process wants the processor
+    assert tokenizer.apply_chat_template(plain) == ids and ids  # in a process that is new
+
+
+SAME = [
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}",
+    "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}|{{ messages | tojson(separators=(',', ':')) }}",
+    "{{ tools }} {{ documents }} {{ add_generation_prompt }} {{ enable_thinking }} {{ eos_token }} {{ no_such }}",
+    "{% set n = namespace(a=1, b='') %}{% set n.b = n.b ~ 'c' %}{{ n.a + 1 }}{{ n.b }}",
+    "{{ dict(a=1, b=[2]).items() | list }}{{ dict.fromkeys('ab', 1) }}",
+    "{% macro f(x, y=2) %}{{ x }}-{{ y }}{% endmacro %}{{ f(1) }}{{ f(1, y=3) }}",
+    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ strftime_now('%d %b %Y') }}",
+    "{{ messages[0].content.split() | join('|') | upper }}{{ messages[0].content[::-1] }}{{ 'ä€😀' }}",
+    "{%- if messages[0].role is string -%}  {{- 'a' -}}  {%- endif -%}  {{ 7 // 2 }}{{ 7 / 2 }}{{ '%05.2f' % 2.5 }}",
+    "{{ [3, 1] | sort | first }}{{ messages | map(attribute='role') | list }}{{ messages | selectattr('x') | list }}",
+]
+REFUSED = [
+    "{{ raise_exception('not ' ~ messages[0].role) }}",
+    "{{ namespace(_a=1) }}",
+    "{{ ''.__class__.x.y }}",
+    "{{",
+]
+
+
+@pytest.mark.parametrize("template", [*SAME, *REFUSED])
+def test_a_template_is_rendered_as_transformers_does(template, base):
+    tokenizer = with_template(base, template)
+    turns = [{"role": "user", "content": " Why is “it” 7?\n"}, {"role": "assistant", "content": "a\x0b\u2028"}]
+    theirs = TokenizerWrapper(tokenizer._tokenizer).apply_chat_template
+    if template in SAME:
+        assert tokenizer.apply_chat_template(turns, tokenize=False) == theirs(turns, tokenize=False) != ""
+        return
+    with pytest.raises(Exception) as error:
+        theirs(turns)
+    with pytest.raises(UserError, match="the chat template refuses several turns") as ours:
+        tokenizer.apply_chat_template(turns)
+    assert "namespace" in template or " ".join(str(error.value).split())[:50].rstrip(".") in str(ours.value)
+
+
+def test_the_process_of_a_template_ends_with_who_has_it(base, tmp_path):
+    template = template_of("m", "{{ messages[0].content }}")
+    process = template._process
+    assert process is not None and process.poll() is None
+    for _ in range(500):  # without waiting for one to start
+        assert template.render(messages=[{"content": "a"}]) == "a"
+    assert template._process is process
+    del template
+    template_of.cache_clear()
+    assert process.poll() is not None
+
+
 def test_what_real_templates_use_is_not_refused(copied):
     """Trying a template must not fail where transformers renders it; and the date that is written is one date."""
     from safesteer_mlx.method.prompts import TODAY, render
@@ -1205,11 +1296,4 @@ pieces = st.sampled_from([piece.strip() for piece in PIECES.replace("\n|", " |")
 @settings(QUICK, max_examples=12 * MORE)
 @given(text=st.lists(pieces, max_size=12).map(" ".join))
 def test_fuzz_chat_templates(text, base):
-    tokenizer = copy.copy(base.tokenizer._tokenizer)
-    tokenizer.chat_template = text
-
-    def read() -> None:
-        check_template("m", text, {"bos_token": "<s>"})
-        prompts.render(_guarded("m", TokenizerWrapper(tokenizer), base.vocabulary), "Why?")
-
-    only_user_errors(read)
+    only_user_errors(lambda: prompts.render(with_template(base, text), "Why?"))

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .chat_template import check_template
+from .chat_template import check_template, rendered_elsewhere
 from .files import user_path
 from .hub import headers, is_offline, model_folder
 from .model_files import (
@@ -180,7 +180,7 @@ def read_tokenizer(
     if chat and tokenizer.chat_template is not None:
         with _explained(name, "chat template"):
             template = tokenizer.get_chat_template()
-        check_template(name, template, tokenizer.special_tokens_map)
+        check_template(name, template)
     return _guarded(name, tokenizer, size)
 
 
@@ -233,7 +233,8 @@ def _guarded(name: str, tokenizer: Any, size: int) -> Any:
 
     def apply_chat_template(turns: Any, *args: Any, **options: Any) -> Any:
         try:
-            return checked(tokenizer.apply_chat_template(turns, *args, **options))
+            with rendered_elsewhere(name):
+                return checked(tokenizer.apply_chat_template(turns, *args, **options))
         except UserError:
             raise
         except Exception as error:

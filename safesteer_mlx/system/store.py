@@ -386,10 +386,9 @@ class Store(RunFolder):
                 assert isinstance(arrays, dict)
                 if any((a.shape, a.dtype) != like.get(name, (a.shape, a.dtype)) for name, a in arrays.items()):
                     raise ValueError("other arrays")
-                rows = [a for a in arrays.values() if a.ndim and not mx.issubdtype(a.dtype, mx.inexact)]
-                if "token" in self._known and any(
-                    i not in self._known["token"] for row in rows for i in np.array(row).ravel().tolist()
-                ):
+                rows = [np.array(a) for a in arrays.values() if a.ndim and not mx.issubdtype(a.dtype, mx.inexact)]
+                tokens = self._known.get("token", range(2**31))
+                if any(i not in tokens for row in rows for i in row.ravel().tolist()):
                     raise ValueError("other tokens")
             except (ValueError, TypeError, KeyError):
                 self.damaged.append(file.name)
