@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -694,6 +695,46 @@ def test_chat_templates(name, copied, tmp_path, capsys):
     started = time.monotonic()
     assert expected in refused(capsys, tmp_path, str(copied))
     assert time.monotonic() - started < 20  # 2, where no other process wants the processor
+
+
+PANICS = {
+    "in its model": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}},
+    "in its normalizer": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "at a text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            **{"single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": [], "special_tokens": {}},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_of_a_panic_only_our_sentence_is_shown(name, copied, capfd):
+    change(copied, "tokenizer.json", **PANICS[name])
+    assert of_the_tokenizer(copied, lambda base: base.tokenizer.encode("a")) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "cannot be loaded, tokenizer: " in said and "panicked" not in said
+
+
+def test_what_is_written_while_a_tokenizer_works_is_shown(base, capfd, monkeypatch):
+    def encode(text):
+        os.write(2, b"natively\n")
+        print("by Python", file=sys.stderr)
+        raise {"interrupt": KeyboardInterrupt, "error": ValueError("no such text")}[text]
+
+    loud = _guarded("m", SimpleNamespace(encode=encode), 9)
+    for text, kind in (("interrupt", KeyboardInterrupt), ("error", UserError)):
+        with pytest.raises(kind):
+            loud.encode(text)
+        assert sorted(capfd.readouterr().err.splitlines()) == ["by Python", "natively"]
+    shown = os.dup(2)
+    os.close(2)
+    try:
+        assert base.tokenizer.encode("a")
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 def with_template(base, template: str):
