@@ -244,7 +244,7 @@ def _run(argv: list[str] | None) -> None:
     dry_run = flags.pop("dry_run", False)
     verdict_only, force = flags.pop("verdict_only", False), flags.pop("force", False)
     if resume is not None:
-        yaml_file, flags = _settings_of(Path(resume), flags, preset, yaml_file)
+        yaml_file, flags = _settings_of(user_path(resume), flags, preset, yaml_file)
     # A mistake in a setting, a folder or a file is told before anything is fetched.
     draft = resolve({}, flags, preset, yaml_file)[0]
     run = draft.run

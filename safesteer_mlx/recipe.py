@@ -412,6 +412,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
             raise UserError(f"{subject} is too small; it must be above {meta['above']:g}")
         if "most" in meta and value > meta["most"]:
             raise UserError(f"{subject} is too large; it must be at most {meta['most']}")
+    if name == "adapter_path":
+        value = str(user_path(value))
     if name == "memory_limit":
         parse_bytes(value)
     if name == "select_checkpoint":
@@ -649,12 +651,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's own.
+        """As argparse's own, `~` and `~name` resolved in paths.
 
         Raises:
-            UserError: an unknown flag, with the nearest known one, or a word too many.
+            UserError: an unknown flag, with the nearest known one, a word too many, or as `user_path`.
         """
         arguments, unknown = self.parse_known_args(args, namespace)
+        vars(arguments).update({k: user_path(v) for k, v in vars(arguments).items() if isinstance(v, Path)})
         if unknown:
             word = unknown[0]
             if not word.startswith("-"):
@@ -776,4 +779,4 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
             raise UserError(
                 f"flag coeff_grid = {_shown(flags['coeff_grid'])} must be a list of numbers above 0; change it"
             ) from None
-    return flags, preset, Path(config) if config else None
+    return flags, preset, user_path(config) if config else None

@@ -32,7 +32,7 @@ from safesteer_mlx.method.safety_tokens import SafetyTokens
 from safesteer_mlx.method.teacher import ChosenTeacher, Outcomes
 from safesteer_mlx.method.token_file import read_rows
 from safesteer_mlx.method.train import OwnOpenings, Rollouts, TrainingLog
-from safesteer_mlx.recipe import read_yaml
+from safesteer_mlx.recipe import read_yaml, resolve
 from safesteer_mlx.system.files import DEEPEST, parse_json, read_json, write_out
 from safesteer_mlx.system.finished import RECORD, finished_run, read_record
 from safesteer_mlx.system.model_files import read_header
@@ -509,6 +509,9 @@ def test_a_number_beyond_its_range_is_told_and_nothing_is_written(command, flags
 TILDE = "~no-such-user-here/x"
 LOST = {
     "data": (align.main, ["--data", TILDE]),
+    "adapters to write": (align.main, ["--iters", "0", "--adapter-path", TILDE]),
+    "a run to go on with": (align.main, ["--resume", TILDE]),
+    "settings": (align.main, ["-c", TILDE]),
     "adapters to begin from": (align.main, ["--resume-adapter-file", TILDE]),
     "model": (align.main, [TILDE]),
     "evaluate's model": (evaluate.main, [TILDE]),
@@ -535,6 +538,43 @@ def test_a_path_that_leads_nowhere_is_one_sentence(case, path, tmp_path, capsys,
     before = tree(tmp_path)
     refused(capsys, main, *(word.replace(TILDE, path) for word in argv))
     assert tree(tmp_path) == before
+
+
+HOME = {
+    "adapters to write": (align.main, ["--adapter-path", "~/new", "--model", "./nowhere"], "model folder ./nowhere"),
+    "a run to go on with": (align.main, ["--resume", "~/run"], "holds no run"),
+    "settings": (align.main, ["-c", "~/a.yaml"], "unknown key 'sed'"),
+    "a run to report on": (report.main, ["~/empty"], "holds no"),
+    "a run's tokens": (tokens.main, ["~/run", "--veto", " plain", "--out", "~/safe.json"], "exists already"),
+    "scores": (evaluate.main, ["--out", "~/empty"], "is a folder"),
+    "a text": (evaluate.main, ["--perplexity", "~/empty"], "it is a folder"),
+    "counts": (verify.main, ["~/run", "--against", "x", "--out", "~/empty"], "is a folder"),
+    "adapters to talk to": (chat.main, ["--adapter-path", "~/run"], "holds no adapter_config.json"),
+    "a run to export": (export.main, ["~/empty", "--to", "mlx"], "holds no run of align"),
+}
+
+
+@pytest.mark.parametrize("case", HOME)
+def test_a_tilde_is_the_home_wherever_a_path_is_given(case, tmp_path, capsys, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    write_run(home / "run", files())
+    (home / "empty").mkdir()
+    here.mkdir()
+    (home / "a.yaml").write_text("sed: 1\n")
+    (home / "safe.json").touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    main, argv, expected = HOME[case]
+    said = refused(capsys, main, *argv)
+    assert expected in said and not list(here.iterdir())
+    assert "home" in said or "model folder" in said
+
+
+def test_the_adapters_are_written_where_the_tilde_leads(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve({}, {"adapter_path": "~/new"})[0].run.adapter_path == str(tmp_path / "new")
+    with pytest.raises(UserError, match=r"~no-such-user-here/x: no home folder is known for its ~"):
+        resolve({}, {"adapter_path": TILDE})
 
 
 def test_without_a_home_a_tilde_is_one_sentence(monkeypatch):
