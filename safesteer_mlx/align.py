@@ -67,6 +67,8 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     check_output(folder)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
+    if not recipe.run.transcripts:
+        run.store.forget_answers()
     prompts = training_prompts(run)
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
     check_space(run, student, prompts)
@@ -161,14 +163,11 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
 
     from .evals.scores import transcripts
     from .method.prompts import given_files
-    from .system.store import BASE_ANSWERS
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
-    if not run.recipe.run.transcripts:
-        (store.path / BASE_ANSWERS).unlink(missing_ok=True)
-    else:
+    if run.recipe.run.transcripts:
         store.text("transcripts.jsonl", _json_lines(transcripts(scores)))
     own = {"own_sets": sorted(given_files(run.recipe.run.data))}
     store.json("manifest.json", _manifest(run.base, store.path.parent) | own | {"not_aligned": not_aligned})

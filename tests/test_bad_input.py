@@ -780,6 +780,44 @@ def test_a_template_that_does_its_worst_at_some_text_alone(name, base):
     assert tokenizer.apply_chat_template(plain) == ids and ids  # in a process that is new
 
 
+SECRET = "move the zyxwv lamp"
+
+
+def rows(folder: Path, **sets: list[object]) -> list[str]:
+    folder = folder / "data"
+    folder.mkdir()
+    for name, items in sets.items():
+        (folder / f"{name}.jsonl").write_text("".join(i if isinstance(i, str) else f"{json.dumps(i)}\n" for i in items))
+    return ["--data", str(folder)]
+
+
+ONE = {"instruction": SECRET}
+UNTOLD = {
+    "raised by a template": lambda t, b: with_template(b, "{{ raise_exception('no ' ~ " + LAST + ") }}"),
+    "raised with much else": lambda t, b: with_template(b, "{{ raise_exception(" + LAST + " ~ 'a' * 2000) }}"),
+    "missing in a template": lambda t, b: with_template(b, "{{ {}[" + LAST + "].x }}"),
+    "no number": lambda t, b: with_template(b, "{{ strftime_now([" + LAST + "]) }}{{ " + LAST + " + 1 }}"),
+    "in two sets": lambda t, b: rows(t, harmful_train=[ONE], harmful_test=[ONE]),
+    "half a line": lambda t, b: rows(t, harmful_train=[json.dumps(ONE)[:-2]]),
+    "of another form": lambda t, b: rows(t, harmful_train=[{"text": [SECRET]}]),
+    "a list": lambda t, b: rows(t, harmful_train=[[SECRET]]),
+    "without an answer": lambda t, b: rows(t, capability_test=[ONE]),
+    "too long": lambda t, b: [*rows(t, harmful_train=[{"instruction": SECRET * 3}]), "--max-prompt-length", "8"],
+    "too few": lambda t, b: [*rows(t, harmful_train=[ONE]), "--direction-train", "100000"],
+}
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_what_is_said_holds_no_prompt(case, base, tmp_path, capsys):
+    made = UNTOLD[case](tmp_path, base)
+    if isinstance(made, list):
+        assert main(["--adapter-path", str(tmp_path / "out"), *made]) == 2
+    else:
+        assert exit_code(lambda: prompts.render(made, SECRET) and None) == 2
+    said = "".join(capsys.readouterr())
+    assert "safesteer-mlx: " in said and "zyxwv" not in said, said
+
+
 SAME = [
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}",
     "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}|{{ messages | tojson(separators=(',', ':')) }}",

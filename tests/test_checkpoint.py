@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -119,6 +120,36 @@ def test_ids_that_were_forged_into_a_state_are_found_anew(variant, tmp_path, mon
     assert all(f"{name}isdamaged" in said for name in expected), said
     for name in COMPARED:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+# A run that kills itself once it has trained a step and drawn for the next.
+KILLED = """
+import os, signal, sys
+from safesteer_mlx.align import main
+from safesteer_mlx.method import train as stage
+whole = stage.train
+def dies(*given):
+    for n, event in enumerate(whole(*given), 1):
+        yield event
+        if n == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+stage.train = dies
+main(sys.argv[1:])
+"""
+
+
+def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_path):
+    run = tmp_path / "adapters" / "run"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "base_answers.json").write_text("{}")  # an earlier run's
+    flags = ["--iters", "2", "--direction-train", "24", "--direction-validation", "8", "--token-samples", "1"]
+    flags += ["--coeff", "0.7", "--horizon", "2", "--batch-size", "4", "--save-every", "1", "--prefill-ratio", "0.5"]
+    command = [sys.executable, "-c", KILLED, "--adapter-path", str(run.parent), *flags]
+    done = subprocess.run([*command, "--no-transcripts"], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {p.name for p in run.rglob("*") if p.is_file()}
+    assert {"step-000001.json", "teacher.json"} <= left
+    assert not left & {"base_answers.json", "rollouts.json", "own_openings.json", "transcripts.jsonl"}
 
 
 def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

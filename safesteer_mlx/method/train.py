@@ -644,7 +644,8 @@ def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingProm
     prefill = 0.0 if run.base.thinks else settings.prefill_ratio
     if not prefill and not settings.wrap_ratio:
         return None
-    own = run.once(find_own_openings, prompts).ids if prefill else {}
+    find = run.once if run.recipe.run.transcripts else lambda stage, of: stage(run, of)
+    own = find(find_own_openings, prompts).ids if prefill else {}
     systems = takes_system_turn(tokenizer)
     return Framer(tokenizer, prefill, settings.wrap_ratio, settings.max_prompt_length, systems, own)
 
@@ -738,7 +739,8 @@ def train_student(
             score_once()  # where an interrupt left it out
             for event in train(training, step, rollouts):
                 if isinstance(event, Rollouts):
-                    store.keep("rollouts", encoded(event))
+                    if run.recipe.run.transcripts:  # else they are drawn again, the same
+                        store.keep("rollouts", encoded(event))
                     continue
                 if moving is not None:
                     moving.move(event.step)

@@ -229,7 +229,11 @@ def _answer(render: Any, request: str, now: list[str]) -> dict[str, str]:
     except MemoryError:
         raise
     except Exception as error:
-        return {"error": str(error)[:1000] or type(error).__name__}
+        reason = str(error)
+        said = [turn.get("content") for turn in content["given"]["messages"]]
+        for text in filter(None, said):  # a prompt is told to nobody
+            reason = reason.replace(text if isinstance(text, str) else json.dumps(text), "…")
+        return {"error": reason[:1000] or type(error).__name__}
     if len(text) > _WRITTEN + 8 * len(request):
         os._exit(_TOO_LONG)
     return {"text": text}

@@ -49,6 +49,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 KEPT = 2  # states of steps
 BASE_ANSWERS = "base_answers.json"  # what the base answered to held-out prompts, whichever run asked
+ANSWERS = ("rollouts.json", "own_openings.json")  # of the state, what holds answers
 _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 
 
@@ -399,6 +400,11 @@ class Store(RunFolder):
 
     def _steps(self) -> list[str]:
         return sorted({f.stem for f in self.states.glob("step-*.json")}, reverse=True)
+
+    def forget_answers(self) -> None:
+        """Nothing stays of what a model said, in this run or in one before it here."""
+        for file in (self.path / BASE_ANSWERS, self.path / "transcripts.jsonl", *map(self.states.joinpath, ANSWERS)):
+            file.unlink(missing_ok=True)
 
     def forget_states(self) -> None:
         """The run is done: only its record stays."""
