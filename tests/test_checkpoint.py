@@ -152,6 +152,35 @@ def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_
     assert not left & {"base_answers.json", "rollouts.json", "own_openings.json", "transcripts.jsonl"}
 
 
+# A run that gets a signal while it scores the step that it has saved.
+SIGNALLED = """
+import os, sys, time
+from safesteer_mlx.align import main
+from safesteer_mlx.evals.selection import SavedSteps
+def score(self, step):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)
+SavedSteps.score = score
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_checkpoint_is_scored_is_one_line_and_the_run_goes_on(number, tmp_path, capsys):
+    folder = tmp_path / "adapters"
+    flags = ["--iters", "2", "--direction-train", "24", "--direction-validation", "8", "--token-samples", "1"]
+    flags += ["--coeff", "0.7", "--horizon", "2", "--batch-size", "4", "--save-every", "1", "--test-prompts", "1"]
+    flags += ["--adapter-path", str(folder), "--select-checkpoint", "drift<=9", "--no-report"]
+    command = [sys.executable, "-c", SIGNALLED, str(int(number)), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (128 + number, "safesteer-mlx: interrupted\n")
+    assert "interrupted after 1 of 2 steps" in done.stdout and (folder / "adapters.safetensors").is_file()
+    assert main(["--resume", str(folder)]) == 0
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+    scores = json.loads((folder / "run" / "selection.json").read_text())["scores"]
+    assert [row["step"] for row in scores] == [1, 2]
+
+
 def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     command = ["--adapter-path", str(tmp_path / "adapters"), *SHORT]
     stop_after(monkeypatch, 3, lambda: PagingError("training used 9.9 GB, the same command with --yes goes on"))

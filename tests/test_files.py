@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from runs import files, write_run
 
-from safesteer_mlx import align, chat, evaluate, export, report, tokens, verify
+from safesteer_mlx import align, chat, compare, evaluate, export, report, tokens, verify
 from safesteer_mlx.evals.fidelity import recorded
 from safesteer_mlx.evals.heldout import BaseAnswers, perplexity
 from safesteer_mlx.evals.judge_model import read_template
@@ -523,6 +523,7 @@ LOST = {
     "chat's adapters": (chat.main, ["--adapter-path", TILDE]),
     "report": (report.main, [TILDE]),
     "tokens": (tokens.main, [TILDE]),
+    "compare": (compare.main, [TILDE, "run"]),
     "verify": (verify.main, [TILDE, "--against", "x"]),
     "export": (export.main, [TILDE, "--to", "mlx"]),
 }
@@ -594,6 +595,10 @@ LEFT = {
     "scores a folder": (evaluate.main, ["--out", "d"], lambda f: (f / "d").mkdir()),
     "scores nowhere": (evaluate.main, ["--out", "d/e/x.json"], lambda f: None),
     "scores in a file": (evaluate.main, ["--out", "d/x.json"], lambda f: (f / "d").touch()),
+    "a page a folder": (compare.main, ["run", "run", "--out", "d"], lambda f: (f / "d").mkdir()),
+    "a page nowhere": (compare.main, ["run", "run", "--out", "d/x.html"], lambda f: None),
+    "a page of one run": (compare.main, ["run", "--out", "x.html"], lambda f: None),
+    "a page of no run": (compare.main, ["run", ".", "--out", "x.html"], lambda f: (f / "run").rename(f / "other")),
     "counts a folder": (verify.main, ["run", "--against", "x", "--out", "d"], lambda f: (f / "d").mkdir()),
     "counts nowhere": (verify.main, ["run", "--against", "x", "--out", "d/x.json"], lambda f: None),
     "tokens a folder": (tokens.main, ["run", "--veto", " plain", "--out", "d"], lambda f: (f / "d").mkdir()),

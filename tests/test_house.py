@@ -28,7 +28,7 @@ ORDER = [
     "evals.tampering evals.judging",
     "evals.attacks evals.fidelity evals.lm_tasks evals.selection report",
     "formats.readers",
-    "align evaluate chat tokens verify export",
+    "align evaluate chat tokens compare verify export",
     "api cli",
     "__main__",
     "direction losses residual safety_tokens",

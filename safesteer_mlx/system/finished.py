@@ -144,6 +144,7 @@ class Timing(TypedDict):
     """timing.json."""
 
     seconds: float
+    peak_bytes: NotRequired[int]
 
 
 class Manifest(TypedDict):
