@@ -52,6 +52,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     Raises:
         UserError: what a user can mend, in one sentence.
     """
+    from .evals.reporting import start_reports
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
@@ -72,6 +73,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     prompts = training_prompts(run)
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
     check_space(run, student, prompts)
+    reports = None if check else start_reports(run)
 
     # 1. Refusal directions: mean activations on harmful minus harmless instructions.
     screen.step("finding what makes the model refuse", STEPS)
@@ -90,7 +92,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     show_verdict(verdict, screen)
     if verdict.word == "stop" and not force:
         raise refuse_to_go_on(verdict)
-    if check:
+    if reports is None:
         return Aligned(folder, verdict, {})
 
     # 3. The safety tokens: what the teacher favours over the base, where it is worth following.
@@ -106,7 +108,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
     saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select_checkpoint else None
     training = make_training(run, student, teacher, tokens, prompts, learning)
-    log = train_student(run, training, moving, saved_steps)
+    log = train_student(run, training, moving, saved_steps, reports.step)
     if saved_steps is not None:
         keep_best(run, student, log.scored)
     save_student(run, student)
@@ -116,6 +118,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     # Before and after, on prompts that no stage has seen.
     screen.step("comparing before and after, on requests that were not trained on", STEPS)
     scores = _before_and_after(run, teacher, student, tokens)
+    reports.scores(len(log.metrics), scores)
     learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
     why = not_aligned(scores["base"], scores["student"], learned)
     _record(run, scores, why, {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds})
@@ -258,8 +261,10 @@ def _run(argv: list[str] | None) -> None:
         direction_counts(named, prompt_sets(named))
     if draft.train.resume_adapter_file is not None:
         read_header(user_path(draft.train.resume_adapter_file))
+    from .evals.reporting import check_report_to
     from .system.load import config_and_headers, load
 
+    check_report_to(run)
     if dry_run:
         from .method.prompts import longest_prompt
         from .system import memory

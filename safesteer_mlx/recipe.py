@@ -85,6 +85,10 @@ class RunSettings:
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
     transcripts_in_report: bool = _setting(False, "put those answers into the page", free=True)
+    report_to: str | None = _setting(
+        None, "tell each step's metrics and the scores to wandb, swanlab or both, as mlx_lm.lora does", free=True
+    )
+    project_name: str | None = _setting(None, "the project there", free=True)
     verbose: bool = _setting(False, "print every count, and what each step found, as the report has it", free=True)
 
 

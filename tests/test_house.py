@@ -25,7 +25,7 @@ ORDER = [
     "method.safety_tokens",
     "method.train",
     "evals.heldout evals.verdict",
-    "evals.tampering evals.judging",
+    "evals.tampering evals.judging evals.reporting",
     "evals.attacks evals.fidelity evals.lm_tasks evals.selection report",
     "formats.readers",
     "align evaluate chat tokens compare verify export",

@@ -29,7 +29,7 @@ times what it rose on harmless ones.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -668,9 +668,14 @@ class StepScorer(Protocol):
 
 
 def train_student(
-    run: Run, training: Training, moving: MovingTeacher | None = None, scorer: StepScorer | None = None
+    run: Run,
+    training: Training,
+    moving: MovingTeacher | None = None,
+    scorer: StepScorer | None = None,
+    tell: Callable[[Step], None] = lambda row: None,
 ) -> TrainingLog:
-    """Train the student to the end, from where the run's store left it, and keep its adapters.
+    """Train the student to the end, from where the run's store left it, and keep its adapters; `tell` hears of each
+    step.
 
     Raises:
         UserError: the first step moved nothing, the first few had no gradient to speak of (unless the run is forced),
@@ -748,6 +753,7 @@ def train_student(
                 now = time.monotonic()
                 log.metrics.append({k: None if v != v else v for k, v in asdict(event).items()})  # NaN is not JSON
                 log.seconds.append(round(now - began, 3))
+                tell(log.metrics[-1])
                 if settings.keep_best and best_step(log.metrics) == event.step:
                     best = dict(tree_flatten(student.trainable_parameters()))
                 began, step, total, last = now, event.step, event.steps, state()

@@ -101,7 +101,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.kill()  # nothing, if it has ended
     for pipe in (process.stdin, process.stdout):
         with suppress(OSError):  # what it did not read
-            pipe and pipe.close()
+            if pipe is not None:
+                pipe.close()
     process.wait()
 
 
@@ -249,7 +250,7 @@ def _serve() -> None:
     start, now = json.loads(sys.stdin.readline()), [""]
     sys.path[:] = start["path"]
     environment = _environment(now)
-    compiled = lru_cache(environment.from_string)  # that too is done within the limits
+    compiled: Any = lru_cache(environment.from_string)  # that too is done within the limits
 
     def render(given: dict[str, Any]) -> str:
         return compiled(start["template"]).render(given)

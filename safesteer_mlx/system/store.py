@@ -71,7 +71,7 @@ def check_output(folder: Path) -> None:
         other = sorted({p.name for p in folder.iterdir() if not p.name.startswith(".")} - _OURS)
         record = {p.name for p in (folder / "run").iterdir()} if (folder / "run").is_dir() else set()
         # A run that was killed at its first write has no recipe yet.
-        unfinished = {"checkpoint", ".recipe.yaml.part", BASE_ANSWERS}
+        unfinished = {"checkpoint", "reports", ".recipe.yaml.part", BASE_ANSWERS}
         ours = "recipe.yaml" in record or ((folder / "run").is_dir() and record <= unfinished)
         if other or (any(folder.iterdir()) and not ours):
             named = other[0] if other else "something that is not a safesteer-mlx run"
