@@ -231,9 +231,9 @@ def _answer(render: Any, request: str, now: list[str]) -> dict[str, str]:
         raise
     except Exception as error:
         reason = str(error)
-        said = [turn.get("content") for turn in content["given"]["messages"]]
-        for text in filter(None, said):  # a prompt is told to nobody
-            reason = reason.replace(text if isinstance(text, str) else json.dumps(text), "…")
+        for said in (turn.get("content") for turn in content["given"]["messages"]):
+            if isinstance(said, str) and len(said) > 4:  # a prompt, which is told to nobody; not our "a"
+                reason = reason.replace(said, "…")
         return {"error": reason[:1000] or type(error).__name__}
     if len(text) > _WRITTEN + 8 * len(request):
         os._exit(_TOO_LONG)
