@@ -71,6 +71,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     Raises:
         UserError: what a user can mend, in one sentence.
     """
+    from .evals.reporting import start_reports
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
@@ -88,9 +89,12 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
         check_output(folder)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
+    if not recipe.run.transcripts:
+        run.store.forget_answers()
     prompts = training_prompts(run)
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
     check_space(run, student, prompts)
+    reports = None if check else start_reports(run)
     if not screen.console.quiet:
         screen.plan(plan_seconds(run, measure_rates(run)))
 
@@ -111,7 +115,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     show_verdict(verdict, screen)
     if verdict.word == "stop" and not force:
         raise refuse_to_go_on(verdict)
-    if check:
+    if reports is None:
         return Aligned(folder, verdict, {})
 
     # 3. The safety tokens: what the teacher favours over the base, where it is worth following.
@@ -127,7 +131,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
     saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select_checkpoint else None
     training = make_training(run, student, teacher, tokens, prompts, learning)
-    log = train_student(run, training, moving, saved_steps)
+    log = train_student(run, training, moving, saved_steps, reports.step)
     if saved_steps is not None:
         keep_best(run, student, log.scored)
     save_student(run, student)
@@ -137,6 +141,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     # Before and after, on prompts that no stage has seen.
     screen.step(STEPS)
     scores = _before_and_after(run, teacher, student, tokens)
+    reports.scores(len(log.metrics), scores)
     learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
     why = not_aligned(scores["base"], scores["student"], learned)
     if run.store.ours:
@@ -187,15 +192,12 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
     from .evals.last_screen import outcome
     from .evals.scores import transcripts
     from .method.prompts import given_files
-    from .system.store import BASE_ANSWERS
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
     store.json("outcome.json", outcome(scores, not_aligned))
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
-    if not run.recipe.run.transcripts:
-        (store.path / BASE_ANSWERS).unlink(missing_ok=True)
-    else:
+    if run.recipe.run.transcripts:
         store.lines("transcripts.jsonl", transcripts(scores))
     own = {"own_sets": sorted(given_files(run.recipe.run.data))}
     store.json("manifest.json", _manifest(run.base, store.path.parent) | own | {"not_aligned": not_aligned})
@@ -269,7 +271,7 @@ def _run(argv: list[str] | None) -> None:
     first = machines.join().first
     if resume is not None:
         flags["adapter_path"] = resume
-        yaml_file = _settings_of(Path(resume), preset, yaml_file) if first else None
+        yaml_file = _settings_of(user_path(resume), preset, yaml_file) if first else None
     given = machines.here().share(read_yaml(yaml_file) if first and yaml_file is not None else {})
     if not first:  # settings files are on the first machine
         flags, yaml_file = given | flags, None
@@ -292,8 +294,10 @@ def _run(argv: list[str] | None) -> None:
         direction_counts(named, prompt_sets(named))
     if draft.train.resume_adapter_file is not None:
         read_header(user_path(draft.train.resume_adapter_file))
+    from .evals.reporting import check_report_to
     from .system.load import config_and_headers, load
 
+    check_report_to(run)
     if dry_run:
         from .method.prompts import longest_prompt
         from .system import memory

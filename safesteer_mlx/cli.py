@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "talk to a model and its aligned form side by side",
     "tokens": "show a run's safety tokens, write an edited set",
     "report": "make report.html from a finished run",
+    "compare": "show runs side by side: settings that differ, scores with intervals",
     "export": "write what a run made for others to use, or upload it, and check it",
     "verify": "hold an export, or a running server, against what its run scored",
 }

@@ -98,6 +98,10 @@ class RunSettings:
         free=True,
     )
     watch_port: int = _setting(0, "port of that page; 0 takes any that is free", least=0, most=65535, free=True)
+    report_to: str | None = _setting(
+        None, "tell each step's metrics and the scores to wandb, swanlab or both, as mlx_lm.lora does", free=True
+    )
+    project_name: str | None = _setting(None, "the project there", free=True)
     verbose: bool = _setting(False, "print every count, and what each step found, as the report has it", free=True)
 
 
@@ -432,6 +436,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
             raise UserError(f"{subject} is too small; it must be above {meta['above']:g}")
         if "most" in meta and value > meta["most"]:
             raise UserError(f"{subject} is too large; it must be at most {meta['most']}")
+    if name == "adapter_path":
+        value = str(user_path(value))
     if name == "memory_limit":
         parse_bytes(value)
     if name == "select_checkpoint":
@@ -669,12 +675,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's own.
+        """As argparse's own, `~` and `~name` resolved in paths.
 
         Raises:
-            UserError: an unknown flag, with the nearest known one, or a word too many.
+            UserError: an unknown flag, with the nearest known one, a word too many, or as `user_path`.
         """
         arguments, unknown = self.parse_known_args(args, namespace)
+        vars(arguments).update({k: user_path(v) for k, v in vars(arguments).items() if isinstance(v, Path)})
         if unknown:
             word = unknown[0]
             if not word.startswith("-"):
@@ -796,4 +803,4 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
             raise UserError(
                 f"flag coeff_grid = {_shown(flags['coeff_grid'])} must be a list of numbers above 0; change it"
             ) from None
-    return flags, preset, Path(config) if config else None
+    return flags, preset, user_path(config) if config else None

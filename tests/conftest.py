@@ -9,6 +9,11 @@ import safesteer_mlx  # isort: skip  # noqa: F401  before MLX, so that OpenBLAS 
 
 import importlib
 import inspect
+import resource
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -38,6 +43,66 @@ def build(name: str, seed: int = 0):
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+# What bad input may take, of the processor and of memory: a case of these files that takes more fails.
+TABLES = ("test_bad_input.py", "test_files.py", "test_interrupted_and_odd.py")
+MOST_SECONDS, MOST_BYTES = 2.0, 512 * 2**20
+LONGER = ("test_models[tokenizer without words]",)  # is told by what the base answers
+
+
+def _memory(name: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes; 0 where the system does not say."""
+    if not Path("/proc/self/status").exists():
+        return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def _children() -> int:
+    """The most memory that any child had, in bytes, told only where it is more than this process had: a child's
+    counts from what its parent had when it was made."""
+    peak, own = (resource.getrusage(of).ru_maxrss for of in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+    return peak * (1 if sys.platform == "darwin" else 1024) if peak > own else 0
+
+
+@cache
+def _all_imported() -> None:
+    from safesteer_mlx.recipe import MODELS
+    from safesteer_mlx.system.load import load
+
+    load(str(MODELS / "tiny-chat"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if item.path.name not in TABLES:
+        return (yield)
+    _all_imported()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    held, began, before = _memory("VmRSS"), sum(os.times()[:4]), _children()
+    result = yield
+    took, grew = sum(os.times()[:4]) - began, _memory("VmHWM") - held
+    grew = max(grew, peak) if (peak := _children()) > before else grew
+    item.user_properties.append(("took", (took, grew)))
+    if hasattr(item, "callspec") and item.name not in LONGER:
+        assert took <= MOST_SECONDS, f"{took:.1f} s of the processor, more than {MOST_SECONDS}"
+        assert grew <= MOST_BYTES, f"{grew >> 20} MB, more than {MOST_BYTES >> 20}"
+    return result
+
+
+def pytest_terminal_summary(terminalreporter):
+    took = [
+        (*value, report.nodeid)
+        for report in terminalreporter.stats.get("passed", [])
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "took"
+    ]
+    for which, title in enumerate(("slowest", "largest")):
+        for row in sorted(took, key=lambda row: -row[which])[:3]:
+            terminalreporter.line(f"{title} of the tables: {row[0]:.1f} s, {row[1] >> 20} MB, {row[2]}")
 
 
 def pytest_collection_modifyitems(items):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -25,7 +26,7 @@ from safesteer_mlx.align import main
 from safesteer_mlx.method import framing, prompts
 from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
-from safesteer_mlx.system.chat_template import check_template
+from safesteer_mlx.system.chat_template import check_template, template_of
 from safesteer_mlx.system.finished import RECORD, read_record
 from safesteer_mlx.system.load import _guarded
 from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, check_weights, read_header
@@ -697,6 +698,175 @@ def test_chat_templates(name, copied, tmp_path, capsys):
     assert time.monotonic() - started < 20  # 2, where no other process wants the processor
 
 
+PANICS = {
+    "in its model": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}},
+    "in its normalizer": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "at a text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            **{"single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": [], "special_tokens": {}},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_of_a_panic_only_our_sentence_is_shown(name, copied, capfd):
+    change(copied, "tokenizer.json", **PANICS[name])
+    assert of_the_tokenizer(copied, lambda base: base.tokenizer.encode("a")) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "cannot be loaded, tokenizer: " in said and "panicked" not in said
+
+
+def test_what_is_written_while_a_tokenizer_works_is_shown(base, capfd, monkeypatch):
+    def encode(text):
+        os.write(2, b"natively\n")
+        print("by Python", file=sys.stderr)
+        raise {"interrupt": KeyboardInterrupt, "error": ValueError("no such text")}[text]
+
+    loud = _guarded("m", SimpleNamespace(encode=encode), 9)
+    for text, kind in (("interrupt", KeyboardInterrupt), ("error", UserError)):
+        with pytest.raises(kind):
+            loud.encode(text)
+        assert sorted(capfd.readouterr().err.splitlines()) == ["by Python", "natively"]
+    shown = os.dup(2)
+    os.close(2)
+    try:
+        assert base.tokenizer.encode("a")
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+
+
+def with_template(base, template: str):
+    """The bundled model's tokenizer with another template, as `load` would give it."""
+    tokenizer = copy.copy(base.tokenizer._tokenizer)
+    tokenizer.chat_template = template
+    check_template("m", template)
+    return _guarded("m", TokenizerWrapper(tokenizer), base.vocabulary)
+
+
+LAST = "messages[-1].content"
+AT_A_TEXT = {
+    "a loop": ("{% if 'x' in " + LAST + " %}" + LOOP + "{% endif %}", "does not end within a second"),
+    "a loop at a turn": ("{% if messages | length == 5 %}" + LOOP + "{% endif %}", "within a second"),
+    "a loop at a length": ("{% if " + LAST + " | length == 3 %}" + LOOP + "{% endif %}", "within a second"),
+    "a loop by chance": ("{% if range(90000) | random and 'x' in " + LAST + " %}" + LOOP + "{% endif %}", "a second"),
+    "a number too large": ("{{ (10 ** (10 ** (" + LAST + " | int))) % 7 }}", "within a second"),
+    "a width": ("{% if 'x' in " + LAST + " %}{{ '%999999999d' % 1 }}{% endif %}", "more than 512 MB"),
+    "as many as it says": ("{{ (['a'] * " + LAST + " | int) | length }}", "more than 512 MB"),
+    "a text many times": ("{{ ('a' * " + LAST + " | int) | length }}", "more than 512 MB"),
+    "written many times": ("{{ 'a' * (" + LAST + " | int // 200) }}", "more than 1000000 characters"),
+    "replaced again and again": (
+        "{% if 'x' in " + LAST + " %}" + REPLACED + "{% endfor %}{{ n.x | length }}{% endif %}",
+        "more than 512 MB",
+    ),
+}
+EVIL = {"a loop at a turn": "a", "a number too large": "9", "a loop at a length": "abc"} | {
+    name: "999999999" for name in ("as many as it says", "a text many times", "written many times")
+}
+
+
+@pytest.mark.parametrize("name", AT_A_TEXT)
+def test_a_template_that_does_its_worst_at_some_text_alone(name, base):
+    template, expected = AT_A_TEXT[name]
+    tokenizer = with_template(base, template + "{{ " + LAST + " }}<|im_start|>")
+    turns = [{"role": "user", "content": EVIL.get(name, "an x")}] * (5 if "turn" in name else 1)
+    plain = [{"role": "user", "content": "move it"}]
+    ids = tokenizer.apply_chat_template(plain)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"the chat template of model m .*{expected}.*; choose another model"):
+        tokenizer.apply_chat_template(turns)
+    assert time.monotonic() - started < 20  # 2, where no other process wants the processor
+    assert tokenizer.apply_chat_template(plain) == ids and ids  # in a process that is new
+
+
+SECRET = "move the zyxwv lamp"
+
+
+def rows(folder: Path, **sets: list[object]) -> list[str]:
+    folder = folder / "data"
+    folder.mkdir()
+    for name, items in sets.items():
+        (folder / f"{name}.jsonl").write_text("".join(i if isinstance(i, str) else f"{json.dumps(i)}\n" for i in items))
+    return ["--data", str(folder)]
+
+
+ONE = {"instruction": SECRET}
+UNTOLD = {
+    "raised by a template": lambda t, b: with_template(b, "{{ raise_exception('no ' ~ " + LAST + ") }}"),
+    "raised with much else": lambda t, b: with_template(b, "{{ raise_exception(" + LAST + " ~ 'a' * 2000) }}"),
+    "missing in a template": lambda t, b: with_template(b, "{{ {}[" + LAST + "].x }}"),
+    "no number": lambda t, b: with_template(b, "{{ strftime_now([" + LAST + "]) }}{{ " + LAST + " + 1 }}"),
+    "in two sets": lambda t, b: rows(t, harmful_train=[ONE], harmful_test=[ONE]),
+    "half a line": lambda t, b: rows(t, harmful_train=[json.dumps(ONE)[:-2]]),
+    "of another form": lambda t, b: rows(t, harmful_train=[{"text": [SECRET]}]),
+    "a list": lambda t, b: rows(t, harmful_train=[[SECRET]]),
+    "without an answer": lambda t, b: rows(t, capability_test=[ONE]),
+    "too long": lambda t, b: [*rows(t, harmful_train=[{"instruction": SECRET * 3}]), "--max-prompt-length", "8"],
+    "too few": lambda t, b: [*rows(t, harmful_train=[ONE]), "--direction-train", "100000"],
+}
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_what_is_said_holds_no_prompt(case, base, tmp_path, capsys):
+    made = UNTOLD[case](tmp_path, base)
+    if isinstance(made, list):
+        assert main(["--adapter-path", str(tmp_path / "out"), *made]) == 2
+    else:
+        assert exit_code(lambda: prompts.render(made, SECRET) and None) == 2
+    said = "".join(capsys.readouterr())
+    assert "safesteer-mlx: " in said and "zyxwv" not in said, said
+
+
+SAME = [
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}",
+    "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}|{{ messages | tojson(separators=(',', ':')) }}",
+    "{{ tools }} {{ documents }} {{ add_generation_prompt }} {{ enable_thinking }} {{ eos_token }} {{ no_such }}",
+    "{% set n = namespace(a=1, b='') %}{% set n.b = n.b ~ 'c' %}{{ n.a + 1 }}{{ n.b }}",
+    "{{ dict(a=1, b=[2]).items() | list }}{{ dict.fromkeys('ab', 1) }}",
+    "{% macro f(x, y=2) %}{{ x }}-{{ y }}{% endmacro %}{{ f(1) }}{{ f(1, y=3) }}",
+    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ strftime_now('%d %b %Y') }}",
+    "{{ messages[0].content.split() | join('|') | upper }}{{ messages[0].content[::-1] }}{{ 'ä€😀' }}",
+    "{%- if messages[0].role is string -%}  {{- 'a' -}}  {%- endif -%}  {{ 7 // 2 }}{{ 7 / 2 }}{{ '%05.2f' % 2.5 }}",
+    "{{ [3, 1] | sort | first }}{{ messages | map(attribute='role') | list }}{{ messages | selectattr('x') | list }}",
+]
+REFUSED = [
+    "{{ raise_exception('not ' ~ messages[0].role) }}",
+    "{{ namespace(_a=1) }}",
+    "{{ ''.__class__.x.y }}",
+    "{{",
+]
+
+
+@pytest.mark.parametrize("template", [*SAME, *REFUSED])
+def test_a_template_is_rendered_as_transformers_does(template, base):
+    tokenizer = with_template(base, template)
+    turns = [{"role": "user", "content": " Why is “it” 7?\n"}, {"role": "assistant", "content": "a\x0b\u2028"}]
+    theirs = TokenizerWrapper(tokenizer._tokenizer).apply_chat_template
+    if template in SAME:
+        assert tokenizer.apply_chat_template(turns, tokenize=False) == theirs(turns, tokenize=False) != ""
+        return
+    with pytest.raises(Exception) as error:
+        theirs(turns)
+    with pytest.raises(UserError, match="the chat template refuses several turns") as ours:
+        tokenizer.apply_chat_template(turns)
+    assert "namespace" in template or " ".join(str(error.value).split())[:50].rstrip(".") in str(ours.value)
+
+
+def test_the_process_of_a_template_ends_with_who_has_it(base, tmp_path):
+    template = template_of("m", "{{ messages[0].content }}")
+    process = template._process
+    assert process is not None and process.poll() is None
+    for _ in range(500):  # without waiting for one to start
+        assert template.render(messages=[{"content": "a"}]) == "a"
+    assert template._process is process
+    del template
+    template_of.cache_clear()
+    assert process.poll() is not None
+
+
 def test_what_real_templates_use_is_not_refused(copied):
     """Trying a template must not fail where transformers renders it; and the date that is written is one date."""
     from safesteer_mlx.method.prompts import TODAY, render
@@ -1206,11 +1376,4 @@ pieces = st.sampled_from([piece.strip() for piece in PIECES.replace("\n|", " |")
 @settings(QUICK, max_examples=12 * MORE)
 @given(text=st.lists(pieces, max_size=12).map(" ".join))
 def test_fuzz_chat_templates(text, base):
-    tokenizer = copy.copy(base.tokenizer._tokenizer)
-    tokenizer.chat_template = text
-
-    def read() -> None:
-        check_template("m", text, {"bos_token": "<s>"})
-        prompts.render(_guarded("m", TokenizerWrapper(tokenizer), base.vocabulary), "Why?")
-
-    only_user_errors(read)
+    only_user_errors(lambda: prompts.render(with_template(base, text), "Why?"))

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -90,6 +91,94 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes(variant, events, tmp_path, mo
     for name in COMPARED:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (folder / "run" / "checkpoint").exists()
+
+
+def test_ids_that_were_forged_into_a_state_are_found_anew(variant, tmp_path, monkeypatch, capsys):
+    """By somebody who knows how a state is signed; MLX would read whatever is in memory there."""
+    flags, whole = variant
+    folder = tmp_path / "adapters"
+    stop_after(monkeypatch, 5)
+    assert main(["--adapter-path", str(folder), *flags]) == 130
+    monkeypatch.undo()
+    states = folder / "run" / "checkpoint"
+    store = Store(folder, json.loads((states / "tokens.json").read_text())["made_by"])
+    tokens, drawn = store.found("tokens"), store.found("rollouts")
+    tokens["rows"][0]["id"] = 2_000_000_000
+    drawn["completions"][0]["ids"][0] = -1_000_000_000
+    store.keep("tokens", tokens)
+    store.keep("rollouts", drawn)
+    saved = store.latest()
+    assert saved is not None and saved.step == 2
+    expected = ["tokens.json", "rollouts.json"]
+    if "teacher.tokens" in saved.arrays:
+        store.save(2, saved.arrays | {"teacher.tokens": mx.array([2_000_000_000])}, saved.data)
+        expected.append("step-000002.safetensors")
+    del store  # and its lock
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert all(f"{name}isdamaged" in said for name in expected), said
+    for name in COMPARED:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+# A run that kills itself once it has trained a step and drawn for the next.
+KILLED = """
+import os, signal, sys
+from safesteer_mlx.align import main
+from safesteer_mlx.method import train as stage
+whole = stage.train
+def dies(*given):
+    for n, event in enumerate(whole(*given), 1):
+        yield event
+        if n == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+stage.train = dies
+main(sys.argv[1:])
+"""
+
+
+def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_path):
+    run = tmp_path / "adapters" / "run"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "base_answers.json").write_text("{}")  # an earlier run's
+    flags = ["--iters", "2", "--direction-train", "24", "--direction-validation", "8", "--token-samples", "1"]
+    flags += ["--coeff", "0.7", "--horizon", "2", "--batch-size", "4", "--save-every", "1", "--prefill-ratio", "0.5"]
+    command = [sys.executable, "-c", KILLED, "--adapter-path", str(run.parent), *flags]
+    done = subprocess.run([*command, "--no-transcripts"], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {p.name for p in run.rglob("*") if p.is_file()}
+    assert {"step-000001.json", "teacher.json"} <= left
+    assert not left & {"base_answers.json", "rollouts.json", "own_openings.json", "transcripts.jsonl"}
+
+
+# A run that gets a signal while it scores the step that it has saved.
+SIGNALLED = """
+import os, sys, time
+from safesteer_mlx.align import main
+from safesteer_mlx.evals.selection import SavedSteps
+def score(self, step):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)
+SavedSteps.score = score
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_checkpoint_is_scored_is_one_line_and_the_run_goes_on(number, tmp_path, capsys):
+    folder = tmp_path / "adapters"
+    flags = ["--iters", "2", "--direction-train", "24", "--direction-validation", "8", "--token-samples", "1"]
+    flags += ["--coeff", "0.7", "--horizon", "2", "--batch-size", "4", "--save-every", "1", "--test-prompts", "1"]
+    flags += ["--adapter-path", str(folder), "--select-checkpoint", "drift<=9", "--no-report"]
+    command = [sys.executable, "-c", SIGNALLED, str(int(number)), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (128 + number, "safesteer-mlx: interrupted\n")
+    assert "interrupted after 1 of 2 steps" in done.stdout and (folder / "adapters.safetensors").is_file()
+    assert main(["--resume", str(folder)]) == 0
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+    scores = json.loads((folder / "run" / "selection.json").read_text())["scores"]
+    assert [row["step"] for row in scores] == [1, 2]
 
 
 def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

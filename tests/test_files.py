@@ -6,32 +6,38 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from runs import files, write_run
 
-from safesteer_mlx import align, chat, evaluate, export, report, tokens, verify
+from safesteer_mlx import align, chat, compare, evaluate, export, report, tokens, verify
 from safesteer_mlx.evals.fidelity import recorded
 from safesteer_mlx.evals.heldout import BaseAnswers, perplexity
 from safesteer_mlx.evals.judge_model import read_template
 from safesteer_mlx.evals.lm_tasks import task_name
 from safesteer_mlx.evals.suites import find_suite, load_suite
 from safesteer_mlx.evals.tampering import run_direction
-from safesteer_mlx.method.direction import FoundDirections
+from safesteer_mlx.method.direction import CandidateScores, Direction, FoundDirections
 from safesteer_mlx.method.judge import use_refusal_phrases
 from safesteer_mlx.method.prompts import Instruction, load_instructions
+from safesteer_mlx.method.rollout import Completion, Sampling
 from safesteer_mlx.method.run import most_read
+from safesteer_mlx.method.safety_tokens import SafetyTokens
+from safesteer_mlx.method.teacher import ChosenTeacher, Outcomes
 from safesteer_mlx.method.token_file import read_rows
-from safesteer_mlx.method.train import TrainingLog
-from safesteer_mlx.recipe import read_yaml
+from safesteer_mlx.method.train import OwnOpenings, Rollouts, TrainingLog
+from safesteer_mlx.recipe import read_yaml, resolve
 from safesteer_mlx.system.files import DEEPEST, parse_json, read_json, write_out
 from safesteer_mlx.system.finished import RECORD, finished_run, read_record
 from safesteer_mlx.system.model_files import read_header
 from safesteer_mlx.system.screen import Screen, UserError, visible
-from safesteer_mlx.system.store import Store, save_arrays, write
+from safesteer_mlx.system.store import Store, encoded, save_arrays, write
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +289,12 @@ KEPT = {
 }
 
 
+def directions() -> FoundDirections:
+    """Of a model of 3 blocks of width 2, whose template has 2 ids behind an instruction."""
+    scores = CandidateScores(*(np.zeros((2, 3)) for _ in range(3)))
+    return FoundDirections({"I": 1}, scores, [Direction(-1, 2, mx.ones(2))], [[]], [[1, 2]], [[3, 4]])
+
+
 @pytest.mark.parametrize("case", [*STATES, *(f"kept {name}" for name in KEPT)])
 def test_a_state_of_another_shape_is_damaged_and_found_anew(case, tmp_path):
     import hashlib
@@ -296,7 +308,7 @@ def test_a_state_of_another_shape_is_damaged_and_found_anew(case, tmp_path):
     else:  # by one who knows how a state is signed
         body = KEPT[case.removeprefix("kept ")]
         file.write_text(json.dumps(envelope | {"content": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}))
-    new = FoundDirections({"I": 1}, None, [], [], [], [])  # type: ignore[arg-type]
+    new = directions()
     assert store.once("directions", lambda: new, FoundDirections) is new
     assert store.damaged == ([] if case == "kept null" else ["directions.json"])
 
@@ -318,16 +330,149 @@ STEPS = {
 @pytest.mark.parametrize("case", [*STEPS, "weights of another shape", "weights missing"])
 def test_a_step_of_another_shape_is_damaged_and_the_one_before_it_is_used(case, tmp_path):
     store = Store(tmp_path, "this run")
-    shapes = {"student.w": (3,)}
+    needed = {"student.w": mx.zeros(3)}
     for step in (1, 2):
         name = "student.v" if step == 2 and case == "weights missing" else "student.w"
         width = 4 if step == 2 and case == "weights of another shape" else 3
         store.save(step, {name: mx.zeros(width)}, {"metrics": [], "seconds": [], "scored": []})
     if case in STEPS:
         store.keep("step-000002", STEPS[case](store.found("step-000002")))
-    saved = store.latest(TrainingLog, shapes)
+    saved = store.latest(TrainingLog, needed)
     assert saved is not None and saved.step == 1 and saved.data == TrainingLog([], [], [])
     assert store.damaged == ["step-000002.safetensors"]
+
+
+# Ids of a state: beyond the embedding MLX would read other memory
+
+KNOWN = {
+    "token": range(1856),
+    "block": range(3),
+    "position": range(-2, 0),
+    "opening": range(1, 100),
+    "candidates": {(2, 3)},
+    "stream": {(2,)},
+    "prompt": {(1, 2), (3, 4)},
+}
+OUTCOMES = {"harmful": [], "harmless": [], "broken_harmful": [], "broken_harmless": []}
+WHERE: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "openers": (FoundDirections, lambda i: encoded(directions()) | {"openers": {"I": i}}),
+    "prompts": (FoundDirections, lambda i: encoded(directions()) | {"harmless": [[3, i]]}),
+    "prompts of training": (FoundDirections, lambda i: encoded(directions()) | {"harmful_train": [[i, 2]]}),
+    "tokens": (
+        SafetyTokens,
+        lambda i: {"rows": [files()["tokens.json"][0] | {"id": i}], "explained": 1, "openings": []},
+    ),
+    "own openings": (OwnOpenings, lambda i: {"ids": {"a": [5, i]}}),
+    "rollouts": (Rollouts, lambda i: {"step": 1, "completions": [{"ids": [i], "finished": True, "cut": False}]}),
+}
+IDS = {
+    **{str(i): i for i in (1856, 2_000_000_000, 2**31, 2**70, -1, -1_000_000_000, 1.5, 1e9, 5.0)},
+    **{"null": None, "true": True, "a text": "5", "a list": [5], "an object": {"id": 5}, "a million": [5] * 10**6},
+}
+
+
+def states(of: Path, name: str, content: Any) -> Store:
+    """A store in which somebody who knows how a state is signed has put this."""
+    store = Store(of, "this run", KNOWN)
+    store.keep(name, content)
+    return store
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_state_with_ids_that_the_model_does_not_have_is_damaged(where, tmp_path):
+    kind, forged = WHERE[where]
+    store = states(tmp_path, "good", forged(4 if "prompts" not in where else {"prompts": 4}.get(where, 1)))
+    assert isinstance(store.found_as("good", kind), kind)
+    for name, i in IDS.items():
+        store.keep(name, forged(i))
+        assert store.found_as(name, kind) is None and store.damaged.pop() == f"{name}.json", name
+
+
+FORGED: dict[str, tuple[type, Callable[[], Any]]] = {
+    "a block that is not there": (Direction, lambda: {"position": -1, "layer": 3, "vector": [1, 1]}),
+    "a block from behind": (Direction, lambda: {"position": -1, "layer": -1, "vector": [1, 1]}),
+    "a position that is not there": (Direction, lambda: {"position": -3, "layer": 1, "vector": [1, 1]}),
+    "a vector of another model": (Direction, lambda: {"position": -1, "layer": 1, "vector": [1, 1, 1]}),
+    "a block that is null": (Direction, lambda: {"position": -1, "layer": None, "vector": [1, 1]}),
+    "a prompt of nobody": (FoundDirections, lambda: encoded(directions()) | {"harmful": [[2, 1]]}),
+    "no prompt": (FoundDirections, lambda: encoded(directions()) | {"harmless": []}),
+    "no direction": (FoundDirections, lambda: encoded(directions()) | {"shortlist": [], "failed": []}),
+    "a direction without its tests": (FoundDirections, lambda: encoded(directions()) | {"failed": []}),
+    "no scores": (FoundDirections, lambda: encoded(directions()) | {"scores": None}),
+    "scores of other blocks": (
+        FoundDirections,
+        lambda: encoded(directions()) | {"scores": {name: [[1, 2]] for name in vars(directions().scores)}},
+    ),
+    "answers not judged": (Outcomes, lambda: OUTCOMES | {"harmful": ["refuse"]}),
+    "an opening of nothing": (
+        ChosenTeacher,
+        lambda: {
+            "direction": encoded(directions().shortlist[0]),
+            **{"coeff": 1, "trials": [], "base": OUTCOMES, "teacher": OUTCOMES, "opening": 0},
+        },
+    ),
+    "no safety token": (SafetyTokens, lambda: {"rows": [], "explained": 1, "openings": []}),
+    "a long opening": (OwnOpenings, lambda: {"ids": {"a": [5] * 21}}),
+    "no ids": (Rollouts, lambda: {"step": 1, "completions": [{"ids": None, "finished": True, "cut": False}]}),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_state_that_indexes_what_is_not_there_is_damaged(case, tmp_path):
+    kind, forged = FORGED[case]
+    store = states(tmp_path, "a", forged())
+    assert store.found_as("a", kind) is None and store.damaged == ["a.json"]
+
+
+ARRAYS = {
+    "2e9": mx.array([2_000_000_000]),
+    "-1e9": mx.array([5, -1_000_000_000]),
+    "-1": mx.array([-1]),
+    "the first beyond": mx.array([1856]),
+    "64 bits": mx.array([2**62], mx.int64),
+    "unsigned": mx.array([2**32 - 1], mx.uint32),
+    "a row of rows": mx.array([[5, 2_000_000_000]]),
+    "weights as whole numbers": None,
+    "the best weights of another shape": None,
+    "moments of another shape": None,
+    "a step that is a row": None,
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_a_step_with_other_tokens_or_arrays_is_damaged(case, tmp_path):
+    store, w = Store(tmp_path, "this run", KNOWN), mx.zeros(3)
+    good = {"student.w": w, "optimizer.w.m": w, "optimizer.step": mx.array(1, mx.uint64), "best.w": w}
+    changed = {
+        "weights as whole numbers": {"student.w": mx.zeros(3, mx.int32)},
+        "the best weights of another shape": {"best.w": mx.zeros(4)},
+        "moments of another shape": {"optimizer.w.m": mx.zeros((1, 3))},
+        "a step that is a row": {"optimizer.step": mx.array([1], mx.uint64)},
+    }.get(case, {"teacher.tokens": ARRAYS[case]})
+    needed = {name: array for name, array in good.items() if name != "best.w"}
+    log = {"metrics": [], "seconds": [], "scored": []}
+    store.save(1, good | {"teacher.tokens": mx.array([0, 1855])}, log)
+    store.save(2, good | changed, log)
+    saved = store.latest(TrainingLog, needed, {"best.w": w})
+    assert saved is not None and saved.step == 1 and store.damaged == ["step-000002.safetensors"]
+
+
+@pytest.mark.parametrize("i", IDS)
+def test_kept_answers_with_ids_that_the_model_does_not_have_are_drawn_again(i, tmp_path):
+    base = SimpleNamespace(weights_hash="a", vocabulary=1856)
+    sampling = Sampling([1], 4)
+    answers = BaseAnswers(base, sampling, None)  # type: ignore[arg-type]
+    for ids, kept in (([5, 1855], True), ([5, IDS[i]], False), ([5] * 5, False), (5, False)):
+        found = {"a": {"ids": ids, "finished": True, "cut": False}}
+        (tmp_path / "a.json").write_text(json.dumps({"made_by": answers._made_by, "answers": found}))
+        assert bool(BaseAnswers(base, sampling, tmp_path / "a.json")._found) == kept  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["another step", "one too few", "one too long"])
+def test_rollouts_that_do_not_fit_the_step_are_drawn_again(how):
+    c = Completion([5, 6], False)
+    assert Rollouts(3, [c, c]).fits(3, 2, 2)
+    assert not Rollouts(3, [c, c]).fits(*{"another step": (4, 2, 2), "one too few": (3, 3, 2)}.get(how, (3, 2, 1)))
 
 
 # Numbers
@@ -364,6 +509,9 @@ def test_a_number_beyond_its_range_is_told_and_nothing_is_written(command, flags
 TILDE = "~no-such-user-here/x"
 LOST = {
     "data": (align.main, ["--data", TILDE]),
+    "adapters to write": (align.main, ["--iters", "0", "--adapter-path", TILDE]),
+    "a run to go on with": (align.main, ["--resume", TILDE]),
+    "settings": (align.main, ["-c", TILDE]),
     "adapters to begin from": (align.main, ["--resume-adapter-file", TILDE]),
     "model": (align.main, [TILDE]),
     "evaluate's model": (evaluate.main, [TILDE]),
@@ -375,6 +523,7 @@ LOST = {
     "chat's adapters": (chat.main, ["--adapter-path", TILDE]),
     "report": (report.main, [TILDE]),
     "tokens": (tokens.main, [TILDE]),
+    "compare": (compare.main, [TILDE, "run"]),
     "verify": (verify.main, [TILDE, "--against", "x"]),
     "export": (export.main, [TILDE, "--to", "mlx"]),
 }
@@ -390,6 +539,43 @@ def test_a_path_that_leads_nowhere_is_one_sentence(case, path, tmp_path, capsys,
     before = tree(tmp_path)
     refused(capsys, main, *(word.replace(TILDE, path) for word in argv))
     assert tree(tmp_path) == before
+
+
+HOME = {
+    "adapters to write": (align.main, ["--adapter-path", "~/new", "--model", "./nowhere"], "model folder ./nowhere"),
+    "a run to go on with": (align.main, ["--resume", "~/run"], "holds no run"),
+    "settings": (align.main, ["-c", "~/a.yaml"], "unknown key 'sed'"),
+    "a run to report on": (report.main, ["~/empty"], "holds no"),
+    "a run's tokens": (tokens.main, ["~/run", "--veto", " plain", "--out", "~/safe.json"], "exists already"),
+    "scores": (evaluate.main, ["--out", "~/empty"], "is a folder"),
+    "a text": (evaluate.main, ["--perplexity", "~/empty"], "it is a folder"),
+    "counts": (verify.main, ["~/run", "--against", "x", "--out", "~/empty"], "is a folder"),
+    "adapters to talk to": (chat.main, ["--adapter-path", "~/run"], "holds no adapter_config.json"),
+    "a run to export": (export.main, ["~/empty", "--to", "mlx"], "holds no run of align"),
+}
+
+
+@pytest.mark.parametrize("case", HOME)
+def test_a_tilde_is_the_home_wherever_a_path_is_given(case, tmp_path, capsys, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    write_run(home / "run", files())
+    (home / "empty").mkdir()
+    here.mkdir()
+    (home / "a.yaml").write_text("sed: 1\n")
+    (home / "safe.json").touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    main, argv, expected = HOME[case]
+    said = refused(capsys, main, *argv)
+    assert expected in said and not list(here.iterdir())
+    assert "home" in said or "model folder" in said
+
+
+def test_the_adapters_are_written_where_the_tilde_leads(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve({}, {"adapter_path": "~/new"})[0].run.adapter_path == str(tmp_path / "new")
+    with pytest.raises(UserError, match=r"~no-such-user-here/x: no home folder is known for its ~"):
+        resolve({}, {"adapter_path": TILDE})
 
 
 def test_without_a_home_a_tilde_is_one_sentence(monkeypatch):
@@ -409,6 +595,10 @@ LEFT = {
     "scores a folder": (evaluate.main, ["--out", "d"], lambda f: (f / "d").mkdir()),
     "scores nowhere": (evaluate.main, ["--out", "d/e/x.json"], lambda f: None),
     "scores in a file": (evaluate.main, ["--out", "d/x.json"], lambda f: (f / "d").touch()),
+    "a page a folder": (compare.main, ["run", "run", "--out", "d"], lambda f: (f / "d").mkdir()),
+    "a page nowhere": (compare.main, ["run", "run", "--out", "d/x.html"], lambda f: None),
+    "a page of one run": (compare.main, ["run", "--out", "x.html"], lambda f: None),
+    "a page of no run": (compare.main, ["run", ".", "--out", "x.html"], lambda f: (f / "run").rename(f / "other")),
     "counts a folder": (verify.main, ["run", "--against", "x", "--out", "d"], lambda f: (f / "d").mkdir()),
     "counts nowhere": (verify.main, ["run", "--against", "x", "--out", "d/x.json"], lambda f: None),
     "tokens a folder": (tokens.main, ["run", "--veto", " plain", "--out", "d"], lambda f: (f / "d").mkdir()),

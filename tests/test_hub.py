@@ -6,6 +6,8 @@ environment, is tested in processes of their own.
 
 import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -230,11 +232,11 @@ SHORT = ["--iters", "1", "--test-prompts", "2", "--direction-train", "32", "--di
 SHORT += ["--token-samples", "1", "--coeff", "0.7", "--horizon", "2", "--batch-size", "4"]
 
 
-def run(argv: list[str], home: Path, before: list[str] | None = None, **environment: str):
+def run(argv: list[str], home: Path, before: list[str] | None = None, at: Path | None = None, **environment: str):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     kept |= {"HF_HOME": str(home), "PYTHONPATH": str(Path(ours.__file__).parents[1])} | environment
     command = [*(before or []), sys.executable, "-m", "safesteer_mlx.align", *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=kept, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=kept, timeout=300, cwd=at)
 
 
 NO_NETWORK = ["unshare", "-rn"]
@@ -257,10 +259,44 @@ def test_offline_a_whole_alignment_makes_no_connection(tmp_path):
         alone = False
     argv = ["--offline", "--adapter-path", str(tmp_path / "adapters"), *SHORT]
     path = os.pathsep.join([str(guard), str(Path(ours.__file__).parents[1])])
-    done = run(argv, tmp_path / "home", NO_NETWORK if alone else None, PYTHONPATH=path)
+    places = {name: tmp_path / name for name in ("home", "cache", "tmp", "elsewhere")}
+    for place in places.values():
+        place.mkdir()
+    around = {"HOME": places["home"], "XDG_CACHE_HOME": places["cache"], "TMPDIR": places["tmp"]}
+    before = NO_NETWORK if alone else []
+    if calls := shutil.which("strace"):
+        how = f"-f --seccomp-bpf -qq -s 300 -e signal=none -e trace={CALLS} -o {tmp_path / 'calls'}"
+        before = [*before, calls, *how.split()]
+    environment = {name: str(value) for name, value in around.items()} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = run(argv, tmp_path / "home", before, places["elsewhere"], PYTHONPATH=path, **environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "adapters" / "adapters.safetensors").is_file()
     assert not (tmp_path / "connected").exists()
+    # MLX compiles for the CPU in TMPDIR, and matplotlib makes itself a folder for settings; ours leaves nothing there.
+    left = [
+        str(p.relative_to(tmp_path)) for place in ("tmp", "elsewhere", "home") for p in (tmp_path / place).rglob("*")
+    ]
+    assert not [p for p in left if not p.startswith(("tmp/mlx", "home/.config"))]
+    if calls:
+        lines = (tmp_path / "calls").read_text().splitlines()
+        assert not [line for line in lines if "connect(" in line and "AF_INET" in line]
+        ours_alone = [str(tmp_path / name) for name in ("adapters", "cache", "tmp", "home/.config")]
+        allowed = tuple(f'"{place}' for place in (*ours_alone, "/dev/null", "/dev/tty"))
+        assert written(lines) and not [path for path in written(lines) if not path.startswith(allowed)]
+
+
+CALLS = "connect,open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat,truncate"
+
+
+def written(lines: list[str]) -> list[str]:
+    """The paths, with a quote before each, that a trace of system calls shows opened for writing, made or renamed."""
+    found = []
+    for line in lines:
+        changes = re.search(r"\b(creat|mkdir|mkdirat|rename\w*|link\w*|symlink\w*|truncate)\(", line)
+        writes = re.search(r"O_WRONLY|O_RDWR|O_CREAT", line)
+        if (changes or writes) and not re.search(r"= -1 (?!EEXIST)", line):
+            found += re.findall(r'"[^"]*', line)[:1]
+    return found
 
 
 def test_the_guard_of_the_test_above_sees_a_connection_and_the_flag_forbids_it(tmp_path):

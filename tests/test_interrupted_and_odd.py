@@ -152,6 +152,11 @@ def test_a_step_interrupted_before_its_state_is_taken_leaves_no_row(train):
     assert student.weight.item() == 4
 
 
+def score_of(step: int) -> dict:
+    none = {"count": 0, "total": 8}
+    return {"step": step, "unsafe": none, "over_refusal": none, "broken": none, "drift": 0.0}
+
+
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_saved_step_whose_scoring_was_interrupted_is_scored_when_the_run_goes_on(train, at):
     scored = []
@@ -161,13 +166,13 @@ def test_a_saved_step_whose_scoring_was_interrupted_is_scored_when_the_run_goes_
             scored.append("interrupted")
             raise KeyboardInterrupt
         scored.append(step)
-        return {"step": step}
+        return score_of(step)
 
     with pytest.raises(KeyboardInterrupt):
         train(score=score)
     assert train.store.latest().step == at
     _, log = train(score=score)
-    assert log.scored == [{"step": 2}, {"step": 4}] and [row["step"] for row in log.metrics] == [1, 2, 3, 4]
+    assert log.scored == [score_of(2), score_of(4)] and [row["step"] for row in log.metrics] == [1, 2, 3, 4]
     assert scored == (["interrupted", 2, 4] if at == 2 else [2, "interrupted", 4])
 
 
@@ -189,7 +194,7 @@ def test_the_run_ends_with_the_step_that_did_best_also_where_it_was_interrupted(
 
 def test_steps_that_were_saved_to_select_from_are_not_chosen_twice(train):
     train.worth.update({2: 0.9, 4: 0.8})
-    student, _ = train(score=lambda step: {"step": step})
+    student, _ = train(score=score_of)
     assert student.weight.item() == 4
 
 

@@ -21,7 +21,7 @@ from ..system import machines
 from ..system.files import read_json, read_text
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
-from ..system.store import as_json, fingerprint, write
+from ..system.store import as_json, decoded, encoded, fingerprint, write
 from .scores import HOW, Answer, Scores
 
 Ids = Sequence[int]
@@ -79,8 +79,8 @@ class BaseAnswers:
 
     def __init__(self, base: Loaded, sampling: Sampling, file: Path | None = None):
         self._base, self._sampling, self._file = base, sampling, file
-        kept = {} if file is None else self._read(file)
-        self._found = {key: Completion(*c) for key, c in machines.here().share(_plain(kept)).items()}
+        kept = machines.here().share(encoded({} if file is None else self._read(file)))
+        self._found = decoded(dict[str, Completion], kept, {"token": range(base.vocabulary)})
 
     @cached_property
     def _made_by(self) -> str:
@@ -91,11 +91,11 @@ class BaseAnswers:
     def _read(self, file: Path) -> dict[str, Completion]:
         try:
             content = read_json(file, str(file), "")
-            kept = content["answers"] if content["made_by"] == self._made_by else {}
-            found = {key: Completion(list(ids), end, cut) for key, (ids, end, cut) in kept.items()}
-            ours = all(i in range(self._base.vocabulary) for c in found.values() for i in c.ids)
-            return found if ours else {}
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if content["made_by"] != self._made_by:
+                return {}
+            found = decoded(dict[str, Completion], content["answers"], {"token": range(self._base.vocabulary)})
+            return found if all(len(c.ids) <= self._sampling.max_tokens for c in found.values()) else {}
+        except (ValueError, TypeError, KeyError):
             return {}  # nothing, or nothing of ours: it is drawn again
 
     def __call__(
@@ -114,12 +114,8 @@ class BaseAnswers:
         self._found |= dict(zip(new, drawn, strict=True))
         if self._file is not None:
             with contextlib.suppress(OSError):  # then they are drawn again another time
-                write(self._file, as_json({"made_by": self._made_by, "answers": _plain(self._found)}))
+                write(self._file, as_json({"made_by": self._made_by, "answers": encoded(self._found)}))
         return [self._found[key] for key in keys]
-
-
-def _plain(answers: Mapping[str, Completion]) -> dict[str, Any]:
-    return {key: [c.ids, c.finished, c.cut] for key, c in answers.items()}
 
 
 def base_texts(answers: BaseAnswers, harmless: list[list[int]]) -> BaseTexts:

@@ -5,8 +5,10 @@ Each is scored on validation prompts, greedy and sampled: *unsafe*, the share of
 KL(base ‖ student) a token on the base's answers to harmless prompts, in nats.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +19,10 @@ from ..method.judge import is_broken, outcome
 from ..method.run import Run
 from ..recipe import HELD_OUT_TOKENS, limits_of
 from ..system import machines
-from ..system.store import decoded, save_arrays
+from ..system.finished import SavedStep
+from ..system.model_files import read_header
+from ..system.screen import UserError
+from ..system.store import save_arrays
 from .heldout import HeldOut, TestSet, base_texts, drift
 from .scores import Count
 
@@ -83,10 +88,30 @@ def _file(step: int) -> str:
     return f"candidates/step-{step:06d}.safetensors"
 
 
-def keep_best(run: Run, student: nn.Module, scored: Sequence[dict[str, Any]]) -> None:
+def _score_of(saved: SavedStep) -> CheckpointScore:
+    counts = (Count(saved[name]["count"], saved[name]["total"]) for name in ("unsafe", "over_refusal", "broken"))
+    return CheckpointScore(saved["step"], *counts, math.nan if saved["drift"] is None else saved["drift"])
+
+
+def _weights(file: Path, student: nn.Module) -> dict[str, mx.array]:
+    """The weights in a file, which are the student's by name, shape and type.
+
+    Raises:
+        UserError: they are not.
+    """
+    own = dict(tree_flatten(student.trainable_parameters()))
+    whole = read_header(file).keys() == own.keys()
+    weights = mx.load(str(file))
+    assert isinstance(weights, dict)
+    if not whole or any((w.shape, w.dtype) != (own[name].shape, own[name].dtype) for name, w in weights.items()):
+        raise UserError(f"{file} does not hold this run's weights; run align again")
+    return weights
+
+
+def keep_best(run: Run, student: nn.Module, scored: Sequence[SavedStep]) -> None:
     """Give `student` the weights of the chosen checkpoint, the last one's if none keeps the limits; say which."""
     select, screen, store = str(run.recipe.run.select_checkpoint), run.screen, run.store
-    scores, limits = [decoded(CheckpointScore, s) for s in scored], limits_of(select)
+    scores, limits = [_score_of(saved) for saved in scored], limits_of(select)
     chosen = choose(scores, limits)
     rows = [
         [
@@ -104,8 +129,8 @@ def keep_best(run: Run, student: nn.Module, scored: Sequence[dict[str, Any]]) ->
         )
     else:
         screen.line(f"step {chosen.step} is the safest that keeps {select}")
-        weights = mx.load(str(store.path / _file(chosen.step))) if store.ours else None
-        weights = machines.here().share_arrays(weights)  # type: ignore[arg-type]
+        weights = _weights(store.path / _file(chosen.step), student) if store.ours else None
+        weights = machines.here().share_arrays(weights)
         student.load_weights(list(weights.items()), strict=False)
     kept = (chosen or scores[-1]).step
     store.json("selection.json", {"select": select, "kept": kept, "within": chosen is not None, "scores": scored})

@@ -27,6 +27,7 @@ import numpy as np
 from ..system import machines
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError, silent
+from ..system.store import Block, Position, Prompt, Scores, StreamVector, TokenId
 from .judge import is_refusal
 from .losses import inside_and_rest
 from .prompts import Rows, opener_ids
@@ -71,9 +72,9 @@ class NoDirectionError(ValueError):
 class CandidateScores:
     """Three scores a candidate, each (P, L); row p is position p − P. NaN marks what was not measured."""
 
-    ablation_kl: np.ndarray
-    ablation_refusal: np.ndarray
-    steering_refusal: np.ndarray
+    ablation_kl: Scores
+    ablation_refusal: Scores
+    steering_refusal: Scores
     block_passes: int = 0  # blocks run, times prompts
 
 
@@ -81,9 +82,9 @@ class CandidateScores:
 class Direction:
     """A direction: `vector` (D,) float32, added before block `layer`, found at `position` (−1 last)."""
 
-    position: int
-    layer: int
-    vector: mx.array
+    position: Position
+    layer: Block
+    vector: StreamVector
 
 
 def filled(scores: CandidateScores, more: CandidateScores) -> CandidateScores:
@@ -564,15 +565,19 @@ class FoundDirections:
     teachers with the tests that each failed, best first, the prompts that passed its filter, those for validation and
     those that all directions were found from, and what speaks against it, in sentences."""
 
-    openers: dict[str, int]
+    openers: dict[str, TokenId]
     scores: CandidateScores
     shortlist: list[Direction]
     failed: list[list[str]]
-    harmful: Rows
-    harmless: Rows
-    harmful_train: Rows = field(default_factory=list)
-    harmless_train: Rows = field(default_factory=list)
+    harmful: list[Prompt]
+    harmless: list[Prompt]
+    harmful_train: list[Prompt] = field(default_factory=list)
+    harmless_train: list[Prompt] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.shortlist or len(self.shortlist) != len(self.failed) or not self.harmless:
+            raise ValueError("no direction, one without its tests, or no prompts")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from ..system import machines
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, silent
+from ..system.store import TokenId
 from .residual import pad_right
 
 Ids = Sequence[int]
@@ -32,7 +33,7 @@ class Completion:
     """The ids drawn, the end-of-turn one included; `finished` is False if the length ran out first, or if it was `cut`
     because enough was known of it."""
 
-    ids: list[int]
+    ids: list[TokenId]
     finished: bool
     cut: bool = False
 

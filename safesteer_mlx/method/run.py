@@ -13,14 +13,14 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import __version__
-from ..recipe import Recipe, result_settings
+from ..recipe import MOST_LENGTH, Recipe, result_settings
 from ..system import machines
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
-from ..system.store import Store, fingerprint
+from ..system.store import Known, Store, fingerprint
 from .judge import own_phrases, use_refusal_phrases
 from .prompts import Prompts, PromptSets, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
-from .residual import check_stream, last_logits, view
+from .residual import block_inputs, check_stream, last_logits, view
 from .rollout import Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
 from .token_file import read_token_file
 
@@ -93,8 +93,23 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
             screen.line(f"prompts: {name} holds {count}, and all are taken; by default it would be {wanted}")
     recipe = check_padding(recipe, base, prompts.harmful_validation, screen)
     check_alike(run_parts(recipe, base, sets))
-    store = Store(Path(recipe.run.adapter_path), run_fingerprint(recipe, base, sets))
+    store = Store(Path(recipe.run.adapter_path), run_fingerprint(recipe, base, sets), known_of(recipe, base, prompts))
     return Run(recipe, base, prompts, screen, store, force)
+
+
+def known_of(recipe: Recipe, base: Loaded, prompts: Prompts) -> Known:
+    """What a state may hold of this model and these prompts; where no direction is looked for, one of no length."""
+    inputs = block_inputs(base.model, mx.array(prompts.harmful_validation[:1]))
+    one = recipe.teacher.teacher == "system_prompt"
+    return {
+        "token": range(base.vocabulary),
+        "block": range(len(inputs)),
+        "position": range(-prompts.n_eoi, 0),
+        "opening": range(1, MOST_LENGTH),
+        "candidates": {(1 if one else prompts.n_eoi, len(inputs))},
+        "stream": {(1,) if one else inputs[0].shape[-1:]},
+        "prompt": {tuple(row) for rows in vars(prompts).values() if isinstance(rows, list) for row in rows},
+    }
 
 
 def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:

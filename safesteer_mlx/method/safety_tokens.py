@@ -25,15 +25,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..recipe import MOST_TOKENS
 from ..system import machines
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError
+from ..system.store import TokenId
 from .direction import FoundDirections
 from .judge import is_refusal
 from .losses import chunk_rows, inside_and_rest
@@ -320,6 +322,18 @@ def openings(
     return np.array(machines.here().each(prompts, part))
 
 
+class SafetyToken(TypedDict):
+    """A row of them."""
+
+    token: str
+    id: TokenId
+    votes: int
+    mean_delta: float
+    part: float
+    base_prob: float
+    teacher_prob: float
+
+
 @dataclass(frozen=True)
 class SafetyTokens:
     """Stage 3's result, best first: text, id, votes, mean Δ, mean probability under base and teacher of each.
@@ -329,9 +343,13 @@ class SafetyTokens:
     teacher's mean probability of them at the first, second, … position of answers to harmful prompts.
     """
 
-    rows: list[dict[str, Any]]
+    rows: Annotated[list[SafetyToken], MOST_TOKENS]
     explained: float
     openings: list[float]
+
+    def __post_init__(self):
+        if not self.rows:
+            raise ValueError("no tokens")
 
     @property
     def ids(self) -> np.ndarray:

@@ -18,6 +18,7 @@ inherits is how an answer opens, and whether the base can go on from there.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,6 +69,10 @@ class Outcomes:
     harmless: list[str]
     broken_harmful: list[bool]
     broken_harmless: list[bool]
+
+    def __post_init__(self):
+        if [*map(len, (self.harmful, self.harmless))] != [*map(len, (self.broken_harmful, self.broken_harmless))]:
+            raise ValueError("answers that were not all judged")
 
     @property
     def refused(self) -> float:
@@ -327,7 +332,7 @@ class ChosenTeacher(Choice):
     """Stage 2's result: the choice, without trials if direction and coefficient were given, and how many tokens of an
     answer the teacher can write without harm."""
 
-    opening: int
+    opening: Annotated[int, "opening"]
 
 
 def validation(run: Run) -> Validation:

@@ -29,11 +29,11 @@ times what it rose on harmless ones.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,9 +43,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..recipe import LossSettings, TrainSettings, harmful_per_batch, number_of_steps, rollout_tokens
 from ..system import machines
+from ..system.finished import SavedStep, Step
 from ..system.machines import LostMachineError
 from ..system.memory import PagingError, with_smaller_batches
 from ..system.screen import UserError
+from ..system.store import TokenId, encoded
 from .direction import FoundDirections, mean_differences
 from .framing import LONGEST, Framer, begun, takes_system_turn
 from .judge import is_refusal, outcome
@@ -133,6 +135,10 @@ class Rollouts:
 
     step: int
     completions: list[Completion]
+
+    def fits(self, step: int, count: int, most: int) -> bool:
+        """Whether they are of this step, so many and no longer."""
+        return (self.step, len(self.completions)) == (step, count) and all(len(c.ids) <= most for c in self.completions)
 
 
 def make_optimizer(train: TrainSettings) -> optim.Optimizer:
@@ -442,7 +448,7 @@ def train(
             rng = np.random.default_rng([seed, 5, step])
             prompts = [prompt.put(training.framer, rng) for prompt in prompts]
         batch = [prompt for prompt in prompts for _ in range(settings.num_generations)]
-        if drawn_before is not None and drawn_before.step == step + 1:
+        if drawn_before is not None and drawn_before.fits(step + 1, len(batch), settings.max_tokens):
             rollouts = drawn_before.completions
         else:
             keys = [stream_key(seed, 1, step, i) for i in range(len(batch))]
@@ -648,7 +654,7 @@ def make_training(
 class OwnOpenings:
     """How the base begins to answer training prompts, by instruction."""
 
-    ids: dict[str, list[int]]
+    ids: dict[str, Annotated[list[TokenId], LONGEST]]
 
 
 def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> OwnOpenings:
@@ -671,7 +677,8 @@ def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingProm
     prefill = 0.0 if run.base.thinks else settings.prefill_ratio
     if not prefill and not settings.wrap_ratio:
         return None
-    own = run.once(find_own_openings, prompts).ids if prefill else {}
+    find = run.once if run.recipe.run.transcripts else lambda stage, of: stage(run, of)
+    own = find(find_own_openings, prompts).ids if prefill else {}
     systems = takes_system_turn(tokenizer)
     return Framer(tokenizer, prefill, settings.wrap_ratio, settings.max_prompt_length, systems, own)
 
@@ -680,9 +687,9 @@ def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingProm
 class TrainingLog:
     """Each step's metrics, the seconds it took, and the scores of saved steps, if they were asked for."""
 
-    metrics: list[dict[str, Any]]
+    metrics: list[Step]
     seconds: list[float]
-    scored: list[dict[str, Any]]
+    scored: list[SavedStep]
 
 
 class StepScorer(Protocol):
@@ -694,9 +701,14 @@ class StepScorer(Protocol):
 
 
 def train_student(
-    run: Run, training: Training, moving: MovingTeacher | None = None, scorer: StepScorer | None = None
+    run: Run,
+    training: Training,
+    moving: MovingTeacher | None = None,
+    scorer: StepScorer | None = None,
+    tell: Callable[[Step], None] = lambda row: None,
 ) -> TrainingLog:
-    """Train the student to the end, from where the run's store left it, and keep its adapters.
+    """Train the student to the end, from where the run's store left it, and keep its adapters; `tell` hears of each
+    step.
 
     Raises:
         UserError: the first step moved nothing, the first few had no gradient to speak of (unless the run is forced),
@@ -734,8 +746,10 @@ def train_student(
         if scorer is not None and due() and all(row["step"] != step for row in log.scored):
             log.scored.append(scorer.score(step))
 
-    trained = {f"student.{name}": w.shape for name, w in tree_flatten(student.trainable_parameters())}  # pyright: ignore
-    if (saved := store.latest(TrainingLog, trained)) is not None:
+    training.optimizer.init(student.trainable_parameters())  # as its first step does; a state holds as much
+    last = state()
+    allowed = {name.replace("student", "best", 1): w for name, w in last.items() if name.startswith("student.")}
+    if (saved := store.latest(TrainingLog, last, allowed)) is not None:
         parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}, "best": {}}
         for name, array in saved.arrays.items():
             part, _, rest = name.partition(".")
@@ -746,18 +760,17 @@ def train_student(
             moving.restore(parts["teacher"])
             follow_teacher()
         log, step, best = saved.data, saved.step, parts["best"]
+        last = state()
         if training.learning is not None:
             training.learning = replace(training.learning, shares=[row["learned"] for row in log.metrics])
     total = course(nominal, settings, training.learning).steps
     if step:
         screen.line(f"going on after step {step} of {total}")
         store.lines("metrics.jsonl", log.metrics)  # whoever watches the run sees it go on from here
+    rollouts = store.found_as("rollouts", Rollouts)
     for name in store.damaged:
         screen.line(f"{store.states / name} is damaged and is not used; the state before it is")
-    rollouts = None
-    if (record := store.found("rollouts")) is not None:
-        rollouts = Rollouts(record["step"], [Completion(ids, finished) for ids, finished in record["completions"]])
-    before, last = dict(tree_flatten(student.trainable_parameters())), state()
+    before = dict(tree_flatten(student.trainable_parameters()))
 
     began = time.monotonic()
     with screen.stage("training") as advance:
@@ -765,8 +778,8 @@ def train_student(
             score_once()  # where an interrupt left it out
             for event in train(training, step, rollouts):
                 if isinstance(event, Rollouts):
-                    completions = [(c.ids, c.finished) for c in event.completions]
-                    store.keep("rollouts", {"step": event.step, "completions": completions})
+                    if run.recipe.run.transcripts:  # else they are drawn again, the same
+                        store.keep("rollouts", encoded(event))
                     continue
                 if moving is not None:
                     moving.move(event.step)
@@ -774,6 +787,7 @@ def train_student(
                 now = time.monotonic()
                 log.metrics.append({k: None if v != v else v for k, v in asdict(event).items()})  # NaN is not JSON
                 log.seconds.append(round(now - began, 3))
+                tell(log.metrics[-1])
                 if settings.keep_best and best_step(log.metrics) == event.step:
                     best = dict(tree_flatten(student.trainable_parameters()))
                 began, step, total, last = now, event.step, event.steps, state()

@@ -95,6 +95,7 @@ class Step(TypedDict):
     target_mass: float | None
     grad_norm: float | None
     learned: NotRequired[float | None]
+    worth: NotRequired[float | None]
 
 
 class Answered(TypedDict):
@@ -146,6 +147,7 @@ class SavedStep(TypedDict):
     step: int
     unsafe: Count
     over_refusal: Count
+    broken: Count
     drift: float | None
 
 
@@ -162,6 +164,7 @@ class Timing(TypedDict):
     """timing.json."""
 
     seconds: float
+    peak_bytes: NotRequired[int]
 
 
 class Manifest(TypedDict):

@@ -2,6 +2,9 @@
 
 import copy
 import hashlib
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .chat_template import check_template
+from .chat_template import check_template, rendered_elsewhere
 from .files import user_path
 from .hub import headers, is_offline, model_folder
 from .model_files import (
@@ -170,7 +173,7 @@ def read_tokenizer(
     size, ends = vocabulary(name, config), config.get("eos_token_id")
     if ends is not None:
         check_ends(name, ends, size)
-    with _explained(name, "tokenizer"):
+    with _explained(name, "tokenizer"), _panics_unseen():
         tokenizer = load_tokenizer(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=ends)
     if chat and not tokenizer.has_chat_template:
         raise UserError(
@@ -180,7 +183,7 @@ def read_tokenizer(
     if chat and tokenizer.chat_template is not None:
         with _explained(name, "chat template"):
             template = tokenizer.get_chat_template()
-        check_template(name, template, tokenizer.special_tokens_map)
+        check_template(name, template)
     return _guarded(name, tokenizer, size)
 
 
@@ -196,6 +199,33 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise UserError(
             f"model {name} cannot be loaded, {what}: {first[:200]}; is it a text model that mlx-lm supports?"
         ) from None
+
+
+@contextmanager
+def _panics_unseen() -> Iterator[None]:
+    """What a library in Rust writes about its own panic, before it raises it, is not shown. All else that is written
+    meanwhile is, afterwards."""
+    try:
+        shown = os.dup(2)
+    except OSError:  # closed: nobody sees anything
+        yield
+        return
+    with tempfile.TemporaryFile() as written:
+        sys.stderr.flush()
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":
+                written.truncate(0)
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
+            written.seek(0)
+            while words := written.read(1 << 16):
+                os.write(2, words)
 
 
 def _compute(model: nn.Module) -> None:
@@ -228,15 +258,16 @@ def _guarded(name: str, tokenizer: Any, size: int) -> Any:
         return ids
 
     def encode(*args: Any, **options: Any) -> Any:
-        with _explained(name, "tokenizer"):
+        with _explained(name, "tokenizer"), _panics_unseen():
             return checked(tokenizer.encode(*args, **options))
 
     def apply_chat_template(turns: Any, *args: Any, **options: Any) -> Any:
         try:
-            return checked(tokenizer.apply_chat_template(turns, *args, **options))
-        except UserError:
+            with rendered_elsewhere(name), _panics_unseen():
+                return checked(tokenizer.apply_chat_template(turns, *args, **options))
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:
+        except BaseException as error:  # as in _explained
             system = turns[0]["role"] == "system"
             what = "a system turn" if system else "a single user turn" if len(turns) == 1 else "several turns"
             reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -16,14 +16,15 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import mlx.core as mx
@@ -36,8 +37,20 @@ from .screen import UserError
 
 T = TypeVar("T")
 
+# What a number, row or array's shape in a state must be one of: the store that reads it knows those of the run's model.
+TokenId = Annotated[int, "token"]
+Block = Annotated[int, "block"]
+Position = Annotated[int, "position"]
+Prompt = Annotated[list[int], "prompt"]
+Scores = Annotated[np.ndarray, "candidates"]
+StreamVector = Annotated[mx.array, "stream"]
+Known = Mapping[str, Container[Any]]
+Arrays = Mapping[str, mx.array]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 KEPT = 2  # states of steps
 BASE_ANSWERS = "base_answers.json"  # what the base answered to held-out prompts, whichever run asked
+ANSWERS = ("rollouts.json", "own_openings.json")  # of the state, what holds answers
 _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 
 
@@ -59,7 +72,7 @@ def check_output(folder: Path) -> None:
         other = sorted({p.name for p in folder.iterdir() if not p.name.startswith(".")} - _OURS)
         record = {p.name for p in (folder / "run").iterdir()} if (folder / "run").is_dir() else set()
         # A run that was killed at its first write has no recipe yet.
-        unfinished = {"checkpoint", ".recipe.yaml.part", BASE_ANSWERS}
+        unfinished = {"checkpoint", "reports", ".recipe.yaml.part", BASE_ANSWERS}
         ours = "recipe.yaml" in record or ((folder / "run").is_dir() and record <= unfinished)
         if other or (any(folder.iterdir()) and not ours):
             named = other[0] if other else "something that is not a safesteer-mlx run"
@@ -198,35 +211,45 @@ def encoded(value: Any) -> Any:
     return np.array(value, np.float64) if isinstance(value, mx.array) else value
 
 
-def decoded(kind: Any, plain: Any) -> Any:
-    """A value of this type from `encoded`'s, after JSON: null in an array is NaN, arrays are of float64 or, MLX's,
-    float32. A TypedDict may hold more than it names; `Annotated[list[…], 9]` holds 9 at most.
+def decoded(kind: Any, plain: Any, known: Known = NOTHING) -> Any:
+    """A value of this type from `encoded`'s, after JSON: null in an array, or for a number of a dataclass, is NaN;
+    arrays are of float64 or, MLX's, float32. A TypedDict may hold more than it names; `Annotated[list[…], 9]` holds 9
+    at most, and `Annotated[int, "token"]` is among the `known` tokens, if those are given.
 
     Raises:
         ValueError: it is of another type; TypeError or KeyError: of a dataclass with other fields.
     """
     if is_dataclass(kind):
         hints, items = _hints(kind), _expect(plain, dict).items()
-        return kind(**{name: value if value is None else decoded(hints[name], value) for name, value in items})  # type: ignore[operator]
+        found = {name: math.nan if value is None and hints[name] is float else value for name, value in items}
+        return kind(**{name: decoded(hints[name], value, known) for name, value in found.items()})  # type: ignore[operator]
     if is_typeddict(kind):
         if missing := sorted(kind.__required_keys__ - _expect(plain, dict).keys()):
             raise ValueError(f"no {missing[0]}")
-        return plain | {name: decoded(hint, plain[name]) for name, hint in _hints(kind).items() if name in plain}
+        hints = _hints(kind).items()
+        return plain | {name: decoded(hint, plain[name], known) for name, hint in hints if name in plain}
     if kind is np.ndarray:
         return np.array(_expect(plain, list), np.float64)
     if kind is mx.array:
         return mx.array(np.array(_expect(plain, list), np.float32))
     inner = get_args(kind)
+    if get_origin(kind) is Annotated and isinstance(inner[1], str):
+        value = decoded(inner[0], plain, known)
+        if inner[1] in known:
+            thing = tuple(value) if isinstance(value, list) else getattr(value, "shape", value)
+            if thing not in known[inner[1]]:
+                raise ValueError(f"another {inner[1]}")
+        return value
     if get_origin(kind) is Annotated:
         if isinstance(plain, list | dict) and len(plain) > inner[1]:
             raise ValueError(f"{len(plain):,} in place of at most {inner[1]:,}")
-        return decoded(inner[0], plain)
+        return decoded(inner[0], plain, known)
     if get_origin(kind) is NotRequired:
-        return decoded(inner[0], plain)
+        return decoded(inner[0], plain, known)
     if get_origin(kind) is list:
-        return [decoded(inner[0], item) for item in _expect(plain, list)]
+        return [decoded(inner[0], item, known) for item in _expect(plain, list)]
     if get_origin(kind) is dict:
-        return {key: decoded(inner[1], item) for key, item in _expect(plain, dict).items()}
+        return {key: decoded(inner[1], item, known) for key, item in _expect(plain, dict).items()}
     return _expect(plain, *(inner if get_origin(kind) is UnionType else (kind,)))
 
 
@@ -274,11 +297,12 @@ class KeptStep(TypedDict):
 
 
 class Store(RunFolder):
-    """A run's folder with the state of the run; `damaged` names the files that were found unfit for use."""
+    """A run's folder with the state of the run, whose tokens, blocks, prompts and shapes are `known`; `damaged` names
+    the files that were found unfit for use."""
 
-    def __init__(self, adapters: Path, fingerprint: str):
+    def __init__(self, adapters: Path, fingerprint: str, known: Known = NOTHING):
         super().__init__(adapters)
-        self._fingerprint = fingerprint
+        self._fingerprint, self._known = fingerprint, known
         self.states = self.path / "checkpoint"
         self.damaged: list[str] = []
 
@@ -306,13 +330,20 @@ class Store(RunFolder):
             self.damaged.append(file.name)
             return None
 
+    def found_as(self, name: str, kind: type[T]) -> T | None:
+        """What was kept under a name, as a dataclass of this `kind`, or None."""
+        if (content := self.found(name)) is None:
+            return None
+        try:
+            return decoded(kind, content, self._known)
+        except (ValueError, TypeError, KeyError):
+            self.damaged.append(f"{name}.json")
+            return None
+
     def once(self, name: str, find: Callable[[], T], kind: type[T]) -> T:
         """What `find` finds, a dataclass of this `kind`, or what it found before."""
-        if (content := self.found(name)) is not None:
-            try:
-                return decoded(kind, content)
-            except (ValueError, TypeError, KeyError):
-                self.damaged.append(f"{name}.json")
+        if (before := self.found_as(name, kind)) is not None:
+            return before
         result = find()
         self.keep(name, encoded(result))
         if machines.here().size > 1:  # of one kind of machine or of several: all go on from what the first found
@@ -357,37 +388,51 @@ class Store(RunFolder):
             (self.states / f"{old}.json").unlink(missing_ok=True)
             (self.states / f"{old}.safetensors").unlink(missing_ok=True)
 
-    def latest(self, kind: Any = dict, shapes: Mapping[str, tuple[int, ...]] | None = None) -> SavedStep | None:
-        """The last state that is whole, its data of this `kind`, with arrays of these `shapes` among its own."""
-        saved = self._latest(kind, shapes or {}) if self.ours else None
+    def latest(self, kind: Any = dict, needed: Arrays = NOTHING, allowed: Arrays = NOTHING) -> SavedStep | None:
+        """The last state that is whole, its data of this `kind`, its arrays of the shapes and types of those `needed`
+        and, where they are there, of those `allowed`; a row of whole numbers is one of tokens."""
+        saved = self._latest(kind, needed, allowed) if self.ours else None
         if machines.here().size == 1:
             return saved
         plain = machines.here().share(saved and [saved.step, as_json(encoded(saved.data)).decode()])
         arrays = machines.here().share_arrays(saved.arrays if saved else None)
         return plain and SavedStep(plain[0], arrays, decoded(kind, json.loads(plain[1])))
 
-    def _latest(self, kind: Any, shapes: Mapping[str, tuple[int, ...]]) -> SavedStep | None:
+    def _latest(self, kind: Any, needed: Arrays, allowed: Arrays) -> SavedStep | None:
+        like = {name: (a.shape, a.dtype) for name, a in [*allowed.items(), *needed.items()]}
         for name in self._steps():
             content, file = self._read(name), self.states / f"{name}.safetensors"
             if content is None:
                 continue
             try:
                 content = decoded(KeptStep, content)
-                data, step = decoded(kind, content["data"]), int(name.split("-")[1])
-                held = {name: its.shape for name, its in read_header(file).items()}
-                if _sha256(file) != content["arrays_sha256"] or not held.items() >= shapes.items():
+                data, step = decoded(kind, content["data"], self._known), int(name.split("-")[1])
+                if not read_header(file).keys() >= needed.keys() or _sha256(file) != content["arrays_sha256"]:
                     raise ValueError("other arrays")
+                arrays = mx.load(str(file))
+                assert isinstance(arrays, dict)
+                if any((a.shape, a.dtype) != like.get(name, (a.shape, a.dtype)) for name, a in arrays.items()):
+                    raise ValueError("other arrays")
+                rows = [np.array(a) for a in arrays.values() if a.ndim and not mx.issubdtype(a.dtype, mx.inexact)]
+                tokens = self._known.get("token", range(2**31))
+                if any(i not in tokens for row in rows for i in row.ravel().tolist()):
+                    raise ValueError("other tokens")
             except (ValueError, TypeError, KeyError):
                 self.damaged.append(file.name)
                 continue
-            arrays = mx.load(str(file))
-            assert isinstance(arrays, dict)
             mx.eval(arrays)  # now, since the file may be deleted while the run goes on
             return SavedStep(step, arrays, data)
         return None
 
     def _steps(self) -> list[str]:
         return sorted({f.stem for f in self.states.glob("step-*.json")}, reverse=True)
+
+    def forget_answers(self) -> None:
+        """Nothing stays of what a model said, in this run or in one before it here."""
+        if not self.ours:
+            return
+        for file in (self.path / BASE_ANSWERS, self.path / "transcripts.jsonl", *map(self.states.joinpath, ANSWERS)):
+            file.unlink(missing_ok=True)
 
     def forget_states(self) -> None:
         """The run is done: only its record stays."""
