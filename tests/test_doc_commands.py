@@ -83,23 +83,41 @@ TABLE = {
     "safesteer-mlx report adapters": "run",
     "safesteer-mlx tokens adapters": "run",
     'safesteer-mlx tokens adapters --veto " you" " is" --add " unethical" --out mine.json': "parse",
+    "safesteer-mlx align MODEL --watch": "by tests/test_watch.py::test_align_serves_its_page_while_it_works",
+    "safesteer-mlx report adapters --watch": "by tests/test_watch.py::"
+    "test_a_run_elsewhere_is_watched_until_it_has_finished",
+    "safesteer-mlx compare adapters adapters-2": "parse",
+    "safesteer-mlx compare adapters adapters-2 adapters-3 --out compare.html": "by tests/test_compare.py::"
+    "test_the_page_is_in_the_reports_style_and_runs_and_fetches_nothing",
+    "safesteer-mlx align --report-to wandb --project-name safer": "by tests/test_reporting.py::"
+    "test_each_step_and_the_scores_are_told_and_no_text",
+    "mlx.launch --hostfile hosts.json -- .venv/bin/safesteer-mlx align MODEL --adapter-path adapters": "by "
+    "tests/test_machines.py::test_two_machines_make_what_one_makes_and_the_first_alone_speaks",
     # exporting
     "safesteer-mlx export adapters --to mlx": "run --verify 4",
     "safesteer-mlx export adapters-mine --to mlx": "parse",
+    "safesteer-mlx export adapters --to mlx --out ~/.lmstudio/models": "parse",
+    "safesteer-mlx export adapters --to gguf": "parse",
     "safesteer-mlx verify adapters --against exports/safesteer/NAME": "run --test-prompts 4",
     "safesteer-mlx verify adapters --against http://127.0.0.1:8080/v1": SERVED,
     # of mlx-lm
-    'mlx_lm.generate --model mlx-community/Qwen2.5-7B-Instruct-4bit --adapter-path adapters-qwen --prompt "…"': "parse",
     "mlx_lm.server --model M --adapter-path A": "parse",
     "mlx_lm.server --model MODEL --adapter-path adapters-mine": "parse",
+    "mlx_lm.server --model MODEL --adapter-path adapters": "parse",
+    'mlx_lm.generate --model MODEL --adapter-path adapters --prompt "…"': "parse",
     # scripts
     "python -m safesteer_mlx": "by tests/test_cli.py::test_the_package_is_run_as_the_script",
     "python examples/align_and_compare.py": "by tests/test_examples.py::aligned",
     "python examples/export_and_serve.py": SERVED,
     "python scripts/bench.py": BENCH,
     "python scripts/bench.py --shape qwen2.5-0.5b": "parse",
-    "python scripts/bench.py --shape qwen2.5-7b": "parse",
+    "python scripts/bench.py --shape qwen2.5-7b --only step": "parse",
     "python scripts/bench.py --only loss,step --repeats 5": "parse",
+    "python scripts/bench.py --planned": f"{BENCH}test_the_planned_table_is_the_docs",
+    "python scripts/bench.py --counts": f"{BENCH}test_a_step_waits_for_nothing_that_it_need_not",
+    "python scripts/bench.py --against bench.json": f"{BENCH}test_a_file_is_held_against_its_chip",
+    "python scripts/bench.py --contribute": f"{BENCH}test_what_is_contributed_tells_the_machine_and_not_its_owner",
+    "python scripts/report_picture.py adapters": "parse",
     "zensical build --strict": "by tests/test_docs.py::site",
     "python scripts/make_docs.py": "parse",
     "python scripts/make_zoo.py": "parse",

@@ -81,7 +81,7 @@ def start_reports(run: Run) -> Reports:
         UserError: a service that cannot be begun with.
     """
     settings = run.recipe.run
-    if settings.report_to is None:
+    if settings.report_to is None or not run.store.ours:
         return Reports(None, run.screen)
     from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
