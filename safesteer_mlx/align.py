@@ -352,16 +352,12 @@ def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
     weights are on this machine."""
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
-    from .system.finished import read_record
     from .system.hub import is_here
     from .system.load import load
 
-    try:
-        seconds = read_record(folder / "run", "timing.json")["seconds"]
+    if (seconds := _last_seconds(folder)) is not None:
         screen.line(f"time: {seconds / 60:,.1f} minutes, as the last run here took")
         return
-    except UserError:
-        pass  # there is none
     if recipe is None or not is_here(recipe.run.model, recipe.run.revision):
         screen.line("time: not known before the weights are on this machine, and fit; the run shows what is left")
         return
@@ -377,6 +373,16 @@ def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
         return
     rows = [[name, duration(seconds)] for name, seconds in zip(STEPS, planned, strict=True)]
     screen.table("Time, planned by what was measured just now", ["", ""], [*rows, ["in all", duration(sum(planned))]])
+
+
+def _last_seconds(folder: Path) -> float | None:
+    """How long the run that is in `folder` took, if one is."""
+    from .system.finished import read_record
+
+    try:
+        return read_record(folder / "run", "timing.json")["seconds"]
+    except UserError:
+        return None
 
 
 def _settings_of(folder: Path, preset: str | None, yaml_file: Path | None) -> Path:

@@ -74,7 +74,8 @@ def files(text: str = "plain") -> dict[str, Any]:
         ],
         "before_after.json": scores,
         "outcome.json": {
-            "words": ["unsafe answers: 5 → 1 of 10", f"verdict: safer, {text}"],
+            "verdict": f"verdict: safer, {text}",
+            "words": ["unsafe answers: 5 → 1 of 10"],
             "head": ["", "base", "teacher", "aligned"],
             "rows": [["harmful requests answered, greedy", "5 of 10", "0 of 10", "1 of 10"]],
         },

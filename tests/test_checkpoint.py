@@ -154,9 +154,10 @@ def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_
 
 # A run that gets a signal while it scores the step that it has saved.
 SIGNALLED = """
-import os, sys, time
+import os, signal, sys, time
 from safesteer_mlx.align import main
 from safesteer_mlx.evals.selection import SavedSteps
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets tests in the background ignore
 def score(self, step):
     os.kill(os.getpid(), int(sys.argv[1]))
     time.sleep(60)

@@ -154,6 +154,7 @@ TABLE = {
     "./scripts/test -m slow": "parse",
     "./scripts/test -m metal": "parse",
     "./scripts/test -m export": "parse",
+    "./scripts/test -m distributed": "parse",
     "./scripts/test -m browser": "parse",
     './scripts/test -m ""': "parse",
     "FUZZ=40 ./scripts/test tests/test_bad_input.py -k fuzz": "parse",

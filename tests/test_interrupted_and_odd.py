@@ -239,7 +239,8 @@ from safesteer_mlx.system.screen import exit_code
 def run():
     try:
         print("drawing", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # a signal in front of a long sleep is heeded after it
+            time.sleep(0.1)
     finally:
         print("keeping", flush=True)
         time.sleep(float(sys.argv[1]))
@@ -323,6 +324,25 @@ def run():
 sys.exit(exit_code(run))
 """
     assert stopped(["-c", code], [], tmp_path) == (130, ONE_LINE)
+
+
+def test_a_signal_within_an_import_comes_when_it_is_done(tmp_path):
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.01)\nexcept:\n"
+        "    pass\ntime.sleep(0.2)\n"
+    )
+    code = """
+import sys, time
+from safesteer_mlx.system.screen import exit_code
+sys.path.insert(0, "")
+def run():
+    import swallows
+    for _ in range(100):
+        time.sleep(0.1)
+sys.exit(exit_code(run))
+"""
+    began = time.monotonic()
+    assert stopped(["-c", code], [], tmp_path) == (143, ONE_LINE) and time.monotonic() - began < 5
 
 
 def test_handlers_are_put_back_and_another_thread_has_none():

@@ -80,7 +80,7 @@ class BaseAnswers:
     def __init__(self, base: Loaded, sampling: Sampling, file: Path | None = None):
         self._base, self._sampling, self._file = base, sampling, file
         kept = machines.here().share(encoded({} if file is None else self._read(file)))
-        self._found = decoded(dict[str, Completion], kept, {"token": range(base.vocabulary)})
+        self._found = decoded(dict[str, Completion], kept)
 
     @cached_property
     def _made_by(self) -> str:

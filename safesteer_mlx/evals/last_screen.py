@@ -97,7 +97,8 @@ def _table(scores: Mapping[str, Scores]) -> list[list[str]]:
 def outcome(scores: Mapping[str, Scores], not_aligned: str | None) -> dict[str, Any]:
     """What the last screen says, and its table, as data: the first screen of the report."""
     head = ["", *(SHOWN[name] for name in scores)]
-    return {"words": in_words(scores["base"], scores["student"], not_aligned), "head": head, "rows": _table(scores)}
+    *words, verdict = in_words(scores["base"], scores["student"], not_aligned)
+    return {"verdict": verdict, "words": words, "head": head, "rows": _table(scores)}
 
 
 def shown_path(path: Path) -> str:
@@ -160,7 +161,7 @@ def show_last(scores: Mapping[str, Scores], not_aligned: str | None, screen: Scr
     """The outcome in words, and a table of the counts behind it."""
     said = outcome(scores, not_aligned)
     screen.line("")
-    for text in said["words"]:
+    for text in (*said["words"], said["verdict"]):
         screen.line(text)
     screen.line("")
     screen.table("", said["head"], said["rows"])

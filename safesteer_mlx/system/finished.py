@@ -136,6 +136,7 @@ class Verdict(TypedDict):
 class Outcome(TypedDict):
     """outcome.json: what the run said last."""
 
+    verdict: str
     words: Annotated[list[str], 10]
     head: Annotated[list[str], 10]
     rows: Annotated[list[Annotated[list[str], 10]], 20]

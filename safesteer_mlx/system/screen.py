@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 Advance = Callable[..., None]  # advance(done, total, note="")
@@ -97,15 +98,23 @@ def _give_up_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
 @contextmanager
 def _signals_stop(came: list[int]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM raises KeyboardInterrupt, so that a run can keep what it has; the second ends the
-    process. `came` holds the first."""
+    process. `came` holds the first. It waits for an import to end, in which a library may swallow what is raised."""
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         if came:
             os.write(2, b"safesteer-mlx: interrupted\n")
             os._exit(128 + came[0])
+        if _importing(frame):
+            return threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
         came.append(number)
         raise KeyboardInterrupt
 
