@@ -87,7 +87,8 @@ def test_scoring_is_two_models_answers_and_training_its_rows(run_with):
     prompt = sum(map(len, found_from)) / len(found_from)
     planned = dict(zip(STEPS, plan_seconds(run, READING), strict=True))
     n_tasks = 20 * len({item.category for item in prompts.sets.capability_test})
-    assert planned["scoring"] == pytest.approx(2 * prompt * (2 * 3 * 20 + n_tasks))
+    # Greedy and sampled answers share a reading; drift reads 64 prompts with their answers twice.
+    assert planned["scoring"] == pytest.approx(2 * (prompt * (3 * 20 + n_tasks) + 2 * 64 * (prompt + 10)))
     rows = settings.batch_size * settings.num_generations
     a_step = rows * prompt + pace.PASSES * rows * (prompt + 8)  # rollouts of 3 + 5 tokens
     a_step += prompt * (len(prompts.harmful_validation) + len(prompts.harmless_validation)) / 3

@@ -30,6 +30,7 @@ LEARNS = 1.25  # of the epochs' steps, until it has learned
 SEARCHED = 0.6, 350  # of candidates × prompts, full forward passes of the search; and those that it always needs
 PASSES = 4.0  # reads of a training row: student, its gradient, teacher and base, beside what they share
 TASK_TOKENS = 8  # of an answer to a little task
+DRIFT_PROMPTS = 64  # whose answers base and student read again
 KEPT_BUSY = 0.85  # of a batch's rows, while those that have finished wait to be replaced
 
 
@@ -98,16 +99,16 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
     def read(rows: float, length: float = prompt) -> float:
         return rates.reading * rows * length
 
-    def answer(rows: int, most: int) -> float:
-        """Seconds to read prompts and to answer them."""
-        return read(rows) + rates.draw(rows, most)
+    def answer(rows: int, most: int, alike: int = 1) -> float:
+        """Seconds to read prompts and to answer them, each of them so many times."""
+        return read(rows / alike) + rates.draw(rows, most)
 
     validation = run.answer_tokens(VALIDATION_TOKENS)
     both = prompts.harmful_validation, prompts.harmless_validation
     asked = [min(most, len(own)) for most, own in zip(VALIDATION_PROMPTS, both, strict=True)]
     candidates = prompts.n_eoi * pruned_from(n_blocks, recipe.direction.prune_last)
     searched = SEARCHED[0] * candidates * tried + SEARCHED[1] if teacher.teacher != "system_prompt" else 0
-    directions = answer(len(found_from), run.answer_tokens(REFUSAL_TOKENS)) + read(searched + 2 * len(found_from))
+    directions = answer(len(found_from), run.answer_tokens(REFUSAL_TOKENS)) + read(searched + 3 * len(found_from))
 
     # Teachers are asked for answers; what they open, the base reads and goes on with.
     opened = answer(sum(asked), OPENING) + answer(sum(asked), validation)
@@ -118,9 +119,9 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
 
     samples = tokens.token_samples if tokens.horizon > 1 else 1
     continued = samples * (asked[0] + tried)
-    finding = answer(continued, tokens.horizon) + read(2 * continued, prompt + tokens.horizon)
+    finding = answer(continued, tokens.horizon, samples) + read(continued, prompt + tokens.horizon)
     if tokens.token_method == "part" and not thinks:
-        finding += answer(TOLD * asked[0], tokens.horizon) + answer(TOLD * asked[0], validation)
+        finding += answer(TOLD * asked[0], tokens.horizon, TOLD) + answer(TOLD * asked[0], validation)
 
     n_harmful = len(instructions_to_train_on(recipe, sets, harmful=True))
     steps = number_of_steps(n_harmful, train, loss)
@@ -137,7 +138,8 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
     few, capability = recipe.run.test_prompts, sets.capability_test
     n_tests = sum(len(kind[:few]) for kind in (sets.harmful_test, sets.harmless_test, sets.borderline_test))
     n_tasks = min(len(capability), len({item.category for item in capability}) * (few or len(capability)))
-    scored = answer(2 * n_tests, run.answer_tokens(HELD_OUT_TOKENS)) + answer(n_tasks, TASK_TOKENS)
+    scored = answer(2 * n_tests, run.answer_tokens(HELD_OUT_TOKENS), 2) + answer(n_tasks, TASK_TOKENS)
+    scored += 2 * read(DRIFT_PROMPTS, prompt + float(np.mean(rates.lengths)))
     scoring = (2 + recipe.run.score_teacher) * scored
     size = machines.here().size
     return [seconds / size for seconds in (directions, choosing, finding, training, scoring)]
