@@ -3,6 +3,7 @@
 import math
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -196,3 +197,45 @@ def test_the_menu_is_for_a_person_whose_run_made_something_safer(reason, flags, 
     assert (b"what now?" in said) is asked
     # Chosen was export, which became of the process: it has a sentence for a folder that is no run.
     assert (b"safesteer-mlx: ad " in said or b"no run" in said) is asked, said.decode()
+
+
+PLAIN_SCREEN = """
+import sys
+from safesteer_mlx.system.screen import Screen
+shown = Screen()
+shown.plan([10.0, 20.0])
+shown.step(["finding", "training"])
+with shown.stage("reading") as advance:
+    for i in range(1, 4):
+        advance(i, 4, "loss 1")
+shown.line("unsafe answers: 47 → 5 of 100 · a ⟨b⟩")
+shown.table("t", ["", "base"], [["harmful requests answered", "47 – 5"]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "terminal", "coded"),
+    [
+        ({"TERM": "dumb"}, True, b""),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, rb"\x1b\[([0-9]+;)*[349][0-7]"),  # a bar moves, and titles are bold
+        ({"TERM": "xterm"}, False, rb"\x1b"),
+        ({"TERM": "dumb", "PYTHONIOENCODING": "ascii"}, True, rb"\x1b|[^\x00-\x7f]"),
+        ({"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, False, rb"\x1b|[^\x00-\x7f]"),
+    ],
+)
+def test_plain_terminals_get_plain_text(env, terminal, coded):
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM", "PYTHONIOENCODING")} | env
+    env |= {"PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "80"}
+    ours, theirs = pty.openpty()
+    out = theirs if terminal else subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", PLAIN_SCREEN], env=env, stdin=theirs, stdout=out) as process:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):
+            while more := os.read(ours if terminal else process.stdout.fileno(), 4096):
+                said += more
+    os.close(ours)
+    assert process.returncode == 0 and not (coded and re.search(coded, said)), said
+    assert (b"47 -> 5 of 100 | a ?b?" if "PYTHONIOENCODING" in env else "47 → 5 of 100 · a".encode()) in said
+    if env.get("TERM") == "dumb":
+        assert b"\x1b" not in said

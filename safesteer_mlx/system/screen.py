@@ -3,6 +3,7 @@
 Nothing that a model said is ever shown here.
 """
 
+import codecs
 import os
 import signal
 import sys
@@ -22,6 +23,22 @@ _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # mlx.launch's own, a
 
 class UserError(ValueError):
     """A mistake its user can mend: one sentence with the thing, the value and the remedy; exit code 2."""
+
+
+_PLAIN = {
+    "→": "->",
+    "←": "<-",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "·": "|",
+    "…": "...",
+    "×": "x",
+    "±": "+-",
+    "≥": ">=",
+    "≤": "<=",
+}
+_PLAIN |= {"“": '"', "”": '"', "’": "'", "Δ": "delta", "κ": "kappa", "π": "pi", "‖": "||", "²": "2"}
 
 
 def started_rank() -> int | None:
@@ -83,13 +100,22 @@ def _told(what: str, code: int = 2) -> int:
     return code
 
 
+def _written_plainly(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(ch, "?") for ch in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("safesteer-plain", _written_plainly)
+
+
 def settle_streams() -> None:
-    """A standard stream that is closed is an empty one, and a character that a terminal does not have is a "?"."""
+    """A standard stream that is closed is an empty one, and a character that a terminal does not have is written with
+    those that it has: an arrow is "->", and what cannot be is a "?"."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         elif mode == "w" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="safesteer-plain")
 
 
 def _give_up_output() -> None:
