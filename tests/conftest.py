@@ -141,9 +141,10 @@ def few_prompts():
     """For tests of something else than the search: it and checkpoint selection ask four prompts a kind, and runs that
     only differ in what comes after stages 1 to 3 share what these found."""
     from safesteer_mlx.evals import selection
-    from safesteer_mlx.method import run, safety_tokens, teacher
+    from safesteer_mlx.method import pace, run, safety_tokens, teacher
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "SECONDS", 0.0)
         patch.setattr(run.Run, "once", _once)
         patch.setattr(selection, "PROMPTS", 4)
         for module in (teacher, safety_tokens):

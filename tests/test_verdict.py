@@ -174,6 +174,7 @@ def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_p
     assert len(failed) == 3
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path, monkeypatch, capsys):
     from safesteer_mlx.system import shape
 
@@ -187,6 +188,7 @@ def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path
     assert "memory: not planned, the config.json has no hidden_size" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_stop_needs_force(tmp_path, monkeypatch, capsys):
     short = ["--iters", "1", "--test-prompts", "1", "--direction-train", "32", "--direction-validation", "16"]
     short += ["--token-samples", "1", "--horizon", "2", "--batch-size", "4", "--no-report"]

@@ -157,7 +157,7 @@ def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, harm
 def test_a_model_whose_direction_fails_the_kl_test_is_aligned(tmp_path, monkeypatch, capsys):
     """What decides is what the teacher does, not what ablating its direction does to harmless answers."""
     monkeypatch.chdir(tmp_path)
-    assert main([str(HERE / "station"), "--test-prompts", "50", "--no-report"]) == 0
+    assert main([str(HERE / "station"), "--no-report"]) == 0
     kept = tmp_path / "adapters" / "run"
     verdict = json.loads((kept / "verdict.json").read_text())
     chosen = verdict["candidates"][0]
