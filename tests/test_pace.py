@@ -117,6 +117,7 @@ def test_what_is_left_follows_the_steps_that_are_done(clock):
     assert run.left() == 60.0
     clock[0] += 4
     assert run.left() == 56.0 and run.left(of_stage=16.0) == 16.0 + 50.0
+    assert run.left(of_stage=2.0) == 56.0 and run.left(of_stage=2.0, is_step=True) == 2.0 + 50.0
     clock[0] += 16  # the first step took twice as long
     run.next()
     assert run.left() == pytest.approx((20 + 10) / (10 + 10) * 50)

@@ -28,7 +28,7 @@ READ = 2  # batches, timed
 # As it mostly is, on the half of the zoo that defaults were chosen on:
 LEARNS = 1.25  # of the epochs' steps, until it has learned
 SEARCHED = 0.6, 350  # of candidates × prompts, full forward passes of the search; and those that it always needs
-PASSES = 4.0  # reads of a training row: student, its gradient, teacher and base, beside what they share
+PASSES = 6.0  # reads of a training row: student, its gradient, teacher and base, beside what they share
 TASK_TOKENS = 8  # of an answer to a little task
 DRIFT_PROMPTS = 64  # whose answers base and student read again
 KEPT_BUSY = 0.85  # of a batch's rows, while those that have finished wait to be replaced

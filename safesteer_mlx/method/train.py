@@ -773,7 +773,7 @@ def train_student(
     before = dict(tree_flatten(student.trainable_parameters()))
 
     began = time.monotonic()
-    with screen.stage("training") as advance:
+    with screen.stage("training", is_step=True) as advance:
         try:
             score_once()  # where an interrupt left it out
             for event in train(training, step, rollouts):

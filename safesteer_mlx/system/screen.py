@@ -203,8 +203,9 @@ class Pace:
         took = [*self.took, time.monotonic() - self._began]
         return {"planned": [round(s, 1) for s in self.planned], "took": [round(s, 1) for s in took]}
 
-    def left(self, of_stage: float = 0.0) -> float:
-        """Seconds until the run's end, of which the stage under way needs so many; 0 where nothing is planned.
+    def left(self, of_stage: float = 0.0, is_step: bool = False) -> float:
+        """Seconds until the run's end, of which the stage under way needs so many, and its step no more if it is all of
+        it; 0 where nothing is planned.
 
         The steps to come take as much longer than planned as those that are done did."""
         if not self.planned:
@@ -212,7 +213,8 @@ class Pace:
         done = len(self.took)
         slower = (sum(self.took) + self.planned[0]) / (sum(self.planned[:done]) + self.planned[0])
         here, *later = [slower * seconds for seconds in self.planned[done:]] or [0.0]
-        return max(here - (time.monotonic() - self._began), of_stage) + sum(later)
+        planned = 0.0 if is_step else here - (time.monotonic() - self._began)
+        return max(planned, of_stage) + sum(later)
 
 
 class Screen:
@@ -260,16 +262,17 @@ class Screen:
         self.console.print(table)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Advance]:
-        """A named stage; what is yielded takes (done, total, note) and shows rate and time left."""
+    def stage(self, name: str, is_step: bool = False) -> Iterator[Advance]:
+        """A named stage, which may be all of the run's step; what is yielded takes (done, total, note) and shows rate
+        and time left."""
         if self.console.quiet:
             yield silent
         elif self.console.is_terminal:
-            yield from self._bar(name)
+            yield from self._bar(name, is_step)
         else:
-            yield from self._plain(name)
+            yield from self._plain(name, is_step)
 
-    def _bar(self, name: str) -> Iterator[Advance]:
+    def _bar(self, name: str, is_step: bool) -> Iterator[Advance]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -285,13 +288,13 @@ class Screen:
 
             def advance(done: int, total: int, note: str = "") -> None:
                 per_second = done / max(time.monotonic() - started, 1e-9)
-                whole = self._whole((total - done) / max(per_second, 1e-9))
+                whole = self._whole((total - done) / max(per_second, 1e-9), is_step)
                 shown = {"rate": f"{per_second:.1f}/s", "note": visible(note, ""), "whole": whole}
                 bar.update(task, completed=done, total=total, **shown)
 
             yield advance
 
-    def _plain(self, name: str) -> Iterator[Advance]:
+    def _plain(self, name: str, is_step: bool) -> Iterator[Advance]:
         started = last = time.monotonic()
 
         def advance(done: int, total: int, note: str = "") -> None:
@@ -302,11 +305,11 @@ class Screen:
                 rate = done / (now - started)
                 left = (total - done) / rate
                 said = f"{name}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip()
-                self.line(said + self._whole(left))
+                self.line(said + self._whole(left, is_step))
 
         yield advance
 
-    def _whole(self, left: float) -> str:
+    def _whole(self, left: float, is_step: bool) -> str:
         """What is left of the run, where the stage under way needs so many seconds."""
-        whole = self.pace.left(left)
+        whole = self.pace.left(left, is_step)
         return f"; the run: {duration(whole)} left" if whole else ""
