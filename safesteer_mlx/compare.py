@@ -14,18 +14,13 @@ from typing import Any
 
 from .evals.last_screen import ASKED
 from .evals.scores import HOW, Count
-from .recipe import PACKAGE, Parser, current_names, read_yaml
+from .recipe import PACKAGE, STEPS, Parser, current_names, read_yaml
 from .system.files import check_out, read_text, user_path, write_out
 from .system.screen import Screen, UserError, exit_code, visible
 
 # What a run's own folder holds once a stage is done, in their order.
-STAGES = {
-    "direction.json": "finding how strongly to push it there",
-    "tokens.json": "finding the words that decide",
-    "metrics.jsonl": "training",
-    "before_after.json": "comparing before and after",
-    "manifest.json": "writing what it was made with",
-}
+FILES = ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")
+STAGES = dict(zip(FILES, STEPS[1:], strict=True)) | {"manifest.json": "writing what it was made with"}
 NOT_SET_BY = ("adapter_path",)  # settings in which all runs differ
 NOT_MADE_WITH = ("adapters_sha256", "not_aligned")
 NONE = "—"
