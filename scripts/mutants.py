@@ -41,6 +41,36 @@ RESUMED = "test_a_run_that_goes_on_ends_in_the_same_bytes"
 
 MUTANTS = [
     *_of(
+        "safesteer_mlx/system/machines.py",
+        "test_machines",
+        [
+            (
+                "gradients of several machines averaged, not added",
+                "lambda mean: mean * self.size",
+                "lambda mean: mean",
+                "test_two_machines_make_what_one_makes_and_the_first_alone_speaks",
+            ),
+            (
+                "every machine does all of the work, and twice counts",
+                "if i // TOGETHER % self.size == self.rank",
+                "if i // TOGETHER % self.size <= self.rank",
+                "test_parts_are_all_there_is_and_none_twice",
+            ),
+        ],
+    ),
+    *_of(
+        "safesteer_mlx/system/screen.py",
+        "test_interrupted_and_odd",
+        [
+            (
+                "a signal raised within an import",
+                "if _importing(frame):",
+                "if False:",
+                "test_a_signal_within_an_import_comes_when_it_is_done",
+            ),
+        ],
+    ),
+    *_of(
         METHOD + "losses.py",
         "test_losses",
         [
@@ -68,8 +98,8 @@ MUTANTS = [
                 "return ((1 - mix) * mx.exp(lt) * (lt - lm) + mix * mx.exp(ls) * (ls - lm)).sum(-1)",
                 "test_every_kind_restated_in_numpy",
             ),
-            ("mask off by one at its beginning", "window = t >= skip", "window = t > skip", "test_skip_and_keep"),
-            ("mask off by one at its end", "window & (t < keep)", "window & (t <= keep)", "test_skip_and_keep"),
+            ("mask off by one at its beginning", "(t >= skip)", "(t > skip)", "test_skip_and_keep"),
+            ("mask off by one at its end", "(t < (keep or length))", "(t <= (keep or length))", "test_skip_and_keep"),
             (
                 "mean over padding too",
                 "/ mx.maximum(mask.sum(-1), 1.0)",
@@ -210,8 +240,8 @@ MUTANTS = [
             ),
             (
                 "positions not divided by the number of answers",
-                "weights = weights / np.maximum(weights.sum(1, keepdims=True), 1.0) / rollouts",
-                "weights = weights / np.maximum(weights.sum(1, keepdims=True), 1.0)",
+                "np.maximum(weights.sum(1, keepdims=True), 1.0) / rollouts)[there]",
+                "np.maximum(weights.sum(1, keepdims=True), 1.0))[there]",
                 PLAIN_STEP,
             ),
             ("gradient not clipped", "grads, settings.max_grad_norm)", "grads, 1e9)", "test_the_gradient_is_clipped"),
