@@ -27,7 +27,7 @@ STEPS = (  # of a run, as it is told on the screen and in the report
     "finding how strongly to push it there",
     "finding the words that decide",
     "training on the model's own answers",
-    "comparing before and after, on requests that were not trained on",
+    "comparing before and after on unseen requests",
 )
 HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
 

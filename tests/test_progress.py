@@ -31,6 +31,18 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind():
     assert shown.endswith("\x1b[2K")  # erased
 
 
+def test_a_terminal_breaks_a_line_between_words_and_a_command_not_at_all():
+    from safesteer_mlx.recipe import STEPS
+
+    screen = Screen()
+    screen.console = Console(file=io.StringIO(), force_terminal=True, width=40, highlight=False)
+    screen.line("a sentence that is longer than this terminal is wide, by some words")
+    screen.line("command --with a/path/that/is/longer/than/the/line", whole=True)
+    lines = screen.console.file.getvalue().splitlines()
+    assert [len(line) <= 40 for line in lines] == [True, True, False] and lines[0].endswith("longer than this ")
+    assert all(len(f"5 of 5: {step} (about 90 minutes left)") <= 80 for step in STEPS)
+
+
 def test_a_quiet_screen_is_silent(capsys):
     screen = Screen(quiet=True)
     screen.line("said")

@@ -170,4 +170,4 @@ def show_last(scores: Mapping[str, Scores], not_aligned: str | None, screen: Scr
 def show_next(steps: list[tuple[str, str]], screen: Screen) -> None:
     """What to do now."""
     for what, command in steps:
-        screen.line(f"{what + ':':<16}{command}")
+        screen.line(f"{what + ':':<16}{command}", whole=True)

@@ -245,9 +245,10 @@ class Screen:
         if self.verbose:
             self.line(text)
 
-    def line(self, text: str) -> None:
-        """One line of result; markup and control characters in it are shown as text, not obeyed."""
-        self.console.print(visible(text, ""), markup=False, soft_wrap=True)
+    def line(self, text: str, whole: bool = False) -> None:
+        """One line of result; markup and control characters in it are shown as text, not obeyed. A terminal that is too
+        narrow for it breaks it between words, if it is not to stay `whole`: a command, to be pasted."""
+        self.console.print(visible(text, ""), markup=False, soft_wrap=whole or not self.console.is_terminal)
 
     def table(self, title: str, head: list[str], rows: list[list[str]]) -> None:
         """Rows of cells; markup and control characters in them are shown as text, as in `line`."""
