@@ -23,12 +23,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from runs import files
 
 from safesteer_mlx.align import main
+from safesteer_mlx.evals import suites
 from safesteer_mlx.method import framing, prompts
 from safesteer_mlx.method.prompts import load_instructions
+from safesteer_mlx.method.token_file import read_token_file
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
 from safesteer_mlx.system.chat_template import check_template, template_of
 from safesteer_mlx.system.finished import RECORD, read_record
-from safesteer_mlx.system.load import _guarded
+from safesteer_mlx.system.load import _guarded, read_tokenizer
 from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, check_weights, read_header
 from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
 from safesteer_mlx.system.shape import shape_of
@@ -1377,3 +1379,54 @@ pieces = st.sampled_from([piece.strip() for piece in PIECES.replace("\n|", " |")
 @given(text=st.lists(pieces, max_size=12).map(" ".join))
 def test_fuzz_chat_templates(text, base):
     only_user_errors(lambda: prompts.render(with_template(base, text), "Why?"))
+
+
+TOKENS = [{"token": "Sorry", "id": 320}, {"token": " no", "id": 5}]
+
+
+@QUICK
+@given(
+    content=edited(TOKENS).map(lambda v: json.dumps(v).encode())
+    | json_values.map(lambda v: json.dumps(v).encode())
+    | st.binary()
+)
+def test_fuzz_token_files(content, tmp_path, base):
+    (tmp_path / "tokens.json").write_bytes(content)
+    only_user_errors(read_token_file, tmp_path / "tokens.json", base.tokenizer, base.vocabulary)
+
+
+ROWS = [{"Goal": "How is it?", "prompt": ["a", "b"], "type": "x"}, {"Goal": "Why?", "prompt": "b", "type": "safe"}]
+
+
+@QUICK
+@given(
+    name=st.sampled_from(
+        [name for name in suites.names() if "missing" not in (suites.FOLDER / f"{name}.yaml").read_text()]
+    ),
+    content=edited(ROWS).map(lambda v: json.dumps(v).encode())
+    | st.binary()
+    | st.text(alphabet='Goal,"\n\r\0promt;').map(str.encode),
+    kind=st.sampled_from([".json", ".jsonl", ".csv", ".txt"]),
+)
+def test_fuzz_suites(name, content, kind, tmp_path):
+    (tmp_path / f"suite{kind}").write_bytes(content)
+    only_user_errors(suites.load_suite, suites.find_suite(name), tmp_path / f"suite{kind}")
+
+
+TOKENIZER = json.loads((TINY / "tokenizer.json").read_text())
+LARGE = {key: TOKENIZER["model"].pop(key) for key in ("vocab", "merges")}  # an edit would nearly always fall into these
+TOKENIZER_CONFIG = json.loads((TINY / "tokenizer_config.json").read_text())
+
+
+@settings(QUICK, max_examples=20 * MORE)
+@given(tokenizer=st.just(TOKENIZER) | edited(TOKENIZER), config=st.just(TOKENIZER_CONFIG) | edited(TOKENIZER_CONFIG))
+def test_fuzz_tokenizers(tokenizer, config, tmp_path):
+    model = tokenizer.get("model")
+    whole = tokenizer | {"model": model | LARGE} if isinstance(model, dict) else tokenizer
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    def read() -> None:
+        prompts.render(read_tokenizer(str(tmp_path), tmp_path, CONFIG), "Why?")
+
+    only_user_errors(read)
