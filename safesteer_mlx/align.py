@@ -146,7 +146,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     why = not_aligned(scores["base"], scores["student"], learned)
     if run.store.ours:
         timing = {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds}
-        _record(run, scores, why, timing | screen.pace.as_json())
+        _record(run, scores, why, timing | screen.pace.as_json(), tokens)
         _tell(run, scores, why)
     return Aligned(folder, verdict, scores, why)
 
@@ -185,7 +185,13 @@ def _before_and_after(
     return dict(held_out.score_each(models, run.screen, {"teacher": teacher.system_prompt}))
 
 
-def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, timing: dict[str, Any]) -> None:
+def _record(
+    run: "Run",
+    scores: "dict[str, Scores]",
+    not_aligned: str | None,
+    timing: dict[str, Any],
+    tokens: "SafetyTokens",
+) -> None:
     """Write what came of the run, and forget the states that it could have gone on from."""
     import mlx.core as mx
 
@@ -199,8 +205,13 @@ def _record(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None, ti
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if run.recipe.run.transcripts:
         store.lines("transcripts.jsonl", transcripts(scores))
-    own = {"own_sets": sorted(given_files(run.recipe.run.data))}
-    store.json("manifest.json", _manifest(run.base, store.path.parent) | own | {"not_aligned": not_aligned})
+    own = {
+        "own_sets": sorted(given_files(run.recipe.run.data)),
+        "not_aligned": not_aligned,
+        "tokens_explain": tokens.explained,
+        "tokens_open": tokens.openings,
+    }
+    store.json("manifest.json", _manifest(run.base, store.path.parent) | own)
     store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})
     store.forget_states()
 

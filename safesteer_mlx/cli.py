@@ -31,14 +31,15 @@ usage: safesteer-mlx COMMAND …
        safesteer-mlx [MODEL] …    the same as safesteer-mlx align [MODEL] …
        safesteer-mlx --version
 
-Make a chat model safer: align it by localized on-policy distillation (SafeSteer).
+Make a chat model safer: align it by localized on-policy distillation
+(SafeSteer).
 
 commands (safesteer-mlx COMMAND --help lists the flags of one):
 {commands}
 
-The first word decides. The name of a command is that command, even where a folder
-has the same name: ./chat is the model in the folder chat. Without any word, the
-bundled model is aligned."""
+The first word decides. The name of a command is that command, even where a
+folder has the same name: ./chat is the model in the folder chat. Without any
+word, the bundled model is aligned."""
 
 
 def command_of(argv: list[str]) -> tuple[str, list[str]]:

@@ -116,8 +116,10 @@ class DirectionSettings:
     direction_validation: int = _setting(
         32, "prompts of each kind that score the candidates", least=1, most=MOST_PROMPTS
     )
-    kl_threshold: float | None = _setting(0.1, "largest KL on harmless prompts under ablation")
-    steering_threshold: float | None = _setting(0.0, "least refusal score of harmless prompts when steered")
+    kl_threshold: float | None = _setting(0.1, "largest KL on harmless prompts under ablation, in nats")
+    steering_threshold: float | None = _setting(
+        0.0, "least refusal score of harmless prompts when steered, in log-odds"
+    )
     ablation: str = _setting(
         "auto",
         "what ablation projects: published blocks' inputs and their parts' outputs, stream all that reaches the "
@@ -245,8 +247,10 @@ class TrainSettings:
     )
     temp: float = _setting(1.0, "sampling temperature of the student", above=0.0, most=MOST_FACTOR)
     top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
-    max_tokens: int = _setting(512, "longest completion", least=1, most=MOST_LENGTH)
-    max_prompt_length: int = _setting(512, "longest prompt; longer ones are left out", least=8, most=MOST_LENGTH)
+    max_tokens: int = _setting(512, "longest completion, in tokens", least=1, most=MOST_LENGTH)
+    max_prompt_length: int = _setting(
+        512, "longest prompt, in tokens; longer ones are left out", least=8, most=MOST_LENGTH
+    )
     grad_checkpoint: str = _setting(
         "auto",
         "compute activations again for the gradient instead of keeping them; auto where memory needs it",
@@ -740,6 +744,10 @@ SHOWN_FIRST = ("data", "adapter_path", "seed", "offline", "memory_limit", "verbo
 
 def _align_parser(everything: bool) -> Parser:
     """The flags of `align`: those that people need, or all, by stage."""
+
+    def rare(text: str) -> str:
+        return text if everything else argparse.SUPPRESS
+
     parser = Parser(
         "align",
         "Make a chat model safer: align it by localized on-policy distillation (SafeSteer).",
@@ -750,21 +758,24 @@ def _align_parser(everything: bool) -> Parser:
     parser.add_argument("--help-all", action="store_true", help="show all flags, by stage, and exit")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the unfinished run in this adapter folder")
-    parser.add_argument("--yes", action="store_true", help="go on with an unfinished run without asking")
     parser.add_argument("--dry-run", action="store_true", help="plan memory and time; train nothing")
     parser.add_argument(
         "--verdict-only", action="store_true", help="give the verdict on this model; train and keep nothing"
     )
-    parser.add_argument("--force", action="store_true", help="train even if the verdict is stop")
-    parser.add_argument("--preset", metavar="NAME", help="paper: the published settings as they are")
+    parser.add_argument("--yes", action="store_true", help=rare("go on with an unfinished run without asking"))
+    parser.add_argument("--force", action="store_true", help=rare("train even if the verdict is stop"))
+    parser.add_argument("--preset", metavar="NAME", help=rare("paper: the published settings as they are"))
     for title, cls in SECTIONS.items():
         group = parser.add_argument_group(title, cls.__doc__) if everything else parser
         for f in fields(cls):
             flag = "--" + f.name.replace("_", "-")
             text = f.metadata["help"].replace("%", "%%")
-            if not everything and f.name not in SHOWN_FIRST:
-                text = argparse.SUPPRESS
+            if f.name not in SHOWN_FIRST:
+                text = rare(text)
             default = getattr(cls(), f.name)
+            told = "yes" if default is True else "no" if default is False else default
+            if text is not argparse.SUPPRESS and told is not None:
+                text += f" (default: {told})"
             if f.type is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
                 continue
@@ -773,8 +784,7 @@ def _align_parser(everything: bool) -> Parser:
                 words = {"nargs": "?", "const": bare}
             choices = f.metadata.get("choices")
             meta = "{" + ",".join(choices) + "}" if choices else f.name.upper()
-            told = "" if text is argparse.SUPPRESS or default is None else f" (default: {default})"
-            group.add_argument(flag, help=text + told, metavar=meta, **words)
+            group.add_argument(flag, help=text, metavar=meta, **words)
     return parser
 
 

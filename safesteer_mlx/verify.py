@@ -102,7 +102,8 @@ def _run(argv: list[str] | None) -> int:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of adapters that align wrote")
     add("--against", metavar="WHAT", help="a model's folder, a .gguf file, or a server's http address")
-    add("--with", dest="kind", choices=WITH, help="what reads it (default: by what it is)")
+    readers = f"what reads it: {', '.join(WITH)} (default: by what it is)"
+    add("--with", dest="kind", choices=WITH, metavar="READER", help=readers)
     add("--model", help="where the run's base is now, if it has moved")
     add("--served-model", metavar="NAME", help="the server's name for the model (default: the one that it has loaded)")
     add("--test-prompts", type=at_least(0), default=PROMPTS, help=f"of each kind; 0 for all (default: {PROMPTS})")

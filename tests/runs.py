@@ -85,6 +85,8 @@ def files(text: str = "plain") -> dict[str, Any]:
             "model_sha256": "ab" * 32,
             "adapters_sha256": "cd" * 32,
             "own_sets": ["harmful_test", "harmless_test"],
+            "tokens_explain": 0.961,
+            "tokens_open": [0.25, 0.875],
         },
         "verdict.json": {
             "word": "caution",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from safesteer_mlx.align import main
+from safesteer_mlx.method import safety_tokens
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.recipe import MODELS
 
@@ -37,6 +38,8 @@ def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
     assert all(p.stat().st_mode & 0o777 == 0o600 for p in (finished / "run").rglob("*") if p.is_file())
     lines = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
+    manifest = json.loads((finished / "run" / "manifest.json").read_text())
+    assert 0.5 < manifest["tokens_explain"] <= 1 and 0.1 < max(manifest["tokens_open"]) < 1
     timing = json.loads((finished / "run" / "timing.json").read_text())
     assert len(timing["seconds_by_step"]) == 2 and 0 < sum(timing["seconds_by_step"]) < timing["seconds"]
 
@@ -158,6 +161,14 @@ def test_a_run_that_learns_nothing_says_so_last_and_recommends_no_adapter(tmp_pa
     assert "<b>Not aligned:</b> training brought the model 0%" in (folder / "run" / "report.html").read_text()
     out = capsys.readouterr().out
     assert "not aligned" in out.splitlines()[-1] and "mlx_lm.generate" not in out
+
+
+def test_tokens_that_explain_too_little_end_a_run_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(safety_tokens, "EXPLAINS_LITTLE", 1.01)
+    folder = tmp_path / "adapters"
+    assert main(["--adapter-path", str(folder), *SHORT]) == 2
+    assert "of what steering does; training on them would teach little of that" in capsys.readouterr().err
+    assert not (folder / "adapters.safetensors").exists() and not (folder / "run" / "metrics.jsonl").exists()
 
 
 def test_help_is_quick_to_import():

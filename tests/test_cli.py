@@ -1,6 +1,7 @@
 """The console script: the first word decides, a misspelt command is one sentence, nothing heavy for --help."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -91,7 +92,7 @@ def test_help_names_every_command_and_who_wins(flag, capsys):
     assert main([flag]) == 0
     said = capsys.readouterr().out
     assert all(f"\n  {name} " in said for name in COMMANDS)
-    assert "./chat" in said and all(len(line) <= 84 for line in said.splitlines())
+    assert "./chat" in said and all(len(line) <= 80 for line in said.splitlines())
 
 
 def test_align_shows_the_flags_that_people_need_and_all_if_asked(capsys):
@@ -105,7 +106,13 @@ def test_align_shows_the_flags_that_people_need_and_all_if_asked(capsys):
         out, usage = (text := capsys.readouterr().out), text.split("options:")[1]
         shown[flag] = {name for name in FIELDS if f"\n  --{name.replace('_', '-')}" in usage}
         assert all(len(line) <= 80 for line in usage.splitlines() if not line.startswith("  --")) and "None" not in out
+        shown[flag + " all"] = set(re.findall(r"^  (?:-c FILE, )?--([a-z-]+)", usage, re.MULTILINE)) - {"help-all"}
+        for group in text.split("\n  --")[1:]:
+            name = group.split()[0].strip(",").replace("-", "_")
+            if name in FIELDS and name in shown[flag] and FIELDS[name].default is not None:
+                assert "(default:" in " ".join(group.split()), name
     assert shown["--help"] == set(SHOWN_FIRST) and shown["--help-all"] == set(FIELDS)
+    assert len(shown["--help all"]) == 10
 
 
 def test_version(capsys):
@@ -118,7 +125,8 @@ def test_usage_is_what_one_types(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: safesteer-mlx {name} ")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: safesteer-mlx {name} ") and all(len(line) <= 80 for line in text.splitlines())
 
 
 @pytest.mark.parametrize("name", ["--help", "--version", "evalute", *(f"{name} --help" for name in COMMANDS)])

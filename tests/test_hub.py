@@ -242,14 +242,14 @@ def run(argv: list[str], home: Path, before: list[str] | None = None, at: Path |
 NO_NETWORK = ["unshare", "-rn"]
 
 
-def test_offline_a_whole_alignment_makes_no_connection(tmp_path):
-    """In a network namespace without interfaces where there is one; everywhere, no socket may connect."""
+def test_offline_a_whole_alignment_makes_no_connection_and_takes_none(tmp_path):
+    """In a network namespace without interfaces where there is one; everywhere, no socket may connect or listen."""
     guard = tmp_path / "guard"
     guard.mkdir()
     (guard / "sitecustomize.py").write_text(
         "import sys\n"
         "def watch(event, args):\n"
-        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        "    if event in ('socket.connect', 'socket.bind', 'socket.getaddrinfo', 'socket.sendto'):\n"
         f"        open({str(tmp_path / 'connected')!r}, 'a').write(event + str(args[1:]) + chr(10))\n"
         "sys.addaudithook(watch)\n"
     )
@@ -279,13 +279,15 @@ def test_offline_a_whole_alignment_makes_no_connection(tmp_path):
     assert not [p for p in left if not p.startswith(("tmp/mlx", "home/.config"))]
     if calls:
         lines = (tmp_path / "calls").read_text().splitlines()
-        assert not [line for line in lines if "connect(" in line and "AF_INET" in line]
+        assert not [line for line in lines if "listen(" in line or ("connect(" in line and "AF_INET" in line)]
         ours_alone = [str(tmp_path / name) for name in ("adapters", "cache", "tmp", "home/.config")]
         allowed = tuple(f'"{place}' for place in (*ours_alone, "/dev/null", "/dev/tty"))
         assert written(lines) and not [path for path in written(lines) if not path.startswith(allowed)]
 
 
-CALLS = "connect,open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat,truncate"
+CALLS = (
+    "connect,listen,open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat,truncate"
+)
 
 
 def written(lines: list[str]) -> list[str]:

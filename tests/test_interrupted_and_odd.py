@@ -112,15 +112,17 @@ class Moving:
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train(moving=None, score=None): `train_student` for 4 steps, each a whole number added to the one weight; what
-    is written is in one folder, so a second call goes on. `train.worth` is what steps are worth, if they are measured.
+    """train(moving=None, score=None, force=False): `train_student` for 4 steps, each a whole number added to the one
+    weight; what is written is in one folder, so a second call goes on. `train.worth` is what steps are worth, if they
+    are measured, `train.gradient` their norm.
     """
     worth = {}
 
     def steps(training, first_step, drawn_before):
         for step in range(first_step + 1, 5):
             training.student.weight = training.student.weight + 1
-            yield StepMetrics(step, 4, 1.0, 1.0, 1.0, 0.1, 0.9, 1.0, 1e-3, 8, 0.0, 0.5, worth.get(step, float("nan")))
+            measured = (run.gradient, 1e-3, 8, 0.0, 0.5, worth.get(step, float("nan")))
+            yield StepMetrics(step, 4, 1.0, 1.0, 1.0, 0.1, 0.9, *measured)
 
     monkeypatch.setattr(stage, "train", steps)
     for name in ("collapsed", "save_student"):
@@ -128,18 +130,26 @@ def train(tmp_path, monkeypatch):
     recipe = replace(RECIPE, train=replace(RECIPE.train, iters=4, save_every=2, keep_best=True))
     store = Store(tmp_path / "adapters", "this run")
 
-    def run(moving=None, score=None):
+    def run(moving=None, score=None, force=False):
         student = nn.Linear(1, 1, bias=False)
         student.weight = mx.zeros((1, 1))
         optimizer = stage.make_optimizer(recipe.train)
         how = (recipe.train, recipe.loss, [49], 0, optimizer)
         training = Training(student, None, None, mx.array([1]), [], [], *how)  # type: ignore[arg-type]
         scorer = score and SimpleNamespace(score=score)
-        around = Run(recipe, None, None, Screen(), store)  # type: ignore[arg-type]
+        around = Run(recipe, None, None, Screen(), store, force)  # type: ignore[arg-type]
         return student, train_student(around, training, moving, scorer)
 
-    run.store, run.worth = store, worth
+    run.store, run.worth, run.gradient = store, worth, 1.0
     return run
+
+
+def test_steps_without_a_gradient_end_the_training_unless_it_is_forced(train):
+    train.gradient = 1e-5
+    with pytest.raises(UserError, match="first 3 steps had no gradient"):
+        train()
+    _, log = train(force=True)
+    assert [row["step"] for row in log.metrics] == [1, 2, 3, 4]
 
 
 def test_a_step_interrupted_before_its_state_is_taken_leaves_no_row(train):

@@ -96,6 +96,14 @@ def test_scoring_is_two_models_answers_and_training_its_rows(run_with):
     assert planned["training"] == pytest.approx(10 * a_step)
 
 
+def test_more_prompts_to_train_on_take_longer(run_with, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"How is thing {i} broken?\n" for i in range(300)))
+    runs = run_with(), run_with(data=str(tmp_path / "prompts.txt"))
+    n_direction, n_bundled, n_own = len(runs[0].prompts.sets.harmful_direction_train), 100, 300
+    few, many = (plan_seconds(run, READING)[STEPS.index("training")] for run in runs)
+    assert many / few == pytest.approx((n_own + n_direction) / (n_bundled + n_direction), rel=0.1)
+
+
 def test_several_machines_share_it(run_with, monkeypatch):
     run = run_with()
     alone = plan_seconds(run, READING)

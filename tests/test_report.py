@@ -72,6 +72,7 @@ def test_each_stage_is_told_with_its_words_explained_where_they_stand(plain):
     assert "not measured" in text and "ab" * 32 in text and "0.0.1" in text
     assert "the base's 5 unsafe answers" in text
     assert "Step 1 is kept, the safest within the limits (drift<=1)" in text
+    assert "They explain 96 % of what steering does where they decide" in text and "at a probability of 0.88" in text
     assert "KL when ablated plain" in text and "+0.050" in text  # the candidates, with the tests that they failed
     for explained in (
         "position −1 is the last one before the answer",

@@ -133,19 +133,23 @@ def tokens(explained=0.9, openings=(0.5, 0.2)):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "settings", "said", "remedy"),
     [
-        ({"explained": 0.49}, "explain only 49% of what steering does"),
-        ({"openings": [0.05, 0.09]}, "at a probability of only 0.09"),
+        ({"explained": 0.49}, {}, "explain only 49% of what steering does", ""),
+        ({"explained": 0.49}, {"safety_tokens": 1}, "explain only 49%", "more --safety-tokens or "),
+        ({"explained": 0.49}, {"token_method": "vote"}, "explain only 49%", "--token-method part or "),
+        ({"openings": [0.05, 0.09]}, {}, "at a probability of only 0.09", "--coeff auto or "),
     ],
 )
-def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, change, said, capsys):
+def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, change, settings, said, remedy, capsys):
+    coeff = replace(run.recipe.teacher, coeff=0.7)
+    run = run.with_settings(tokens=replace(run.recipe.tokens, **settings), teacher=coeff)
     check_tokens(run, tokens())
     check_tokens(run, tokens(explained=0.5, openings=[0.0, 0.1]))  # at the limits
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=said) as error:
         check_tokens(run, tokens(**change))
-    assert "--token-method part" in str(error.value) and "--force" in str(error.value)
+    assert str(error.value).endswith(f"little of that; give {remedy}--loss-tokens full (or --force)")
     for given in (
         replace(run, force=True),
         run.with_settings(tokens=replace(run.recipe.tokens, safety_tokens="mine.json")),
@@ -221,6 +225,7 @@ def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, 
         ]
 
     monkeypatch.setattr(safety_tokens, "opened_answers", opened)
+    run = replace(run, screen=Screen(verbose=True))
     short, teacher = run.with_settings(tokens=replace(run.recipe.tokens, horizon=3)), Teacher(run.base.model)
     assert safety_tokens._refusing(short, teacher) == [1]
     [prompts] = asked

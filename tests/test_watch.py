@@ -349,10 +349,11 @@ def test_each_step_of_a_run_is_told():
 
 @pytest.mark.usefixtures("few_prompts")
 def test_align_serves_its_page_while_it_works(tmp_path, monkeypatch, capsys):
-    """The page is asked for after each step; the address is printed once, and nothing listens afterwards."""
+    """The page is asked for after each step; the address is printed once, on loopback, nothing else listens, and
+    nothing at all afterwards."""
     from safesteer_mlx.system.screen import Screen
 
-    seen, addresses = [], []
+    seen, addresses, bound = [], [], []
 
     @contextmanager
     def noting(folder, transcripts, port, tell):
@@ -363,28 +364,23 @@ def test_align_serves_its_page_while_it_works(tmp_path, monkeypatch, capsys):
         with OPEN(addresses[0]) as answer:
             seen.append((answer.status, answer.read().decode()))
 
+    def bind(self, address, bind=socket.socket.bind):
+        bound.append(address[0])
+        bind(self, address)
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
     monkeypatch.setattr(report, "watching", noting)
     monkeypatch.setattr(report, "REDRAWN", 0.0)
     monkeypatch.setattr(serve, "REFRESH", 0.1)
     monkeypatch.setattr(Screen, "detail", detail)
     short = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--direction-validation", "32"]
-    short += [
-        "--token-samples",
-        "2",
-        "--coeff",
-        "0.7",
-        "--no-report",
-        "--steps-per-report",
-        "1",
-        "--offline",
-        "--watch",
-    ]
+    short += "--token-samples 2 --coeff 0.7 --no-report --steps-per-report 1 --offline --watch".split()
     assert align(["--adapter-path", str(tmp_path / "adapters"), *short]) in (0, 2)
     assert seen and all(status == 200 for status, _ in seen)
     assert (
         "step 1 of 2" in seen[-1][1] and 'id="figure-training"' in seen[-1][1] and 'id="figure-tokens"' in seen[-1][1]
     )
-    assert capsys.readouterr().out.count(addresses[0]) == 1
+    assert capsys.readouterr().out.count(addresses[0]) == 1 and bound == ["127.0.0.1"]
     with pytest.raises(urllib.error.URLError):
         OPEN(addresses[0])
 

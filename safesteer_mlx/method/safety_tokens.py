@@ -455,7 +455,9 @@ def _refusing(run: Run, teacher: Teacher) -> list[int] | None:
     answers = opened_answers(run.base, teacher.model, replace(harmful, opening=run.recipe.tokens.horizon))
     ids = refusing_tokens([opening.ids for opening, _ in answers], [is_refusal(text) for _, text in answers])
     if not ids:
-        run.screen.line("no token that opens the teacher's answers tells a refusal, so all that steering raises count")
+        run.screen.detail(
+            "no token that opens the teacher's answers tells a refusal, so all that steering raises count"
+        )
     return ids or None
 
 
@@ -466,15 +468,21 @@ def check_tokens(run: Run, tokens: SafetyTokens) -> None:
         UserError: the tokens explain little of what steering does, or the teacher hardly opens an answer to a harmful
             prompt with them; if the run is forced, or they are not what is trained on, that is only said.
     """
-    fault, first = None, max(tokens.openings, default=0.0)
+    settings, first = run.recipe.tokens, max(tokens.openings, default=0.0)
     if tokens.explained < EXPLAINS_LITTLE:
         fault = f"the {len(tokens.rows)} safety tokens explain only {tokens.explained:.0%} of what steering does"
+        remedy = ""
+        if settings.token_method != "part":
+            remedy = "--token-method part or "
+        elif len(tokens.rows) == settings.safety_tokens:
+            remedy = "more --safety-tokens or "
     elif first < HARDLY_OPENS:
         fault = f"the teacher opens answers to harmful prompts with safety tokens at a probability of only {first:.2f}"
-    if fault is None:
+        remedy = "" if run.recipe.teacher.coeff == "auto" else "--coeff auto or "
+    else:
         return
     fault += "; training on them would teach little of that"
-    if run.recipe.loss.loss_tokens != "safety" or isinstance(run.recipe.tokens.safety_tokens, str) or run.force:
+    if run.recipe.loss.loss_tokens != "safety" or isinstance(settings.safety_tokens, str) or run.force:
         run.screen.line(fault)  # they are not what is trained on, or were chosen by hand
         return
-    raise UserError(f"{fault}; raise --safety-tokens, or give --token-method part or --loss-tokens full (or --force)")
+    raise UserError(f"{fault}; give {remedy}--loss-tokens full (or --force)")

@@ -174,6 +174,8 @@ class Manifest(TypedDict):
     model_sha256: NotRequired[str]
     adapters_sha256: NotRequired[str]
     not_aligned: NotRequired[str | None]
+    tokens_explain: NotRequired[float]  # the share of what steering does that the safety tokens explain
+    tokens_open: NotRequired[Annotated[list[float], 1000]]  # the teacher's probability of them, by place in the answer
 
 
 MOST_ROWS = 200_000  # as the limits above: a page can still be drawn of it
