@@ -138,13 +138,27 @@ def _once(self, find, *found):
 
 @pytest.fixture(scope="module")
 def few_prompts():
-    """For tests of something else than the search: it and checkpoint selection ask four prompts a kind, and runs that
-    only differ in what comes after stages 1 to 3 share what these found."""
+    """For tests of something else than the search: it and checkpoint selection ask four prompts a kind, runs that only
+    differ in what comes after stages 1 to 3 share what these found, and a model is timed and its padding checked once.
+    """
     from safesteer_mlx.evals import selection
     from safesteer_mlx.method import pace, run, safety_tokens, teacher
 
+    timed, batched = {}, {}
+    measure_rates, can_batch = pace.measure_rates, run.can_batch
+
+    def rates(run):
+        key = run.base.weights_hash, run.recipe.run.generation_batch_size
+        return timed[key] if key in timed else timed.setdefault(key, measure_rates(run))
+
+    def batches(base, prompts):
+        key = base.weights_hash
+        return batched[key] if key in batched else batched.setdefault(key, can_batch(base, prompts))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "SECONDS", 0.0)
+        patch.setattr(pace, "measure_rates", rates)
+        patch.setattr(run, "can_batch", batches)
         patch.setattr(run.Run, "once", _once)
         patch.setattr(selection, "PROMPTS", 4)
         for module in (teacher, safety_tokens):

@@ -50,6 +50,18 @@ def plain(tmp_path_factory):
     return write_report(write_run(tmp_path_factory.mktemp("plain") / "run", files()))
 
 
+@pytest.fixture
+def unsaved(monkeypatch):
+    """Every picture is drawn but none is saved, for tests of something else: one stands for all."""
+    from safesteer_mlx.evals import figures
+
+    def picture(draw, print_too=True):
+        draw(figures.LIGHT)
+        return figures.Picture(b"<svg/>", b"<svg/>", b"\x89PNG")
+
+    monkeypatch.setattr(figures, "picture", picture)
+
+
 def words(page):
     return " ".join(Page(page).text.split())
 
@@ -90,6 +102,7 @@ def test_each_stage_is_told_with_its_words_explained_where_they_stand(plain):
         assert explained in text, explained
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_a_run_that_is_not_aligned_says_so_first_and_gives_no_command(tmp_path):
     found = files()
     found["manifest.json"]["not_aligned"] = "unsafe answers went from 5 to 5 of 10"
@@ -98,6 +111,7 @@ def test_a_run_that_is_not_aligned_says_so_first_and_gives_no_command(tmp_path):
     assert "talk to it" not in text and "McNemar" in text
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_a_run_without_its_last_words_is_drawn(tmp_path):
     text = words(write_report(write_run(tmp_path, files() | {"outcome.json": None})))
     assert "did not record what it said last" in text and "talk to it" in text
@@ -152,6 +166,7 @@ def test_the_picture_of_the_readme_is_small_and_has_a_text():
     assert "](docs/figures/report.png)" in (root / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_answers_stand_side_by_side_those_first_that_changed(tmp_path):
     found = files()
     rows = found["transcripts.jsonl"]
@@ -207,6 +222,7 @@ def test_texts_are_shown_as_they_are_and_what_acts_unseen_is_spelled_out(hostile
     assert "teacher's answer" not in page.text
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_prompts_and_answers_keep_their_line_ends_and_other_texts_spell_them_out(tmp_path):
     text = Page(write_report(write_run(tmp_path, files("one\n{{ 1+1 }}")), transcripts=True)).text
     assert "prompt one\n{{ 1+1 }}" in text and "base's answer one\n{{ 1+1 }}\nand more" in text
@@ -227,6 +243,7 @@ def test_figures_hold_texts_as_text(hostile):
     assert sum("&lt;script&gt;" in svg for svg in pictures) == 2  # tokens and tasks
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_answers_are_in_the_page_only_if_asked_for(plain, hostile, tmp_path):
     assert "answer plain" not in Page(plain).text
     assert ("a", {"href": "transcripts.jsonl"}) in Page(plain).tags
@@ -252,6 +269,7 @@ def drawn(page):
     return {a["id"].removeprefix("figure-") for tag, a in page.tags if tag == "figure"}
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_a_run_without_direction_or_trials_says_why_pictures_are_missing(tmp_path):
     found = files()
     found["recipe.yaml"]["teacher"] = "system_prompt"
@@ -266,6 +284,7 @@ def test_a_run_without_direction_or_trials_says_why_pictures_are_missing(tmp_pat
     assert drawn(page) == FIGURES - {"frontier"} and "The coefficient, 0.7, was given" in page.text
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_a_model_that_thinks_first_has_its_trials_by_answers_alone(tmp_path):
     found = files()
     scores = {test: [[None] * 6] for test in ("ablation_kl", "ablation_refusal", "steering_refusal")}
@@ -283,6 +302,7 @@ def test_captions_say_what_is_drawn(plain):
     assert "Learned is the share" in text
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_an_older_run_is_drawn_without_what_it_did_not_record(tmp_path):
     found = files()
     del found["direction.json"]["trials"]
@@ -337,6 +357,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.usefixtures("unsaved")
 def test_a_folder_that_is_no_finished_run_is_one_sentence_and_nothing_is_written(name, tmp_path, capsys):
     found, expected = BAD[name]
     write_run(tmp_path, found)
@@ -360,6 +381,7 @@ def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path, monkeypa
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_the_command_takes_the_adapter_folder_too(tmp_path, capsys):
     write_run(tmp_path / "run", files())
     assert main([str(tmp_path)]) == 0
