@@ -464,10 +464,7 @@ def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, i
     openers = [*directions.find_openers(run).openers.values()]
     limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
 
-    def kept(harmful, harmless):
-        h, b = directions.filter_by_refusal_score(base.model, harmful, harmless, openers)
-        return [harmful[i] for i in h], [harmless[i] for i in b]
-
+    kept = partial(directions.filter_by_refusal_score, base.model, refusal_ids=openers)
     found = directions.mean_differences(
         base.model, *kept(prompts.harmful_direction_train, prompts.harmless_direction_train), prompts.n_eoi
     )
@@ -639,23 +636,13 @@ def published_run(n_prompts: int) -> None:
     recipe, base, rendered, model = run.recipe, run.base, run.prompts, run.base.model
     openers = [*directions.find_openers(run).openers.values()]
     s = recipe.direction
-    h, b = directions.filter_by_refusal_score(
-        model, rendered.harmful_direction_train, rendered.harmless_direction_train, openers
-    )
-    found = directions.mean_differences(
-        model,
-        [rendered.harmful_direction_train[i] for i in h],
-        [rendered.harmless_direction_train[i] for i in b],
-        rendered.n_eoi,
-    )
-    h, b = directions.filter_by_refusal_score(
-        model, rendered.harmful_direction_validation, rendered.harmless_direction_validation, openers
-    )
-    harmless = [rendered.harmless_direction_validation[i] for i in b]
-    scores = directions.score_candidates(
-        model, found, [rendered.harmful_direction_validation[i] for i in h], harmless, openers, True
-    )
-    position, layer = directions.choose_direction(scores, s.kl_threshold, s.steering_threshold, s.prune_last)
+    kept = partial(directions.filter_by_refusal_score, model, refusal_ids=openers)
+    train = kept(rendered.harmful_direction_train, rendered.harmless_direction_train)
+    found = directions.mean_differences(model, *train, rendered.n_eoi)
+    harmful, harmless = kept(rendered.harmful_direction_validation, rendered.harmless_direction_validation)
+    scores = directions.score_candidates(model, found, harmful, harmless, openers, True)
+    limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
+    position, layer = directions.choose_direction(scores, **limits)
     vector = mx.array(found[position, layer].astype(np.float32))
     teacher = steered_teacher(model, layer, vector, PRESETS["paper"]["coeff"]).model
     m, horizon = recipe.tokens.token_samples, recipe.tokens.horizon
