@@ -131,7 +131,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
     saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select_checkpoint else None
     training = make_training(run, student, teacher, tokens, prompts, learning)
-    log = train_student(run, training, moving, saved_steps, reports.step)
+    log = train_student(run, training, moving, saved_steps and saved_steps.score, reports.step)
     if saved_steps is not None:
         keep_best(run, student, log.scored)
     save_student(run, student)

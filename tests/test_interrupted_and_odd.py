@@ -134,9 +134,8 @@ def train(tmp_path, monkeypatch):
         optimizer = stage.make_optimizer(recipe.train)
         how = (recipe.train, recipe.loss, [49], 0, optimizer)
         training = Training(student, None, None, mx.array([1]), [], [], *how)  # type: ignore[arg-type]
-        scorer = score and SimpleNamespace(score=score)
         around = Run(recipe, None, None, Screen(), store)  # type: ignore[arg-type]
-        return student, train_student(around, training, moving, scorer)
+        return student, train_student(around, training, moving, score)
 
     run.store, run.worth = store, worth
     return run
