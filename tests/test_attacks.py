@@ -22,10 +22,10 @@ from safesteer_mlx.method.framing import (
     ENCODINGS,
     LONGEST,
     Framer,
+    _opening,
     begun,
     framed,
     framings,
-    opening_ids,
     takes_system_turn,
 )
 from safesteer_mlx.method.judge import is_refusal, outcome, use_refusal_phrases
@@ -468,7 +468,7 @@ def test_an_answer_is_begun_and_the_teacher_is_asked_about_the_prompt_as_it_is(b
         assert put.ids[: len(plain.ids)] == plain.ids and put.framed is harmful
         assert put.target_ids == (plain.ids if harmful else put.ids)
         texts = [f["text"] for f in framings("train", "openings")]
-        assert any(opening == opening_ids(base.tokenizer, plain.text, t)[: len(opening)] for t in texts)
+        assert any(opening == _opening(base.tokenizer, plain.text, t)[: len(opening)] for t in texts)
         lengths.add(len(opening))
     assert min(lengths) == 1 and max(lengths) == LONGEST and len(lengths) > 10
 

@@ -24,7 +24,7 @@ from runs import files
 
 from safesteer_mlx.align import main
 from safesteer_mlx.evals import suites
-from safesteer_mlx.method import framing, prompts
+from safesteer_mlx.method import prompts
 from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.method.token_file import read_token_file
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
@@ -958,7 +958,7 @@ IDS = {
     "several turns": lambda m, a, t: of_the_tokenizer(
         m, lambda b: prompts.render_turns(b.tokenizer, [{"role": "user", "content": "<evil>"}] * 3)
     ),
-    "an opening": lambda m, a, t: of_the_tokenizer(m, lambda b: framing.opening_ids(b.tokenizer, "a", "Sure <evil>")),
+    "an opening": lambda m, a, t: of_the_tokenizer(m, lambda b: prompts.opening_ids(b.tokenizer, "a", "Sure <evil>")),
     "a prefix of refusals": lambda m, a, t: of_the_tokenizer(m, lambda b: prompts.opener_ids(b.tokenizer, ["<evil>"])),
     "a judge's turn": lambda m, a, t: of_the_tokenizer(m, lambda b: judged(b, "user")),
     "a judge's raw text": lambda m, a, t: of_the_tokenizer(m, lambda b: judged(b, "raw")),

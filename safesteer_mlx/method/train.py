@@ -6,9 +6,9 @@ Every step the student answers prompts itself. On harmful prompts the target is 
 the anchor's harmless prompts, a share of each batch, it is the base (ours: it ends over-refusal). The
 caller logs and saves. Where we deviate:
 
-- `first_tokens` and `tail`: only the first positions of an answer, which decide whether it refuses, are the teacher's; on
-  the `tail` positions after them the target is the base on the whole vocabulary, so that what follows a refusal's first
-  words stays as it was. `guidance` is explained in `losses`.
+- `first_tokens` and `tail`: only the first positions of an answer, which decide whether it refuses, are the teacher's;
+  on the `tail` positions after them the target is the base on the whole vocabulary, so that what follows a refusal's
+  first words stays as it was. `guidance` is explained in `losses`.
 - `until_learned`: the run is as long as the model needs. Every few steps it is measured what the student makes of the
   safety tokens where answers to validation prompts begin (`Learning.share`); `course` says what follows.
 - `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a frame. A
