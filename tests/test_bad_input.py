@@ -1115,12 +1115,12 @@ def test_of_a_name_given_twice_the_header_check_and_mlx_believe_the_same(tmp_pat
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
+    from safesteer_mlx.method.student import make_student, save_adapters
     from safesteer_mlx.system.load import load
 
     folder = tmp_path_factory.mktemp("adapters")
     student = make_student(load(str(TINY)).model, TrainSettings(), 0, True)
-    save_adapters(folder, student, adapter_config(TrainSettings(), "tiny", 0))
+    save_adapters(folder, student, TrainSettings(), "tiny", 0)
     return folder / "adapters.safetensors"
 
 
