@@ -328,14 +328,10 @@ def _run(argv: list[str] | None) -> None:
         screen.line(warning)
     elif not yes and screen.console.is_terminal and sys.stdin.isatty():
         more = {"--offline": run.offline, "--trust-remote-code": run.trust_remote_code}
-        _go_on_with(ask_what_next(run.model, folder, [flag for flag, given in more.items() if given]))
-
-
-def _go_on_with(arguments: list[str] | None) -> None:
-    """Become the command that was chosen: its model takes the place of this one in memory."""
-    if arguments is not None:
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", __package__, *arguments])
+        chosen = ask_what_next(run.model, folder, [flag for flag, given in more.items() if given])
+        if chosen is not None:  # its model takes the place of this one in memory
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", __package__, *chosen])
 
 
 def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:

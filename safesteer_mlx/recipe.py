@@ -365,7 +365,9 @@ def _shown(value: Any) -> str:
 
 def _checked(name: str, value: Any, where: str) -> Any:
     """A value of the field's own type and range, or a sentence that says what is wrong."""
-    kinds, meta = _kinds(FIELDS[name].type), FIELDS[name].metadata
+    kind, meta = FIELDS[name].type, FIELDS[name].metadata
+    parts = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+    kinds = ["None" if part is NoneType else part.__name__ for part in parts]
     subject = f"{where} {name} = {_shown(value)}"
     if value is None:
         if "None" not in kinds:
@@ -492,11 +494,6 @@ def check_lora_parameters(parameters: dict[str, Any], where: str) -> dict[str, A
     if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(k, str) for k in keys)):
         raise misfit("keys", "a list of layer names; leave keys out for all")
     return value
-
-
-def _kinds(annotation: Any) -> list[str]:
-    parts = annotation.__args__ if isinstance(annotation, UnionType) else (annotation,)
-    return ["None" if part is NoneType else part.__name__ for part in parts]
 
 
 def _merge(into: dict[str, Any], source: Mapping[str, Any], where: str) -> None:

@@ -26,13 +26,9 @@ ENCODINGS = {
 
 
 @cache
-def _texts() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    return read_yaml(PACKAGE / "data" / "attacks.yaml")
-
-
 def framings(half: str, kind: str) -> list[dict[str, Any]]:
     """Those of a kind (openings, systems, wrappers, encodings, turns), of the half that trains or tests."""
-    return _texts()[half][kind]
+    return read_yaml(PACKAGE / "data" / "attacks.yaml")[half][kind]
 
 
 def framed(framing: dict[str, Any], request: str) -> str:
