@@ -30,11 +30,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import safesteer_mlx  # isort: skip  # noqa: F401  before mlx
 import mlx.core as mx
@@ -471,10 +473,40 @@ def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, i
     scoring = kept(prompts.harmful_direction_validation, prompts.harmless_direction_validation)
 
     def search(exhaustive: bool) -> tuple[int, tuple[int, int]]:
-        scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
-        return scores.block_passes, directions.choose_direction(scores, **limits)
+        with counted_passes() as passes:
+            scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
+        return sum(passes), directions.choose_direction(scores, **limits)
 
     return search
+
+
+@contextmanager
+def counted_passes() -> Iterator[list[int]]:
+    """The block passes of searches while it holds: blocks run, times prompts, on a model that resumes."""
+    passes: list[int] = []
+    search = directions.search
+
+    def counted(ask: directions.Ask, blocks: Callable[[list[int]], int]) -> directions.Ask:
+        def asked(pairs: list[directions.Candidate], prompts: list[int]) -> np.ndarray:
+            passes.append(blocks([layer for _, layer in pairs]) * len(prompts))
+            return ask(pairs, prompts)
+
+        return asked
+
+    def counting(moved, own, scorers, batches, how):
+        n, (n_harmless, n_harmful) = moved.shape[1], (sum(map(len, part)) for part in batches)
+        # The base's own logits, whether it resumes, and what it refuses where a vector has no length.
+        passes.append((n_harmless + 3 + (0 if moved.all() or how.only else n_harmful)) * n)
+        scorers = replace(
+            scorers,
+            steering=counted(scorers.steering, lambda layers: max(layers) + sum(n - layer for layer in layers)),
+            kl=counted(scorers.kl, lambda layers: n * len(layers)),
+            refusal=counted(scorers.refusal, lambda layers: n * len(layers)),
+        )
+        return search(moved, own, scorers, batches, how)
+
+    with patch.object(directions, "search", counting):
+        yield passes
 
 
 def bench_direction(repeats: int) -> list[Row]:
@@ -504,12 +536,13 @@ def bench_search(repeats: int) -> list[Row]:
     }
 
     def ours() -> list[mx.array]:
-        found = directions.find_directions(run)
+        with counted_passes() as passes:
+            found = directions.find_directions(run)
         chosen = find_teacher(run, found)
         answers = len(run.prompts.harmful_direction_train) + len(run.prompts.harmless_direction_train)
         asked = 1 + sum(trial.refused is not None for trial in chosen.trials)  # the base, too
         done["answers"] = answers + asked * (len(chosen.base.harmful) + len(chosen.base.harmless))
-        done["ours"] = found.scores.block_passes + trial_passes(run, chosen.trials)
+        done["ours"] = sum(passes) + trial_passes(run, chosen.trials)
         return []
 
     def other(name: str) -> list[mx.array]:

@@ -9,14 +9,14 @@ added and that disturb harmless prompts little when ablated.
 
 Where we deviate: a search that is not exhaustive asks the cheapest question first, prompts a few at a
 time, and drops a candidate as soon as what is left to ask can no longer save it. Steering resumes at the
-block it changes. It chooses the same direction, and says how many block passes it took. By default the tests
+block it changes. It chooses the same direction. By default the tests
 only rank: `shortlist`'s candidates are tried as teachers (`teacher.choose_teacher`), since refusal and KL under
 ablation say little about what steering does.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,6 @@ class CandidateScores:
     ablation_kl: Scores
     ablation_refusal: Scores
     steering_refusal: Scores
-    block_passes: int = 0  # blocks run, times prompts
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def filled(scores: CandidateScores, more: CandidateScores) -> CandidateScores:
     """`scores`, and where they were not measured, `more`."""
     names = ("ablation_kl", "ablation_refusal", "steering_refusal")
     tables = {name: np.where(np.isnan(own := getattr(scores, name)), getattr(more, name), own) for name in names}
-    return CandidateScores(**tables, block_passes=scores.block_passes + more.block_passes)
+    return CandidateScores(**tables)
 
 
 def _batches(prompts: Sequence[Ids], size: int = PROMPT_BATCH) -> Iterator[list[int]]:
@@ -226,8 +225,8 @@ class Search(Limits):
     progress: Advance = silent
 
 
-# ask(candidates, indices of prompts) -> a score for each, (C, B), and the block passes it took
-Ask = Callable[[list[Candidate], list[int]], tuple[np.ndarray, int]]
+# ask(candidates, indices of prompts) -> a score for each, (C, B)
+Ask = Callable[[list[Candidate], list[int]], np.ndarray]
 
 
 def score_candidates(
@@ -249,7 +248,7 @@ def score_candidates(
         `ablation_kl`, `ablation_refusal`, `steering_refusal`, each (P, L), NaN where not measured.
     """
     how = Search(exhaustive=exhaustive, **search_settings)
-    n_layers, only, batch_size = candidates.shape[1], how.only, how.batch_size
+    only, batch_size = how.only, how.batch_size
     vectors = mx.array(candidates.astype(np.float32))
     starts = range(0, len(harmless), batch_size)
     base = mx.concatenate([last_logits(model, harmless[i : i + batch_size]) for i in starts])
@@ -257,7 +256,6 @@ def score_candidates(
     # KL ≥ −log(1 + ε Σ p/(p + ε)), by Jensen's inequality; and a little for rounding.
     floor = -np.array(mx.log1p(1e-6 * (probabilities / (probabilities + 1e-6)).sum(-1)), np.float64) - 1e-5
     can_resume = resumes(model, pad_right(harmless[:1]))
-    passes = (len(harmless) + 3) * n_layers
 
     def in_groups(
         pairs: list[Candidate], rows: list[Ids], score: Callable[[mx.array, list[Ids]], mx.array]
@@ -271,11 +269,10 @@ def score_candidates(
             out.append(np.array(score(each, rows * len(group)), np.float64).reshape(len(group), len(rows)))
         return np.concatenate(out)
 
-    def steering(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
+    def steering(pairs: list[Candidate], indices: list[int]) -> np.ndarray:
         rows = [harmless[i] for i in indices]
         inputs = block_inputs(model, pad_right(rows)) if can_resume else []
         scores = np.empty((len(pairs), len(rows)))
-        cost = len(rows) * max(layer for _, layer in pairs) if can_resume else 0
         for layer in sorted({layer for _, layer in pairs}):
             at = [i for i, c in enumerate(pairs) if c[1] == layer]
 
@@ -284,49 +281,39 @@ def score_candidates(
                 return _refusal_score(logits, refusal_ids)
 
             scores[at] = in_groups([pairs[i] for i in at], rows, score)
-            cost += len(at) * len(rows) * (n_layers - layer if can_resume else n_layers)
-        return scores, cost
+        return scores
 
-    def ablation(
-        pairs: list[Candidate], rows: list[Ids], score: Callable[[mx.array], mx.array]
-    ) -> tuple[np.ndarray, int]:
-        """score(logits under ablation (C·B, V)) for each, and the cost."""
-
-        def logits(each: mx.array, repeated: list[Ids]) -> mx.array:
-            return score(last_logits(ablate(model, each, how.whole_stream), repeated))
-
-        scores = in_groups(pairs, rows, logits)
-        return scores, len(pairs) * len(rows) * n_layers
-
-    def kl(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
-        def score(logits: mx.array) -> mx.array:
+    def kl(pairs: list[Candidate], indices: list[int]) -> np.ndarray:
+        def score(each: mx.array, repeated: list[Ids]) -> mx.array:
+            logits = last_logits(ablate(model, each, how.whole_stream), repeated)
             return _kl(mx.concatenate([base[mx.array(indices)]] * (len(logits) // len(indices))), logits)
 
-        return ablation(pairs, [harmless[i] for i in indices], score)
+        return in_groups(pairs, [harmless[i] for i in indices], score)
 
-    def refusal(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
-        return ablation(pairs, [harmful[i] for i in indices], lambda logits: _refusal_score(logits, refusal_ids))
+    def refusal(pairs: list[Candidate], indices: list[int]) -> np.ndarray:
+        def score(each: mx.array, repeated: list[Ids]) -> mx.array:
+            return _refusal_score(last_logits(ablate(model, each, how.whole_stream), repeated), refusal_ids)
+
+        return in_groups(pairs, [harmful[i] for i in indices], score)
 
     moved = candidates.any(-1)  # a vector of no length changes nothing: its scores are the base's own
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
     if only is None and not (moved.all() or exhaustive):
         own["steering_refusal"] = float(np.array(_refusal_score(base, refusal_ids), np.float64).mean())
         own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids, batch_size).mean())
-        passes += len(harmful) * n_layers
     candidate_mask = moved | exhaustive
     if only is not None:
         candidate_mask = np.zeros(moved.shape, bool)
         for candidate in only:
             candidate_mask[candidate] = True
         own = dict.fromkeys(own, np.nan)  # of the others nothing is known
-    scores = search(
+    return search(
         candidate_mask,
         own,
         Scorers(steering, kl, refusal, floor),
         ([list(b) for b in _batches(harmless, ASKED_AT_ONCE)], [list(b) for b in _batches(harmful, ASKED_AT_ONCE)]),
         how,
     )
-    return replace(scores, block_passes=scores.block_passes + passes)
 
 
 @dataclass(frozen=True)
@@ -361,7 +348,6 @@ def search(
     for name, value in own.items():
         getattr(scores, name)[:, : len(allowed)][~moved[:, : len(allowed)]] = value
     n_harmless, n_harmful = (sum(map(len, part)) for part in batches)
-    passes = 0
 
     def ask_all(
         ask: Ask,
@@ -375,13 +361,10 @@ def search(
 
         Dropped is one whose sum will pass `limit` even if every answer left is the least there can be.
         """
-        nonlocal passes
         sums, alive = np.zeros(len(of)) + initial, list(range(len(of)))
         for i, part in enumerate(parts):
             remaining = sum(float(floor[later].sum()) for later in parts[i + 1 :])  # of what is left to ask
-            values, cost = ask_together(ask, [of[c] for c in alive], part)
-            passes += cost
-            sums[alive] += values.sum(1)
+            sums[alive] += ask_together(ask, [of[c] for c in alive], part).sum(1)
             alive = [c for c in alive if not sums[c] + remaining > limit]
             if not alive:
                 break
@@ -419,20 +402,12 @@ def search(
             best = np.nanmin([best, *sums])
             progress(2 * len(candidates) + start + len(part), total)
     progress(total, total)
-    return replace(scores, block_passes=passes)
+    return scores
 
 
-def ask_together(ask: Ask, of: list[Candidate], part: list[int]) -> tuple[np.ndarray, int]:
+def ask_together(ask: Ask, of: list[Candidate], part: list[int]) -> np.ndarray:
     """What `ask` answers, of which each machine asks about its share of the candidates."""
-    costs = []
-
-    def own(pairs: list[Candidate]) -> list[list[float]]:
-        values, cost = ask(pairs, part) if pairs else (np.zeros((0, len(part))), 0)
-        costs.append(cost)
-        return values.tolist()
-
-    values = machines.here().each(of, own)
-    return np.array(values), sum(machines.here().gather(costs[0]))
+    return np.array(machines.here().each(of, lambda pairs: ask(pairs, part).tolist() if pairs else []))
 
 
 def failed_tests(scores: CandidateScores, position: int, layer: int, limits: Limits) -> list[str]:
