@@ -93,8 +93,10 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
             screen.line(f"prompts: {name} holds {count}, and all are taken; by default it would be {wanted}")
     size = batch_size(base, recipe.run.generation_batch_size, screen, prompts.harmful_validation)
     recipe = replace(recipe, run=replace(recipe.run, generation_batch_size=size))
-    check_alike(run_parts(recipe, base, sets))
-    store = Store(Path(recipe.run.adapter_path), run_fingerprint(recipe, base, sets), known_of(recipe, base, prompts))
+    parts = run_parts(recipe, base, sets)
+    check_alike(parts)
+    folder, mark = Path(recipe.run.adapter_path), fingerprint(*parts.values())
+    store = Store(folder, mark, known_of(recipe, base, prompts))
     return Run(recipe, base, prompts, screen, store, force)
 
 
@@ -119,11 +121,6 @@ def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:
     parts = {"weights": base.weights_hash, "settings": result_settings(recipe), "prompts": asdict(sets)}
     parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base)}
     return parts | ({"refusal phrases": phrases} if (phrases := own_phrases()) else {})
-
-
-def run_fingerprint(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
-    """The fingerprint of all that decides a run's result."""
-    return fingerprint(*run_parts(recipe, base, sets).values())
 
 
 def check_alike(parts: dict[str, Any]) -> None:
