@@ -29,6 +29,7 @@ from safesteer_mlx.method.run import make_run, run_parts
 from safesteer_mlx.recipe import MODELS, PACKAGE, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
+from safesteer_mlx.system.store import fingerprint
 
 TINY = str(MODELS / "tiny-chat")
 
