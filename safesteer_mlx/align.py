@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, command_module
-from .recipe import HELD_OUT_TOKENS, STEPS, Recipe, model_name, parse, read_yaml, recipe_note, resolve, result_settings
+from .recipe import HELD_OUT_TOKENS, STEPS, Recipe, model_name, parse, read_yaml, recipe_note, resolve
 from .system import machines
 from .system.files import user_path
 from .system.hub import prepare
@@ -390,6 +390,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
     Raises:
         UserError: the unfinished run had other settings, or nobody said whether to go on.
     """
+    from .recipe import current_names, result_settings
     from .system.store import RunFolder
 
     settings = folder / "run" / "recipe.yaml"
@@ -401,7 +402,7 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
         return
     if not any((folder / "run" / "checkpoint").glob("step-*")):
         return  # nothing was trained yet; what its stages found is used if it still holds
-    earlier, now = read_yaml(settings), result_settings(recipe)
+    earlier, now = current_names(read_yaml(settings)), result_settings(recipe)
     changed = [
         f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value
     ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from .evals.last_screen import ASKED
 from .evals.scores import HOW, Count
-from .recipe import PACKAGE, STEPS, Parser, read_yaml
+from .recipe import PACKAGE, STEPS, Parser, current_names, read_yaml
 from .system.files import check_out, read_text, user_path, write_out
 from .system.screen import Screen, UserError, exit_code, visible
 
@@ -63,7 +63,7 @@ def read_compared(folder: Path) -> Compared:
     answers, verdict = found("transcripts.jsonl"), found("verdict.json")
     return Compared(
         str(folder),
-        read_yaml(record / "recipe.yaml"),
+        current_names(read_yaml(record / "recipe.yaml")),
         found("manifest.json") or {},
         found("before_after.json") or {},
         verdict and verdict["word"],

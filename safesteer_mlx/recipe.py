@@ -7,6 +7,7 @@ Later sources win: defaults, `models/*.yaml` for the model, `--preset`, `-c file
 import argparse
 import difflib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
@@ -269,6 +270,22 @@ SECTIONS: dict[str, type] = {
 }
 FIELDS: dict[str, Any] = {f.name: f for cls in SECTIONS.values() for f in fields(cls)}
 
+# What a release before called otherwise, setting or value -> its name; gone in the next.
+RENAMED = {
+    "max_seq_length": "max_prompt_length",
+    "mix": "jsd_alpha",
+    "mixup": "ema_rate",
+    "skip": "skip_first",
+    "keep": "first_tokens",
+    "samples": "num_generations",
+    "subset": "loss_tokens",
+    "openers": "refusal_prefixes",
+    "select": "select_checkpoint",
+    "anchor": "anchor_ratio",
+    "check": "verdict_only",
+}
+RENAMED_VALUES = {("loss", "mixture"): "jsd"}
+
 # The published method as it is. Horizon, p_min and rate are published by model: models/*.yaml hold them.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -496,8 +513,30 @@ def check_lora_parameters(parameters: dict[str, Any], where: str) -> dict[str, A
     return value
 
 
+def current_names(
+    settings: Mapping[str, Any], tell: Callable[[str, str], None] = lambda old, new: None
+) -> dict[str, Any]:
+    """Settings with the keys and values that were renamed under their new names; `tell` hears of each."""
+    current: dict[str, Any] = {}
+    for key, value in settings.items():
+        new = RENAMED.get(key, key)
+        if new != key:
+            tell(key, new)
+        if isinstance(value, str) and (word := RENAMED_VALUES.get((new, value))) is not None:
+            tell(f"{new} = {value}", f"{new} = {word}")
+            value = word
+        if new in current:
+            raise UserError(f"{key} is {new}'s old name, and both are given; leave {key} out")
+        current[new] = value
+    return current
+
+
+def _tell_renamed(old: str, new: str) -> None:
+    print(f"safesteer-mlx: {old} is now {new}; the old name works until the next release", file=sys.stderr)
+
+
 def _merge(into: dict[str, Any], source: Mapping[str, Any], where: str) -> None:
-    for key, value in source.items():
+    for key, value in current_names(source, _tell_renamed).items():
         if key not in FIELDS:
             remedy = nearest(str(key), FIELDS) or "; see --help for all keys"
             raise UserError(f"{where} has an unknown key {key!r}{remedy}")
@@ -672,6 +711,17 @@ def at_least(least: int, most: int = MOST_PROMPTS) -> Callable[[str], int]:
     return number
 
 
+def _current_flag(word: str) -> str:
+    """A word of the command line, a renamed flag under its new name."""
+    name, equals, value = word.partition("=")
+    new = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if new is None:
+        return word
+    flag = "--" + new.replace("_", "-")
+    _tell_renamed(name, flag)
+    return f"{flag}{equals}{value}"
+
+
 # Settings whose flags --help shows; --help-all shows all.
 SHOWN_FIRST = ("data", "adapter_path", "seed", "offline", "memory_limit", "verbose")
 
@@ -723,7 +773,8 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | No
         UserError: an unknown flag, with the nearest known one, or two models.
         SystemExit: help was asked for, and shown.
     """
-    flags = vars(_align_parser(False).parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    flags = vars(_align_parser(False).parse_args([_current_flag(word) for word in words]))
     if flags.pop("help_all", False):
         _align_parser(True).print_help()
         raise SystemExit(0)

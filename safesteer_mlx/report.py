@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 
 from .evals.last_screen import next_steps
 from .evals.scores import SHOWN, Count
-from .recipe import PACKAGE, STEPS, Parser, at_least, read_yaml
+from .recipe import PACKAGE, STEPS, Parser, at_least, current_names, read_yaml
 from .system.screen import UserError, exit_code, visible
 from .system.serve import PageServer
 
@@ -150,7 +150,7 @@ def read_run(folder: Path, transcripts: bool = True, only: Collection[str] | Non
         raise UserError(f"{folder} holds no recipe.yaml; give the run/ folder of a run that has finished")
     return RunFiles(
         folder,
-        read_yaml(folder / "recipe.yaml") if only is None or "recipe.yaml" in only else {},
+        current_names(read_yaml(folder / "recipe.yaml")) if only is None or "recipe.yaml" in only else {},
         *map(parsed, RECORD_FILES),
         (read_record(folder, "transcripts.jsonl") if transcripts else []) if has_answers else None,
     )

@@ -6,6 +6,7 @@ import pytest
 
 from safesteer_mlx.recipe import (
     MODELS,
+    RENAMED,
     TrainSettings,
     model_name,
     model_recipe,
@@ -261,3 +262,31 @@ def test_the_bundled_model_is_meant_where_no_folder_of_that_name_is(tmp_path, mo
     assert model_name(None) == model_name("tiny-chat") == str(MODELS / "tiny-chat")
     (tmp_path / "tiny-chat").mkdir()
     assert model_name("tiny-chat") == "tiny-chat" and model_name("org/name") == "org/name"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_still_works_and_tells_the_new_one(old, new, tmp_path, capsys):
+    flag = "--" + old.replace("_", "-")
+    if old == "check":
+        assert parse([flag])[0] == {new: True}
+    else:
+        value = {"subset": "full", "openers": "No", "select": "drift<=1"}.get(old, "16" if "max" in old else "0.5")
+        value = "2" if old in ("skip", "keep", "samples") else value
+        current = parse(["--" + new.replace("_", "-"), value])[0]
+        assert parse([f"{flag}={value}"])[0] == parse([flag, value])[0] == current
+        told = capsys.readouterr().err
+        assert told.count("\n") == 2 and f"{flag} is now --{new.replace('_', '-')}; the old name works until" in told
+        (tmp_path / "c.yaml").write_text(f"{old}: {[value] if old == 'openers' else value}\n")
+        resolved = resolve({}, {}, None, tmp_path / "c.yaml")[0].flat()
+        assert resolved != resolve({}, {})[0].flat() or resolved[new] == 0.5  # jsd_alpha's default is the value given
+        with pytest.raises(UserError, match=f"{old} is {new}'s old name|{new}"):
+            (tmp_path / "c.yaml").write_text(f"{old}: {value}\n{new}: {value}\n")
+            resolve({}, {}, None, tmp_path / "c.yaml")
+    assert "is now" in capsys.readouterr().err
+
+
+def test_an_old_word_of_the_loss_is_its_new_one(capsys):
+    current = resolve({}, {"loss": "jsd", "jsd_alpha": 0.3})[0]
+    assert resolve({}, {"loss": "mixture", "mix": 0.3})[0].loss == current.loss
+    said = capsys.readouterr().err
+    assert "loss = mixture is now loss = jsd" in said and "mix is now jsd_alpha" in said

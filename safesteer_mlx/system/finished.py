@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from ..method.judge import use_refusal_phrases
-from ..recipe import MOST_TOKENS, Recipe, model_name, read_yaml, resolve
+from ..recipe import MOST_TOKENS, Recipe, current_names, model_name, read_yaml, resolve
 from .files import read_json, user_path
 from .load import Loaded, load
 from .screen import UserError
@@ -244,7 +244,7 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
     with (folder / "adapters.safetensors").open("rb") as handle:
         if hashlib.file_digest(handle, "sha256").hexdigest() != manifest.get("adapters_sha256"):
             raise UserError(f"the adapters in {given} are not those that its run scored; run align again")
-    settings = read_yaml(record / "recipe.yaml")
+    settings = current_names(read_yaml(record / "recipe.yaml"))
     if model is not None:
         settings |= {"model": model_name(model), "revision": None}
     elif (name := str(settings.get("model"))).startswith("/") and not Path(name).exists():
