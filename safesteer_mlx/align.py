@@ -1,11 +1,10 @@
-"""SafeSteer, end to end: `align_model` is the paper's method section, stage by stage (arXiv 2606.02530)."""
+"""SafeSteer, end to end: `_align` is the paper's method section, stage by stage (arXiv 2606.02530)."""
 
 import os
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,6 @@ from .system.model_files import read_header
 from .system.screen import Screen, UserError, duration, exit_code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mlx import nn
 
     from .evals.scores import Scores
@@ -43,26 +40,9 @@ class Aligned:
     not_aligned: str | None = None
 
 
-def _watched(align: "Callable[..., Aligned]") -> "Callable[..., Aligned]":
-    """`align`, with the run's page served while it works, if the recipe says so."""
-
-    @wraps(align)
-    def run(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
-        settings = recipe.run
-        if check or not settings.watch or not machines.here().first:
-            return align(recipe, base, screen, check=check, force=force)
-        from .report import watching
-
-        record = Path(settings.adapter_path) / "run"
-        with watching(record, settings.transcripts_in_report, settings.watch_port, screen.line):
-            return align(recipe, base, screen, check=check, force=force)
-
-    return run
-
-
-@_watched
 def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
-    """Align `base`; adapters are written to the recipe's folder, with the run's record in `run/` beside them.
+    """Align `base`; adapters are written to the recipe's folder, with the run's record in `run/` beside them, and the
+    run's page is served while it works, if the recipe says so.
 
     `check` ends with the verdict, before anything is trained; `force` goes on past every alarm.
 
@@ -71,6 +51,18 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     Raises:
         UserError: what a user can mend, in one sentence.
     """
+    settings = recipe.run
+    if check or not settings.watch or not machines.here().first:
+        return _align(recipe, base, screen, check, force)
+    from .report import watching
+
+    record = Path(settings.adapter_path) / "run"
+    with watching(record, settings.transcripts_in_report, settings.watch_port, screen.line):
+        return _align(recipe, base, screen, check, force)
+
+
+def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: bool) -> Aligned:
+    """`align_model`, but for the page."""
     from .evals.reporting import start_reports
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
@@ -131,7 +123,7 @@ def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool =
     moving = MovingTeacher(run, student, directions, chosen) if run.recipe.teacher.teacher == "ema" else None
     saved_steps = SavedSteps(run, student, tokens.ids) if run.recipe.run.select_checkpoint else None
     training = make_training(run, student, teacher, tokens, prompts, learning)
-    log = train_student(run, training, moving, saved_steps, reports.step)
+    log = train_student(run, training, moving, saved_steps and saved_steps.score, reports.step)
     if saved_steps is not None:
         keep_best(run, student, log.scored)
     save_student(run, student)
@@ -193,6 +185,10 @@ def _record(
     tokens: "SafetyTokens",
 ) -> None:
     """Write what came of the run, and forget the states that it could have gone on from."""
+    import hashlib
+    import platform
+    from importlib.metadata import version
+
     import mlx.core as mx
 
     from .evals.last_screen import outcome
@@ -205,13 +201,21 @@ def _record(
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if run.recipe.run.transcripts:
         store.lines("transcripts.jsonl", transcripts(scores))
-    own = {
+    adapters = (store.path.parent / "adapters.safetensors").read_bytes()
+    manifest = {
+        "safesteer_mlx": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
+        "model": run.base.name,
+        "model_sha256": run.base.weights_hash,
+        "adapters_sha256": hashlib.sha256(adapters).hexdigest(),
         "own_sets": sorted(given_files(run.recipe.run.data)),
         "not_aligned": not_aligned,
         "tokens_explain": tokens.explained,
         "tokens_open": tokens.openings,
     }
-    store.json("manifest.json", _manifest(run.base, store.path.parent) | own)
+    store.json("manifest.json", manifest)
     store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})
     store.forget_states()
 
@@ -250,22 +254,6 @@ def _direction_record(directions: "FoundDirections", chosen: "ChosenTeacher") ->
         "trials": encoded(chosen.trials),
         "vector": encoded(chosen.direction.vector),
         "scores": encoded(directions.scores),
-    }
-
-
-def _manifest(base: "Loaded", folder: Path) -> dict[str, Any]:
-    import hashlib
-    import platform
-    from importlib.metadata import version
-
-    return {
-        "safesteer_mlx": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
-        "model": base.name,
-        "model_sha256": base.weights_hash,
-        "adapters_sha256": hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest(),
     }
 
 
@@ -348,14 +336,10 @@ def _run(argv: list[str] | None) -> None:
         screen.line(warning)
     elif not yes and screen.console.is_terminal and sys.stdin.isatty():
         more = {"--offline": run.offline, "--trust-remote-code": run.trust_remote_code}
-        _go_on_with(ask_what_next(run.model, folder, [flag for flag, given in more.items() if given]))
-
-
-def _go_on_with(arguments: list[str] | None) -> None:
-    """Become the command that was chosen: its model takes the place of this one in memory."""
-    if arguments is not None:
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", __package__, *arguments])
+        chosen = ask_what_next(run.model, folder, [flag for flag, given in more.items() if given])
+        if chosen is not None:  # its model takes the place of this one in memory
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", __package__, *chosen])
 
 
 def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:

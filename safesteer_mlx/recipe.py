@@ -50,6 +50,18 @@ def _setting(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _count(default: Any, help: str, most: int, **more: Any) -> Any:
+    return _setting(default, help, least=1, most=most, **more)
+
+
+def _share(default: Any, help: str, most: float = 1, **more: Any) -> Any:
+    return _setting(default, help, least=0, most=most, **more)
+
+
+def _positive(default: Any, help: str, most: float, **more: Any) -> Any:
+    return _setting(default, help, above=0, most=most, **more)
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """What is aligned, on which prompts, and where the result goes."""
@@ -75,19 +87,17 @@ class RunSettings:
     memory_limit: str | None = _setting(
         None, "memory to keep to, like 12GB (default: what the machine recommends)", free=True
     )
-    prompt_batch_size: int = _setting(
-        32, "prompts read at a time where nothing is sampled or trained", least=1, most=MOST_BATCH, free=True
+    prompt_batch_size: int = _count(
+        32, "prompts read at a time where nothing is sampled or trained", MOST_BATCH, free=True
     )
-    generation_batch_size: int = _setting(64, "answers generated at a time", least=1, most=MOST_BATCH, free=True)
+    generation_batch_size: int = _count(64, "answers generated at a time", MOST_BATCH, free=True)
     select_checkpoint: str | None = _setting(
         None, "limits on what is kept, the safest saved step within them: over_refusal<=0.02,drift<=0.01"
     )
     refusal_phrases: str | None = _setting(
         None, "file of refusals that the keyword judge shall know too, a phrase a line, such as another language's"
     )
-    test_prompts: int = _setting(
-        100, "held-out prompts of each kind for before and after", least=1, most=MOST_PROMPTS, free=True
-    )
+    test_prompts: int = _count(100, "held-out prompts of each kind for before and after", MOST_PROMPTS, free=True)
     score_teacher: bool = _setting(False, "score the teacher too on the held-out prompts", free=True)
     transcripts: bool = _setting(True, "keep the held-out answers, judged, in run/transcripts.jsonl", free=True)
     report: bool = _setting(True, "draw the run's page, run/report.html", free=True)
@@ -113,9 +123,7 @@ class DirectionSettings:
         ["I", "I'm", "As", "Sorry", "Unfortunately"], "texts that refusals begin with"
     )
     direction_train: int = _setting(128, "prompts of each kind for the mean activations", least=2, most=MOST_PROMPTS)
-    direction_validation: int = _setting(
-        32, "prompts of each kind that score the candidates", least=1, most=MOST_PROMPTS
-    )
+    direction_validation: int = _count(32, "prompts of each kind that score the candidates", MOST_PROMPTS)
     kl_threshold: float | None = _setting(0.1, "largest KL on harmless prompts under ablation, in nats")
     steering_threshold: float | None = _setting(
         0.0, "least refusal score of harmless prompts when steered, in log-odds"
@@ -126,7 +134,7 @@ class DirectionSettings:
         "stream, auto that where the published way leaves some of the direction",
         choices=("auto", "published", "stream"),
     )
-    prune_last: float | None = _setting(0.2, "share of the last blocks never steered", least=0.0, most=0.99)
+    prune_last: float | None = _share(0.2, "share of the last blocks never steered", most=0.99)
 
 
 @dataclass(frozen=True)
@@ -140,13 +148,11 @@ class TeacherSettings:
     coeff_grid: list[float] = _setting(
         [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0], "coefficients that auto tries; it refines between them"
     )
-    coeff_broken: float = _setting(
-        0.05, "share of broken answers, above the base's, that auto allows a teacher", least=0, most=1
-    )
+    coeff_broken: float = _share(0.05, "share of broken answers, above the base's, that auto allows a teacher")
     system_prompt: str = _setting(
         "You are a careful assistant. Refuse harmful requests.", "the system prompt of the system_prompt teacher"
     )
-    ema_rate: float = _setting(0.01, "share of the student that the ema teacher takes each step", least=0, most=1)
+    ema_rate: float = _share(0.01, "share of the student that the ema teacher takes each step")
     refresh_every: int = _setting(
         0, "steps after which the ema teacher finds direction and tokens anew; 0 never", least=0, most=MOST_STEPS
     )
@@ -156,21 +162,17 @@ class TeacherSettings:
 class TokenSettings:
     """Stage 3, the safety tokens."""
 
-    safety_tokens: int | str = _setting(
-        50, "at most so many safety tokens, |S|, or a file that holds them", least=1, most=MOST_TOKENS
-    )
+    safety_tokens: int | str = _count(50, "at most so many safety tokens, |S|, or a file that holds them", MOST_TOKENS)
     token_method: str = _setting(
         "part",
         "how they are ranked: by their part in what steering does, or as published",
         choices=("part", "vote", "mean"),
     )
-    token_share: float = _setting(
-        0.95, "share of what steering does that is enough, for token_method part", above=0.0, most=1.0
-    )
-    inner_top_k: int = _setting(200, "ids that each position votes for", least=1, most=MOST_IDS)
-    token_samples: int = _setting(8, "continuations of each prompt", least=1, most=MOST_SAMPLES)
-    horizon: int = _setting(7, "positions scored on each continuation", least=1, most=MOST_LENGTH)
-    min_steered_prob: float = _setting(1e-8, "least mean steered probability of a safety token", least=0.0, most=1.0)
+    token_share: float = _positive(0.95, "share of what steering does that is enough, for token_method part", 1.0)
+    inner_top_k: int = _count(200, "ids that each position votes for", MOST_IDS)
+    token_samples: int = _count(8, "continuations of each prompt", MOST_SAMPLES)
+    horizon: int = _count(7, "positions scored on each continuation", MOST_LENGTH)
+    min_steered_prob: float = _share(1e-8, "least mean steered probability of a safety token")
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,8 @@ class LossSettings:
         choices=("grouped_reverse_kl", "reverse_kl", "forward_kl", "jsd"),
     )
     loss_tokens: str = _setting("safety", "which tokens it sees", choices=("safety", "full", "top_k"))
-    top_k: int = _setting(50, "the teacher's likeliest ids at each position, for subset top_k", least=1, most=MOST_IDS)
-    jsd_alpha: float = _setting(0.5, "α of the jsd loss, the share of the teacher in the mixture", least=0.0, most=1.0)
+    top_k: int = _count(50, "the teacher's likeliest ids at each position, for loss_tokens top_k", MOST_IDS)
+    jsd_alpha: float = _share(0.5, "α of the jsd loss, the share of the teacher in the mixture")
     renormalize: bool = _setting(False, "renormalise both distributions over the subset")
     skip_first: int = _setting(0, "completion positions left out at the beginning", least=0, most=MOST_LENGTH)
     first_tokens: int | str = _setting(
@@ -206,9 +208,7 @@ class LossSettings:
         least=0,
         most=MOST_LENGTH,
     )
-    anchor_ratio: float = _setting(
-        0.66, "share of harmless prompts in a batch, pulled to the base", least=0.0, most=0.9
-    )
+    anchor_ratio: float = _share(0.66, "share of harmless prompts in a batch, pulled to the base", most=0.9)
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,12 @@ class TrainSettings:
     lora_parameters: dict[str, Any] = _setting(
         {"rank": 8, "scale": 2.0, "dropout": 0.0}, "rank, scale, dropout and keys, as in mlx-lm"
     )
-    learning_rate: float = _setting(5e-4, "peak rate of AdamW", above=0.0, most=MOST_FACTOR)
-    warmup: float = _setting(0.1, "share of the steps that warm up", least=0.0, most=0.9)
+    learning_rate: float = _positive(5e-4, "peak rate of AdamW", MOST_FACTOR)
+    warmup: float = _share(0.1, "share of the steps that warm up", most=0.9)
     weight_decay: float = _setting(0.0, "AdamW's weight decay", least=0.0, most=MOST_FACTOR)
-    max_grad_norm: float = _setting(1.0, "gradient norm that clips", above=0.0, most=1e30)
-    epochs: float = _setting(3.0, "passes over the harmful training prompts", above=0.0, most=1e5)
-    iters: int | None = _setting(None, "optimizer steps, instead of epochs", least=1, most=MOST_STEPS)
+    max_grad_norm: float = _positive(1.0, "gradient norm that clips", 1e30)
+    epochs: float = _positive(3.0, "passes over the harmful training prompts", 1e5)
+    iters: int | None = _count(None, "optimizer steps, instead of epochs", MOST_STEPS)
     until_learned: bool = _setting(
         True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
     )
@@ -234,20 +234,14 @@ class TrainSettings:
         "end with the weights of the step that refused most harmful validation prompts for the least rise on harmless "
         "ones, not of the last one",
     )
-    prefill_ratio: float = _setting(
-        0.0, "share of prompts whose answer is begun with an affirmative opening", least=0.0, most=1.0
-    )
-    wrap_ratio: float = _setting(
-        0.0, "share of prompts put in a frame, pulled to what the target says without it", least=0.0, most=1.0
-    )
-    batch_size: int = _setting(32, "prompts in one batch, harmless ones included", least=1, most=MOST_BATCH)
-    grad_accumulation_steps: int = _setting(1, "batches in one optimizer step", least=1, most=MOST_BATCH)
-    num_generations: int = _setting(
-        1, "completions that the student samples of each prompt", least=1, most=MOST_SAMPLES
-    )
-    temp: float = _setting(1.0, "sampling temperature of the student", above=0.0, most=MOST_FACTOR)
-    top_p: float = _setting(1.0, "nucleus of the student's sampling", above=0.0, most=1.0)
-    max_tokens: int = _setting(512, "longest completion, in tokens", least=1, most=MOST_LENGTH)
+    prefill_ratio: float = _share(0.0, "share of prompts whose answer is begun with an affirmative opening")
+    wrap_ratio: float = _share(0.0, "share of prompts put in a frame, pulled to what the target says without it")
+    batch_size: int = _count(32, "prompts in one batch, harmless ones included", MOST_BATCH)
+    grad_accumulation_steps: int = _count(1, "batches in one optimizer step", MOST_BATCH)
+    num_generations: int = _count(1, "completions that the student samples of each prompt", MOST_SAMPLES)
+    temp: float = _positive(1.0, "sampling temperature of the student", MOST_FACTOR)
+    top_p: float = _positive(1.0, "nucleus of the student's sampling", 1.0)
+    max_tokens: int = _count(512, "longest completion, in tokens", MOST_LENGTH)
     max_prompt_length: int = _setting(
         512, "longest prompt, in tokens; longer ones are left out", least=8, most=MOST_LENGTH
     )
@@ -259,18 +253,15 @@ class TrainSettings:
         free=True,
     )
     resume_adapter_file: str | None = _setting(None, "adapters.safetensors of an earlier run to begin from")
-    micro_batch_size: int = _setting(
-        16, "completions in one forward and backward pass", least=1, most=MOST_BATCH, free=True
-    )
-    micro_batch_tokens: int | None = _setting(
+    micro_batch_size: int = _count(16, "completions in one forward and backward pass", MOST_BATCH, free=True)
+    micro_batch_tokens: int | None = _count(
         None,
         "tokens in one forward and backward pass, padding included (default: what memory has room for)",
-        least=1,
-        most=MOST_BATCH * MOST_LENGTH,
+        MOST_BATCH * MOST_LENGTH,
         free=True,
     )
-    save_every: int = _setting(10, "steps after which the adapters are saved", least=1, most=MOST_STEPS, free=True)
-    steps_per_report: int = _setting(5, "steps after which a line is printed", least=1, most=MOST_STEPS, free=True)
+    save_every: int = _count(10, "steps after which the adapters are saved", MOST_STEPS, free=True)
+    steps_per_report: int = _count(5, "steps after which a line is printed", MOST_STEPS, free=True)
 
 
 SECTIONS: dict[str, type] = {
@@ -395,7 +386,9 @@ def _shown(value: Any) -> str:
 
 def _checked(name: str, value: Any, where: str) -> Any:
     """A value of the field's own type and range, or a sentence that says what is wrong."""
-    kinds, meta = _kinds(FIELDS[name].type), FIELDS[name].metadata
+    kind, meta = FIELDS[name].type, FIELDS[name].metadata
+    parts = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+    kinds = ["None" if part is NoneType else part.__name__ for part in parts]
     subject = f"{where} {name} = {_shown(value)}"
     if value is None:
         if "None" not in kinds:
@@ -522,11 +515,6 @@ def check_lora_parameters(parameters: dict[str, Any], where: str) -> dict[str, A
     if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(k, str) for k in keys)):
         raise misfit("keys", "a list of layer names; leave keys out for all")
     return value
-
-
-def _kinds(annotation: Any) -> list[str]:
-    parts = annotation.__args__ if isinstance(annotation, UnionType) else (annotation,)
-    return ["None" if part is NoneType else part.__name__ for part in parts]
 
 
 def current_names(

@@ -30,11 +30,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import safesteer_mlx  # isort: skip  # noqa: F401  before mlx
 import mlx.core as mx
@@ -464,20 +466,47 @@ def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, i
     openers = [*directions.find_openers(run).openers.values()]
     limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
 
-    def kept(harmful, harmless):
-        h, b = directions.filter_by_refusal_score(base.model, harmful, harmless, openers)
-        return [harmful[i] for i in h], [harmless[i] for i in b]
-
+    kept = partial(directions.filter_by_refusal_score, base.model, refusal_ids=openers)
     found = directions.mean_differences(
         base.model, *kept(prompts.harmful_direction_train, prompts.harmless_direction_train), prompts.n_eoi
     )
     scoring = kept(prompts.harmful_direction_validation, prompts.harmless_direction_validation)
 
     def search(exhaustive: bool) -> tuple[int, tuple[int, int]]:
-        scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
-        return scores.block_passes, directions.choose_direction(scores, **limits)
+        with counted_passes() as passes:
+            scores = directions.score_candidates(base.model, found, *scoring, openers, exhaustive, **limits)
+        return sum(passes), directions.choose_direction(scores, **limits)
 
     return search
+
+
+@contextmanager
+def counted_passes() -> Iterator[list[int]]:
+    """The block passes of searches while it holds: blocks run, times prompts, on a model that resumes."""
+    passes: list[int] = []
+    search = directions.search
+
+    def counted(ask: directions.Ask, blocks: Callable[[list[int]], int]) -> directions.Ask:
+        def asked(pairs: list[directions.Candidate], prompts: list[int]) -> np.ndarray:
+            passes.append(blocks([layer for _, layer in pairs]) * len(prompts))
+            return ask(pairs, prompts)
+
+        return asked
+
+    def counting(moved, own, scorers, batches, how):
+        n, (n_harmless, n_harmful) = moved.shape[1], (sum(map(len, part)) for part in batches)
+        # The base's own logits, whether it resumes, and what it refuses where a vector has no length.
+        passes.append((n_harmless + 3 + (0 if moved.all() or how.only else n_harmful)) * n)
+        scorers = replace(
+            scorers,
+            steering=counted(scorers.steering, lambda layers: max(layers) + sum(n - layer for layer in layers)),
+            kl=counted(scorers.kl, lambda layers: n * len(layers)),
+            refusal=counted(scorers.refusal, lambda layers: n * len(layers)),
+        )
+        return search(moved, own, scorers, batches, how)
+
+    with patch.object(directions, "search", counting):
+        yield passes
 
 
 def bench_direction(repeats: int) -> list[Row]:
@@ -507,12 +536,13 @@ def bench_search(repeats: int) -> list[Row]:
     }
 
     def ours() -> list[mx.array]:
-        found = directions.find_directions(run)
+        with counted_passes() as passes:
+            found = directions.find_directions(run)
         chosen = find_teacher(run, found)
         answers = len(run.prompts.harmful_direction_train) + len(run.prompts.harmless_direction_train)
         asked = 1 + sum(trial.refused is not None for trial in chosen.trials)  # the base, too
         done["answers"] = answers + asked * (len(chosen.base.harmful) + len(chosen.base.harmless))
-        done["ours"] = found.scores.block_passes + trial_passes(run, chosen.trials)
+        done["ours"] = sum(passes) + trial_passes(run, chosen.trials)
         return []
 
     def other(name: str) -> list[mx.array]:
@@ -639,23 +669,13 @@ def published_run(n_prompts: int) -> None:
     recipe, base, rendered, model = run.recipe, run.base, run.prompts, run.base.model
     openers = [*directions.find_openers(run).openers.values()]
     s = recipe.direction
-    h, b = directions.filter_by_refusal_score(
-        model, rendered.harmful_direction_train, rendered.harmless_direction_train, openers
-    )
-    found = directions.mean_differences(
-        model,
-        [rendered.harmful_direction_train[i] for i in h],
-        [rendered.harmless_direction_train[i] for i in b],
-        rendered.n_eoi,
-    )
-    h, b = directions.filter_by_refusal_score(
-        model, rendered.harmful_direction_validation, rendered.harmless_direction_validation, openers
-    )
-    harmless = [rendered.harmless_direction_validation[i] for i in b]
-    scores = directions.score_candidates(
-        model, found, [rendered.harmful_direction_validation[i] for i in h], harmless, openers, True
-    )
-    position, layer = directions.choose_direction(scores, s.kl_threshold, s.steering_threshold, s.prune_last)
+    kept = partial(directions.filter_by_refusal_score, model, refusal_ids=openers)
+    train = kept(rendered.harmful_direction_train, rendered.harmless_direction_train)
+    found = directions.mean_differences(model, *train, rendered.n_eoi)
+    harmful, harmless = kept(rendered.harmful_direction_validation, rendered.harmless_direction_validation)
+    scores = directions.score_candidates(model, found, harmful, harmless, openers, True)
+    limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
+    position, layer = directions.choose_direction(scores, **limits)
     vector = mx.array(found[position, layer].astype(np.float32))
     teacher = steered_teacher(model, layer, vector, PRESETS["paper"]["coeff"]).model
     m, horizon = recipe.tokens.token_samples, recipe.tokens.horizon

@@ -216,8 +216,8 @@ MUTANTS = [
         [
             (
                 "moving average the wrong way round",
-                "(1 - rate) * w + rate * s",
-                "rate * w + (1 - rate) * s",
+                "(1 - rate) * own[name] + rate * w",
+                "rate * own[name] + (1 - rate) * w",
                 "test_the_moving_average_by_hand",
             )
         ],
@@ -274,7 +274,7 @@ MUTANTS = [
         [
             (
                 "optimizer moments not restored",
-                'training.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))',
+                'training.optimizer.state = tree_unflatten(_part(saved.arrays, "optimizer"))',
                 "pass",
                 RESUMED,
             ),

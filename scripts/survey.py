@@ -282,7 +282,7 @@ class Survey:
         from mlx.utils import tree_flatten
 
         from safesteer_mlx.formats.fuse import fuse, plan
-        from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
+        from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
         from safesteer_mlx.recipe import resolve
 
         train = resolve({}, {"num_layers": 2})[0].train
@@ -292,7 +292,7 @@ class Survey:
         student.load_weights([(n, 0.05 * mx.random.normal(w.shape)) for n, w in own if "lora_b" in n], strict=False)
         expected = student(self.row)
         with tempfile.TemporaryDirectory() as folder:
-            save_adapters(Path(folder), student, adapter_config(train, "m", 0))
+            save_adapters(Path(folder), student, train, "m", 0)
             assert alike(with_adapters(self.model, Path(folder))(self.row), expected), "adapters"
         if not alike(own_file, self.plain, 5e-3):
             self.note = "mlx-lm does not read back its own file of it"

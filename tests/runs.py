@@ -65,7 +65,7 @@ def files(text: str = "plain") -> dict[str, Any]:
                 trial(4, 1.0, (0.6, 0.4), 0.5),
             ],
             "vector": [0.5, 1.0],
-            "scores": {"ablation_kl": found, "ablation_refusal": found, "steering_refusal": none, "block_passes": 9},
+            "scores": {"ablation_kl": found, "ablation_refusal": found, "steering_refusal": none},
         },
         "tokens.json": [{"token": f" {text}", "id": 7, **token}, {"token": "$a$", "id": 8, **token}],
         "metrics.jsonl": [

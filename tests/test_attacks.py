@@ -22,17 +22,17 @@ from safesteer_mlx.method.framing import (
     ENCODINGS,
     LONGEST,
     Framer,
+    _opening,
     begun,
     framed,
     framings,
-    opening_ids,
     takes_system_turn,
 )
 from safesteer_mlx.method.judge import is_refusal, outcome, use_refusal_phrases
 from safesteer_mlx.method.prompts import built_in_sets, load_instructions, render, render_turns
 from safesteer_mlx.method.residual import block_outputs, unit
 from safesteer_mlx.method.rollout import Sampling
-from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
+from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.method.train import TrainingPrompt
 from safesteer_mlx.recipe import MODELS, PACKAGE, resolve
 from safesteer_mlx.system.load import load
@@ -326,7 +326,7 @@ def adapters(base, tmp_path_factory):
     drawn = [(n, 0.3 * mx.random.normal(w.shape)) for n, w in tree_flatten(student.trainable_parameters())]
     student.load_weights([d for d in drawn if d[0].endswith("lora_b")], strict=False)
     folder = tmp_path_factory.mktemp("attacked") / "adapters"
-    save_adapters(folder, student, adapter_config(settings, TINY, 0))
+    save_adapters(folder, student, settings, TINY, 0)
     return folder
 
 
@@ -468,7 +468,7 @@ def test_an_answer_is_begun_and_the_teacher_is_asked_about_the_prompt_as_it_is(b
         assert put.ids[: len(plain.ids)] == plain.ids and put.framed is harmful
         assert put.target_ids == (plain.ids if harmful else put.ids)
         texts = [f["text"] for f in framings("train", "openings")]
-        assert any(opening == opening_ids(base.tokenizer, plain.text, t)[: len(opening)] for t in texts)
+        assert any(opening == _opening(base.tokenizer, plain.text, t)[: len(opening)] for t in texts)
         lengths.add(len(opening))
     assert min(lengths) == 1 and max(lengths) == LONGEST and len(lengths) > 10
 

@@ -24,7 +24,7 @@ from runs import files
 
 from safesteer_mlx.align import main
 from safesteer_mlx.evals import suites
-from safesteer_mlx.method import framing, prompts
+from safesteer_mlx.method import prompts
 from safesteer_mlx.method.prompts import load_instructions
 from safesteer_mlx.method.token_file import read_token_file
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
@@ -958,7 +958,7 @@ IDS = {
     "several turns": lambda m, a, t: of_the_tokenizer(
         m, lambda b: prompts.render_turns(b.tokenizer, [{"role": "user", "content": "<evil>"}] * 3)
     ),
-    "an opening": lambda m, a, t: of_the_tokenizer(m, lambda b: framing.opening_ids(b.tokenizer, "a", "Sure <evil>")),
+    "an opening": lambda m, a, t: of_the_tokenizer(m, lambda b: prompts.opening_ids(b.tokenizer, "a", "Sure <evil>")),
     "a prefix of refusals": lambda m, a, t: of_the_tokenizer(m, lambda b: prompts.opener_ids(b.tokenizer, ["<evil>"])),
     "a judge's turn": lambda m, a, t: of_the_tokenizer(m, lambda b: judged(b, "user")),
     "a judge's raw text": lambda m, a, t: of_the_tokenizer(m, lambda b: judged(b, "raw")),
@@ -1115,12 +1115,12 @@ def test_of_a_name_given_twice_the_header_check_and_mlx_believe_the_same(tmp_pat
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    from safesteer_mlx.method.student import adapter_config, make_student, save_adapters
+    from safesteer_mlx.method.student import make_student, save_adapters
     from safesteer_mlx.system.load import load
 
     folder = tmp_path_factory.mktemp("adapters")
     student = make_student(load(str(TINY)).model, TrainSettings(), 0, True)
-    save_adapters(folder, student, adapter_config(TrainSettings(), "tiny", 0))
+    save_adapters(folder, student, TrainSettings(), "tiny", 0)
     return folder / "adapters.safetensors"
 
 

@@ -14,7 +14,7 @@ from safesteer_mlx import chat
 from safesteer_mlx.chat import ChatSession, main, make_voices
 from safesteer_mlx.method.residual import _override, blocks, steer, view
 from safesteer_mlx.method.rollout import Sampling, generate
-from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
+from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.screen import UserError
@@ -42,7 +42,7 @@ def adapters(base, vector, tmp_path_factory):
     names = [(n, w) for n, w in tree_flatten(student.trainable_parameters()) if n.endswith("lora_b")]
     student.load_weights([(n, 0.3 * mx.random.normal(w.shape)) for n, w in names], strict=False)
     folder = tmp_path_factory.mktemp("run") / "adapters"
-    save_adapters(folder, student, adapter_config(settings, TINY, 0))
+    save_adapters(folder, student, settings, TINY, 0)
     (folder / "run").mkdir()
     (folder / "run" / "direction.json").write_text(json.dumps({"layer": LAYER, "vector": vector.tolist()}))
     return folder

@@ -18,7 +18,7 @@ from safesteer_mlx.method.judge import is_broken, is_refusal, outcome, refusal_i
 from safesteer_mlx.method.prompts import Instruction, built_in_sets, render, render_all
 from safesteer_mlx.method.rollout import Completion, Sampling, answer_text, generate, stream_key
 from safesteer_mlx.method.run import make_run
-from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
+from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.method.train import training_prompts
 from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import Loaded, load
@@ -46,7 +46,7 @@ def adapters(base, tmp_path_factory):
     ]
     student.load_weights(drawn, strict=False)
     folder = tmp_path_factory.mktemp("run") / "adapters"
-    save_adapters(folder, student, adapter_config(settings, TINY, 0))
+    save_adapters(folder, student, settings, TINY, 0)
     return folder
 
 

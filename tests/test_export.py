@@ -20,7 +20,7 @@ from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
 from safesteer_mlx.formats.peft_adapter import write_peft
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
-from safesteer_mlx.method.student import adapter_config, make_student, save_adapters, with_adapters
+from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.recipe import HELD_OUT_TOKENS, MODELS, resolve
 from safesteer_mlx.system.finished import FinishedRun
 from safesteer_mlx.system.load import load
@@ -48,7 +48,7 @@ def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
     own = dict(tree_flatten(student.trainable_parameters()))
     drawn = [(name, 0.7 * mx.random.normal(w.shape)) for name, w in own.items() if name.endswith("lora_b")]
     student.load_weights(drawn, strict=False)
-    save_adapters(folder, student, adapter_config(recipe.train, TINY, 0))
+    save_adapters(folder, student, recipe.train, TINY, 0)
     kinds, _ = held_out_prompts(prompt_sets(recipe), ASKED)
     test = heldout.TestSet(kinds, [])
     held_out = HeldOut(base, test, [], recipe.run.seed, Sampling(base.eos_ids, HELD_OUT_TOKENS))

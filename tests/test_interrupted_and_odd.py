@@ -136,9 +136,8 @@ def train(tmp_path, monkeypatch):
         optimizer = stage.make_optimizer(recipe.train)
         how = (recipe.train, recipe.loss, [49], 0, optimizer)
         training = Training(student, None, None, mx.array([1]), [], [], *how)  # type: ignore[arg-type]
-        scorer = score and SimpleNamespace(score=score)
         around = Run(recipe, None, None, Screen(), store, force)  # type: ignore[arg-type]
-        return student, train_student(around, training, moving, scorer)
+        return student, train_student(around, training, moving, score)
 
     run.store, run.worth, run.gradient = store, worth, 1.0
     return run

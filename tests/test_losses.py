@@ -16,9 +16,8 @@ from safesteer_mlx.method.losses import (
     Scored,
     _restrict,
     distillation_loss,
-    kept_positions,
+    kept_window,
     localized_loss,
-    sequence_losses,
     token_divergence,
 )
 from safesteer_mlx.method.residual import head
@@ -280,23 +279,26 @@ def test_half_precision_logits_are_computed_in_float32(kind):
 
 
 def test_skip_and_keep():
-    mask = mx.array([[1, 1, 1, 1], [1, 1, 0, 0]])
     for (skip, keep), expected in {
-        (0, 0): [[1, 1, 1, 1], [1, 1, 0, 0]],
-        (1, 0): [[0, 1, 1, 1], [0, 1, 0, 0]],
-        (0, 2): [[1, 1, 0, 0], [1, 1, 0, 0]],
-        (1, 3): [[0, 1, 1, 0], [0, 1, 0, 0]],
-        (2, 2): [[0, 0, 0, 0], [0, 0, 0, 0]],
-        (0, 9): [[1, 1, 1, 1], [1, 1, 0, 0]],
+        (0, 0): [1, 1, 1, 1],
+        (1, 0): [0, 1, 1, 1],
+        (0, 2): [1, 1, 0, 0],
+        (1, 3): [0, 1, 1, 0],
+        (2, 2): [0, 0, 0, 0],
+        (0, 9): [1, 1, 1, 1],
     }.items():
-        assert np.array(kept_positions(mask, skip, keep)).tolist() == expected
+        assert kept_window(4, skip, keep).astype(int).tolist() == expected
 
 
-def test_sequence_losses_are_means_and_a_row_with_nothing_kept_is_zero():
+@pytest.mark.parametrize(
+    ("skip", "keep", "kept"), [(0, 0, [0, 1]), (1, 0, [1]), (0, 1, [0]), (1, 1, []), (0, 9, [0, 1])]
+)
+def test_the_loss_is_a_mean_of_means_and_a_row_with_nothing_kept_is_zero(skip, keep, kept):
     zs, zt = drawn(21, 2, 3, 6), drawn(22, 2, 3, 6)
     each = np.array(token_divergence(zs, zt))
-    found = sequence_losses(zs, zt, mx.array([[1, 1, 0], [0, 0, 0]]))
-    np.testing.assert_allclose(np.array(found), [each[0, :2].mean(), 0.0], rtol=1e-5)
+    found = distillation_loss(zs, zt, mx.array([[1, 1, 0], [0, 0, 0]]), skip=skip, keep=keep)
+    expected = [each[0, kept].mean() if kept else 0.0, 0.0]
+    np.testing.assert_allclose(np.array(found), np.mean(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

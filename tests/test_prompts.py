@@ -25,10 +25,11 @@ from safesteer_mlx.method.prompts import (
     sets_for,
     special_ids,
 )
-from safesteer_mlx.method.run import make_run, run_fingerprint
+from safesteer_mlx.method.run import make_run, run_parts
 from safesteer_mlx.recipe import MODELS, PACKAGE, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
+from safesteer_mlx.system.store import fingerprint
 
 TINY = str(MODELS / "tiny-chat")
 
@@ -346,10 +347,11 @@ def test_the_longest_prompt_and_the_fingerprint_are_those_of_the_policy(tmp_path
     base, prompts_of = load(TINY), prompt_sets
     folder = policy(tmp_path / "p", borderline_test=["short"])
     small = longest_prompt(recipe(folder))
-    first = run_fingerprint(recipe(folder), base, prompts_of(recipe(folder)))
+    first = run_parts(recipe(folder), base, prompts_of(recipe(folder)))
     policy(tmp_path / "p", borderline_test=["long " * 300])
     assert longest_prompt(recipe(folder)) >= small + 400
-    assert run_fingerprint(recipe(folder), base, prompts_of(recipe(folder))) != first
+    again = run_parts(recipe(folder), base, prompts_of(recipe(folder)))
+    assert fingerprint(*again.values()) != fingerprint(*first.values())
 
 
 def test_align_refuses_a_policy_before_it_looks_for_a_model(tmp_path, capsys):

@@ -16,7 +16,7 @@ from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.prompts import prompts_from
 from safesteer_mlx.method.residual import _override, blocks, last_logits
 from safesteer_mlx.method.rollout import Completion, has_equal_batches
-from safesteer_mlx.method.run import check_padding, make_run
+from safesteer_mlx.method.run import batch_size, make_run
 from safesteer_mlx.method.safety_tokens import SafetyTokens, check_tokens, openings
 from safesteer_mlx.method.student import check_saved, make_student, save_student
 from safesteer_mlx.method.teacher import (
@@ -87,21 +87,21 @@ def test_a_student_that_says_nothing_or_only_refuses_is_noticed(run):
 
 
 @pytest.mark.parametrize(("name", "said"), [("qwen2", ""), ("llama", ""), ("gemma2", "in groups of one length")])
-def test_an_architecture_that_batches_one_length_alone_answers_in_groups(run, tiny_model, name, said, capsys):
+def test_an_architecture_that_batches_one_length_alone_answers_in_groups(tiny_model, name, said, capsys):
     # gemma2 of mlx-lm 0.32.2 fails on prompts of unequal length with grouped heads.
     rows = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
     base = SimpleNamespace(model=tiny_model(name), eos_ids=[49], config={"model_type": name})
-    checked = check_padding(run.recipe, base, rows, Screen())  # type: ignore[arg-type]
-    assert checked.run.generation_batch_size == 64 and has_equal_batches(base.model) is bool(said)
+    size = batch_size(base, 64, Screen(), rows)  # type: ignore[arg-type]
+    assert size == 64 and has_equal_batches(base.model) is bool(said)
     assert said in capsys.readouterr().out and (said or not capsys.readouterr().out)
 
 
-def test_an_architecture_that_cannot_be_batched_answers_one_at_a_time(run, model, monkeypatch, capsys):
+def test_an_architecture_that_cannot_be_batched_answers_one_at_a_time(model, monkeypatch, capsys):
     monkeypatch.setattr(runs, "batches_rightly", lambda *_: False)
     rows = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
     base = SimpleNamespace(model=model, eos_ids=[49], config={"model_type": "odd"})
-    checked = check_padding(run.recipe, base, rows, Screen())  # type: ignore[arg-type]
-    assert checked.run.generation_batch_size == 1 and not has_equal_batches(model)
+    size = batch_size(base, 64, Screen(), rows)  # type: ignore[arg-type]
+    assert size == 1 and not has_equal_batches(model)
     assert "one at a time" in capsys.readouterr().out
 
 
@@ -119,13 +119,13 @@ def test_ablation_projects_the_whole_stream_where_the_published_way_leaves_some(
     assert ("leaves up to 2.0%" in capsys.readouterr().out) is (way == "auto" and whole)
 
 
-def test_a_forward_pass_that_padding_changes_is_refused(run, model):
+def test_a_forward_pass_that_padding_changes_is_refused(model):
     rows = [[1, 2, 3, 4 + i][: 2 + i % 3] for i in range(12)]
     # What stands in the last column leaks into every position
     _override(blocks(model)[1], "Leaking", lambda call, x, *a, **k: call(x, *a, **k) + 5 * x[:, -1:])
     base = SimpleNamespace(model=model, eos_ids=[49], config={"model_type": "leaky"})
     with pytest.raises(UserError, match="padding changes what model_type leaky computes"):
-        check_padding(run.recipe, base, rows, Screen())  # type: ignore[arg-type]
+        batch_size(base, 64, Screen(), rows)  # type: ignore[arg-type]
 
 
 def tokens(explained=0.9, openings=(0.5, 0.2)):

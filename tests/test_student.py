@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from safesteer_mlx.method.residual import last_logits
-from safesteer_mlx.method.student import adapter_config, bytes_trained, first_trained_block, make_student, save_adapters
+from safesteer_mlx.method.student import bytes_trained, first_trained_block, make_student, save_adapters
 from safesteer_mlx.recipe import MODELS, TrainSettings, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import UserError
@@ -70,7 +70,7 @@ def test_mlx_lm_reads_the_adapters_as_they_were(tmp_path, kind):
     zero = [(name, w) for name, w in tree_flatten(student.trainable_parameters()) if name.endswith("lora_b")]
     drawn = [(name, 0.05 * mx.random.normal(w.shape)) for name, w in zero]
     student.load_weights(drawn, strict=False)
-    save_adapters(tmp_path / "adapters", student, adapter_config(settings, base.name, 0))
+    save_adapters(tmp_path / "adapters", student, settings, base.name, 0)
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == kind and config["num_layers"] == 3
     assert config["lora_parameters"] == settings.lora_parameters

@@ -79,7 +79,8 @@ def choice(*curves, ids=(7,), grid=GRID, base_broken=0, **more):
         patch.setattr(stage, "first_passes", fake_passes)
         patch.setattr(stage, "steered_teacher", lambda base, layer, vector, c: stage.Teacher((layer, c)))
         directions = [Direction(-1, number, mx.zeros(1)) for number in range(len(curves))]
-        found = choose_teacher(types.SimpleNamespace(model="base"), directions, ids, None, wanted, **more)
+        base, prompts = types.SimpleNamespace(model="base"), Validation([], [], 0, 2, 20, 8)
+        found = choose_teacher(base, directions, ids, prompts, wanted, **more)
     return found, asked
 
 

@@ -7,11 +7,12 @@ import pytest
 
 from safesteer_mlx.align import main as align
 from safesteer_mlx.method.prompts import built_in_sets, special_ids
-from safesteer_mlx.method.run import run_fingerprint
+from safesteer_mlx.method.run import run_parts
 from safesteer_mlx.method.token_file import read_token_file
 from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.screen import UserError
+from safesteer_mlx.system.store import fingerprint
 from safesteer_mlx.tokens import main
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
@@ -166,5 +167,5 @@ def test_an_edited_file_is_another_run(base, words, tmp_path):
     made = []
     for rows in (words[:2], words[:3], words[:2]):
         path.write_text(json.dumps(rows))
-        made.append(run_fingerprint(recipe, base, built_in_sets(TINY)))
+        made.append(fingerprint(*run_parts(recipe, base, built_in_sets(TINY)).values()))
     assert made[0] == made[2] != made[1]

@@ -9,14 +9,14 @@ added and that disturb harmless prompts little when ablated.
 
 Where we deviate: a search that is not exhaustive asks the cheapest question first, prompts a few at a
 time, and drops a candidate as soon as what is left to ask can no longer save it. Steering resumes at the
-block it changes. It chooses the same direction, and says how many block passes it took. By default the tests
+block it changes. It chooses the same direction. By default the tests
 only rank: `shortlist`'s candidates are tried as teachers (`teacher.choose_teacher`), since refusal and KL under
 ablation say little about what steering does.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -60,14 +60,6 @@ GROUP = 4  # candidates whose refusal under ablation is asked side by side
 SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
 
 
-class NoDirectionError(ValueError):
-    """No candidate passed; `scores` holds what was measured."""
-
-    def __init__(self, message: str, scores: "CandidateScores"):
-        super().__init__(message)
-        self.scores = scores
-
-
 @dataclass(frozen=True)
 class CandidateScores:
     """Three scores a candidate, each (P, L); row p is position p − P. NaN marks what was not measured."""
@@ -75,7 +67,6 @@ class CandidateScores:
     ablation_kl: Scores
     ablation_refusal: Scores
     steering_refusal: Scores
-    block_passes: int = 0  # blocks run, times prompts
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ def filled(scores: CandidateScores, more: CandidateScores) -> CandidateScores:
     """`scores`, and where they were not measured, `more`."""
     names = ("ablation_kl", "ablation_refusal", "steering_refusal")
     tables = {name: np.where(np.isnan(own := getattr(scores, name)), getattr(more, name), own) for name in names}
-    return CandidateScores(**tables, block_passes=scores.block_passes + more.block_passes)
+    return CandidateScores(**tables)
 
 
 def _batches(prompts: Sequence[Ids], size: int = PROMPT_BATCH) -> Iterator[list[int]]:
@@ -213,26 +204,29 @@ def pruned_from(n_layers: int, prune_last: float | None) -> int:
 
 
 @dataclass(frozen=True)
-class Search:
-    """How candidates are searched: the published tests' thresholds (None leaves a test out), the (row, block) that are
-    measured (None for all), what ablation projects (`ablate`), rows in one forward pass."""
+class Limits:
+    """The published tests' thresholds: KL on harmless prompts under ablation at most, their refusal when steered at
+    least, the share of the last blocks that are left out. None leaves a test out."""
 
     kl_threshold: float | None = 0.1
     steering_threshold: float | None = 0.0
     prune_last: float | None = 0.2
+
+
+@dataclass(frozen=True)
+class Search(Limits):
+    """How candidates are searched: to the end for all, the (row, block) that are measured (None for all), what ablation
+    projects (`ablate`), rows in one forward pass."""
+
+    exhaustive: bool = False
     only: Sequence[Candidate] | None = None
     whole_stream: bool = False
     batch_size: int = PROMPT_BATCH
     progress: Advance = silent
 
-    @property
-    def limits(self) -> tuple[float | None, float | None, float | None]:
-        """The three thresholds, in this order."""
-        return self.kl_threshold, self.steering_threshold, self.prune_last
 
-
-# ask(candidates, indices of prompts) -> a score for each, (C, B), and the block passes it took
-Ask = Callable[[list[Candidate], list[int]], tuple[np.ndarray, int]]
+# ask(candidates, indices of prompts) -> a score for each, (C, B)
+Ask = Callable[[list[Candidate], list[int]], np.ndarray]
 
 
 def score_candidates(
@@ -253,8 +247,8 @@ def score_candidates(
     Returns:
         `ablation_kl`, `ablation_refusal`, `steering_refusal`, each (P, L), NaN where not measured.
     """
-    how = Search(**search_settings)
-    n_layers, only, batch_size = candidates.shape[1], how.only, how.batch_size
+    how = Search(exhaustive=exhaustive, **search_settings)
+    only, batch_size = how.only, how.batch_size
     vectors = mx.array(candidates.astype(np.float32))
     starts = range(0, len(harmless), batch_size)
     base = mx.concatenate([last_logits(model, harmless[i : i + batch_size]) for i in starts])
@@ -262,7 +256,6 @@ def score_candidates(
     # KL ≥ −log(1 + ε Σ p/(p + ε)), by Jensen's inequality; and a little for rounding.
     floor = -np.array(mx.log1p(1e-6 * (probabilities / (probabilities + 1e-6)).sum(-1)), np.float64) - 1e-5
     can_resume = resumes(model, pad_right(harmless[:1]))
-    passes = (len(harmless) + 3) * n_layers
 
     def in_groups(
         pairs: list[Candidate], rows: list[Ids], score: Callable[[mx.array, list[Ids]], mx.array]
@@ -276,11 +269,10 @@ def score_candidates(
             out.append(np.array(score(each, rows * len(group)), np.float64).reshape(len(group), len(rows)))
         return np.concatenate(out)
 
-    def steering(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
+    def steering(pairs: list[Candidate], indices: list[int]) -> np.ndarray:
         rows = [harmless[i] for i in indices]
         inputs = block_inputs(model, pad_right(rows)) if can_resume else []
         scores = np.empty((len(pairs), len(rows)))
-        cost = len(rows) * max(layer for _, layer in pairs) if can_resume else 0
         for layer in sorted({layer for _, layer in pairs}):
             at = [i for i, c in enumerate(pairs) if c[1] == layer]
 
@@ -289,50 +281,39 @@ def score_candidates(
                 return _refusal_score(logits, refusal_ids)
 
             scores[at] = in_groups([pairs[i] for i in at], rows, score)
-            cost += len(at) * len(rows) * (n_layers - layer if can_resume else n_layers)
-        return scores, cost
+        return scores
 
-    def ablation(
-        pairs: list[Candidate], rows: list[Ids], score: Callable[[mx.array], mx.array]
-    ) -> tuple[np.ndarray, int]:
-        """score(logits under ablation (C·B, V)) for each, and the cost."""
-
-        def logits(each: mx.array, repeated: list[Ids]) -> mx.array:
-            return score(last_logits(ablate(model, each, how.whole_stream), repeated))
-
-        scores = in_groups(pairs, rows, logits)
-        return scores, len(pairs) * len(rows) * n_layers
-
-    def kl(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
-        def score(logits: mx.array) -> mx.array:
+    def kl(pairs: list[Candidate], indices: list[int]) -> np.ndarray:
+        def score(each: mx.array, repeated: list[Ids]) -> mx.array:
+            logits = last_logits(ablate(model, each, how.whole_stream), repeated)
             return _kl(mx.concatenate([base[mx.array(indices)]] * (len(logits) // len(indices))), logits)
 
-        return ablation(pairs, [harmless[i] for i in indices], score)
+        return in_groups(pairs, [harmless[i] for i in indices], score)
 
-    def refusal(pairs: list[Candidate], indices: list[int]) -> tuple[np.ndarray, int]:
-        return ablation(pairs, [harmful[i] for i in indices], lambda logits: _refusal_score(logits, refusal_ids))
+    def refusal(pairs: list[Candidate], indices: list[int]) -> np.ndarray:
+        def score(each: mx.array, repeated: list[Ids]) -> mx.array:
+            return _refusal_score(last_logits(ablate(model, each, how.whole_stream), repeated), refusal_ids)
+
+        return in_groups(pairs, [harmful[i] for i in indices], score)
 
     moved = candidates.any(-1)  # a vector of no length changes nothing: its scores are the base's own
     own = {"ablation_kl": 0.0, "steering_refusal": 0.0, "ablation_refusal": 0.0}
     if only is None and not (moved.all() or exhaustive):
         own["steering_refusal"] = float(np.array(_refusal_score(base, refusal_ids), np.float64).mean())
         own["ablation_refusal"] = float(refusal_scores(model, harmful, refusal_ids, batch_size).mean())
-        passes += len(harmful) * n_layers
     candidate_mask = moved | exhaustive
     if only is not None:
         candidate_mask = np.zeros(moved.shape, bool)
         for candidate in only:
             candidate_mask[candidate] = True
         own = dict.fromkeys(own, np.nan)  # of the others nothing is known
-    scores = search(
+    return search(
         candidate_mask,
         own,
         Scorers(steering, kl, refusal, floor),
         ([list(b) for b in _batches(harmless, ASKED_AT_ONCE)], [list(b) for b in _batches(harmful, ASKED_AT_ONCE)]),
-        Search(None, None, None, progress=how.progress) if exhaustive else how,
-        exhaustive,
+        how,
     )
-    return replace(scores, block_passes=scores.block_passes + passes)
 
 
 @dataclass(frozen=True)
@@ -351,7 +332,6 @@ def search(
     scorers: Scorers,
     batches: tuple[list[list[int]], list[list[int]]],
     how: Search,
-    exhaustive: bool = False,
 ) -> CandidateScores:
     """Ask no more than the choice needs: steering, then KL, then refusal, each a few prompts at a time.
 
@@ -360,154 +340,113 @@ def search(
         batches: indices of harmless and of harmful prompts, in the order they are asked.
     """
     n_pos, n_layers = moved.shape
-    kl_threshold, steering_threshold, prune_last = limits = how.limits
+    limits = Limits(None, None, None) if how.exhaustive else how
     progress = how.progress
     scores = CandidateScores(*(np.full(moved.shape, np.nan) for _ in range(3)))
-    allowed = range(pruned_from(n_layers, prune_last))
+    allowed = range(pruned_from(n_layers, limits.prune_last))
     candidates = [(p, layer) for layer in allowed for p in range(n_pos) if moved[p, layer]]
     for name, value in own.items():
         getattr(scores, name)[:, : len(allowed)][~moved[:, : len(allowed)]] = value
     n_harmless, n_harmful = (sum(map(len, part)) for part in batches)
-    passes = 0
 
     def ask_all(
-        ask: Ask, of: list[Candidate], parts: list[list[int]], floor: np.ndarray, limit: float, initial: np.ndarray
+        ask: Ask,
+        of: list[Candidate],
+        parts: list[list[int]],
+        floor: np.ndarray,
+        limit: float = np.inf,
+        initial: np.ndarray | float = 0.0,
     ) -> np.ndarray:
         """Sums of scores (C,) over `initial` and the prompts of `parts`; NaN for a candidate dropped on the way.
 
         Dropped is one whose sum will pass `limit` even if every answer left is the least there can be.
         """
-        nonlocal passes
-        sums, alive = initial.copy(), list(range(len(of)))
+        sums, alive = np.zeros(len(of)) + initial, list(range(len(of)))
         for i, part in enumerate(parts):
             remaining = sum(float(floor[later].sum()) for later in parts[i + 1 :])  # of what is left to ask
-            values, cost = ask_together(ask, [of[c] for c in alive], part)
-            passes += cost
-            sums[alive] += values.sum(1)
+            sums[alive] += ask_together(ask, [of[c] for c in alive], part).sum(1)
             alive = [c for c in alive if not sums[c] + remaining > limit]
             if not alive:
                 break
         return np.where(np.isin(np.arange(len(of)), alive), sums, np.nan)
-
-    def put(into: np.ndarray, of: list[Candidate], values: np.ndarray) -> None:
-        for c, value in zip(of, values, strict=True):
-            into[c] = value
 
     harmless, harmful = batches
     least = np.full(max(n_harmless, n_harmful), -SCORE_BOUND - 1e-3)
     total, alive = 3 * len(candidates), candidates
     if alive:
         # To the end, for all: where no candidate passes, this is what they are ranked by.
-        sums = ask_all(scorers.steering, alive, harmless, least, np.inf, np.zeros(len(alive)))
-        put(scores.steering_refusal, alive, sums / n_harmless)
-        if not exhaustive:
-            alive = [c for c in alive if not _fails(scores.steering_refusal[c], steering_threshold, at_least=True)]
+        scores.steering_refusal[*np.transpose(alive)] = ask_all(scorers.steering, alive, harmless, least) / n_harmless
+        if not how.exhaustive:
+            lowest = -np.inf if limits.steering_threshold is None else limits.steering_threshold
+            alive = [c for c in alive if scores.steering_refusal[c] >= lowest]
     progress(len(candidates), total)
     if alive:
-        limit = np.inf if kl_threshold is None else kl_threshold * n_harmless
-        sums = ask_all(scorers.kl, alive, harmless, scorers.kl_floor, limit, np.zeros(len(alive)))
-        put(scores.ablation_kl, alive, sums / n_harmless)
-        if not exhaustive:
-            alive = [c for c in alive if not _fails(scores.ablation_kl[c], kl_threshold, at_least=False)]
+        highest = np.inf if limits.kl_threshold is None else limits.kl_threshold
+        sums = ask_all(scorers.kl, alive, harmless, scorers.kl_floor, highest * n_harmless)
+        scores.ablation_kl[*np.transpose(alive)] = sums / n_harmless
+        if not how.exhaustive:
+            alive = [c for c in alive if scores.ablation_kl[c] <= highest]
     progress(2 * len(candidates), total)
     if alive:
         # All answer the first prompts; then the most promising first, so that the others are dropped soon.
-        initial = ask_all(scorers.refusal, alive, harmful[:1], least, np.inf, np.zeros(len(alive)))
-        passing = [c for c in zip(*np.nonzero(~moved), strict=True) if not failed_tests(scores, *c, *limits)]
-        best = np.inf if exhaustive or not passing else own["ablation_refusal"] * n_harmful
+        initial = ask_all(scorers.refusal, alive, harmful[:1], least)
+        passing = [c for c in zip(*np.nonzero(~moved), strict=True) if not failed_tests(scores, *c, limits)]
+        best = own["ablation_refusal"] * n_harmful if passing and not how.exhaustive else np.inf
         order = np.argsort(initial, kind="stable")
         for start in range(0, len(order), GROUP):
             which = order[start : start + GROUP]
             part = [alive[i] for i in which]
-            sums = ask_all(scorers.refusal, part, harmful[1:], least, np.inf if exhaustive else best, initial[which])
-            put(scores.ablation_refusal, part, sums / n_harmful)
+            limit = np.inf if how.exhaustive else best
+            sums = ask_all(scorers.refusal, part, harmful[1:], least, limit, initial[which])
+            scores.ablation_refusal[*np.transpose(part)] = sums / n_harmful
             best = np.nanmin([best, *sums])
             progress(2 * len(candidates) + start + len(part), total)
     progress(total, total)
-    return replace(scores, block_passes=passes)
+    return scores
 
 
-def ask_together(ask: Ask, of: list[Candidate], part: list[int]) -> tuple[np.ndarray, int]:
+def ask_together(ask: Ask, of: list[Candidate], part: list[int]) -> np.ndarray:
     """What `ask` answers, of which each machine asks about its share of the candidates."""
-    costs = []
-
-    def own(pairs: list[Candidate]) -> list[list[float]]:
-        values, cost = ask(pairs, part) if pairs else (np.zeros((0, len(part))), 0)
-        costs.append(cost)
-        return values.tolist()
-
-    values = machines.here().each(of, own)
-    return np.array(values), sum(machines.here().gather(costs[0]))
+    return np.array(machines.here().each(of, lambda pairs: ask(pairs, part).tolist() if pairs else []))
 
 
-def _fails(score: float, threshold: float | None, at_least: bool) -> bool:
-    """Whether a score breaks its bound; NaN always does, whatever the bound."""
-    if np.isnan(score):
-        return True
-    if threshold is None:
-        return False
-    return score < threshold if at_least else score > threshold
-
-
-def failed_tests(
-    scores: CandidateScores,
-    position: int,
-    layer: int,
-    kl_threshold: float | None,
-    steering_threshold: float | None,
-    prune_last: float | None,
-) -> list[str]:
+def failed_tests(scores: CandidateScores, position: int, layer: int, limits: Limits) -> list[str]:
     """Which tests the candidate at [position, layer] fails, in words; empty when it passes."""
     p = (position, layer)
     tests = []
-    if layer >= pruned_from(scores.ablation_kl.shape[1], prune_last):
-        tests.append(f"block {layer} is in the last {prune_last:.0%}")
-    for name, score, threshold, at_least in (
-        ("refusal when steered", scores.steering_refusal[p], steering_threshold, True),
-        ("KL when ablated", scores.ablation_kl[p], kl_threshold, False),
-        ("refusal when ablated", scores.ablation_refusal[p], None, False),
+    if layer >= pruned_from(scores.ablation_kl.shape[1], limits.prune_last):
+        tests.append(f"block {layer} is in the last {limits.prune_last:.0%}")
+    for name, score, broken_if, threshold in (
+        ("refusal when steered", scores.steering_refusal[p], "<", limits.steering_threshold),
+        ("KL when ablated", scores.ablation_kl[p], ">", limits.kl_threshold),
+        ("refusal when ablated", scores.ablation_refusal[p], ">", None),
     ):
         if np.isnan(score):
             tests.append(f"{name} was not measured or is not a number")
-        elif _fails(score, threshold, at_least):
-            tests.append(f"{name} {score:+.3f} {'<' if at_least else '>'} {threshold:g}")
+        elif threshold is not None and (score < threshold if broken_if == "<" else score > threshold):
+            tests.append(f"{name} {score:+.3f} {broken_if} {threshold:g}")
     return tests
 
 
-def choose_direction(
-    scores: CandidateScores,
-    kl_threshold: float | None = 0.1,
-    steering_threshold: float | None = 0.0,
-    prune_last: float | None = 0.2,
-) -> tuple[int, int]:
+def choose_direction(scores: CandidateScores, **limits: float | None) -> tuple[int, int]:
     """The (position, layer) with the smallest ablated refusal among those that pass; position −1 is the last.
 
     Discarded are: any NaN, l ≥ floor((1 − prune_last)·L), KL > kl_threshold, steered refusal <
-    steering_threshold. A threshold of None leaves its test out.
+    steering_threshold. `limits` are `Limits`' fields; a threshold of None leaves its test out.
 
     Raises:
-        NoDirectionError: none passes.
+        ValueError: none passes.
     """
-    n_pos, n_layers = scores.ablation_kl.shape
-    allowed = [
-        (scores.ablation_refusal[p, layer], p, layer)
-        for p in range(n_pos)
-        for layer in range(n_layers)
-        if not failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
-    ]
-    if not allowed:
-        raise NoDirectionError(f"none of the {n_pos * n_layers} candidate directions passes all tests", scores)
-    _, p, layer = min(allowed)
+    how, (n_pos, n_layers) = Limits(**limits), scores.ablation_kl.shape
+    passing = [c for c in np.ndindex(n_pos, n_layers) if not failed_tests(scores, *c, how)]
+    if not passing:
+        raise ValueError(f"none of the {n_pos * n_layers} candidate directions passes all tests")
+    p, layer = min(passing, key=lambda c: (scores.ablation_refusal[c], c))
     return p - n_pos, layer
 
 
 def shortlist(
-    scores: CandidateScores,
-    kl_threshold: float | None,
-    steering_threshold: float | None,
-    prune_last: float | None,
-    count: int = SHORTLIST,
-    moved: np.ndarray | None = None,
+    scores: CandidateScores, limits: Limits, count: int = SHORTLIST, moved: np.ndarray | None = None
 ) -> list[tuple[int, int, list[str]]]:
     """The candidates worth trying as teachers, best first: (position, layer, tests failed).
 
@@ -519,11 +458,11 @@ def shortlist(
     n_pos, n_layers = scores.ablation_kl.shape
     ranked = []
     for p in range(n_pos):
-        for layer in range(1, pruned_from(n_layers, prune_last)):
+        for layer in range(1, pruned_from(n_layers, limits.prune_last)):
             steering, ablated = scores.steering_refusal[p, layer], scores.ablation_refusal[p, layer]
             if np.isnan(steering) or (moved is not None and not moved[p, layer]):
                 continue
-            failed = failed_tests(scores, p, layer, kl_threshold, steering_threshold, prune_last)
+            failed = failed_tests(scores, p, layer, limits)
             ranked.append((len(failed), -steering if failed else ablated, p - n_pos, layer, failed))
     near: list[tuple[int, int, list[str]]] = []
     for *_, position, layer, failed in sorted(ranked):
@@ -546,16 +485,13 @@ def no_direction(model: nn.Module) -> tuple[Direction, CandidateScores]:
 
 
 def filter_by_refusal_score(
-    model: nn.Module,
-    harmful: Sequence[Ids],
-    harmless: Sequence[Ids],
-    refusal_ids: Ids,
-    batch_size: int = PROMPT_BATCH,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of harmful prompts with score > 0 and of harmless ones with score < 0 (method page, 1.1)."""
+    model: nn.Module, harmful: Rows, harmless: Rows, refusal_ids: Ids, batch_size: int = PROMPT_BATCH
+) -> tuple[Rows, Rows]:
+    """The harmful prompts with score > 0 and the harmless ones with score < 0 (method page, 1.1)."""
+    of_harmful, of_harmless = (refusal_scores(model, rows, refusal_ids, batch_size) for rows in (harmful, harmless))
     return (
-        np.flatnonzero(refusal_scores(model, harmful, refusal_ids, batch_size) > 0),
-        np.flatnonzero(refusal_scores(model, harmless, refusal_ids, batch_size) < 0),
+        [row for row, score in zip(harmful, of_harmful, strict=True) if score > 0],
+        [row for row, score in zip(harmless, of_harmless, strict=True) if score < 0],
     )
 
 
@@ -687,21 +623,19 @@ def _whole_stream(run: Run, candidates: np.ndarray) -> bool:
 
 def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
     settings, model, prompts, refusal_ids = run.recipe.direction, run.base.model, run.prompts, [*own.openers.values()]
-    limits = {name: getattr(settings, name) for name in ("kl_threshold", "steering_threshold", "prune_last")}
+    limits = Limits(settings.kl_threshold, settings.steering_threshold, settings.prune_last)
     cautions: list[str] = []
 
     def by_score(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
-        h, b = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
-        if not len(b):
+        refused, answered = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
+        if not answered:
             raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
-        if not len(h):
-            h = np.arange(len(harmful))
-            if not cautions:
-                cautions.append(
-                    f"none of its answers to {len(harmful)} harmful requests seems to begin as a refusal, so all were "
-                    "used to find what makes it refuse; give --refusal-prefixes, if this model refuses in other words"
-                )
-        return [harmful[i] for i in h], [harmless[i] for i in b]
+        if not refused and not cautions:
+            cautions.append(
+                f"none of its answers to {len(harmful)} harmful requests seems to begin as a refusal, so all were "
+                "used to find what makes it refuse; give --refusal-prefixes, if this model refuses in other words"
+            )
+        return refused or harmful, answered
 
     scoring = prompts.harmful_direction_validation, prompts.harmless_direction_validation
     if run.recipe.teacher.teacher == "system_prompt":
@@ -713,8 +647,8 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
         scoring = by_score(*scoring)
         how = {"batch_size": batch_size, "whole_stream": _whole_stream(run, candidates)}
         search = partial(score_candidates, model, candidates, *scoring, refusal_ids, **how)
-        scores = search(**limits, progress=advance)
-        pick = partial(shortlist, **limits, moved=candidates.any(-1))
+        scores = search(**vars(limits), progress=advance)
+        pick = partial(shortlist, limits=limits, moved=candidates.any(-1))
         near = pick(scores)
         if near and near[0][2]:  # none passes: what the search left unmeasured of the nearest
             rows = [(position + candidates.shape[0], layer) for position, layer, _ in near[:NEAREST]]

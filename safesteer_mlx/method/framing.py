@@ -12,7 +12,7 @@ import numpy as np
 
 from ..recipe import PACKAGE, read_yaml
 from ..system.screen import UserError
-from .prompts import Rows, render
+from .prompts import Rows, opening_ids, render
 
 LONGEST = 20  # tokens of an opening, at most, that training puts into the student's mouth
 
@@ -26,13 +26,9 @@ ENCODINGS = {
 
 
 @cache
-def _texts() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    return read_yaml(PACKAGE / "data" / "attacks.yaml")
-
-
 def framings(half: str, kind: str) -> list[dict[str, Any]]:
     """Those of a kind (openings, systems, wrappers, encodings, turns), of the half that trains or tests."""
-    return _texts()[half][kind]
+    return read_yaml(PACKAGE / "data" / "attacks.yaml")[half][kind]
 
 
 def framed(framing: dict[str, Any], request: str) -> str:
@@ -51,19 +47,14 @@ def begun(tokenizer: Any, prompt: Sequence[int], opening: Sequence[int]) -> list
     return [*prompt, *closes, *opening]
 
 
-def opening_ids(tokenizer: Any, request: str, opening: str) -> list[int]:
-    """An opening's ids, as the tokenizer writes it behind the header of an answer to this request."""
-    turns = [{"role": "user", "content": request}]
-    header = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (header, header + opening))
-    joined = both[: len(before)] == before
-    return both[len(before) :] if joined else tokenizer.encode(opening, add_special_tokens=False)
+def _opening(tokenizer: Any, request: str, opening: str) -> list[int]:
+    return opening_ids(tokenizer, request, opening) or tokenizer.encode(opening, add_special_tokens=False)
 
 
 def openings_of(tokenizer: Any, requests: Sequence[str], half: str) -> Rows:
     """An affirmative opening for each request, one after another of those there are."""
     texts = [framing["text"] for framing in framings(half, "openings")]
-    return [opening_ids(tokenizer, request, texts[i % len(texts)]) for i, request in enumerate(requests)]
+    return [_opening(tokenizer, request, texts[i % len(texts)]) for i, request in enumerate(requests)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class Framer:
         which, most = rng.integers(len(texts)), rng.integers(1, LONGEST, endpoint=True)
         if request in self.own and rng.random() < 0.5:
             return self.own[request][:most]
-        return opening_ids(self.tokenizer, request, texts[which]["text"])[:most]
+        return _opening(self.tokenizer, request, texts[which]["text"])[:most]
 
     def frame(self, request: str, rng: np.random.Generator) -> list[int] | None:
         """The request's prompt in a frame or below a system prompt, if the draw says so and it is short enough."""

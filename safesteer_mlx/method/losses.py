@@ -227,28 +227,10 @@ def _log_mixture(ls: mx.array, lt: mx.array, mix: float) -> mx.array:
     return mx.logaddexp(ls + mx.log(mx.array(1 - mix)), lt + mx.log(mx.array(mix)))
 
 
-def kept_window(length: int, skip: int = 0, keep: int = 0) -> np.ndarray:
+def kept_window(length: int, skip: int, keep: int) -> np.ndarray:
     """Which of the first `length` positions count: not the first `skip` and, if `keep`, none from `keep` on, (T,)."""
     t = np.arange(length)
     return (t >= skip) & (t < (keep or length))
-
-
-def kept_positions(mask: mx.array, skip: int = 0, keep: int = 0) -> mx.array:
-    """The mask (N, T) without each row's first `skip` positions and, if `keep`, those from `keep` on."""
-    return mask.astype(mx.float32) * mx.array(kept_window(mask.shape[-1], skip, keep))
-
-
-def sequence_losses(
-    student_logits: mx.array, teacher_logits: mx.array, mask: mx.array, skip: int = 0, keep: int = 0, **options
-) -> mx.array:
-    """Each sequence's mean divergence over its kept positions, (1/T_n) Σ_t m[n,t] D[n,t]: (N, T, V) -> (N,).
-
-    0 for a row with nothing kept. `options` are those of `token_divergence`.
-    """
-    mask = kept_positions(mask, skip, keep)
-    # Before the divergence, not after it: inf or NaN in padding would reach the gradient as 0 · NaN.
-    zs, zt = (mx.where(mask[..., None] > 0, z, 0.0) for z in (student_logits, teacher_logits))
-    return (token_divergence(zs, zt, **options) * mask).sum(-1) / mx.maximum(mask.sum(-1), 1.0)
 
 
 def distillation_loss(
@@ -260,7 +242,7 @@ def distillation_loss(
     keep: int = 0,
     **divergence: Any,
 ) -> mx.array:
-    """The localized distillation loss: mean over sequences of the mean over their kept positions.
+    """The localized distillation loss: mean over sequences of the mean over their kept positions, 0 where none is kept.
 
     Args:
         student_logits, teacher_logits: (N, T, V) at the positions that predict the completion's tokens,
@@ -272,7 +254,11 @@ def distillation_loss(
     Returns:
         A float32 scalar.
     """
-    return sequence_losses(student_logits, teacher_logits, mask, skip, keep, **divergence).mean()
+    mask = mask.astype(mx.float32) * mx.array(kept_window(mask.shape[-1], skip, keep))
+    # Before the divergence, not after it: inf or NaN in padding would reach the gradient as 0 · NaN.
+    zs, zt = (mx.where(mask[..., None] > 0, z, 0.0) for z in (student_logits, teacher_logits))
+    each = token_divergence(zs, zt, **divergence) * mask
+    return (each.sum(-1) / mx.maximum(mask.sum(-1), 1.0)).mean()
 
 
 def chunk_rows(vocabulary: int) -> int:

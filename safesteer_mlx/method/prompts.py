@@ -272,17 +272,18 @@ def end_of_instruction(tokenizer: Any) -> list[int]:
     return rows[0][-n:]
 
 
+def opening_ids(tokenizer: Any, request: str, opening: str) -> list[int]:
+    """The ids of an answer's opening, as the tokenizer writes it behind the header of an answer to this request; none
+    where it would join it to the header."""
+    turns = [{"role": "user", "content": request}]
+    header = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (header, header + opening))
+    return both[len(before) :] if both[: len(before)] == before else []
+
+
 def opener_ids(tokenizer: Any, openers: Sequence[str]) -> dict[str, int]:
     """The first token of an answer that begins with each opener, as this tokenizer writes it there."""
-    turns = [{"role": "user", "content": _PROBES[1]}]
-    header = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    before = tokenizer.encode(header, add_special_tokens=False)
-    first_ids = {}
-    for opener in openers:
-        ids = tokenizer.encode(header + opener, add_special_tokens=False)
-        if ids[: len(before)] == before and len(ids) > len(before):
-            first_ids[opener] = ids[len(before)]
-    return first_ids
+    return {opener: ids[0] for opener in openers if (ids := opening_ids(tokenizer, _PROBES[1], opener))}
 
 
 def special_ids(tokenizer: Any, vocabulary: int) -> list[int]:

@@ -36,20 +36,17 @@ def _architecture(model: nn.Module) -> str:
     return type(model).__module__.rpartition(".")[2]
 
 
-def _holds(value: object, block: nn.Module) -> bool:
-    return isinstance(value, list) and any(item is block for item in value)
-
-
-def _path_to_body(model: nn.Module) -> list[str]:
-    """Attribute names from `model` down to the module whose own list holds the decoder blocks.
+def _find_blocks(model: nn.Module) -> tuple[str, nn.Module, str]:
+    """The path to the module whose own list holds the decoder blocks, that module, and the list's name in it.
 
     `model.layers` is often a property that returns a slice, so the list is found by the identity of
     its first block, never assigned through the property.
     """
     first = model.layers[0]
     for path, module in sorted(model.named_modules(), key=lambda item: len(item[0])):
-        if any(_holds(value, first) for value in module.values()):
-            return path.split(".") if path else []
+        for name, value in module.items():
+            if isinstance(value, list) and any(item is first for item in value):
+                return path, module, name
     raise UnsupportedModelError(
         f"architecture {_architecture(model)}: no module holds the decoder blocks that its `layers` names; "
         "choose a decoder-only model of mlx-lm's usual layout"
@@ -58,8 +55,8 @@ def _path_to_body(model: nn.Module) -> list[str]:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The model's own list of decoder blocks (writing to it takes effect)."""
-    first = model.layers[0]
-    return next(value for value in _owner(model).values() if _holds(value, first))
+    _, owner, name = _find_blocks(model)
+    return owner[name]
 
 
 @dataclass(frozen=True)
@@ -93,33 +90,40 @@ class Plumbing:
 
 def plumbing(model: nn.Module) -> Plumbing:
     """How the stream goes through this model's blocks; seen once, and kept on the list's owner."""
-    body = _owner(model)
-    if (known := vars(body).get("_plumbing")) is None:
+    _, owner, _ = _find_blocks(model)
+    if (known := vars(owner).get("_plumbing")) is None:
         known = _seen_plumbing(model)
-        object.__setattr__(body, "_plumbing", known)
+        object.__setattr__(owner, "_plumbing", known)
     return known
 
 
 def _seen_plumbing(model: nn.Module) -> Plumbing:
     """By identity: the array that one block returns is an argument of the next."""
-    calls: list[tuple[dict[int | str, Any], Any]] = []
-    reading = view(model)
-
-    def call(block, *args, **kwargs):
-        calls.append(({**dict(enumerate(args)), **kwargs}, block(*args, **kwargs)))
-        return calls[-1][1]
-
-    for block in blocks(reading):
-        _override(block, "Seen", call)
-    reading(mx.zeros((1, 2), mx.int32))
+    calls = _calls(model, mx.zeros((1, 2), mx.int32))
     ways: Counter[Plumbing] = Counter()
-    for (_, out), (args, _) in pairwise(calls):
+    for (*_, out), (args, kwargs, _) in pairwise(calls):
         parts = [(None, out)] if isinstance(out, mx.array) else list(enumerate(out))
-        ways.update({Plumbing(i, j) for i, arg in args.items() for j, part in parts if arg is part})
+        given = [*enumerate(args), *kwargs.items()]
+        ways.update({Plumbing(i, j) for i, arg in given for j, part in parts if arg is part})
     if ways:
         return ways.most_common(1)[0][0]
     # Something is done to the stream between blocks, or there is one block: `check_stream` decides.
-    return Plumbing(0, None if not calls or isinstance(calls[0][1], mx.array) else 0)
+    return Plumbing(0, None if not calls or isinstance(calls[0][2], mx.array) else 0)
+
+
+def _calls(model: nn.Module, tokens: mx.array) -> list[tuple[Sequence[Any], Mapping[str, Any], Any]]:
+    """Of every block in a forward pass of tokens (B, T): its arguments, those by name, and what it returned."""
+    calls = []
+    reading = view(model)
+
+    def call(block, *args, **kwargs):
+        calls.append((args, kwargs, block(*args, **kwargs)))
+        return calls[-1][2]
+
+    for block in blocks(reading):
+        _override(block, "Read", call)
+    reading(tokens)
+    return calls
 
 
 def view(model: nn.Module) -> nn.Module:
@@ -235,28 +239,6 @@ def left_by_ablation(model: nn.Module, vector: mx.array, tokens: mx.array) -> fl
     return worst
 
 
-def _swapped(value: Any, how: Callable[[mx.array], mx.array]) -> Any:
-    """Arguments or results of a block, its arrays changed, all else as it is."""
-    if isinstance(value, mx.array):
-        return how(value)
-    if type(value) in (list, tuple):
-        return type(value)(_swapped(part, how) for part in value)
-    if type(value) is dict:
-        return {key: _swapped(part, how) for key, part in value.items()}
-    return value
-
-
-def _arrays(value: Any) -> list[mx.array]:
-    found: list[mx.array] = []
-    _swapped(value, lambda x: (found.append(x), x)[1])
-    return found
-
-
-def _with_arrays(value: Any, arrays: Sequence[mx.array]) -> Any:
-    rest = iter(arrays)
-    return _swapped(value, lambda _: next(rest))
-
-
 def checkpoint_blocks(model: nn.Module) -> None:
     """While `model` trains, its blocks keep no activations: each is computed again for its gradient. In place.
 
@@ -267,18 +249,13 @@ def checkpoint_blocks(model: nn.Module) -> None:
         def call(self, *args, **kwargs):
             if not self.training:
                 return cls.__call__(self, *args, **kwargs)
-            # All arrays are arguments, so that the gradient reaches them: some blocks get others' keys and values too.
-            given = _arrays((args, kwargs))
-            made: list[Any] = []
 
-            def inner(trained, given):
+            def inner(trained, args, kwargs):
                 self.update(trained)
-                own, named = _with_arrays((args, kwargs), given)
-                made[:] = [cls.__call__(self, *own, **named)]
-                return _arrays(made[0])
+                return cls.__call__(self, *args, **kwargs)
 
-            computed = mx.checkpoint(inner)(self.trainable_parameters(), given)
-            return _with_arrays(made[0], computed)
+            # All is given, so that the gradient reaches every array: some blocks get others' keys and values too.
+            return mx.checkpoint(inner)(self.trainable_parameters(), args, kwargs)
 
         return type("Checkpointed" + cls.__name__, (cls,), {"__call__": call})
 
@@ -301,14 +278,6 @@ def _with_body(model: nn.Module, call: Callable) -> nn.Module:
         )
     _override(body, "Viewed", call)
     return view
-
-
-def _owner(model: nn.Module) -> nn.Module:
-    """The module whose own list holds the decoder blocks."""
-    body = model
-    for name in _path_to_body(model):
-        body = body[int(name)] if isinstance(body, list) else body[name]
-    return body
 
 
 def check_stream(model: nn.Module, tokens: mx.array) -> None:
@@ -353,22 +322,6 @@ def check_stream(model: nn.Module, tokens: mx.array) -> None:
         raise wrong from error
 
 
-def block_outputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
-    """The stream behind every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
-    outputs = []
-    reading, stream = view(model), plumbing(model)
-
-    def call(block, *args, **kwargs):
-        out = block(*args, **kwargs)
-        outputs.append(stream.returned(out))
-        return out
-
-    for block in blocks(reading):
-        _override(block, "Read", call)
-    reading(tokens)
-    return outputs
-
-
 def _close(a: mx.array, b: mx.array, within: float = 2e-2) -> bool:
     """Whether two streams are alike, as far as half precision tells."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
@@ -379,7 +332,8 @@ def _own_body(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     """A view of `model`, its body (the module that computes hidden states) and the owner of its blocks' list, which is
     the body in most architectures; these are its own, all else are the same objects."""
     path: list[Any] = [copy.copy(model)]
-    for name in _path_to_body(model):
+    names, *_ = _find_blocks(model)
+    for name in names.split(".") if names else ():
         # Not through a property: the module's own entry is replaced.
         path[-1][name] = copy.copy(path[-1][name])
         path.append(path[-1][name])
@@ -393,8 +347,8 @@ def resume(model: nn.Module, layer: int, inputs: mx.array) -> nn.Module:
     `hidden_states`. For models of which `resumes` holds.
     """
     view, _, owner = _own_body(model)
-    name, own = next((name, value) for name, value in owner.items() if _holds(value, model.layers[0]))
-    stream = plumbing(model)
+    *_, name = _find_blocks(model)
+    own, stream = owner[name], plumbing(model)
 
     def start(block, *args, **kwargs):
         return stream.run(block, args, kwargs, inputs)
@@ -441,13 +395,12 @@ def head(model: nn.Module) -> Callable[[mx.array], mx.array]:
     return logits
 
 
-def pad_right(rows: Sequence[Sequence[int]], width: int | None = None) -> mx.array:
+def pad_right(rows: Sequence[Sequence[int]]) -> mx.array:
     """Token ids (B, T) from rows of unequal length, zeros on the right.
 
     Blocks are causal, so padding on the right leaves every real position as it is.
     """
-    width = max(map(len, rows)) if width is None else width
-    padded = np.zeros((len(rows), width), np.int32)
+    padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return mx.array(padded)
@@ -478,17 +431,14 @@ def answer_states(
 
 def block_inputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
     """x[l] for every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
-    inputs = []
-    reading, stream = view(model), plumbing(model)
+    stream = plumbing(model)
+    return [stream.given(args, kwargs) for args, kwargs, _ in _calls(model, tokens)]
 
-    def call(block, *args, **kwargs):
-        inputs.append(stream.given(args, kwargs))
-        return block(*args, **kwargs)
 
-    for block in blocks(reading):
-        _override(block, "Read", call)
-    reading(tokens)
-    return inputs
+def block_outputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
+    """The stream behind every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
+    stream = plumbing(model)
+    return [stream.returned(out) for *_, out in _calls(model, tokens)]
 
 
 def last_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> mx.array:

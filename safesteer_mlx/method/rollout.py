@@ -8,7 +8,6 @@ what is drawn does not depend on which others share its batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -216,16 +215,16 @@ def generate_here(
         completions: dict[int, Completion] = {}
         for group in groups:
             rows, own = [prompts[i] for i in group], None if points is None else points[group]
-            told = partial(_told, progress, len(completions), len(prompts))
-            found = _generate(model, rows, replace(sampling, batch_size=size), own, told)
+            before = len(completions)
+
+            def tell(done: int, _: int, before: int = before) -> None:
+                progress(before + done, len(prompts))
+
+            found = _generate(model, rows, replace(sampling, batch_size=size), own, tell)
             completions |= dict(zip(group, found, strict=True))
         return [completions[i] for i in range(len(prompts))]
 
     return with_smaller_batches(sampling.batch_size, work, "sampling")[0]
-
-
-def _told(progress: Advance, before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
 
 
 def set_equal_batches(model: nn.Module) -> None:

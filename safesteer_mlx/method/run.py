@@ -19,7 +19,7 @@ from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Known, Store, fingerprint
 from .judge import own_phrases, use_refusal_phrases
-from .prompts import Prompts, PromptSets, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
+from .prompts import Prompts, PromptSets, Rows, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import block_inputs, check_stream, last_logits, view
 from .rollout import Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
 from .token_file import read_token_file
@@ -91,9 +91,12 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
     for name, count in direction_counts(recipe, sets).items():
         if count < (wanted := getattr(recipe.direction, name.split("_", 1)[1])):
             screen.line(f"prompts: {name} holds {count}, and all are taken; by default it would be {wanted}")
-    recipe = check_padding(recipe, base, prompts.harmful_validation, screen)
-    check_alike(run_parts(recipe, base, sets))
-    store = Store(Path(recipe.run.adapter_path), run_fingerprint(recipe, base, sets), known_of(recipe, base, prompts))
+    size = batch_size(base, recipe.run.generation_batch_size, screen, prompts.harmful_validation)
+    recipe = replace(recipe, run=replace(recipe.run, generation_batch_size=size))
+    parts = run_parts(recipe, base, sets)
+    check_alike(parts)
+    folder, mark = Path(recipe.run.adapter_path), fingerprint(*parts.values())
+    store = Store(folder, mark, known_of(recipe, base, prompts))
     return Run(recipe, base, prompts, screen, store, force)
 
 
@@ -118,11 +121,6 @@ def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:
     parts = {"weights": base.weights_hash, "settings": result_settings(recipe), "prompts": asdict(sets)}
     parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base)}
     return parts | ({"refusal phrases": phrases} if (phrases := own_phrases()) else {})
-
-
-def run_fingerprint(recipe: Recipe, base: Loaded, sets: PromptSets) -> str:
-    """The fingerprint of all that decides a run's result."""
-    return fingerprint(*run_parts(recipe, base, sets).values())
 
 
 def check_alike(parts: dict[str, Any]) -> None:
@@ -150,26 +148,14 @@ def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
     return np.array(read_token_file(Path(file), base.tokenizer, base.vocabulary)) if isinstance(file, str) else None
 
 
-def check_padding(recipe: Recipe, base: Loaded, prompts: Sequence[Sequence[int]], screen: Screen) -> Recipe:
-    """The recipe, with answers generated one at a time if this architecture cannot do it in batches.
-
-    Raises:
-        UserError: padding changes the forward pass itself.
-    """
-    size = _batch_size(base, prompts, recipe.run.generation_batch_size, screen)
-    return replace(recipe, run=replace(recipe.run, generation_batch_size=size))
-
-
-def batch_size(base: Loaded, wanted: int, screen: Screen) -> int:
-    """Answers at a time, told by the model's own prompts or the package's: 1 where no batch is right.
+def batch_size(base: Loaded, wanted: int, screen: Screen, prompts: Rows | None = None) -> int:
+    """Answers at a time, told by some prompts, the model's own or the package's if none are given: 1 where no batch is
+    right.
 
     Raises:
         UserError: as `can_batch`.
     """
-    return _batch_size(base, render_all(base.tokenizer, built_in_sets(base.name).harmful_validation), wanted, screen)
-
-
-def _batch_size(base: Loaded, prompts: Sequence[Sequence[int]], wanted: int, screen: Screen) -> int:
+    prompts = prompts or render_all(base.tokenizer, built_in_sets(base.name).harmful_validation)
     if can_batch(base, prompts) or wanted == 1:
         return wanted
     least, alike = min(map(len, prompts)), view(base.model)

@@ -5,7 +5,6 @@ Adapters are read through mlx-lm's own loader, which takes a file with missing w
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,9 +86,9 @@ def first_trained_block(student: nn.Module) -> int:
     return next(i for i, block in enumerate(blocks(student)) if tree_flatten(block.trainable_parameters()))
 
 
-def adapter_config(settings: TrainSettings, model: str, seed: int) -> dict[str, Any]:
-    """What mlx-lm reads back: fine_tune_type, num_layers and lora_parameters, and what made them."""
-    return {
+def save_adapters(folder: Path, student: nn.Module, settings: TrainSettings, model: str, seed: int) -> None:
+    """Write `adapters.safetensors` and `adapter_config.json` as mlx-lm reads them, each replaced in one step."""
+    config = {
         "fine_tune_type": settings.fine_tune_type,
         "learning_rate": settings.learning_rate,
         "lora_parameters": settings.lora_parameters,
@@ -97,13 +96,9 @@ def adapter_config(settings: TrainSettings, model: str, seed: int) -> dict[str, 
         "num_layers": settings.num_layers,
         "seed": seed,
     }
-
-
-def save_adapters(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
-    """Write `adapters.safetensors` and `adapter_config.json` as mlx-lm does, each replaced in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     save_arrays(folder / "adapters.safetensors", dict(sorted(tree_flatten(student.trainable_parameters()))))
-    write(folder / "adapter_config.json", json.dumps(dict(sorted(config.items())), indent=4).encode())
+    write(folder / "adapter_config.json", json.dumps(config, indent=4).encode())
 
 
 def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
@@ -146,11 +141,9 @@ def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
 
 def save_student(run: Run, student: nn.Module) -> None:
     """`save_adapters`, to the run's folder."""
-    if not run.store.ours:
-        return
-    settings = run.recipe.run
-    config = adapter_config(run.recipe.train, settings.model, settings.seed)
-    save_adapters(Path(settings.adapter_path), student, config)
+    if run.store.ours:
+        settings = run.recipe.run
+        save_adapters(Path(settings.adapter_path), student, run.recipe.train, settings.model, settings.seed)
 
 
 def check_saved(run: Run, student: nn.Module) -> None:

@@ -23,7 +23,7 @@ from typing import Annotated
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..recipe import TeacherSettings
 from ..system.load import Loaded
@@ -121,14 +121,16 @@ class TeacherTrial:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The teacher that was chosen, and from what; the last two are the base's and its own `Outcomes`."""
+class ChosenTeacher:
+    """Stage 2's result: direction and coefficient, what they were chosen from (nothing, if they were given), the base's
+    and the teacher's `Outcomes`, and how many tokens of an answer the teacher can write without harm."""
 
     direction: Direction
     coeff: float
     trials: list[TeacherTrial]
     base: Outcomes
     teacher: Outcomes
+    opening: Annotated[int, "opening"]
 
 
 def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float) -> Teacher:
@@ -138,15 +140,14 @@ def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float)
 
 def ema_update(moving: nn.Module, student: nn.Module, rate: float) -> None:
     """w ← (1 − rate) w + rate · w_student over the trained weights of the moving-average teacher."""
-    trained = dict(tree_flatten(student.trainable_parameters()))
-    own = {name: value for name, value in tree_flatten(moving.parameters()) if name in trained}
-    mixed = tree_map(lambda w, s: (1 - rate) * w + rate * s, own, {name: trained[name] for name in own})
-    moving.update(tree_unflatten(list(mixed.items())))
+    own = dict(tree_flatten(moving.parameters()))
+    trained = tree_flatten(student.trainable_parameters())
+    moving.update(tree_unflatten([(name, (1 - rate) * own[name] + rate * w) for name, w in trained]))
     mx.eval(moving.parameters())
 
 
 def moving_average(student: nn.Module) -> nn.Module:
-    """A frozen copy of the student for `follow` to move."""
+    """A frozen copy of the student for `ema_update` to move."""
     moving = view(student)
     moving.freeze()
     return moving
@@ -211,7 +212,7 @@ def choose_teacher(
     prompts: Validation,
     settings: TeacherSettings,
     progress: Advance = silent,
-) -> Choice:
+) -> ChosenTeacher:
     """The direction and coefficient whose teacher refuses most harmful prompts in answers that are sound.
 
     Sound is a teacher of whose answers at most `coeff_broken` more are broken than of the base's. What it makes of
@@ -277,7 +278,7 @@ def choose_teacher(
     which, coeff = best = max(answers, key=rank)
     progress(total, total)
     ordered = [trials[key] for key in sorted(trials)]
-    return Choice(directions[which], coeff, ordered, own, answers[best])
+    return ChosenTeacher(directions[which], coeff, ordered, own, answers[best], prompts.opening)
 
 
 def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, outcomes: Outcomes, most: int) -> int:
@@ -311,8 +312,8 @@ def first_passes(
 
 def first_enough(curve: Sequence[TeacherTrial]) -> TeacherTrial:
     """Of one direction's trials, coefficients ascending: the first that opens nearly as many refusals as any does."""
-    shares = [share if (share := trial.harmful_opened or 0.0) == share else 0.0 for trial in curve]
-    return next(trial for trial, share in zip(curve, shares, strict=True) if share >= ENOUGH * max(shares))
+    shares = np.nan_to_num([trial.harmful_opened or 0.0 for trial in curve])
+    return curve[int(np.argmax(shares >= ENOUGH * shares.max()))]
 
 
 def beside(coeff: float, grid: Sequence[float], tried: Sequence[float]) -> list[float]:
@@ -325,14 +326,6 @@ def beside(coeff: float, grid: Sequence[float], tried: Sequence[float]) -> list[
         near = min(neighbours, key=lambda c: abs(c - coeff))
         coeffs.append(near if near not in tried else round((coeff * near) ** 0.5, 4))
     return coeffs
-
-
-@dataclass(frozen=True)
-class ChosenTeacher(Choice):
-    """Stage 2's result: the choice, without trials if direction and coefficient were given, and how many tokens of an
-    answer the teacher can write without harm."""
-
-    opening: Annotated[int, "opening"]
 
 
 def validation(run: Run) -> Validation:
@@ -362,23 +355,23 @@ def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
     base, screen, settings, prompts = run.base, run.screen, run.recipe.teacher, validation(run)
     if settings.teacher == "system_prompt" or settings.coeff != "auto":
         coeff = 0.0 if settings.teacher == "system_prompt" else float(settings.coeff)
-        teacher = make_teacher(run, directions.shortlist[0], coeff)
+        direction = directions.shortlist[0]
+        teacher = make_teacher(run, direction, coeff)
         with screen.stage("asking base and teacher") as advance:
             own = ask(base, base.model, prompts)
             advance(1, 2)
-            choice = Choice(directions.shortlist[0], coeff, [], own, ask(base, teacher.model, prompts))
+            chosen = ChosenTeacher(direction, coeff, [], own, ask(base, teacher.model, prompts), prompts.opening)
             advance(2, 2)
     else:
         with screen.stage("finding the teacher") as advance:
-            choice = choose_teacher(
-                base, directions.shortlist, [*directions.openers.values()], prompts, settings, advance
-            )
-        teacher = make_teacher(run, choice.direction, choice.coeff)
-    opening, most = prompts.opening, max(run.recipe.tokens.horizon, prompts.opening)
+            openers = [*directions.openers.values()]
+            chosen = choose_teacher(base, directions.shortlist, openers, prompts, settings, advance)
+        teacher = make_teacher(run, chosen.direction, chosen.coeff)
     if run.recipe.loss.first_tokens == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
-            opening = shortest_opening(base, teacher.model, prompts, choice.teacher, most)
-    chosen = ChosenTeacher(**vars(choice), opening=opening)
+            most = max(run.recipe.tokens.horizon, prompts.opening)
+            opening = shortest_opening(base, teacher.model, prompts, chosen.teacher, most)
+            chosen = replace(chosen, opening=opening)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
     else:
@@ -386,9 +379,9 @@ def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
     return chosen
 
 
-def _tell(run: Run, directions: FoundDirections, choice: ChosenTeacher) -> None:
+def _tell(run: Run, directions: FoundDirections, chosen: ChosenTeacher) -> None:
     """The direction with its published scores, as far as they were measured, and the coefficient."""
-    d, scores, opening = choice.direction, directions.scores, choice.opening
+    d, scores, opening = chosen.direction, directions.scores, chosen.opening
     n_positions, n_layers = scores.ablation_kl.shape
     at = (d.position + n_positions, d.layer)
     texts = (
@@ -403,7 +396,7 @@ def _tell(run: Run, directions: FoundDirections, choice: ChosenTeacher) -> None:
     run.screen.detail(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *texts]))
     tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
     decides = run.recipe.loss.first_tokens == "auto" and not run.base.thinks
-    run.screen.detail(f"teacher: coefficient {choice.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
+    run.screen.detail(f"teacher: coefficient {chosen.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
 
 
 def make_teacher(run: Run, direction: Direction, coeff: float) -> Teacher:

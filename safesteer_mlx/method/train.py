@@ -4,27 +4,21 @@
 
 Every step the student answers prompts itself. On harmful prompts the target is the safety teacher; on
 the anchor's harmless prompts, a share of each batch, it is the base (ours: it ends over-refusal). The
-caller logs and saves.
+caller logs and saves. Where we deviate:
 
-Where we deviate, with `keep` and `tail`: of an answer only the first `keep` positions are the teacher's, which decide
-whether it refuses; on the `tail` positions after them the target is the base on the whole vocabulary, so that what
-follows a refusal's first words stays as it was. `guidance` is explained in `losses`.
-
-Where we deviate, with `until_learned`: the run is as long as the model needs. What the student makes of the safety
-tokens where answers to validation prompts begin is measured every few steps; once `LEARNED` of the base's divergence
-from the teacher is gone there, and stays so, the rate falls to zero and the run ends. Until then the rate is constant
-for as long as the epochs take, and falls over as many steps again.
-
-With `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a
-frame. A share of the prompts, harmful and harmless, comes with an affirmative opening, ours or the base's own, that the
-student goes on with, another in a frame (a story, a role) or below a system prompt. There a harmful one is pulled to
-what the teacher says to the prompt as it is, a harmless one to what the base says within the frame. (The teacher
-itself, asked behind the opening, goes on with it: measured, docs/choices.md.)
-
-With `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far
-more than what it makes of harmful ones. So the run ends with the weights of the step, of those that were measured, that
-did best on validation prompts: where answers begin, the mean mass of the safety tokens on harmful ones, less `COST`
-times what it rose on harmless ones.
+- `first_tokens` and `tail`: only the first positions of an answer, which decide whether it refuses, are the teacher's;
+  on the `tail` positions after them the target is the base on the whole vocabulary, so that what follows a refusal's
+  first words stays as it was. `guidance` is explained in `losses`.
+- `until_learned`: the run is as long as the model needs. Every few steps it is measured what the student makes of the
+  safety tokens where answers to validation prompts begin (`Learning.share`); `course` says what follows.
+- `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a frame. A
+  share of the prompts, harmful and harmless, comes with an affirmative opening, ours or the base's own, from which the
+  student goes on, another in a frame (a story, a role) or below a system prompt. There a harmful one is pulled to what
+  the teacher says to the prompt as it is, a harmless one to what the base says within the frame. (The teacher itself,
+  asked behind the opening, goes on with it: measured, docs/choices.md.)
+- `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far more
+  than what it makes of harmful ones, so the run ends with the weights of the measured step that was worth most
+  (`Learning.worth`).
 """
 
 import math
@@ -32,8 +26,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
-from typing import Annotated, Any, Protocol
+from itertools import groupby, islice, pairwise
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -95,11 +89,6 @@ class TrainingPrompt:
     harmful: bool
     text: str = ""
     framed: bool = False
-
-    @property
-    def kind(self) -> tuple[bool, bool]:
-        """What those that share a pass have in common: their target, and whether it reads what they read."""
-        return self.harmful, self.framed
 
     def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
         """The prompt with its answer begun, or in a frame, or as it is."""
@@ -239,11 +228,6 @@ def _passes(n: int, seed: int, which: int) -> Iterator[int]:
     while True:
         yield from np.random.default_rng([seed, which, epoch]).permutation(n).tolist()
         epoch += 1
-
-
-def kinds(batch: Sequence[TrainingPrompt]) -> list[tuple[bool, bool]]:
-    """Those that are in a batch, harmful ones first."""
-    return sorted({prompt.kind for prompt in batch}, reverse=True)
 
 
 def _position_weights(lengths: Sequence[int], rollouts: int, skip: int, keep: int) -> np.ndarray:
@@ -393,16 +377,16 @@ def train(
     ) -> tuple[Any, np.ndarray, np.ndarray]:
         """Of this machine's part of the batch, `size` completions at a time: the gradient, and each completion's loss
         (B,) and mass on the safety tokens at its beginning, under student and target (2, B); 0 for the others'."""
-        # Rows of like length and target share a pass; the order changes no mathematics.
+        # Rows of one target, which reads what they read or does not, and of like length share a pass; the order changes
+        # no mathematics.
         length = [len(p.ids) + len(r.ids) for p, r in zip(batch, rollouts, strict=True)]
-        order = sorted(range(len(batch)), key=lambda i: (length[i], i))
-        order = [i for kind in kinds(batch) for i in order if batch[i].kind == kind][of.rank :: of.size]
+        order = sorted(range(len(batch)), key=lambda i: (not batch[i].harmful, not batch[i].framed, length[i]))
+        order = order[of.rank :: of.size]
         tokens = settings.micro_batch_tokens and settings.micro_batch_tokens * size // settings.micro_batch_size
         mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
-        for kind in kinds(batch):
-            harmful_ones, in_frame = kind
-            of_kind = [i for i in order if batch[i].kind == kind]
+        for (harmful_ones, in_frame), group in groupby(order, lambda i: (batch[i].harmful, batch[i].framed)):
+            of_kind = list(group)
             for piece in micro_batches([length[i] for i in of_kind], size, tokens):
                 index = of_kind[piece]
                 part = [batch[i] for i in index]
@@ -492,12 +476,6 @@ def train(
             worth,
         )
         step += 1
-
-
-def trained_change(student: nn.Module, before: dict[str, mx.array]) -> float:
-    """The largest change of any trained weight since `before`."""
-    weights = dict(tree_flatten(student.trainable_parameters()))
-    return max(mx.abs(weights[name] - value).max().item() for name, value in before.items())
 
 
 def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
@@ -591,8 +569,7 @@ class MovingTeacher:
 
     def restore(self, state: dict[str, mx.array]) -> None:
         """Take up a state."""
-        weights = [(name.removeprefix("model."), w) for name, w in state.items() if name.startswith("model.")]
-        self._model.update(tree_unflatten(weights))
+        self._model.update(tree_unflatten(_part(state, "model")))
         self._vector, self.tokens = state["vector"], state.get("tokens")
 
 
@@ -661,8 +638,7 @@ def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[Traini
     """The base's own answers at temperature 1 to the training prompts, as far as training lets an answer be begun:
     those that comply, of shorter ones the first half."""
     both = [*prompts[0], *prompts[1]]
-    sampling = run.sampling(LONGEST + 1, 1.0)
-    drawn = run.answers(run.base.model, [p.ids for p in both], replace(sampling, max_tokens=LONGEST + 1), (14,))
+    drawn = run.answers(run.base.model, [p.ids for p in both], run.sampling(LONGEST + 1, 1.0), (14,))
     compliant = [(p.text, c) for p, (c, text) in zip(both, drawn, strict=True) if outcome(text) == "comply"]
     cut = {text: c.ids[: len(c.ids) // 2] if c.finished else c.ids[:LONGEST] for text, c in compliant}
     return OwnOpenings({text: ids for text, ids in cut.items() if ids})
@@ -692,23 +668,20 @@ class TrainingLog:
     scored: list[SavedStep]
 
 
-class StepScorer(Protocol):
-    """Scores the student as it is after a saved step, and keeps its weights."""
-
-    def score(self, step: int) -> dict[str, Any]:
-        """Plain data."""
-        ...
+def _part(arrays: Mapping[str, mx.array], name: str) -> dict[str, mx.array]:
+    """Those of a state's arrays that belong to one of its parts, as they are called there."""
+    return {key.removeprefix(f"{name}."): w for key, w in arrays.items() if key.startswith(f"{name}.")}
 
 
 def train_student(
     run: Run,
     training: Training,
     moving: MovingTeacher | None = None,
-    scorer: StepScorer | None = None,
+    score: Callable[[int], SavedStep] | None = None,
     tell: Callable[[Step], None] = lambda row: None,
 ) -> TrainingLog:
-    """Train the student to the end, from where the run's store left it, and keep its adapters; `tell` hears of each
-    step.
+    """Train the student to the end, from where the run's store left it, and keep its adapters; `score` is asked about
+    the student as it is after each saved step, `tell` hears of each step.
 
     Raises:
         UserError: the first step moved nothing, the first few had no gradient to speak of (unless the run is forced),
@@ -743,23 +716,19 @@ def train_student(
         return step > 0 and (step % settings.save_every == 0 or step == total)
 
     def score_once() -> None:
-        if scorer is not None and due() and all(row["step"] != step for row in log.scored):
-            log.scored.append(scorer.score(step))
+        if score is not None and due() and all(row["step"] != step for row in log.scored):
+            log.scored.append(score(step))
 
     training.optimizer.init(student.trainable_parameters())  # as its first step does; a state holds as much
     last = state()
     allowed = {name.replace("student", "best", 1): w for name, w in last.items() if name.startswith("student.")}
     if (saved := store.latest(TrainingLog, last, allowed)) is not None:
-        parts: dict[str, dict[str, mx.array]] = {"student": {}, "optimizer": {}, "teacher": {}, "best": {}}
-        for name, array in saved.arrays.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = array
-        student.update(tree_unflatten(list(parts["student"].items())))
-        training.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
+        student.update(tree_unflatten(_part(saved.arrays, "student")))
+        training.optimizer.state = tree_unflatten(_part(saved.arrays, "optimizer"))
         if moving is not None:
-            moving.restore(parts["teacher"])
+            moving.restore(_part(saved.arrays, "teacher"))
             follow_teacher()
-        log, step, best = saved.data, saved.step, parts["best"]
+        log, step, best = saved.data, saved.step, _part(saved.arrays, "best")
         last = state()
         if training.learning is not None:
             training.learning = replace(training.learning, shares=[row["learned"] for row in log.metrics])
@@ -770,7 +739,7 @@ def train_student(
     rollouts = store.found_as("rollouts", Rollouts)
     for name in store.damaged:
         screen.line(f"{store.states / name} is damaged and is not used; the state before it is")
-    before = dict(tree_flatten(student.trainable_parameters()))
+    before = tree_flatten(student.trainable_parameters())
 
     began = time.monotonic()
     with screen.stage("training", is_step=True) as advance:
@@ -792,7 +761,7 @@ def train_student(
                     best = dict(tree_flatten(student.trainable_parameters()))
                 began, step, total, last = now, event.step, event.steps, state()
                 advance(event.step, event.steps, f"loss {event.loss:.4f}")
-                if event.step == 1 and trained_change(student, before) == 0:
+                if event.step == 1 and all(mx.array_equal(last[f"student.{name}"], w) for name, w in before):
                     raise UserError("the first step moved no weight; raise --learning-rate or check lora_parameters")
                 if event.step == FIRST_STEPS and not run.force:
                     check_gradient([row["grad_norm"] for row in log.metrics])
@@ -814,16 +783,15 @@ def train_student(
             if not store.ours:
                 raise
             if step:
-                weights = [(n.removeprefix("student."), w) for n, w in last.items() if n.startswith("student.")]
-                student.update(tree_unflatten(weights))
+                student.update(tree_unflatten(_part(last, "student")))
                 keep()
             where = f"the adapters so far are in {run.recipe.run.adapter_path}; " if step else ""
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
             screen.line(f"{what} after {step} of {total} steps; {where}the same command with --yes goes on")
             raise
     kept = best_step(log.metrics)
-    if settings.keep_best and kept is not None and kept < step and scorer is None:
-        student.update(tree_unflatten(list(best.items())))
+    if settings.keep_best and kept is not None and kept < step and score is None:
+        student.update(tree_unflatten(best))
         screen.line(f"step {kept} of {step} did best on validation prompts and is kept")
     return log
 
