@@ -109,6 +109,15 @@ def run(before, after, refused=(0, 0), capability=(90, 90), **more):
     return {"name": "harbour", "seed": 42, "exit": 0, "said": "", "before_after": both} | more
 
 
+def refused(found, kind, **counts):
+    """The run with so many refusals, greedy or sampled, of base and student."""
+    for how, both in counts.items():
+        for who, n in zip(("base", "student"), both, strict=True):
+            cell = found["before_after"][who]["outcomes"][kind][how]
+            cell |= {"refuse": n, "evade": 100 - n}
+    return found
+
+
 COURSE = {"steps": 142, "bound": 142, "learned": 0.874}
 OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062}
 
@@ -142,6 +151,12 @@ OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062}
             run(50, 0, refused=(0, 20)) | COURSE | {"direction": OPENED},
             ["harmless greedy +20.0 (+12 to +29)", "142 of 142 steps, 87% learned"],
         ),
+        # Of the two ways, the one that is less likely chance: 9 to 20 may be, 0 to 10 is not.
+        (
+            refused(run(50, 0), "borderline", greedy=(0, 10), sampled=(9, 20)),
+            ["borderline greedy +10.0 (+4 to +17)"],
+        ),
+        (refused(run(50, 0), "borderline", sampled=(9, 20)), ["borderline sampled +11.0 (+1 to +21: chance)"]),
         (run(50, 0, capability=(90, 88)), ["capability -2.0 (90 → 88 of 100)"]),
         # Two tosses alike: p = 2 / 4; 8 of 8: 2 / 256.
         (
