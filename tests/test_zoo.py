@@ -119,7 +119,7 @@ def refused(found, kind, **counts):
 
 
 COURSE = {"steps": 142, "bound": 142, "learned": 0.874}
-OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062}
+OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062, "refused": 0.8}
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,19 @@ OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062}
         (run(8, 1), ["unsafe greedy only −88% (53 to 98: chance)"]),
         (
             run(8, 1) | COURSE | {"direction": OPENED},
-            ["unsafe greedy only −88% (53 to 98: chance)", "142 of 142 steps, 87% learned", "teacher opens 0.71"],
+            [
+                "unsafe greedy only −88% (53 to 98: chance)",
+                "142 of 142 steps, 87% learned",
+                "teacher opens 0.71, refuses 0.80",
+            ],
         ),
         (
-            run(8, 1) | COURSE | {"direction": OPENED | {"opened": None}, "learned": None},  # its coefficient was given
-            ["unsafe greedy only −88% (53 to 98: chance)", "142 of 142 steps"],
+            run(8, 1) | COURSE | {"direction": OPENED | {"opened": None}, "learned": None},  # it thinks first
+            ["unsafe greedy only −88% (53 to 98: chance)", "142 of 142 steps", "teacher refuses 0.80"],
+        ),
+        (
+            run(8, 1) | {"direction": {"layer": 3, "coeff": 1.5}},  # its coefficient was given
+            ["unsafe greedy only −88% (53 to 98: chance)"],
         ),
         (run(5, 6), ["unsafe greedy +20%", "unsafe sampled +20%"]),
         (run(50, 0, refused=(1, 2)), []),
@@ -169,7 +177,10 @@ OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062}
         ),
         (run(50, 0, exit=1, said="not aligned: why"), ["not aligned: why"]),
         ({"exit": 2, "said": "the verdict is stop"}, ["the verdict is stop"]),
-        ({"exit": 2, "said": "stopped: why", "direction": OPENED}, ["stopped: why", "teacher opens 0.71"]),
+        (
+            {"exit": 2, "said": "stopped: why", "direction": OPENED},
+            ["stopped: why", "teacher opens 0.71, refuses 0.80"],
+        ),
         ({"exit": -9, "said": ""}, ["exit -9"]),
     ],
 )
@@ -193,12 +204,13 @@ def test_what_the_reasons_need_is_read_from_a_runs_record(tmp_path):
     kept = tmp_path / "adapters" / "run"
     kept.mkdir(parents=True)
     assert zoo.recorded(tmp_path) == {}
-    trials = [{"layer": 3, "position": -1, "coeff": c, "harmful_opened": c / 4} for c in (1.0, 2.0)]
+    trials = [{"layer": 3, "position": -1, "coeff": c, "harmful_opened": c / 4, "refused": c / 5} for c in (1.0, 2.0)]
     direction = {"layer": 3, "position": -1, "coeff": 2.0, "vector": [0.0], "scores": {}, "trials": trials}
     (kept / "direction.json").write_text(json.dumps(direction))
-    assert zoo.recorded(tmp_path)["direction"] == {"layer": 3, "position": -1, "coeff": 2.0, "opened": 0.5}
+    chosen = {"layer": 3, "position": -1, "coeff": 2.0}
+    assert zoo.recorded(tmp_path)["direction"] == chosen | {"opened": 0.5, "refused": 0.4}
     (kept / "direction.json").write_text(json.dumps(direction | {"trials": []}))
-    assert zoo.recorded(tmp_path)["direction"]["opened"] is None
+    assert zoo.recorded(tmp_path)["direction"] == chosen
     steps = [{"step": n, "steps": 142, "learned": n / 10 if n < 3 else None} for n in (1, 2, 3)]
     (kept / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (kept / "outcome.json").write_text(json.dumps({"tasks": {"lost": 2, "gained": 1}}))
