@@ -127,7 +127,7 @@ TABLE = {
     "python scripts/zoo.py --half choose": "parse",
     "python scripts/zoo.py --half family": "parse",
     "python scripts/zoo.py market theatre ville polar circus --flags=--keep-best --seeds 42 43": "parse",
-    'python scripts/zoo.py castle harbour market ville theatre ranch --seeds 42 --flags "--token-method vote"': "parse",
+    'python scripts/zoo.py --seeds 42 --flags "--token-method vote"': "parse",
     "python scripts/zoo.py ville theatre playa circus polar ranch --seeds 42 --attacks 60 "
     '--flags "--wrap-ratio 0.25"': "parse",
     'python scripts/zoo.py castle --seeds 42 --attacks 60 --flags "--tail 24"': "parse",

@@ -14,7 +14,7 @@ import pytest
 
 from safesteer_mlx import cli
 from safesteer_mlx.evals import last_screen
-from safesteer_mlx.evals.last_screen import in_words, next_steps, show_last, shown_path
+from safesteer_mlx.evals.last_screen import in_words, next_steps, outcome, show_last, shown_path
 from safesteer_mlx.evals.scores import HOW, Answer, Scores
 from safesteer_mlx.system.screen import Screen
 
@@ -72,6 +72,17 @@ def test_the_outcome_is_told_in_plain_words():
     assert in_words(BASE, scores(5, right=70), None)[2] == "small tasks right: 90 → 70 of 100, fewer"
     assert in_words(BASE, scores(5), None)[2] == "small tasks right: 90 → 90 of 100, unchanged"
     assert in_words(BASE, BASE, "nothing moved")[-1] == "verdict: not aligned: nothing moved"
+
+
+@pytest.mark.parametrize(
+    ("base", "student", "lost", "gained"),
+    [([1, 1, 0], [1, 1, 0], 0, 0), ([1, 1, 0], [0, 0, 0], 2, 0), ([0, 1, 0], [1, 0, 1], 1, 2)],
+)
+def test_the_record_keeps_which_tasks_changed(base, student, lost, gained):
+    """Counts alone do not tell whether tasks were lost by chance: McNemar's test needs the pairs, of all tasks."""
+    pair = [Scores([], {"a": [*map(bool, right[:1])], "b": [*map(bool, right[1:])]}, 0, 0) for right in (base, student)]
+    kept = outcome({"base": pair[0], "student": pair[1]}, None)
+    assert kept["tasks"] == {"lost": lost, "gained": gained}
 
 
 @pytest.mark.parametrize("width", [80, 60])
