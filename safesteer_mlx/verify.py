@@ -39,23 +39,13 @@ def compare(
     against those of the run's base and student.
 
     The student's own answers are those that the run kept; if it kept none, base and student are asked again. `exact`
-    in what is returned says that the student computes in float32, so that its like can be told from it by a hair.
-
-    Raises:
-        UserError: it cannot be asked.
+    in what is returned says that the student computes in float32, so that its like can be told from it by a hair. A
+    UserError if `against` cannot be asked.
     """
     import mlx.core as mx
 
-    from .evals.fidelity import (
-        KL_PROMPTS,
-        Fidelity,
-        ask,
-        mean_kl,
-        questions,
-        recorded,
-        replies_of,
-        student_states,
-    )
+    from .evals import fidelity
+    from .evals.fidelity import ask, mean_kl
     from .evals.scores import HOW
     from .formats.readers import kind_of, reader_for
     from .method.prompts import render
@@ -69,17 +59,18 @@ def compare(
     longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
     size = batch_size(base, recipe.run.generation_batch_size, screen)
     sampling = Sampling(base.eos_ids, longest, batch_size=size)
-    student, asked = with_adapters(base.model, run.folder), questions(run, n)
-    if (scores := recorded(run, asked)) is None:
+    student, asked = with_adapters(base.model, run.folder), fidelity.questions(run, n)
+    if (scores := fidelity.recorded(run, asked)) is None:
         scores = {}
         for name, model in (("base", base.model), ("student", student)):
             with screen.stage(f"asking the {name} again") as advance:
-                scores[name] = ask(replies_of(model, base.tokenizer, sampling, seed), asked, HOW, advance)
+                replies = fidelity.replies_of(model, base.tokenizer, sampling, seed)
+                scores[name] = ask(replies, asked, HOW, advance)
 
-    texts = {name: [q.text for q in asked if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
-    rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
+    texts = {name: [q.text for q in asked if q.kind == name] for name in ("harmful", "harmless")}
+    rows = {k: [render(base.tokenizer, text) for text in part[: fidelity.KL_PROMPTS]] for k, part in texts.items()}
     own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
-    states = {name: student_states(student, rows[name], own[name]) for name in rows}
+    states = {name: fidelity.student_states(student, rows[name], own[name]) for name in rows}
     student_head = head(student)
 
     reader = reader_for(kind, against, base, sampling, seed, served_model)
@@ -89,7 +80,7 @@ def compare(
     if (shipped := reader.logits) is not None:
         kl = {name: mean_kl(states[name], student_head, shipped, rows[name], own[name]) for name in rows}
     in_full = all(part.dtype == mx.float32 for parts in states.values() for part in parts)
-    return Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)
+    return fidelity.Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,15 +117,8 @@ def _run(argv: list[str] | None) -> int:
 
         kind_of(args.against)  # a mistake in it is told before a model is loaded
     base = load_base(run, args.trust_remote_code)
-    fidelity = compare(
-        run,
-        base,
-        args.against,
-        screen,
-        kind=args.kind,
-        n=args.test_prompts or None,
-        served_model=args.served_model,
-    )
+    asked = {"kind": args.kind, "n": args.test_prompts or None, "served_model": args.served_model}
+    fidelity = compare(run, base, args.against, screen, **asked)
     fidelity = replace(fidelity, exact=args.exact and fidelity.exact)
     show(fidelity, screen, args.against)
     if args.out is not None:

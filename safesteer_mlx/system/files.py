@@ -23,11 +23,7 @@ LARGEST = 1e30  # a number; more could not be squared in float32, nor drawn
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user gives it, `~` and `~name` resolved.
-
-    Raises:
-        UserError: nobody has that name, or there is no home folder to be found.
-    """
+    """A path as a user gives it, `~` and `~name` resolved; a UserError if there is no such home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -35,11 +31,8 @@ def user_path(text: str | Path) -> Path:
 
 
 def check_regular(path: Path, subject: str, remedy: str, most: int | None = None) -> None:
-    """Refuse, without opening it, what is no file, a pipe or a device, or is longer than `most` bytes.
-
-    Raises:
-        UserError: it is; `{subject} cannot be read (why); {remedy}`.
-    """
+    """Refuse, without opening it, what is no file, a pipe or a device, or is longer than `most` bytes: a UserError,
+    `{subject} cannot be read (why); {remedy}`."""
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -57,11 +50,7 @@ def _unreadable(subject: str, why: str, remedy: str) -> UserError:
 
 
 def read_bytes(path: Path, subject: str, remedy: str, most: int = MOST_TEXT) -> bytes:
-    """What a regular file holds.
-
-    Raises:
-        UserError: as `check_regular`, or it cannot be read.
-    """
+    """What a regular file holds; a UserError as `check_regular`, or if it cannot be read."""
     check_regular(path, subject, remedy, most)
     try:
         return path.read_bytes()
@@ -135,11 +124,7 @@ def read_json(path: Path, subject: str, remedy: str, most: int = MOST_RECORD) ->
 
 
 def check_out(path: Path, flag: str) -> None:
-    """Refuse, before any work, a file that could not be written at its end.
-
-    Raises:
-        UserError: it is a folder, or its folder is not there.
-    """
+    """Refuse (UserError), before any work, a file that could not be written at its end: a folder, or in none."""
     folder = path.absolute().parent
     if not os.path.isdir(folder):  # Path.is_dir raises for some names
         raise UserError(f"{flag} {path}: there is no folder {folder}; make it first")

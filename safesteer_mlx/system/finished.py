@@ -1,6 +1,5 @@
 """A finished run, read back: what was aligned, how, and what came of it."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -10,7 +9,7 @@ from ..recipe import MOST_TOKENS, Recipe, current_names, model_name, read_yaml, 
 from .files import read_json, user_path
 from .load import Loaded, load
 from .screen import UserError
-from .store import decoded
+from .store import decoded, sha256_of
 
 # What the files of a run's record hold, as far as anything reads it back.
 
@@ -193,11 +192,8 @@ RECORD: dict[str, Any] = {
 
 
 def read_record(folder: Path, name: str, kind: Any = None) -> Any:
-    """What a file in a run's own folder holds, checked; `kind` where less of it is wanted than all.
-
-    Raises:
-        UserError: it is missing, cannot be read, or is not as `align` writes it.
-    """
+    """What a file in a run's own folder holds, checked; `kind` where less of it is wanted than all. A UserError if it
+    is missing, cannot be read, or is not as `align` writes it."""
     path = folder / name
     if not path.exists():
         raise UserError(f"{folder} holds no {name}; give the run/ folder of a run that has finished")
@@ -241,9 +237,8 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
     for file in ("adapters.safetensors", "adapter_config.json"):
         if not (folder / file).is_file():
             raise UserError(f"{given} holds a run, but no {file}; run align again")
-    with (folder / "adapters.safetensors").open("rb") as handle:
-        if hashlib.file_digest(handle, "sha256").hexdigest() != manifest.get("adapters_sha256"):
-            raise UserError(f"the adapters in {given} are not those that its run scored; run align again")
+    if sha256_of(folder / "adapters.safetensors") != manifest.get("adapters_sha256"):
+        raise UserError(f"the adapters in {given} are not those that its run scored; run align again")
     settings = current_names(read_yaml(record / "recipe.yaml"))
     if model is not None:
         settings |= {"model": model_name(model), "revision": None}
@@ -253,11 +248,7 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
 
 
 def load_base(run: FinishedRun, trust_remote_code: bool = False) -> Loaded:
-    """The base that the run aligned.
-
-    Raises:
-        UserError: as `load`, or its weights are others than those that the run aligned.
-    """
+    """The base that the run aligned; a UserError as `load`, or if its weights are others."""
     settings = run.recipe.run
     use_refusal_phrases(settings.refusal_phrases)
     trusted = settings.trust_remote_code or trust_remote_code
