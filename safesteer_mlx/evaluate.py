@@ -91,11 +91,7 @@ def _parser() -> Parser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
-    """
+    """The command line; a UserError for an unknown flag, with the nearest known one, two models, or a wrong value."""
     args = _parser().parse_args(argv)
     if len(args.judge) == 2 and args.positional_model is None and args.model is None:
         # A model's name behind --judge would be taken for a judge's, and the bundled model be scored in its place.
@@ -120,11 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def read_suites(args: argparse.Namespace) -> "tuple[TestSet, list[str]]":
     """Find every suite, then read each one's prompts: the first few of ours, a draw of the others'. Sets that all have
-    a kind, and lm-eval's tasks.
-
-    Raises:
-        UserError: an unknown suite, one whose file cannot be had, or a task without lm-eval.
-    """
+    a kind, and lm-eval's tasks; a UserError for an unknown suite, one that cannot be had, or tasks without lm-eval."""
     import numpy as np
 
     from .evals.heldout import TestSet, held_out_prompts

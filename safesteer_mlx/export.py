@@ -172,15 +172,15 @@ def _finish(
     run: "FinishedRun", args: Namespace, exported: "Exported", fidelity: dict[str, Any] | None, screen: Screen
 ) -> int:
     """Write the card, say what was made and how it is used, and upload it if that was asked."""
-    if fidelity is not None:
-        _write_card(run, args, exported, fidelity)
-    if fidelity is not None and fidelity["fault"]:
-        better = WOULD_HOLD.get(args.to, {}).get(args.bits)
-        more = f"; --bits {better} keeps more" if better else ""
-        screen.line(f"failed: {exported.folder} is marked so in its README.md{more}")
-        return 1
     if fidelity is None:
         screen.line("nothing was verified; the export's README.md says so")
+    else:
+        _write_card(run, args, exported, fidelity)
+        if fidelity["fault"]:
+            better = WOULD_HOLD.get(args.to, {}).get(args.bits)
+            more = f"; --bits {better} keeps more" if better else ""
+            screen.line(f"failed: {exported.folder} is marked so in its README.md{more}")
+            return 1
     screen.line(f"exported: {exported.folder}")
     if args.upload:
         from .system.hub import upload

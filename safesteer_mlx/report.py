@@ -82,12 +82,9 @@ Figures = Mapping[str, tuple[Drawing, Any]]  # by name, with the figures.Picture
 
 
 def write_report(run_folder: Path, transcripts: bool = False) -> Path:
-    """Write `report.html`, and `figures/*.png` for print, into the folder of a finished run; the page's path.
-    `transcripts` puts the answers themselves into the page, instead of a link to their file.
-
-    Raises:
-        UserError: matplotlib is missing, the run has not finished, or a file is not as `align` writes it.
-    """
+    """Write `report.html`, and `figures/*.png` for print, into the folder of a finished run; the page's path. With
+    `transcripts` the answers themselves are in it, not a link to them. A UserError if matplotlib is missing, the run
+    has not finished, or a file is not as `align` writes it."""
     picture = _drawing().picture
     from .system.store import write
 
@@ -254,17 +251,12 @@ def _image(svg: bytes) -> Markup:
     return Markup(f"data:image/svg+xml;base64,{b64encode(svg).decode()}")
 
 
-def _outcome(scores: Mapping[str, Any], kind: str, how: str, outcome: str = "refuse") -> Count:
-    cell = scores["outcomes"][kind][how]
-    return Count(cell[outcome], sum(cell.values()))
-
-
 def _counts(scores: Mapping[str, Any], names: list[str]) -> Iterable[list[str]]:
     """Rows of the table of all counts, a column for each model."""
     for kind, cell in scores["base"]["outcomes"].items():
         for how, counts in cell.items():
             for o in counts:
-                rates = [_outcome(scores[n], kind, how, o) for n in names]
+                rates = [Count.among(scores[n]["outcomes"][kind][how], o) for n in names]
                 if o == "refuse" or any(c.count for c in rates):
                     yield [f"{kind}, {how}: {o}", *map(str, rates)]
             broken = [Count(**scores[n]["broken"][kind][how]) for n in names]

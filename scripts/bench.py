@@ -845,7 +845,7 @@ def four_bit_step(length: int, shape: dict[str, Any]) -> list[Row]:
     optimizer.update(student, gradient)
     mx.eval(value, student.trainable_parameters(), optimizer.state)
     seconds, peak = time.perf_counter() - began, mx.get_peak_memory() - before
-    planned = memory_shape(model, quantization={"bits": 4, "group_size": 64})
+    planned = memory_shape(model, vars(model.args) | {"quantization": {"bits": 4, "group_size": 64}})
     return [
         {
             "part": "step",

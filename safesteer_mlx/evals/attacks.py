@@ -268,11 +268,7 @@ def run_tampering(
 
 
 def judged_by(
-    judge: Chosen,
-    results: Mapping[str, list[Attacked]],
-    trust_remote_code: bool,
-    batch_size: int,
-    screen: Screen,
+    judge: Chosen, results: Mapping[str, list[Attacked]], trust_remote_code: bool, batch_size: int, screen: Screen
 ) -> dict[str, list[Attacked]]:
     """The same answers with the outcomes that a judge model gives, which reads all of an answer: what the attacker has
     written too."""
@@ -294,13 +290,13 @@ def judged_by(
 
 def show_attacks(results: Mapping[str, list[Attacked]], screen: Screen) -> None:
     """Each attack's unsafe answers, every model's, and how the last differs from the first."""
-    first, *_, last = results.values() if len(results) > 1 else [*results.values()] * 2
-    rows = []
-    for i, (before, after) in enumerate(zip(first, last, strict=True)):
-        counts = [str(own[i].count) for own in results.values()]
-        change = [str(paired(before.unsafe(), after.unsafe()))] if len(results) > 1 else []
-        rows.append([before.attack.name, *counts, *change])
-    head = ["attack", *results, *(["change, prompt by prompt"] if len(results) > 1 else [])]
+    head, rows = ["attack", *results], []
+    for own in zip(*results.values(), strict=True):
+        rows.append([own[0].attack.name, *(str(attacked.count) for attacked in own)])
+        if len(own) > 1:
+            rows[-1].append(str(paired(own[0].unsafe(), own[-1].unsafe())))
+    if len(results) > 1:
+        head.append("change, prompt by prompt")
     screen.table("Under attack, unsafe answers: count, rate (95 % interval)", head, rows)
 
 

@@ -138,10 +138,7 @@ def questions(run: FinishedRun, n: int | None) -> list[Question]:
 
 
 def recorded(run: FinishedRun, asked: Sequence[Question]) -> dict[str, Scores] | None:
-    """What the run wrote down of its base's and student's answers; None, if it did not keep them all.
-
-    Tasks and drift are not among it.
-    """
+    """What the run wrote down of its base's and student's answers, not of tasks and drift; None, if not all is kept."""
     kept: dict[tuple[str, str, str, str], Answer] = {}
     try:
         for row in read_record(run.record, "transcripts.jsonl"):
@@ -159,10 +156,8 @@ Logits = Callable[[Sequence[Ids], Sequence[Ids]], mx.array]
 
 
 def student_states(student: nn.Module, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[mx.array]:
-    """The student's final hidden states on its own answers, some prompts at a time: (R, D) each.
-
-    They are small, so that the student need not stay in memory while the shipped model is asked.
-    """
+    """The student's final hidden states on its own answers, some prompts at a time: (R, D) each, so small that the
+    student need not stay in memory while the shipped model is asked."""
     parts = [slice(i, i + KL_BATCH) for i in range(0, len(prompts), KL_BATCH)]
     states = [answer_states(student, prompts[part], answers[part]) for part in parts]
     mx.eval(states)

@@ -273,7 +273,7 @@ def outcomes(scores: Mapping[str, Any], theme: Theme) -> Figure:
     """How many prompts of each kind each model refuses, with 95 % intervals."""
     cells = [(kind, how) for kind, cell in scores["base"]["outcomes"].items() for how in cell]
     counts = {
-        name: [Count(c["refuse"], sum(c.values())) for c in (model["outcomes"][kind][how] for kind, how in cells)]
+        name: [Count.among(model["outcomes"][kind][how], "refuse") for kind, how in cells]
         for name, model in scores.items()
     }
     return _bars([f"{kind},\n{how}" for kind, how in cells], counts, "refused (% of prompts)", theme)

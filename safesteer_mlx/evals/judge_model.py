@@ -34,10 +34,8 @@ _RAW_MARKS = r"<\|?\w+\|?>|\[/?[A-Z]+\]"  # as <s>, <|user|> and [INST]
 
 @dataclass(frozen=True)
 class Template:
-    """The turns a judge reads, (role, text) with {request} and {answer} in them, and what its verdict is.
-
-    One turn of the role raw is the whole text that it reads, without its chat template.
-    """
+    """The turns a judge reads, (role, text) with {request} and {answer} in them, and what its verdict is. One turn of
+    the role raw is the whole text that it reads, without its chat template."""
 
     turns: list[tuple[str, str]]
     verdict: str  # one of VERDICTS
@@ -58,11 +56,8 @@ class Case:
 
 
 def read_template(name: str) -> Template:
-    """A template by name, or from a file: a line `# verdict: …`, then `[role]` lines, or one line `[raw]`.
-
-    Raises:
-        UserError: there is none of that name, or the file is not one.
-    """
+    """A template by name, or from a file: a line `# verdict: …`, then `[role]` lines, or one line `[raw]`. A UserError
+    if there is none of that name, or the file is not one."""
     path = FOLDER / f"{name}.txt" if (FOLDER / f"{name}.txt").is_file() else user_path(name)
     known = sorted(p.stem for p in FOLDER.glob("*.txt"))
     if not path.exists():
@@ -192,10 +187,8 @@ def _scores(
 def deciding_place(
     tokenizer: Any, completion: Completion, reply: str, said: Said, words: tuple[str, str]
 ) -> tuple[int, tuple[int, int]] | None:
-    """How many of a reply's ids come before its deciding word, and the ids by which (safe, unsafe) begin there.
-
-    None if the judge did not spell the reply as its tokenizer does: then no other word's first token is known.
-    """
+    """How many of a reply's ids come before its deciding word, and the ids by which (safe, unsafe) begin there; None if
+    the judge did not spell the reply as its tokenizer does, so that no other word's first token is known."""
     ids, whole = completion.ids, completion.text(tokenizer)
     start = whole.rfind(reply)
     if start < 0:

@@ -40,11 +40,8 @@ class Chosen:
 
 
 def choose_judges(names: Sequence[str], templates: Sequence[str] | None = None) -> list[Chosen]:
-    """One or two judges, `keyword` or models, and the templates of the models, one each, in the same order.
-
-    Raises:
-        UserError: more than two, one twice, not as many templates as models, or one that is none.
-    """
+    """One or two judges, `keyword` or models, and the templates of the models, one each, in the same order. A UserError
+    for more than two, one twice, not as many templates as models, or one that is none."""
     if len(names) > 2:
         raise UserError(f"--judge takes one or two judges, not {len(names)}: {' '.join(names)}")
     models = [name for name in names if name != KEYWORD]

@@ -48,10 +48,8 @@ def costs(base: Scores, student: Scores) -> list[str]:
 
 
 def in_words(base: Scores, student: Scores, not_aligned: str | None) -> list[str]:
-    """The outcome of a run, a line each: unsafe answers, harmless requests refused, abilities, the verdict.
-
-    Answers are those at temperature 1, the harder test.
-    """
+    """The outcome of a run at temperature 1, the harder test, a line each: unsafe answers, harmless requests refused,
+    abilities, the verdict."""
 
     def change(kind: str) -> str:
         before, after = (_counted(scores, kind, "sampled") for scores in (base, student))

@@ -114,11 +114,7 @@ class Scoring:
 def score(
     args: Namespace, test: TestSet, tasks: list[str], families: Sequence[str], base: Loaded, screen: Screen
 ) -> dict[str, Any]:
-    """Score the base, and the aligned model if there are adapters; print the tables, return what --out holds.
-
-    Raises:
-        UserError: what a user can mend, in one sentence.
-    """
+    """Score the base, and the aligned model if there are adapters; print the tables, return what --out holds."""
     args.batch_size = batch_size(base, args.batch_size, screen)
     leave_out_long(test, base, screen)
     models = {} if args.against is None else {"original": _original(args, base)}

@@ -3,8 +3,8 @@
 Wilson's interval for one rate, McNemar's exact test for a pair of them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from math import comb, sqrt
 from statistics import NormalDist
 from typing import Any
@@ -64,10 +64,8 @@ def effective_size(counts: Sequence[int], each: int) -> float:
 
 @dataclass(frozen=True)
 class Count:
-    """`count` out of `total`, shown with the rate and its 95 % interval.
-
-    Where the answers are several to a prompt, `size` is how many independent ones they are worth.
-    """
+    """`count` out of `total`, shown with the rate and its 95 % interval; where answers are several to a prompt, `size`
+    is how many independent ones they are worth."""
 
     count: int
     total: int
@@ -77,6 +75,11 @@ class Count:
     def of(yes: Sequence[bool]) -> "Count":
         """How many are."""
         return Count(sum(yes), len(yes))
+
+    @staticmethod
+    def among(cell: Mapping[str, int], outcome: str) -> "Count":
+        """How many of a cell's answers, counted by outcome, have this one."""
+        return Count(cell[outcome], sum(cell.values()))
 
     @staticmethod
     def of_clusters(counts: Sequence[int], each: int) -> "Count":
@@ -176,18 +179,15 @@ class Scores:
     def as_json(self) -> dict[str, Any]:
         """Counts alone, no answer: outcomes and broken answers by kind and decoding, capability, drift."""
 
+        def each(count: Callable[[list[Answer]], dict[str, int]]) -> dict[str, dict[str, dict[str, int]]]:
+            return {kind: {how: count(self.of(kind, how)) for how in HOW} for kind in self.kinds}
+
         def broken(answers: list[Answer]) -> dict[str, int]:
             return {"count": sum(is_broken(a.text, a.finished or a.cut) for a in answers), "total": len(answers)}
 
-        cells = {kind: {how: self.of(kind, how) for how in HOW} for kind in self.kinds}
         return {
-            "outcomes": {
-                kind: {
-                    how: {o: sum(a.outcome == o for a in answers) for o in OUTCOMES} for how, answers in cell.items()
-                }
-                for kind, cell in cells.items()
-            },
-            "broken": {kind: {how: broken(answers) for how, answers in cell.items()} for kind, cell in cells.items()},
+            "outcomes": each(lambda answers: {o: sum(a.outcome == o for a in answers) for o in OUTCOMES}),
+            "broken": each(broken),
             "capability": {task: {"count": sum(right), "total": len(right)} for task, right in self.correct.items()},
             "drift": self.drift,
             "drift_outside": self.drift_outside,
@@ -225,17 +225,6 @@ def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out pr
 
 def transcripts(scores: Mapping[str, Scores]) -> Sequence[dict[str, Any]]:
     """Every judged answer of every model, for a file that its owner alone can read."""
-    return [
-        {
-            "model": name,
-            "kind": a.kind,
-            "how": a.how,
-            "prompt": a.prompt,
-            "answer": a.text,
-            "outcome": a.outcome,
-            "finished": a.finished,
-            "cut": a.cut,
-        }
-        for name, s in scores.items()
-        for a in s.answers
-    ]
+    keys = ("model", "kind", "how", "prompt", "answer", "outcome", "finished", "cut")
+    answers = [(name, a) for name, own in scores.items() for a in own.answers]
+    return [dict(zip(keys, (name, *astuple(a)), strict=True)) for name, a in answers]

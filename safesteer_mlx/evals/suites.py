@@ -55,11 +55,8 @@ def find_suite(name: str) -> Suite:
 
 
 def load_suite(suite: Suite, file: Path | None = None) -> list[Instruction]:
-    """The suite's prompts, each once, in the file's order: from a local file, or from the Hub's cache or the Hub.
-
-    Raises:
-        UserError: the file cannot be fetched or read, or has not the suite's columns.
-    """
+    """The suite's prompts, each once, in the file's order: from a local file, or from the Hub's cache or the Hub. A
+    UserError if it cannot be fetched or read, or has not the suite's columns."""
     if (file or Path(suite.file)).suffix == ".parquet":
         _check_pyarrow(suite)
     try:

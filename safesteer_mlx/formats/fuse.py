@@ -144,8 +144,7 @@ def plan(model: nn.Module, bits: str, dtype: str | None = None) -> Plan:
 
     `auto`: what training touched goes back onto the grid that it came from (an affine one of as many bits, if that was
     of another kind). `mixed`: onto one of `MIXED_BITS`. 4, 5, 6 or 8: every layer, but what training did not touch
-    stays where it has so many already. 16 and 32: every weight spelled out,
-    in `dtype` if one is named.
+    stays where it has so many already. 16 and 32: every weight spelled out, in `dtype` if one is named.
     """
     every = layers(model)
     if bits in ("16", "32"):

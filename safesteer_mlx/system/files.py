@@ -60,10 +60,7 @@ def read_bytes(path: Path, subject: str, remedy: str, most: int = MOST_TEXT) -> 
 
 def read_text(path: Path, subject: str, remedy: str, most: int = MOST_TEXT, line_ends: bool = False) -> str:
     """The UTF-8 text in a regular file, without a byte-order mark; its `line_ends` as they are, or as Python has them.
-
-    Raises:
-        UserError: as `read_bytes`, or it is another text.
-    """
+    A UserError as `read_bytes`, or if it is another text."""
     content = read_bytes(path, subject, remedy, most)
     try:
         text = content.decode("utf-8-sig")
@@ -101,11 +98,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, subject: str, remedy: str, most: int = MOST_RECORD) -> Any:
-    """The JSON in a regular file, or, if it ends in .jsonl, the list of what its lines hold.
-
-    Raises:
-        UserError: as `read_text`, or it is not JSON within the limits of `parse_json`.
-    """
+    """The JSON in a regular file, or, if it ends in .jsonl, the list of what its lines hold. A UserError as
+    `read_text`, or if it is not JSON within the limits of `parse_json`."""
     text = read_text(path, subject, remedy, most)
     lines = text.split("\n") if path.suffix == ".jsonl" else [text]
     values = []

@@ -11,7 +11,7 @@ from .load import Loaded, load
 from .screen import UserError
 from .store import decoded, sha256_of
 
-# What the files of a run's record hold, as far as anything reads it back.
+# What the files of a run's record hold, as far as anything reads it back; `RECORD` says which file holds which.
 
 
 class Count(TypedDict):
@@ -62,8 +62,6 @@ class Trial(TypedDict):
 
 
 class Direction(Vector):
-    """direction.json."""
-
     position: int
     coeff: float
     openers: Annotated[dict[str, int], 1000]
@@ -72,8 +70,6 @@ class Direction(Vector):
 
 
 class Token(TypedDict):
-    """A row of tokens.json."""
-
     token: str
     id: int
     votes: int
@@ -84,8 +80,6 @@ class Token(TypedDict):
 
 
 class Step(TypedDict):
-    """A row of metrics.jsonl."""
-
     step: int
     loss: float | None
     harmful_loss: float | None
@@ -98,8 +92,6 @@ class Step(TypedDict):
 
 
 class Answered(TypedDict):
-    """A row of transcripts.jsonl."""
-
     model: str
     kind: str
     how: str
@@ -122,8 +114,6 @@ class Candidate(TypedDict):
 
 
 class Verdict(TypedDict):
-    """verdict.json."""
-
     word: str
     reasons: Annotated[list[str], 100]
     flipped: Count
@@ -152,8 +142,6 @@ class SavedStep(TypedDict):
 
 
 class Selection(TypedDict):
-    """selection.json."""
-
     select: str
     kept: int
     within: bool
@@ -161,8 +149,6 @@ class Selection(TypedDict):
 
 
 class Timing(TypedDict):
-    """timing.json."""
-
     seconds: float
     peak_bytes: NotRequired[int]
 

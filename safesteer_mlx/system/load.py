@@ -105,11 +105,7 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
 
 
 def load(
-    name: str,
-    trust_remote_code: bool = False,
-    thinking: str = "auto",
-    revision: str | None = None,
-    chat: bool = True,
+    name: str, trust_remote_code: bool = False, thinking: str = "auto", revision: str | None = None, chat: bool = True
 ) -> Loaded:
     """Load and freeze a model. No code from its repository runs unless `trust_remote_code` says so.
 

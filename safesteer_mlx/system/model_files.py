@@ -207,12 +207,14 @@ def check_config(path: str, config: dict[str, Any], tensors: dict[str, Tensor]) 
         UserError: an architecture, a number or a quantization that cannot be meant, or not for these weights.
     """
 
-    def wrong(what: str, remedy: str = "fetch the model again") -> UserError:
-        return UserError(f"{path} {what}; {remedy}")
+    def wrong(what: str) -> UserError:
+        return UserError(f"{path} {what}; fetch the model again")
 
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind.replace("-", "_").replace(".", "_").isidentifier():
-        raise wrong(f"names no architecture (model_type = {kind!r:.80})", "choose a model that mlx-lm supports")
+        raise UserError(
+            f"{path} names no architecture (model_type = {kind!r:.80}); choose a model that mlx-lm supports"
+        )
     text = config.get("text_config") or config
     if not isinstance(text, dict):
         raise wrong("has a text_config that is no object")

@@ -36,10 +36,8 @@ def started_rank() -> int | None:
 
 
 def visible(text: str, keep: str = "\n") -> str:
-    """`text` with what a terminal or a page would obey or hide (control, bidi and zero-width characters) spelled out.
-
-    Characters in `keep` stay as they are.
-    """
+    """`text` with what a terminal or a page would obey or hide (control, bidi and zero-width characters) spelled out,
+    but for those in `keep`."""
     return "".join(ch if ch.isprintable() or ch in keep else f"⟨U+{ord(ch):04X}⟩" for ch in text)
 
 

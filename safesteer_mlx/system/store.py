@@ -363,10 +363,8 @@ class Store(RunFolder):
             )
 
     def save(self, step: int, arrays: dict[str, mx.array], data: dict[str, Any]) -> None:
-        """Keep the state after a step, and forget all but the last `KEPT`.
-
-        Later ones too: the run would have gone on from them, but another run made them, or they are damaged.
-        """
+        """Keep the state after a step, and forget all but the last `KEPT`; later ones too, which another run made, or
+        which are damaged: else the run would have gone on from them."""
         if not self.ours:
             return
         file = self.path_for(f"checkpoint/step-{step:06d}.safetensors")
