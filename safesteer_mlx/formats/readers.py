@@ -4,6 +4,7 @@ PyTorch and llama.cpp are imported here alone, and only for an export that they 
 """
 
 import json
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,31 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
+from ..evals.fidelity import (
+    KL_PROMPTS,
+    Fidelity,
+    Logits,
+    Question,
+    Replies,
+    ask,
+    logits_of,
+    mean_kl,
+    questions,
+    recorded,
+    replies_of,
+    student_states,
+)
+from ..evals.scores import HOW
 from ..method.prompts import render
-from ..method.rollout import Completion, Ids, Sampling, answer_text, has_equal_batches, set_equal_batches
+from ..method.residual import head
+from ..method.rollout import Completion, Ids, Sampling, answer_text, generate, has_equal_batches, set_equal_batches
+from ..method.run import batch_size
+from ..method.student import with_adapters
+from ..recipe import HELD_OUT_TOKENS
 from ..system.files import MOST_TEMPLATE, parse_json, read_text, user_path
+from ..system.finished import FinishedRun
 from ..system.load import Loaded
-from ..system.screen import Advance, UserError
+from ..system.screen import Advance, Screen, UserError
 
 SERVER_SECONDS = 300  # for one answer
 MOST_REPLY = 10_000_000  # bytes of it
@@ -290,3 +310,39 @@ def _server(url: str, sampling: Sampling, seed: int, model: str | None) -> Reade
         return texts
 
     return Reader("the server", replies)
+
+
+def compare(
+    run: FinishedRun, base: Loaded, against: str, kind: str, n: int | None, served_model: str | None, screen: Screen
+) -> Fidelity:
+    """Ask `against`, in the way of this `kind`, the first `n` held-out prompts of each kind (None: all that the run
+    asked), and hold the answers against those of the run's base and student; a UserError if it cannot be asked.
+
+    The student's own answers are those that the run kept; if it kept none, base and student are asked again. `exact`
+    in what is returned says that the student computes in float32, so that its like can be told from it by a hair.
+    """
+    recipe, seed = run.recipe, run.recipe.run.seed
+    longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
+    size = batch_size(base, recipe.run.generation_batch_size, screen)
+    sampling = Sampling(base.eos_ids, longest, batch_size=size)
+    student, asked = with_adapters(base.model, run.folder), questions(run, n)
+    if (scores := recorded(run, asked)) is None:
+        scores = {}
+        for name, model in (("base", base.model), ("student", student)):
+            with screen.stage(f"asking the {name} again") as advance:
+                scores[name] = ask(replies_of(model, base.tokenizer, sampling, seed), asked, HOW, advance)
+
+    texts = {name: [q.text for q in asked if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
+    rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
+    own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
+    states = {name: student_states(student, rows[name], own[name]) for name in rows}
+    student_head = head(student)
+
+    reader = reader_for(kind, against, base, sampling, seed, served_model)
+    with screen.stage(f"asking {against}") as advance:
+        scores["shipped"] = ask(reader.replies, asked, HOW if reader.samples else HOW[:1], advance)
+    kl = dict.fromkeys(rows, math.nan)
+    if (shipped := reader.logits) is not None:
+        kl = {name: mean_kl(states[name], student_head, shipped, rows[name], own[name]) for name in rows}
+    in_full = all(part.dtype == mx.float32 for parts in states.values() for part in parts)
+    return Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)
