@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -161,13 +161,13 @@ def summed_kl(zp: mx.array, zq: mx.array) -> float:
     return mx.where(p > -mx.inf, mx.exp(p) * (p - q), 0.0).sum().item()
 
 
-def _refusal_is_told(tokenizer: Any, prompt: Ids, ids: Ids) -> bool:
-    return refusal_is_told(answer_text(tokenizer, prompt, Completion(list(ids), False)))
-
-
 def until_told(sampling: Sampling, tokenizer: Any) -> Sampling:
     """The sampling, ending answers that are told to be refusals, for the keyword judge: it changes no outcome."""
-    return replace(sampling, enough=partial(_refusal_is_told, tokenizer))
+
+    def told(prompt: Ids, ids: Ids) -> bool:
+        return refusal_is_told(answer_text(tokenizer, prompt, Completion(list(ids), False)))
+
+    return replace(sampling, enough=told)
 
 
 @dataclass(frozen=True)
