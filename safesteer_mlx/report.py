@@ -63,8 +63,7 @@ class RunFiles:
         """How many of `STEPS` are done, by the file that each leaves."""
         last = self.metrics[-1] if self.metrics else {}
         trained = self.scores is not None or (bool(last) and last["step"] == last.get("steps"))
-        found = [bool(self.recipe), *(part is not None for part in (self.direction, self.tokens))]
-        return [*found, trained, self.timing is not None, False].index(False)
+        return [self.recipe or None, self.direction, self.tokens, trained or None, self.timing, None].index(None)
 
 
 @dataclass(frozen=True)
