@@ -9,14 +9,15 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .evals.last_screen import ASKED
 from .evals.scores import HOW, Count
-from .recipe import PACKAGE, STEPS, Parser, current_names, read_yaml
-from .system.files import check_out, read_text, user_path, write_out
-from .system.screen import Screen, UserError, exit_code, visible
+from .recipe import STEPS, Parser, current_names, read_yaml
+from .system.files import check_out, user_path, write_out
+from .system.screen import Screen, UserError, exit_code
 
 # What a run's own folder holds once a stage is done, in their order.
 FILES = ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")
@@ -27,6 +28,7 @@ NONE = "—"
 LABEL, CELL = 26, 26  # columns of the terminal at least, where text is folded
 
 Rows = list[list[str]]
+Table = tuple[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,7 @@ class Compared:
 
 
 def read_compared(folder: Path) -> Compared:
-    """A run, finished or not.
-
-    Raises:
-        UserError: there is none, or a file of it is not as `align` writes it.
-    """
+    """A run, finished or not; a UserError if there is none, or a file of it is not as `align` writes it."""
     from .report import run_folder
     from .system.finished import read_record
 
@@ -85,21 +83,18 @@ def differing(all_of: Sequence[Mapping[str, Any]], but: Sequence[str]) -> Rows:
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _change(run: Compared, count: Callable[[dict[str, Any]], Count]) -> str:
+def _change(count: Callable[[dict[str, Any]], Count], run: Compared) -> str | None:
     """Of base → aligned model, with Wilson's 95 % interval of the latter."""
     if not {"base", "student"} <= run.scores.keys():
-        return NONE
+        return None
     before, now = count(run.scores["base"]), count(run.scores["student"])
     low, high = now.interval
     return f"{before.count} → {now.count} of {now.total} ({100 * low:.0f}–{100 * high:.0f} %)"
 
 
 def _asked(kind: str, how: str) -> Callable[[dict[str, Any]], Count]:
-    def count(scores: dict[str, Any]) -> Count:
-        cell = scores["outcomes"][kind][how]
-        return Count(cell["comply" if kind == "harmful" else "refuse"], sum(cell.values()))
-
-    return count
+    against = "comply" if kind == "harmful" else "refuse"
+    return lambda scores: Count.among(scores["outcomes"][kind][how], against)
 
 
 def _right(scores: dict[str, Any]) -> Count:
@@ -117,19 +112,15 @@ def outcomes(runs: Sequence[Compared]) -> Rows:
         value = run.scores.get("student", {}).get("drift")
         return None if value is None else f"{value:.5f}"
 
-    def timed(run: Compared, name: str, form: Callable[[float], str]) -> str | None:
-        value = run.timing.get(name)
-        return form(value) if type(value) in (int, float) else None
-
     counts = {f"{title}, {how}": _asked(kind, how) for kind, title in ASKED.items() for how in HOW}
     counts["small tasks right"] = _right
     return [
-        *([title, *(_change(run, count) for run in runs)] for title, count in counts.items()),
+        *(row(title, partial(_change, count)) for title, count in counts.items()),
         row("harmless answers changed, nats a token", drift),
         row("verdict before training", lambda run: run.verdict),
         row("not aligned", lambda run: None if (why := run.manifest.get("not_aligned")) is None else _text(why)),
-        row("seconds", lambda run: timed(run, "seconds", "{:,.0f}".format)),
-        row("peak memory", lambda run: timed(run, "peak_bytes", lambda n: f"{n / 1e9:.2f} GB")),
+        row("seconds", lambda run: f"{run.timing['seconds']:,.0f}" if run.timing else None),
+        row("peak memory", lambda run: f"{n / 1e9:.2f} GB" if (n := run.timing.get("peak_bytes")) else None),
     ]
 
 
@@ -150,15 +141,8 @@ def cautions(runs: Sequence[Compared]) -> list[str]:
     return said
 
 
-Table = tuple[str, Rows]
-
-
 def compare(folders: Sequence[Path]) -> tuple[list[Compared], list[Table], list[str]]:
-    """The runs, what to show of them, and what to say first.
-
-    Raises:
-        UserError: fewer than two, or as `read_compared`.
-    """
+    """The runs, what to show of them, and what to say first; a UserError if they are fewer than two, or none."""
     if len(folders) < 2:
         raise UserError(f"compare takes two runs or more, and {len(folders)} was given; name their adapter folders")
     runs = [read_compared(folder) for folder in folders]
@@ -191,29 +175,13 @@ def show(runs: Sequence[Compared], tables: Sequence[Table], said: Sequence[str],
 
 def page(runs: Sequence[Compared], tables: Sequence[Table], said: Sequence[str]) -> str:
     """All of it as a page, in the report's style."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from .report import rendered
 
-    data = PACKAGE / "data"
-    environment = Environment(
-        loader=FileSystemLoader(data),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value), ""),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    report = read_text(data / "report.html", "the report's template", "install the package again")
-    style = Markup(report.partition("<style>")[2].partition("</style>")[0])
-    return environment.get_template("compare.html").render(style=style, runs=runs, tables=tables, said=said)
+    return rendered("compare.html", runs=runs, tables=tables, said=said)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        UserError: an unknown flag, or a file that cannot be written.
-    """
+    """The command line, or a UserError about it."""
     parser = Parser("compare", "Show runs side by side: settings that differ, scores with intervals, time and memory.")
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="adapter folders of two runs or more, or their run/ folders")

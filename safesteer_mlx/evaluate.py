@@ -7,9 +7,8 @@ form side by side. docs/evaluation.md says how each is measured and what its kno
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import command_module
 from .recipe import (
@@ -31,8 +30,7 @@ from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
-    from .method.prompts import Instruction
-    from .system.load import Loaded
+    from .evals.heldout import TestSet
 
 BUILT_IN = "built-in"
 ATTACKS = ("prefill", "own-answer", "decoding", "system", "template", "wrappers", "encodings", "turns", "languages")
@@ -93,11 +91,7 @@ def _parser() -> Parser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        UserError: an unknown flag, with the nearest known one, two models, or a wrong value.
-    """
+    """The command line; a UserError for an unknown flag, with the nearest known one, two models, or a wrong value."""
     args = _parser().parse_args(argv)
     if len(args.judge) == 2 and args.positional_model is None and args.model is None:
         # A model's name behind --judge would be taken for a judge's, and the bundled model be scored in its place.
@@ -120,25 +114,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What --suite asks for: prompts by set, the kind of each suite's set, and lm-eval's tasks."""
-
-    kinds: dict[str, list["Instruction"]]
-    kind_of: dict[str, str]
-    capability: list["Instruction"]
-    tasks: list[str]
-
-
-def read_suites(args: argparse.Namespace) -> Asked:
-    """Find every suite, then read each one's prompts: the first few of ours, a draw of the others'.
-
-    Raises:
-        UserError: an unknown suite, one whose file cannot be had, or a task without lm-eval.
-    """
+def read_suites(args: argparse.Namespace) -> "tuple[TestSet, list[str]]":
+    """Find every suite, then read each one's prompts: the first few of ours, a draw of the others'. Sets that all have
+    a kind, and lm-eval's tasks; a UserError for an unknown suite, one that cannot be had, or tasks without lm-eval."""
     import numpy as np
 
-    from .evals.heldout import held_out_prompts
+    from .evals.heldout import TestSet, held_out_prompts
     from .evals.lm_tasks import check_tasks, task_name
     from .evals.suites import find_suite, load_suite
     from .method.prompts import sets_to_score
@@ -146,202 +127,31 @@ def read_suites(args: argparse.Namespace) -> Asked:
     n = args.test_prompts or None
     parts = [text.partition("=") for text in args.suite]
     suites = {name: find_suite(name) for name, _, _ in parts if name != BUILT_IN}
-    tasks = [suite for suite in suites.values() if suite.kind == "task"]
-    prompts = Asked({}, {}, [], [*(task.task for task in tasks), *args.tasks])
+    of_suites = [suite for suite in suites.values() if suite.kind == "task"]
+    tasks = [*(suite.task for suite in of_suites), *args.tasks]
     for task in args.tasks:
         if task.endswith(".yaml"):
             task_name(Path(task))
-    if prompts.tasks:
-        check_tasks(any(t.runs_code for t in tasks), args.confirm_run_unsafe_code)
+    if tasks:
+        check_tasks(any(suite.runs_code for suite in of_suites), args.confirm_run_unsafe_code)
+    kinds, capability, kind_of = {}, [], {}
     for name, _, file in parts:
         if file and (name == BUILT_IN or suites[name].kind == "task"):
             raise UserError(f"--suite {name}={file}: {name} is not read from a file; leave ={file} out")
         if name == BUILT_IN:
-            kinds, capability = held_out_prompts(sets_to_score(args.model, args.data), n)
-            prompts.kinds.update(kinds)
-            prompts.capability.extend(capability)
+            ours, capability = held_out_prompts(sets_to_score(args.model, args.data), n)
+            kinds |= ours
+            kind_of |= {kind: kind for kind in ours}
         elif (suite := suites[name]).kind != "task":
             items = load_suite(suite, user_path(file) if file else None)
             # Many suites are sorted by category: their first few would be of one.
             order = np.random.default_rng(args.seed).permutation(len(items))[:n]
-            prompts.kinds[suite.name], prompts.kind_of[suite.name] = [items[i] for i in order], suite.kind
-    if (args.attacks is not None or args.tamper) and "harmful" not in [
-        prompts.kind_of.get(name, name) for name in prompts.kinds
-    ]:
+            kinds[suite.name], kind_of[suite.name] = [items[i] for i in order], suite.kind
+    if (args.attacks is not None or args.tamper) and "harmful" not in kind_of.values():
         raise UserError(
             f"--attacks and --tamper need harmful prompts, and {' '.join(args.suite)} has none; add {BUILT_IN}"
         )
-    return prompts
-
-
-def _safety_tokens(folder: Path | None, base: "Loaded") -> list[int]:
-    """The run's own safety tokens, if align wrote these adapters: drift is measured without them too."""
-    from .method.token_file import read_token_file
-
-    path = folder / "run" / "tokens.json" if folder else None
-    return read_token_file(path, base.tokenizer, base.vocabulary) if path and path.exists() else []
-
-
-def _kept_answers(folder: Path | None) -> Path | None:
-    """Where the run of these adapters keeps its base's answers, if it does."""
-    from .system.store import BASE_ANSWERS
-
-    path = folder / "run" / BASE_ANSWERS if folder else None
-    return path if path and path.is_file() else None
-
-
-def score(args: argparse.Namespace, prompts: Asked, base: "Loaded", screen: Screen) -> dict[str, Any]:
-    """Score the base, and the aligned model if there are adapters; print the tables, return what --out holds.
-
-    Raises:
-        UserError: what a user can mend, in one sentence.
-    """
-    from .method.run import batch_size
-    from .method.student import with_adapters
-
-    args.batch_size = batch_size(base, args.batch_size, screen)
-    _leave_out_long(prompts, base, screen)
-    models = {} if args.against is None else {"original": _original(args, base)}
-    models["base"] = base.model
-    if args.adapter_path is not None:
-        models["student"] = with_adapters(base.model, args.adapter_path)
-    result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "positional_model"}}
-    if args.perplexity is not None:
-        result["perplexity"] = _perplexities(args, models, base, screen)
-    if prompts.kinds:
-        result |= _scores(args, prompts, models, base, screen)
-    if args.attacks is not None or args.tamper:
-        result["attacks"] = _attacks(args, prompts, models, base, screen)
-    if prompts.tasks:
-        result["tasks"] = _tasks(args, prompts, models, base, screen)
-    return result
-
-
-def _leave_out_long(prompts: Asked, base: "Loaded", screen: Screen) -> None:
-    """Take out prompts of more tokens than are read, and say how many.
-
-    Raises:
-        UserError: none of a suite is left.
-    """
-    from .method.prompts import render
-    from .method.run import most_read
-
-    most = most_read(base)
-    for name, items in prompts.kinds.items():
-        # A token is a byte at least, so that hardly any prompt need be rendered for this.
-        fit = [i for i in items if len(i.text.encode()) < most / 2 or len(render(base.tokenizer, i.text)) <= most]
-        if items and not fit:
-            raise UserError(f"every prompt of {name} is longer than the {most:,} tokens that are read; give others")
-        if len(fit) < len(items):
-            screen.line(f"{name}: {len(items) - len(fit)} prompts are longer than {most:,} tokens and are left out")
-        prompts.kinds[name] = fit
-
-
-def _original(args: argparse.Namespace, base: "Loaded") -> Any:
-    """The model that the base was quantized from.
-
-    Raises:
-        UserError: it reads prompts otherwise, so that it is another model.
-    """
-    from .method.prompts import render
-    from .system.load import load
-
-    original = load(model_name(args.against), args.trust_remote_code, args.thinking)
-    same = original.tokenizer.get_vocab() == base.tokenizer.get_vocab()
-    if not same or render(original.tokenizer, "Why?") != render(base.tokenizer, "Why?"):
-        raise UserError(
-            f"--against {args.against} has another tokenizer or chat template than {base.name}; give its own"
-        )
-    return original.model
-
-
-def _perplexities(args: argparse.Namespace, models: dict[str, Any], base: "Loaded", screen: Screen) -> dict[str, Any]:
-    from .evals.heldout import perplexity
-
-    perplexities = {name: perplexity(model, base.tokenizer, args.perplexity) for name, model in models.items()}
-    for name, (value, error, tokens) in perplexities.items():
-        screen.line(f"perplexity of {args.perplexity}, {name}: {value:.3f} ± {error:.3f} over {tokens} tokens")
-    keys = ("perplexity", "standard_error", "tokens")
-    return {name: dict(zip(keys, values, strict=True)) for name, values in perplexities.items()}
-
-
-def _attacks(
-    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
-) -> dict[str, Any]:
-    from .evals.attacks import Attacker, attacks_json, judged_by, run_attacks, run_tampering, show_attacks
-    from .evals.heldout import until_told
-    from .evals.judging import choose_judges
-    from .evals.tampering import Tampering
-    from .method.prompts import sets_to_score
-    from .method.rollout import Sampling
-
-    items = next(items for name, items in prompts.kinds.items() if prompts.kind_of.get(name, name) == "harmful")
-    sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
-    families = [] if args.attacks is None else args.attacks or ATTACKS
-    judge = choose_judges(args.judge, args.judge_template)[0]
-    how = until_told(sampling, base.tokenizer) if judge.template is None else sampling
-    attacker = Attacker(base, how, args.seed)
-    results = run_attacks(attacker, models, items, families, screen)
-    if args.tamper:
-        run = args.adapter_path / "run" if args.adapter_path else None
-        tampering = Tampering(base, sets_to_score(args.model, args.data), sampling, args.seed)
-        for name, found in run_tampering(attacker, models, items, tampering, run, screen).items():
-            results[name] += found
-    results = judged_by(judge, results, args.trust_remote_code, args.batch_size, screen)
-    show_attacks(results, screen)
-    return attacks_json(results)
-
-
-def _scores(
-    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
-) -> dict[str, Any]:
-    from .evals.heldout import HeldOut, TestSet
-    from .evals.judging import check_judges, choose_judges, judge_all
-    from .evals.scores import show
-    from .method.rollout import Sampling
-
-    judges = choose_judges(args.judge, args.judge_template)
-    check_judges(judges, args.trust_remote_code)
-    sampling = Sampling(base.eos_ids, args.max_tokens, batch_size=args.batch_size)
-    test = TestSet(prompts.kinds, prompts.capability, {kind: prompts.kind_of.get(kind, kind) for kind in prompts.kinds})
-    tokens, kept = _safety_tokens(args.adapter_path, base), _kept_answers(args.adapter_path)
-    whole = any(judge.template is not None for judge in judges)
-    held_out = HeldOut(base, test, tokens, args.seed, sampling, args.samples, whole, kept)
-    scores = {}
-    for name, own in held_out.score_each(models, screen):
-        scores[name] = own
-        if base.tokenizer.has_thinking and (cut := sum(not (a.finished or a.text) for a in own.answers)):
-            screen.line(f"{cut} answers of the {name} ran out of --max-tokens while thinking, and count as evasions")
-    judged = judge_all(judges, scores, test.kind_of, args.trust_remote_code, args.batch_size, screen)
-    scores = judged.first()
-    show(scores, screen, f"Judge: {judges[0].label}")
-    judged.show(screen)
-    result = {name: s.as_json() for name, s in scores.items()} | {"kinds": test.kind_of}
-    return result | ({"judges": judged.as_json()} if args.judge != ["keyword"] else {})
-
-
-def _tasks(
-    args: argparse.Namespace, prompts: Asked, models: dict[str, Any], base: "Loaded", screen: Screen
-) -> dict[str, Any]:
-    from .evals.lm_tasks import run_tasks
-
-    results = {
-        name: run_tasks(
-            model,
-            base.tokenizer,
-            prompts.tasks,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            limit=args.test_prompts or None,
-            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-        )
-        for name, model in models.items()
-    }
-    for name, tasks in results.items():
-        for task, metrics in tasks.items():
-            numbers = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
-            screen.line(f"{task}, {name}: {numbers}")
-    return results
+    return TestSet(kinds, capability, kind_of), tasks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -355,8 +165,9 @@ def _run(argv: list[str] | None) -> None:
     from .method.judge import use_refusal_phrases
 
     use_refusal_phrases(args.refusal_phrases)
-    prompts = read_suites(args)  # a mistake in these is told before a model is fetched
+    test, tasks = read_suites(args)  # a mistake in these is told before a model is fetched
     from .evals.judging import choose_judges
+    from .evals.scorecard import score
     from .system.load import load
 
     choose_judges(args.judge, args.judge_template)
@@ -367,7 +178,9 @@ def _run(argv: list[str] | None) -> None:
 
         tests = [name for name in given_files(args.data) if name.endswith("_test")]
         screen.line(f"prompts: {sources(args.model, args.data, tests)}")
-    result = score(args, prompts, load(args.model, args.trust_remote_code, args.thinking, args.revision), screen)
+    families = [] if args.attacks is None else args.attacks or ATTACKS
+    base = load(args.model, args.trust_remote_code, args.thinking, args.revision)
+    result = score(args, test, tasks, families, base, screen)
     if args.out is not None:
         # NaN is not JSON; a measurement that does not exist is null.
         plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)

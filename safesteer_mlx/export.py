@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,11 @@ from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
 if TYPE_CHECKING:
-    from .formats.card import About
+    from .formats.writers import Exported
     from .system.finished import FinishedRun
-    from .system.load import Loaded
 
 FORMATS = ("mlx", "adapter", "hf", "peft", "gguf", "gguf-lora", "hub")
 BITS = ("auto", "4", "5", "6", "8", "16", "32", "mixed")
-TEXTS, TEXT_TOKENS = 64, 64  # of each kind, to quantize by; of the student's answer in each
 NEEDED = dict.fromkeys(("gguf", "gguf-lora"), ("torch", "gguf"))  # to write it
 ASKED_WITH = {"hf": ("torch",), "peft": ("torch", "peft"), "gguf": ("llama_cpp",), "gguf-lora": ("llama_cpp",)}
 DTYPES = ("float16", "bfloat16", "float32")
@@ -40,19 +38,6 @@ WOULD_HOLD = {
     "gguf": _GGUF,
     "gguf-lora": _GGUF,
 }
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A folder that was written, its card's data, and how it is verified: what reads it, and whether its greedy answers
-    must be the student's, word for word; `base` is the folder that the base was read from."""
-
-    folder: Path
-    about: "About"
-    reader: str
-    exact: bool
-    against: str = ""  # the file in the folder that is read, if it is not the folder
-    base: Path = Path()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,8 +114,9 @@ def _target(run: "FinishedRun", args: Namespace) -> Path:
     return folder
 
 
-def _write(run: "FinishedRun", args: Namespace, folder: Path, screen: Screen) -> Exported:
+def _write(run: "FinishedRun", args: Namespace, folder: Path, screen: Screen) -> "Exported":
     """Write the export beside where it goes, and put it there in one step; the base is loaded for it alone."""
+    from .formats.writers import WRITERS, Job
     from .system.finished import load_base
 
     base = load_base(run, args.trust_remote_code)
@@ -139,207 +125,16 @@ def _write(run: "FinishedRun", args: Namespace, folder: Path, screen: Screen) ->
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        exported = WRITERS[args.to](run, base, args, part, screen)
+        exported = WRITERS[args.to](Job(run, base, args, part, folder, screen))
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return replace(exported, folder=folder, base=base.path)
+    return exported
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what will not fit on the disk.
-
-    Raises:
-        UserError: less is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed + 10**7:
-        raise UserError(
-            f"the export takes {needed / 1e6:,.0f} MB, but {folder.parent} has {free / 1e6:,.0f} MB free; make room, "
-            "or give an --out on another disk"
-        )
-
-
-def _mlx(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, screen: Screen) -> Exported:
-    from .formats.card import About
-    from .formats.fuse import fuse, plan, quantization_of
-    from .formats.mlx_folder import write_mlx
-    from .method.student import with_adapters
-
-    student = with_adapters(_packed(base), run.folder)
-    planned = plan(student, args.bits, args.dtype)
-    check_space(folder, planned.bytes_of(student))
-    texts = _texts(run, base, screen) if planned.by_gptq else []
-    with screen.stage("fusing") as advance:
-        model = fuse(student, planned, texts, advance)
-    quantization = quantization_of(model)
-    write_mlx(base, model, quantization, folder)
-    bits = f"{quantization['bits']} bits" if quantization else "not quantized"
-    about = About(
-        _name(folder),
-        "mlx",
-        "quantized" if quantization else "finetune",
-        f"A model for MLX, {bits}: the adapters of a SafeSteer run, fused into its weights.",
-        "mlx_lm.chat --model {folder}",
-    )
-    return Exported(folder, about, "mlx", exact=args.bits == "32")
-
-
-def _spelled_out(model: Any, bits: str, dtype: str | None, folder: Path, screen: Screen) -> tuple[Any, Any]:
-    """A model without adapters and without quantized weights, 16 or 32 bits each, and their type."""
-    from .formats.fuse import fuse, plan
-
-    planned = plan(model, bits, dtype)
-    check_space(folder, planned.bytes_of(model))
-    with screen.stage("fusing") as advance:
-        return fuse(model, planned, [], advance), planned.dtype
-
-
-def _hf(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, screen: Screen) -> Exported:
-    from .formats.card import About
-    from .formats.hf import check_family, write_hf
-    from .method.student import with_adapters
-
-    if args.bits not in ("auto", "16", "32"):
-        raise UserError(f"--bits {args.bits} is for --to mlx; give 16 or 32")
-    check_family(base.config, "hf")
-    student = with_adapters(_packed(base), run.folder)
-    model, dtype = _spelled_out(student, "32" if args.bits == "32" else "16", args.dtype, folder, screen)
-    write_hf(base, model, dtype, folder)
-    about = About(
-        _name(folder),
-        "transformers",
-        "finetune",
-        f"A model for transformers, {str(dtype).rpartition('.')[2]}: the adapters of a SafeSteer run, fused into it.",
-        "transformers chat {folder}",
-    )
-    return Exported(folder, about, "transformers", exact=args.bits == "32")
-
-
-def _adapter(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, screen: Screen) -> Exported:
-    from .formats.card import About, shown_base
-    from .system.model_files import read_object
-    from .system.store import write
-
-    _no_bits(args)
-    shutil.copyfile(run.folder / "adapters.safetensors", folder / "adapters.safetensors")
-    config = read_object(run.folder / "adapter_config.json") | {"model": shown_base(run)[0]}
-    write(folder / "adapter_config.json", json.dumps(config, indent=4).encode())
-    about = About(
-        _name(folder),
-        "mlx",
-        "adapter",
-        "The adapters of a SafeSteer run, for mlx-lm.",
-        "mlx_lm.chat --model {base} --adapter-path {folder}",
-    )
-    return Exported(folder, about, "adapter", exact=True)
-
-
-def _no_bits(args: Namespace) -> None:
-    if args.bits != "auto":
-        raise UserError(f"--bits {args.bits} is for fused models; --to {args.to} has none")
-
-
-def _peft(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, screen: Screen) -> Exported:
-    from .formats.card import About, shown_base
-    from .formats.hf import check_family
-    from .formats.peft_adapter import write_peft
-    from .method.student import with_adapters
-
-    _no_bits(args)
-    check_family(base.config, "peft")
-    write_peft(with_adapters(base.model, run.folder), shown_base(run)[0], folder)
-    about = About(
-        _name(folder),
-        "peft",
-        "adapter",
-        "Adapters for PEFT, to put on the base's unquantized weights.",
-        "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}')\"",
-    )
-    return Exported(folder, about, "peft", exact=True)
-
-
-def _gguf(run: "FinishedRun", base: "Loaded", args: Namespace, folder: Path, screen: Screen) -> Exported:
-    from .formats import gguf
-    from .formats.card import About, shown_base
-    from .formats.hf import check_family, write_hf
-    from .formats.peft_adapter import write_peft
-    from .method.student import with_adapters
-
-    if args.bits not in ("auto", "8", "16"):
-        raise UserError(f"--bits {args.bits} is for --to mlx; give 8 (q8_0) or 16 (f16)")
-    check_family(base.config, args.to)
-    converter, kind = gguf.find_converter(args.llama_cpp), "f16" if args.bits == "16" else "q8_0"
-    name, adapter = _name(folder).removesuffix(f"-{args.to}"), None
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{args.to}-") as scratch:
-        hf, peft = Path(scratch, "hf"), Path(scratch, "peft")
-        packed = _packed(base)
-        student = with_adapters(packed, run.folder)
-        if args.to == "gguf-lora":
-            peft.mkdir()
-            write_peft(student, shown_base(run)[0], peft)
-            name, adapter = name.removesuffix("-safesteer"), f"{name}-adapter.gguf"
-        write_hf(base, *_spelled_out(student if adapter is None else packed, "32", None, folder, screen), hf)
-        with screen.stage("converting"):
-            gguf.convert(converter, [str(hf), "--outtype", kind], folder / f"{name}-{kind}.gguf")
-            if adapter is not None:
-                script = gguf.find_converter(args.llama_cpp, gguf.LORA_CONVERTER)
-                gguf.convert(script, ["--base", str(hf), str(peft), "--outtype", "f32"], folder / adapter)
-    (folder / "Modelfile").write_text(gguf.modelfile(base, f"{name}-{kind}.gguf", adapter), "utf-8")
-    fused = "the adapters of a SafeSteer run, fused into its weights."
-    beside = "the base, and the adapter of a SafeSteer run beside it."
-    about = About(
-        _name(folder),
-        "gguf",
-        "quantized" if adapter is None else "adapter",
-        f"A model for llama.cpp, LM Studio and Ollama, {kind}: {fused if adapter is None else beside}",
-        f"ollama create {_name(folder).lower()} -f {{folder}}/Modelfile",
-    )
-    return Exported(folder, about, "llama.cpp", exact=False, against="Modelfile")
-
-
-WRITERS = {"mlx": _mlx, "adapter": _adapter, "hf": _hf, "peft": _peft, "gguf": _gguf, "gguf-lora": _gguf}
-
-
-def _name(folder: Path) -> str:
-    """What a folder that is being written will be called."""
-    return folder.name.removeprefix(".").removesuffix(".part")
-
-
-def _packed(base: "Loaded") -> Any:
-    """The base as it is on disk: where it is computed on dequantized weights, it is read once more."""
-    if not base.dequantized_for_speed:
-        return base.model
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(base.path)
-    model.freeze()
-    return model
-
-
-def _texts(run: "FinishedRun", base: "Loaded", screen: Screen) -> list[list[int]]:
-    """Prompts of training, with the student's own answers: what its layers are to compute well."""
-    from .method.prompts import instructions_to_train_on, prompt_sets, render_all
-    from .method.rollout import Sampling, generate
-    from .method.run import batch_size
-    from .method.student import with_adapters
-
-    sets = prompt_sets(run.recipe)
-    items = [item for harmful in (True, False) for item in instructions_to_train_on(run.recipe, sets, harmful)[:TEXTS]]
-    rows = render_all(base.tokenizer, items)
-    size = batch_size(base, run.recipe.run.generation_batch_size, screen)
-    sampling = Sampling(base.eos_ids, TEXT_TOKENS, batch_size=size)
-    with screen.stage("answering training prompts, to quantize by") as advance:
-        answers = generate(with_adapters(base.model, run.folder), rows, sampling, progress=advance)
-    return [[*row, *answer.ids] for row, answer in zip(rows, answers, strict=True)]
-
-
-def _verified(run: "FinishedRun", args: Namespace, exported: Exported) -> dict[str, Any]:
-    """What the export answers, asked in a process of its own, to which this one leaves the memory.
-
-    Raises:
-        UserError: it cannot be asked.
-    """
+def _verified(run: "FinishedRun", args: Namespace, exported: "Exported") -> dict[str, Any]:
+    """What the export answers, asked in a process of its own, to which this one leaves the memory; a UserError if it
+    cannot be asked."""
     import mlx.core as mx
 
     mx.clear_cache()
@@ -347,7 +142,7 @@ def _verified(run: "FinishedRun", args: Namespace, exported: Exported) -> dict[s
         out = Path(scratch) / "fidelity.json"
         # -P: no json.py of the working folder is run, as it is not where export itself is the console script.
         command = [sys.executable, "-P", "-m", "safesteer_mlx.verify", str(run.folder), "--with", exported.reader]
-        command += ["--against", str(exported.folder / exported.against), "--test-prompts", str(args.verify)]
+        command += ["--against", str(exported.against), "--test-prompts", str(args.verify)]
         command += ["--out", str(out), "--model", str(exported.base), "--offline"]
         command += ["--exact"] if exported.exact else []
         command += ["--trust-remote-code"] if args.trust_remote_code else []
@@ -361,7 +156,7 @@ def _verified(run: "FinishedRun", args: Namespace, exported: Exported) -> dict[s
         return json.loads(out.read_text("utf-8"))
 
 
-def _write_card(run: "FinishedRun", args: Namespace, exported: Exported, fidelity: dict[str, Any] | None) -> None:
+def _write_card(run: "FinishedRun", args: Namespace, exported: "Exported", fidelity: dict[str, Any] | None) -> None:
     from .formats.card import model_card, shown_base
     from .system.hub import licence
     from .system.store import write
@@ -374,18 +169,18 @@ def _write_card(run: "FinishedRun", args: Namespace, exported: Exported, fidelit
 
 
 def _finish(
-    run: "FinishedRun", args: Namespace, exported: Exported, fidelity: dict[str, Any] | None, screen: Screen
+    run: "FinishedRun", args: Namespace, exported: "Exported", fidelity: dict[str, Any] | None, screen: Screen
 ) -> int:
     """Write the card, say what was made and how it is used, and upload it if that was asked."""
-    if fidelity is not None:
-        _write_card(run, args, exported, fidelity)
-    if fidelity is not None and fidelity["fault"]:
-        better = WOULD_HOLD.get(args.to, {}).get(args.bits)
-        more = f"; --bits {better} keeps more" if better else ""
-        screen.line(f"failed: {exported.folder} is marked so in its README.md{more}")
-        return 1
     if fidelity is None:
         screen.line("nothing was verified; the export's README.md says so")
+    else:
+        _write_card(run, args, exported, fidelity)
+        if fidelity["fault"]:
+            better = WOULD_HOLD.get(args.to, {}).get(args.bits)
+            more = f"; --bits {better} keeps more" if better else ""
+            screen.line(f"failed: {exported.folder} is marked so in its README.md{more}")
+            return 1
     screen.line(f"exported: {exported.folder}")
     if args.upload:
         from .system.hub import upload

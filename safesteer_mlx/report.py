@@ -63,14 +63,7 @@ class RunFiles:
         """How many of `STEPS` are done, by the file that each leaves."""
         last = self.metrics[-1] if self.metrics else {}
         trained = self.scores is not None or (bool(last) and last["step"] == last.get("steps"))
-        done = [
-            bool(self.recipe),
-            self.direction is not None,
-            self.tokens is not None,
-            trained,
-            self.timing is not None,
-        ]
-        return done.index(False) if False in done else len(done)
+        return [self.recipe or None, self.direction, self.tokens, trained or None, self.timing, None].index(None)
 
 
 @dataclass(frozen=True)
@@ -84,15 +77,13 @@ class Drawing:
     draw: Callable
 
 
+Figures = Mapping[str, tuple[Drawing, Any]]  # by name, with the figures.Picture that was drawn
+
+
 def write_report(run_folder: Path, transcripts: bool = False) -> Path:
-    """Write `report.html`, and `figures/*.png` for print, into the folder of a finished run; the page's path.
-
-    Args:
-        transcripts: put the answers themselves into the page, instead of a link to their file.
-
-    Raises:
-        UserError: matplotlib is missing, the run has not finished, or a file is not as `align` writes it.
-    """
+    """Write `report.html`, and `figures/*.png` for print, into the folder of a finished run; the page's path. With
+    `transcripts` the answers themselves are in it, not a link to them. A UserError if matplotlib is missing, the run
+    has not finished, or a file is not as `align` writes it."""
     picture = _drawing().picture
     from .system.store import write
 
@@ -101,24 +92,20 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
         raise UserError(f"{folder} must be a folder and {html} a file, if they are there; move them away")
     run = read_run(run_folder, transcripts)
     try:
-        figures = [(drawing, picture(drawing.draw)) for drawing in _drawings(run)]
-        page = _page(run, {drawing.name: _shown(drawing, image) for drawing, image in figures}, transcripts)
+        figures = {drawing.name: (drawing, picture(drawing.draw)) for drawing in _drawings(run)}
+        page = _page(run, figures, transcripts)
     except DAMAGED as error:
         raise _damaged(run_folder, error) from error
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
-    for drawing, image in figures:
-        write(folder / f"{drawing.name}.png", image.png)
+    for name, (_, image) in figures.items():
+        write(folder / f"{name}.png", image.png)
     write(html, page.encode())
     return html
 
 
 def _drawing() -> ModuleType:
-    """What draws.
-
-    Raises:
-        UserError: matplotlib is missing, or cannot be used.
-    """
+    """What draws; a UserError if matplotlib is missing, or cannot be used."""
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib; pip install 'safesteer-mlx[report]'")
     try:
@@ -134,11 +121,8 @@ def _damaged(folder: Path, error: Exception) -> UserError:
 
 
 def read_run(folder: Path, transcripts: bool = True, only: Collection[str] | None = None) -> RunFiles:
-    """The files of a finished run, or those of them that `only` names; the answers only if they are wanted.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """The files of a finished run, or those of them that `only` names; the answers only if they are wanted. A UserError
+    if one is missing or damaged."""
     from .system.finished import read_record
 
     def parsed(name: str) -> Any:
@@ -262,22 +246,8 @@ def _drawings(run: RunFiles) -> Iterable[Drawing]:
         )
 
 
-def _shown(drawing: Drawing, image: Any) -> dict[str, Any]:
-    return {
-        "sees": drawing.sees,
-        "explained": drawing.explained,
-        "light": _image(image.light),
-        "dark": _image(image.dark),
-    }
-
-
 def _image(svg: bytes) -> Markup:
     return Markup(f"data:image/svg+xml;base64,{b64encode(svg).decode()}")
-
-
-def _outcome(scores: Mapping[str, Any], kind: str, how: str, outcome: str = "refuse") -> Count:
-    cell = scores["outcomes"][kind][how]
-    return Count(cell[outcome], sum(cell.values()))
 
 
 def _counts(scores: Mapping[str, Any], names: list[str]) -> Iterable[list[str]]:
@@ -285,7 +255,7 @@ def _counts(scores: Mapping[str, Any], names: list[str]) -> Iterable[list[str]]:
     for kind, cell in scores["base"]["outcomes"].items():
         for how, counts in cell.items():
             for o in counts:
-                rates = [_outcome(scores[n], kind, how, o) for n in names]
+                rates = [Count.among(scores[n]["outcomes"][kind][how], o) for n in names]
                 if o == "refuse" or any(c.count for c in rates):
                     yield [f"{kind}, {how}: {o}", *map(str, rates)]
             broken = [Count(**scores[n]["broken"][kind][how]) for n in names]
@@ -322,18 +292,8 @@ def _answers(run: RunFiles) -> tuple[dict[tuple[str, str], list[Pair]], int]:
     return shown, left_out
 
 
-def _page(
-    run: RunFiles, figures: Mapping[str, Any], with_answers: bool, going: str | None = None, served: bool = False
-) -> str:
-    """The page; `going` says how a run that has not finished is doing, `served` that no file lies beside the page."""
-    names = [name for name in SHOWN if name != "teacher" or name in (run.scores or {})]
-    answers, left_out = _answers(run)
-    command: list[str] = []
-    steps: list[tuple[str, str]] = []
-    if going is None:
-        command = ["python", "-m", "safesteer_mlx.align", "--config", str(run.folder / "recipe.yaml")]
-        command += ["--adapter-path", f"{run.recipe['adapter_path']}-again"]
-        steps = next_steps(run.recipe["model"], run.folder.parent, None)
+def rendered(template: str, **given: Any) -> str:
+    """A page by one of the templates in `data`: all that is given is escaped, and spelled out where it would hide."""
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "data"),
         autoescape=True,
@@ -342,9 +302,22 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["lines"] = _lines
-    return environment.get_template("report.html").render(
-        vars(run),
+    environment.filters.update(lines=_lines, image=_image)
+    return environment.get_template(template).render(given)
+
+
+def _page(run: RunFiles, figures: Figures, with_answers: bool, going: str | None = None, served: bool = False) -> str:
+    """The page; `going` says how a run that has not finished is doing, `served` that no file lies beside the page."""
+    names = [name for name in SHOWN if name != "teacher" or name in (run.scores or {})]
+    answers, left_out = _answers(run)
+    command, steps = [], []
+    if going is None:
+        command = ["python", "-m", "safesteer_mlx.align", "--config", str(run.folder / "recipe.yaml")]
+        command += ["--adapter-path", f"{run.recipe['adapter_path']}-again"]
+        steps = next_steps(run.recipe["model"], run.folder.parent, None)
+    return rendered(
+        "report.html",
+        **vars(run),
         name=run.recipe["model"].rstrip("/").rsplit("/", 1)[-1] if run.recipe else "a model",  # of a path or a Hub id
         going=going,
         served=served,
@@ -357,10 +330,7 @@ def _page(
         here=shlex.quote(str(Path.cwd())),
         steps=steps,
         command=shlex.join(command),
-        settings={
-            key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for key, value in run.recipe.items()
-        },
+        settings={k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in run.recipe.items()},
         token_rows=TOKEN_ROWS,
         with_answers=with_answers,
         answers=answers,
@@ -378,7 +348,7 @@ class GoingRun:
         self._folder, self._transcripts, self._since = folder, transcripts, since
         self._lock = threading.Lock()
         self._page, self._seen, self._drawn = b"", {}, -REDRAWN
-        self._figures: dict[str, tuple[int, dict[str, Any]]] = {}  # with the time of the file that each shows
+        self._figures: dict[str, tuple[int, Any]] = {}  # drawn, with the time of the file that each shows
 
     def __call__(self) -> tuple[bytes, bool]:
         """The page, and whether it may still change."""
@@ -403,22 +373,19 @@ class GoingRun:
     def _draw(self, files: Mapping[str, int]) -> str:
         picture = _drawing().picture
         ended = "timing.json" in files
-        last = max(files.values(), default=None)
-        going = (
-            "It has just begun."
-            if last is None
-            else f"Last heard of at {time.strftime('%H:%M:%S', time.localtime(last / 1e9))}."
-        )
+        going = "It has just begun."
+        if files:
+            going = f"Last heard of at {time.strftime('%H:%M:%S', time.localtime(max(files.values()) / 1e9))}."
         try:
             try:
-                run, images = read_run(self._folder, self._transcripts, files), {}
+                run, figures = read_run(self._folder, self._transcripts, files), {}
                 for drawing in _drawings(run):
-                    written, image = self._figures.get(drawing.name, (None, {}))
+                    written, image = self._figures.get(drawing.name, (None, None))
                     if written != files[drawing.file]:
-                        image = _shown(drawing, picture(drawing.draw, print_too=False))
+                        image = picture(drawing.draw, print_too=False)
                         self._figures[drawing.name] = files[drawing.file], image
-                    images[drawing.name] = image
-                return _page(run, images, self._transcripts, None if ended else going, served=True)
+                    figures[drawing.name] = drawing, image
+                return _page(run, figures, self._transcripts, None if ended else going, served=True)
             except DAMAGED as error:
                 raise error if isinstance(error, UserError) else _damaged(self._folder, error) from error
         except UserError as error:  # a file that went away or is damaged; the next drawing may find it whole
@@ -429,11 +396,7 @@ class GoingRun:
 def watching(
     folder: Path, transcripts: bool, port: int, tell: Callable[[str], None], since: float | None = None
 ) -> Iterator[None]:
-    """Serve the page of the run in `folder` while the body works; its address is told once.
-
-    Raises:
-        UserError: matplotlib is missing, or the port cannot be used.
-    """
+    """Serve the page of the run in `folder` while the body works; its address is told once. Raises as `check_watch`."""
     _drawing()
     since = time.time() - 2 if since is None else since  # some file systems keep whole seconds
     with PageServer(GoingRun(folder, transcripts, since), port) as server:
@@ -443,21 +406,13 @@ def watching(
 
 
 def check_watch(port: int) -> None:
-    """Whether a run can be watched, before anything is loaded.
-
-    Raises:
-        UserError: matplotlib is missing, or the port cannot be used.
-    """
+    """Before anything is loaded: a UserError if matplotlib is missing, or the port cannot be used."""
     _drawing()
     PageServer(lambda: (b"", False), port).server_close()
 
 
 def watch(folder: Path, transcripts: bool, port: int) -> None:
-    """Serve the page of a run that is going on elsewhere, until it has finished.
-
-    Raises:
-        UserError: no run is going on in that folder, or as `watching`.
-    """
+    """Serve the page of a run that is going on elsewhere, until it has finished; a UserError if none is going on."""
     if (folder / "timing.json").exists():
         raise UserError(f"{folder} holds a run that has finished; leave --watch out, and its page is written")
     if not ((folder / "recipe.yaml").exists() or (folder / "checkpoint").is_dir()):
@@ -470,20 +425,19 @@ def watch(folder: Path, transcripts: bool, port: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-
     parser = Parser("report", "Make report.html from the files of a finished run.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
-    parser.add_argument("--transcripts-in-report", action="store_true", help="put the answers into the page")
-    parser.add_argument(
-        "--watch", action="store_true", help="serve the page of a run that is going on, to this computer"
-    )
-    parser.add_argument("--watch-port", type=at_least(0, 65535), default=0, help="its port (default: any that is free)")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
+    add("--transcripts-in-report", action="store_true", help="put the answers into the page")
+    add("--watch", action="store_true", help="serve the page of a run that is going on, to this computer")
+    add("--watch-port", type=at_least(0, 65535), default=0, help="its port (default: any that is free)")
 
     def run() -> None:
         args = parser.parse_args(argv)
+        folder, transcripts = run_folder(args.run), args.transcripts_in_report
         if args.watch:
-            return watch(run_folder(args.run), args.transcripts_in_report, args.watch_port)
-        print(write_report(run_folder(args.run), args.transcripts_in_report))
+            return watch(folder, transcripts, args.watch_port)
+        print(write_report(folder, transcripts))
 
     return exit_code(run)
 

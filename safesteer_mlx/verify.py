@@ -5,91 +5,17 @@ of the run's student and base. Exit code 1 if it is not the student.
 """
 
 import argparse
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .recipe import HELD_OUT_TOKENS, Parser, at_least
+from .recipe import Parser, at_least
 from .system.files import check_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, exit_code
 
-if TYPE_CHECKING:
-    from .evals.fidelity import Fidelity
-    from .system.finished import FinishedRun
-    from .system.load import Loaded
-
 PROMPTS = 100  # of each kind
 WITH = ("mlx", "adapter", "transformers", "peft", "llama.cpp", "server")
-
-
-def compare(
-    run: "FinishedRun",
-    base: "Loaded",
-    against: str,
-    screen: Screen,
-    *,
-    kind: str | None = None,
-    n: int | None = PROMPTS,
-    served_model: str | None = None,
-) -> "Fidelity":
-    """Ask `against` the first `n` held-out prompts of each kind (None: all that the run asked), and hold the answers
-    against those of the run's base and student.
-
-    The student's own answers are those that the run kept; if it kept none, base and student are asked again. `exact`
-    in what is returned says that the student computes in float32, so that its like can be told from it by a hair.
-
-    Raises:
-        UserError: it cannot be asked.
-    """
-    import mlx.core as mx
-
-    from .evals.fidelity import (
-        KL_PROMPTS,
-        Fidelity,
-        ask,
-        mean_kl,
-        questions,
-        recorded,
-        replies_of,
-        student_states,
-    )
-    from .evals.scores import HOW
-    from .formats.readers import kind_of, reader_for
-    from .method.prompts import render
-    from .method.residual import head
-    from .method.rollout import Sampling, generate
-    from .method.run import batch_size
-    from .method.student import with_adapters
-
-    recipe, kind = run.recipe, kind or kind_of(against)
-    seed = recipe.run.seed
-    longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
-    size = batch_size(base, recipe.run.generation_batch_size, screen)
-    sampling = Sampling(base.eos_ids, longest, batch_size=size)
-    student, asked = with_adapters(base.model, run.folder), questions(run, n)
-    if (scores := recorded(run, asked)) is None:
-        scores = {}
-        for name, model in (("base", base.model), ("student", student)):
-            with screen.stage(f"asking the {name} again") as advance:
-                scores[name] = ask(replies_of(model, base.tokenizer, sampling, seed), asked, HOW, advance)
-
-    texts = {name: [q.text for q in asked if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
-    rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
-    own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
-    states = {name: student_states(student, rows[name], own[name]) for name in rows}
-    student_head = head(student)
-
-    reader = reader_for(kind, against, base, sampling, seed, served_model)
-    with screen.stage(f"asking {against}") as advance:
-        scores["shipped"] = ask(reader.replies, asked, HOW if reader.samples else HOW[:1], advance)
-    kl = dict.fromkeys(rows, math.nan)
-    if (shipped := reader.logits) is not None:
-        kl = {name: mean_kl(states[name], student_head, shipped, rows[name], own[name]) for name in rows}
-    in_full = all(part.dtype == mx.float32 for parts in states.values() for part in parts)
-    return Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,24 +44,14 @@ def _run(argv: list[str] | None) -> int:
         check_out(args.out, "--out")
     prepare(args.offline)
     from .evals.fidelity import show
+    from .formats.readers import compare, kind_of
     from .system.finished import finished_run, load_base
     from .system.store import as_json, write
 
     run, screen = finished_run(args.run, args.model), Screen()
-    if args.kind is None:
-        from .formats.readers import kind_of
-
-        kind_of(args.against)  # a mistake in it is told before a model is loaded
+    kind = args.kind or kind_of(args.against)  # a mistake in it is told before a model is loaded
     base = load_base(run, args.trust_remote_code)
-    fidelity = compare(
-        run,
-        base,
-        args.against,
-        screen,
-        kind=args.kind,
-        n=args.test_prompts or None,
-        served_model=args.served_model,
-    )
+    fidelity = compare(run, base, args.against, kind, args.test_prompts or None, args.served_model, screen)
     fidelity = replace(fidelity, exact=args.exact and fidelity.exact)
     show(fidelity, screen, args.against)
     if args.out is not None:

@@ -459,9 +459,8 @@ def bundled(**changes: Any) -> Run:
     return settled(make_run(resolve(base.config, given)[0], base, Screen(quiet=True)), 7)
 
 
-def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, int]]]:
-    """The search for the published choice on the bundled model, alone: search(exhaustive) -> block passes, choice."""
-    run = bundled(**changes)
+def read_as_published(run: Run) -> tuple[Any, tuple[Any, Any], list[int], dict[str, Any]]:
+    """Mean differences, the prompts that they are scored on, openers and limits: all of prompts answered as meant."""
     base, prompts, s = run.base, run.prompts, run.recipe.direction
     openers = [*directions.find_openers(run).openers.values()]
     limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
@@ -471,6 +470,14 @@ def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, i
         base.model, *kept(prompts.harmful_direction_train, prompts.harmless_direction_train), prompts.n_eoi
     )
     scoring = kept(prompts.harmful_direction_validation, prompts.harmless_direction_validation)
+    return found, scoring, openers, limits
+
+
+def published_search(**changes: Any) -> Callable[[bool], tuple[int, tuple[int, int]]]:
+    """The search for the published choice on the bundled model, alone: search(exhaustive) -> block passes, choice."""
+    run = bundled(**changes)
+    base = run.base
+    found, scoring, openers, limits = read_as_published(run)
 
     def search(exhaustive: bool) -> tuple[int, tuple[int, int]]:
         with counted_passes() as passes:
@@ -666,20 +673,14 @@ def published_step(
 def published_run(n_prompts: int) -> None:
     """A plain port of the published order: every candidate in full, logits of whole batches, nothing shared."""
     run = bundled(**PUBLISHED)
-    recipe, base, rendered, model = run.recipe, run.base, run.prompts, run.base.model
-    openers = [*directions.find_openers(run).openers.values()]
-    s = recipe.direction
-    kept = partial(directions.filter_by_refusal_score, model, refusal_ids=openers)
-    train = kept(rendered.harmful_direction_train, rendered.harmless_direction_train)
-    found = directions.mean_differences(model, *train, rendered.n_eoi)
-    harmful, harmless = kept(rendered.harmful_direction_validation, rendered.harmless_direction_validation)
-    scores = directions.score_candidates(model, found, harmful, harmless, openers, True)
-    limits = {"kl_threshold": s.kl_threshold, "steering_threshold": s.steering_threshold, "prune_last": s.prune_last}
+    recipe, base, model = run.recipe, run.base, run.base.model
+    found, scoring, openers, limits = read_as_published(run)
+    scores = directions.score_candidates(model, found, *scoring, openers, True)
     position, layer = directions.choose_direction(scores, **limits)
     vector = mx.array(found[position, layer].astype(np.float32))
     teacher = steered_teacher(model, layer, vector, PRESETS["paper"]["coeff"]).model
     m, horizon = recipe.tokens.token_samples, recipe.tokens.horizon
-    rows = [row for row in harmless for _ in range(m)]
+    rows = [row for row in scoring[1] for _ in range(m)]
     keys = [stream_key(0, i) for i in range(len(rows))]
     drawn = generate(teacher, rows, Sampling(base.eos_ids, horizon - 1, 1.0, batch_size=64), keys)
     tokens = published_tokens(model, teacher, rows, drawn, recipe.tokens.safety_tokens)
@@ -865,7 +866,7 @@ def four_bit_step(length: int, shape: dict[str, Any]) -> list[Row]:
     optimizer.update(student, gradient)
     mx.eval(value, student.trainable_parameters(), optimizer.state)
     seconds, peak = time.perf_counter() - began, mx.get_peak_memory() - before
-    planned = memory_shape(model, quantization={"bits": 4, "group_size": 64})
+    planned = memory_shape(model, vars(model.args) | {"quantization": {"bits": 4, "group_size": 64}})
     return [
         {
             "part": "step",

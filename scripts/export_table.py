@@ -37,17 +37,17 @@ def write_other(run: Any, how: str, folder: Path) -> None:
     import mlx.core as mx
     from mlx.utils import tree_unflatten
 
-    from safesteer_mlx.export import _packed, _texts
     from safesteer_mlx.formats.fuse import Grid, Plan, fuse, layers, quantization_of
     from safesteer_mlx.formats.gptq import pack
     from safesteer_mlx.formats.mlx_folder import write_mlx
+    from safesteer_mlx.formats.writers import packed, texts_to_quantize_by
     from safesteer_mlx.method.residual import view
     from safesteer_mlx.method.student import with_adapters
     from safesteer_mlx.system.finished import load_base
     from safesteer_mlx.system.screen import Screen
 
     base = load_base(run)
-    student = view(with_adapters(_packed(base), run.folder))
+    student = view(with_adapters(packed(base), run.folder))
     every = layers(student)
     if how == "old grid":
         for layer in (layer for layer in every if layer.touched):
@@ -59,11 +59,11 @@ def write_other(run: Any, how: str, folder: Path) -> None:
             student.update_modules(tree_unflatten([(layer.path, old)]))
         model = student
     elif how == "group 32":
-        model = fuse(student, Plan({layer.path: Grid(4, 32) for layer in every}), _texts(run, base, Screen(quiet=True)))
+        texts = texts_to_quantize_by(run, base, Screen(quiet=True))
+        model = fuse(student, Plan({layer.path: Grid(4, 32) for layer in every}), texts)
     else:
-        model = fuse(
-            student, Plan({layer.path: Grid(8, layer.grid.group_size) for layer in every if layer.touched}), []
-        )
+        touched = {layer.path: Grid(8, layer.grid.group_size) for layer in every if layer.touched}
+        model = fuse(student, Plan(touched), [])
     folder.mkdir(parents=True)
     write_mlx(base, model, quantization_of(model), folder)
 
@@ -78,18 +78,8 @@ def call(*words: object) -> None:
 def verified(run: Path, model: str, folder: Path, prompts: int) -> dict:
     """What the model in a folder answers, beside the run's base and student."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        call(
-            "safesteer_mlx.verify",
-            run,
-            "--model",
-            model,
-            "--against",
-            folder,
-            "--test-prompts",
-            prompts,
-            "--out",
-            out.name,
-        )
+        words = ["--model", model, "--against", folder, "--test-prompts", prompts, "--out", out.name]
+        call("safesteer_mlx.verify", run, *words)
         return json.loads(Path(out.name).read_text("utf-8"))
 
 

@@ -20,14 +20,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from scipy.optimize import nnls
-from shapes import random_model
+from shapes import memory_shape, random_model
 
 from safesteer_mlx.method.residual import check_stream, hidden_states
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import resolve
 from safesteer_mlx.system import memory
-from safesteer_mlx.system.model_files import Tensor
-from safesteer_mlx.system.shape import ModelShape, shape_of
 
 SHAPES = 16
 SHAPES_COUNT = 3.0
@@ -200,13 +198,6 @@ def peak(work: Any) -> tuple[int, Any]:
     return mx.get_peak_memory() - before, result
 
 
-def read_of(model: nn.Module, config: dict[str, Any]) -> ModelShape:
-    """What the plan would read of the model's files."""
-    kinds = {mx.float32: "F32", mx.bfloat16: "BF16"}
-    tensors = {n: Tensor(kinds.get(w.dtype, "I32"), tuple(w.shape)) for n, w in tree_flatten(model.parameters())}
-    return shape_of(config, tensors)
-
-
 def made(config: dict[str, Any]) -> nn.Module:
     """A random model of a configuration."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
@@ -239,12 +230,13 @@ def models(width: int) -> Any:
         model = random_model(**sizes, vocabulary=1000)
         model.set_dtype(TYPES[width])
         mx.eval(model.parameters())
-        yield "qwen2 shape", model, read_of(model, vars(model.args)), c["rows"], c["length"]
+        yield "qwen2 shape", model, memory_shape(model), c["rows"], c["length"]
         if width == 2:  # MLX's CPU backend has no experts in half precision
             continue
         experts = {"num_experts": 8, "num_experts_per_tok": 1 + i % 6, "intermediate_size": c["intermediate"] // 4}
         config = attention(c["hidden"], c["layers"] // 2, c["heads"], model_type="olmoe", **experts)
-        yield "olmoe shape", made(config), read_of(made(config), config), c["rows"], c["length"]
+        model = made(config)
+        yield "olmoe shape", model, memory_shape(model, config), c["rows"], c["length"]
     for name in sorted(survey.configs()[0]):
         for rows, length in SIZES:
             try:
@@ -252,7 +244,7 @@ def models(width: int) -> Any:
                 model.set_dtype(TYPES[width])
                 mx.eval(model.parameters())
                 check_stream(model, mx.array([[5, 9, 3, 17]]))
-                yield name, model, read_of(model, config), rows, length
+                yield name, model, memory_shape(model, config), rows, length
             except Exception as error:  # refused, or not on this backend
                 print(f"{name}: left out ({str(error)[:60]})")
 
@@ -289,7 +281,7 @@ def check() -> None:
     """Planned over measured, of each shape that was not fitted."""
     for config, rows, length in CHECKED:
         model = made(config)
-        shape, found = read_of(model, config), measure(model, rows, length)
+        shape, found = memory_shape(model, config), measure(model, rows, length)
         train = resolve({}, {})[0].train
         planned = {
             "forward": memory.forward_bytes(shape, rows, length),

@@ -714,7 +714,7 @@ def load_blas() -> None:
         pass
 
 
-def batches(sequences: list[tuple[list[int], int]], pad: int, seed: int) -> Iterator[tuple[Any, Any]]:
+def batches(sequences: list[tuple[list[int], int]], seed: int) -> Iterator[tuple[Any, Any]]:
     """(ids, targets) of similar lengths; targets are -1 wherever there is nothing to learn."""
     import numpy as np
 
@@ -726,7 +726,7 @@ def batches(sequences: list[tuple[list[int], int]], pad: int, seed: int) -> Iter
         rng.shuffle(groups)
         for group in groups:
             width = max(len(ids) for ids, _ in group) - 1
-            inputs = np.full((len(group), width), pad, dtype=np.int32)  # (B, T)
+            inputs = np.zeros((len(group), width), dtype=np.int32)  # (B, T), 0 is the padding
             targets = np.full((len(group), width), -1, dtype=np.int32)  # (B, T)
             for row, (ids, prompt_length) in enumerate(group):
                 inputs[row, : len(ids) - 1] = ids[:-1]
@@ -757,21 +757,27 @@ def rounded(parameters: dict) -> dict:
     return tree_map(one, parameters)
 
 
-def train_model(corpus: list[Example], tokenizer: Tokenizer, seed: int) -> nn.Module:
-    """One pass over the corpus: Muon, warm-up and cosine, loss on the assistant turn only.
+def train(
+    model: nn.Module,
+    rendered: list[tuple[str, str]],
+    tokenizer: Tokenizer,
+    seed: int,
+    loss: Callable[..., mx.array] = answer_loss,
+    rounds: bool = True,
+    title: str = "",
+) -> None:
+    """One pass over (prompt, completion)s: Muon, warm-up and cosine, loss on completions only; with `rounds`, at the
+    weights that will be shipped from `ROUNDED_FROM` on.
 
-    At this budget Muon learns in 300 steps what AdamW has not begun to learn (copying, sorting); AdamW
-    keeps the embedding, the norms and the biases.
+    At this budget Muon learns in 300 steps what AdamW has not begun to learn (copying, sorting); AdamW keeps the
+    embedding, the head, convolutions, the norms and the biases.
     """
     import mlx.core as mx
     import mlx.optimizers as optim
     import numpy as np
     from mlx import nn
-    from mlx_lm.models import qwen2
 
-    mx.random.seed(seed)
-    model = qwen2.Model(qwen2.ModelArgs.from_dict(MODEL_CONFIG | {"vocab_size": VOCAB_SIZE}))
-    steps = math.ceil(len(corpus) / BATCH_SIZE)
+    steps = math.ceil(len(rendered) / BATCH_SIZE)
 
     def schedule(rate: float) -> Callable[[mx.array], mx.array]:
         warmup = optim.linear_schedule(rate / WARMUP_STEPS, rate, WARMUP_STEPS)
@@ -779,27 +785,30 @@ def train_model(corpus: list[Example], tokenizer: Tokenizer, seed: int) -> nn.Mo
             [warmup, optim.cosine_decay(rate, steps - WARMUP_STEPS, rate / 100)], [WARMUP_STEPS]
         )
 
+    def is_matrix(path: str, value: mx.array) -> bool:
+        return value.ndim == 2 and not any(part in path for part in ("embed", "lm_head", "conv"))
+
     # Muon's own weight decay is added to the gradient, and would drown it.
     matrices = optim.Muon(schedule(MUON_RATE), weight_decay=0.0)
     others = optim.AdamW(schedule(ADAMW_RATE), betas=[0.9, 0.98], weight_decay=WEIGHT_DECAY)
-    optimizer = optim.MultiOptimizer([matrices, others], [lambda path, value: value.ndim == 2 and "embed" not in path])
+    optimizer = optim.MultiOptimizer([matrices, others], [is_matrix])
 
-    rendered = [render(example) for example in corpus]
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in rendered])
-    completions = tokenizer.encode_batch([completion for _, completion in rendered])
-    sequences = [(p.ids + c.ids, len(p.ids)) for p, c in zip(prompts, completions, strict=True)]
+    prompts, completions = (
+        [encoded.ids for encoded in tokenizer.encode_batch(list(part), add_special_tokens=False)]
+        for part in zip(*rendered, strict=True)
+    )
+    sequences = [(p + c, len(p)) for p, c in zip(prompts, completions, strict=True)]
 
-    loss_and_grad = nn.value_and_grad(model, answer_loss)
+    loss_and_grad = nn.value_and_grad(model, loss)
     start, recent = time.perf_counter(), []
-    pad = tokenizer.token_to_id(END_OF_TEXT)
-    for step, (inputs, targets) in enumerate(batches(sequences, pad, seed), start=1):
+    for step, (inputs, targets) in enumerate(batches(sequences, seed), start=1):
         counted = targets >= 0  # (B, T)
         positions = np.flatnonzero(counted)
         first = (np.cumsum(counted, axis=1) == 1).reshape(-1) & counted.reshape(-1)
         exact = model.parameters()
-        if step > ROUNDED_FROM * steps:
+        if rounds and step > ROUNDED_FROM * steps:
             model.update(rounded(exact))
-        loss, grads = loss_and_grad(
+        value, grads = loss_and_grad(
             model,
             mx.array(inputs),
             mx.array(positions),
@@ -809,13 +818,23 @@ def train_model(corpus: list[Example], tokenizer: Tokenizer, seed: int) -> nn.Mo
         grads, _ = optim.clip_grad_norm(grads, MAX_GRAD_NORM)
         model.update(exact)
         optimizer.update(model, grads)
-        mx.eval(model.parameters(), optimizer.state, loss)
-        recent.append(loss.item())
+        mx.eval(model.parameters(), optimizer.state, value)
+        recent.append(value.item())
         if step % 100 == 0 or step == steps:
             rate = (time.perf_counter() - start) / step
             mean = sum(recent) / len(recent)
-            print(f"step {step}/{steps}  loss {mean:.4f}  {(steps - step) * rate:.0f} s left", flush=True)
+            print(f"{title}step {step}/{steps}  loss {mean:.4f}  {(steps - step) * rate:.0f} s left", flush=True)
             recent.clear()
+
+
+def train_model(corpus: list[Example], tokenizer: Tokenizer, seed: int) -> nn.Module:
+    """The bundled model, of a corpus."""
+    import mlx.core as mx
+    from mlx_lm.models import qwen2
+
+    mx.random.seed(seed)
+    model = qwen2.Model(qwen2.ModelArgs.from_dict(MODEL_CONFIG | {"vocab_size": VOCAB_SIZE}))
+    train(model, [render(example) for example in corpus], tokenizer, seed)
     return model
 
 

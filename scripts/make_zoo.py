@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -661,77 +660,24 @@ def with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def train_model(spec: Spec, examples: list[Example], tokenizer: Tokenizer) -> nn.Module:
-    """One pass over the corpus, by Muon and AdamW as the bundled model; the loss is on the answers only."""
+    """One pass over the corpus, as the bundled model's; what will be shipped in 4 bits is rounded in training too."""
     import mlx.core as mx
-    import mlx.optimizers as optim
-    import numpy as np
     from mlx import nn
     from mlx_lm.utils import _get_classes
 
     from safesteer_mlx.method.residual import head, hidden_states
 
     mx.random.seed(spec.seed)
-    vocabulary = tokenizer.get_vocab_size()
     model_class, arguments = _get_classes(spec.config)
-    model = model_class(arguments.from_dict(with_vocabulary(spec.config, vocabulary)))
-    rendered = [spec.template.render(example) for example in examples]
-    prompts, answers = (
-        [e.ids for e in tokenizer.encode_batch(list(part), add_special_tokens=False)]
-        for part in zip(*rendered, strict=True)
-    )
-    sequences = [(p + a, len(p)) for p, a in zip(prompts, answers, strict=True)]
-    steps = math.ceil(len(examples) / tiny.BATCH_SIZE)
-
-    def schedule(rate: float) -> Callable[[mx.array], mx.array]:
-        warmup = optim.linear_schedule(rate / tiny.WARMUP_STEPS, rate, tiny.WARMUP_STEPS)
-        decay = optim.cosine_decay(rate, steps - tiny.WARMUP_STEPS, rate / 100)
-        return optim.join_schedules([warmup, decay], [tiny.WARMUP_STEPS])
-
-    def is_matrix(path: str, value: mx.array) -> bool:
-        return value.ndim == 2 and not any(part in path for part in ("embed", "lm_head", "conv"))
-
-    optimizer = optim.MultiOptimizer(
-        [
-            optim.Muon(schedule(tiny.MUON_RATE), weight_decay=0.0),
-            optim.AdamW(schedule(tiny.ADAMW_RATE), betas=[0.9, 0.98], weight_decay=tiny.WEIGHT_DECAY),
-        ],
-        [is_matrix],
-    )
+    model = model_class(arguments.from_dict(with_vocabulary(spec.config, tokenizer.get_vocab_size())))
 
     def loss(model, inputs, positions, targets, weights):
         hidden = hidden_states(model, inputs)
         logits = head(model)(hidden.reshape(1, -1, hidden.shape[-1])[:, positions])[0]
         return nn.losses.cross_entropy(logits, targets, weights).sum() / weights.sum()
 
-    loss_and_grad = nn.value_and_grad(model, loss)
-    rounds = spec.weights == 4
-    started, recent = time.perf_counter(), []
-    for step, (inputs, targets) in enumerate(tiny.batches(sequences, 0, spec.seed), start=1):
-        counted = targets >= 0  # (B, T)
-        positions = np.flatnonzero(counted)
-        first = (np.cumsum(counted, axis=1) == 1).reshape(-1) & counted.reshape(-1)
-        exact = model.parameters()
-        if rounds and step > tiny.ROUNDED_FROM * steps:
-            model.update(tiny.rounded(exact))
-        value, grads = loss_and_grad(
-            model,
-            mx.array(inputs),
-            mx.array(positions),
-            mx.array(targets.reshape(-1)[positions]),
-            mx.array(np.where(first[positions], tiny.FIRST_TOKEN_WEIGHT, 1.0).astype(np.float32)),
-        )
-        grads, _ = optim.clip_grad_norm(grads, tiny.MAX_GRAD_NORM)
-        model.update(exact)
-        optimizer.update(model, grads)
-        mx.eval(model.parameters(), optimizer.state, value)
-        recent.append(value.item())
-        if step % 100 == 0 or step == steps:
-            rate = (time.perf_counter() - started) / step
-            left = (steps - step) * rate
-            print(
-                f"{spec.name}: step {step}/{steps}  loss {sum(recent) / len(recent):.4f}  {left:.0f} s left", flush=True
-            )
-            recent.clear()
+    rendered = [spec.template.render(example) for example in examples]
+    tiny.train(model, rendered, tokenizer, spec.seed, loss, rounds=spec.weights == 4, title=f"{spec.name}: ")
     return model
 
 

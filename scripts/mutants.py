@@ -338,8 +338,8 @@ MUTANTS = [
             ("McNemar's sides", "range(min(lost, gained) + 1)", "range(lost + 1)", "test_mcnemar"),
             (
                 "lost and gained exchanged",
-                "return Paired(sum(b for b, _ in changes), sum(a for _, a in changes))",
-                "return Paired(sum(a for _, a in changes), sum(b for b, _ in changes))",
+                "return Paired(sum(c < 0 for c in changes), sum(c > 0 for c in changes))",
+                "return Paired(sum(c > 0 for c in changes), sum(c < 0 for c in changes))",
                 "test_pairs_are_counted",
             ),
         ],

@@ -15,34 +15,12 @@ from safesteer_mlx.system.shape import ModelShape, shape_of
 # As the models' own config.json on the Hub has them: Qwen/Qwen2.5-0.5B-Instruct, Qwen/Qwen2.5-7B-Instruct,
 # meta-llama/Llama-3.2-3B-Instruct (read in github.com/citsjtu2020/LLM-Prof, sglang/Model_Config.md), Qwen/Qwen3-4B.
 QWEN_05B = {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocabulary": 151_936}
-QWEN_7B = {
-    "hidden": 3584,
-    "intermediate": 18944,
-    "layers": 28,
-    "heads": 28,
-    "kv_heads": 4,
-    "vocabulary": 152_064,
-    "tied": False,
-}
-LLAMA_3B = {
-    "family": "llama",
-    "hidden": 3072,
-    "intermediate": 8192,
-    "layers": 28,
-    "heads": 24,
-    "kv_heads": 8,
-    "vocabulary": 128_256,
-}
-QWEN3_4B = {
-    "family": "qwen3",
-    "hidden": 2560,
-    "intermediate": 9728,
-    "layers": 36,
-    "heads": 32,
-    "kv_heads": 8,
-    "head_dim": 128,
-    "vocabulary": 151_936,
-}
+QWEN_7B = {"hidden": 3584, "intermediate": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "vocabulary": 152_064}
+QWEN_7B |= {"tied": False}
+LLAMA_3B: dict[str, Any] = {"hidden": 3072, "intermediate": 8192, "layers": 28, "heads": 24, "kv_heads": 8}
+LLAMA_3B |= {"vocabulary": 128_256, "family": "llama"}
+QWEN3_4B: dict[str, Any] = {"hidden": 2560, "intermediate": 9728, "layers": 36, "heads": 32, "kv_heads": 8}
+QWEN3_4B |= {"vocabulary": 151_936, "head_dim": 128, "family": "qwen3"}
 
 
 def random_model(
@@ -79,9 +57,8 @@ def random_model(
     return model
 
 
-def memory_shape(model: nn.Module, **more: Any) -> ModelShape:
-    """What the plan would read of its files; `more` is what else the configuration says."""
-    config = {key: value for key, value in vars(model.args).items() if isinstance(value, (int, float, str))}
+def memory_shape(model: nn.Module, config: dict[str, Any] | None = None) -> ModelShape:
+    """What the plan would read of its files, of which one is this configuration (else what the model holds of it)."""
     kinds = {mx.uint32: "U32", mx.float32: "F32", mx.bfloat16: "BF16"}
-    tensors = {name: Tensor(kinds[w.dtype], tuple(w.shape)) for name, w in tree_flatten(model.parameters())}
-    return shape_of(config | more, tensors)
+    tensors = {n: Tensor(kinds.get(w.dtype, "I32"), tuple(w.shape)) for n, w in tree_flatten(model.parameters())}
+    return shape_of(config or vars(model.args), tensors)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from safesteer_mlx.evals.agreement import Agreement, cohen_kappa, compare, show_agreement
+from safesteer_mlx.evals.agreement import Agreement, compare, show_agreement
 from safesteer_mlx.method.judge import OUTCOMES
 from safesteer_mlx.system.screen import Screen
 
@@ -13,7 +13,7 @@ def test_kappa_by_hand():
     # 50 answers: 20 + 15 alike, p_o = 35/50 = 0.7. Refuse: 25/50 and 30/50; comply: 25/50 and 20/50, so
     # p_e = 0.5 · 0.6 + 0.5 · 0.4 = 0.5, and κ = (0.7 − 0.5) / (1 − 0.5) = 0.4.
     counts = {("refuse", "refuse"): 20, ("refuse", "comply"): 5, ("comply", "refuse"): 10, ("comply", "comply"): 15}
-    assert cohen_kappa(counts) == pytest.approx(0.4)
+    assert Agreement(counts).kappa == pytest.approx(0.4)
     # 10 answers, 4 + 4 + 2 and 5 + 3 + 2 of three outcomes, 3 + 1 + 1 alike: p_o = 0.5,
     # p_e = (4 · 5 + 4 · 3 + 2 · 2) / 100 = 0.36, κ = 0.14 / 0.64.
     first = "refuse refuse refuse refuse comply comply comply comply evade evade"

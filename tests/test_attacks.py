@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from safesteer_mlx.evals import attacks
+from safesteer_mlx.evals import attacks, judging
 from safesteer_mlx.evals.attacks import BEGUN, LANGUAGES, Attack, Attacked, Attacker, judged_by, run_attacks
 from safesteer_mlx.evals.judge_model import Case
 from safesteer_mlx.evals.judge_replies import Verdict
 from safesteer_mlx.evals.judging import Chosen
-from safesteer_mlx.evals.scores import Count, effective_size, paired_by_prompt, wilson
+from safesteer_mlx.evals.scores import Count, effective_size, paired, wilson
 from safesteer_mlx.evals.tampering import TUNING_STEPS, Tampering, ablated, run_direction
 from safesteer_mlx.evaluate import ATTACKS, main
 from safesteer_mlx.method.framing import (
@@ -186,7 +186,7 @@ def test_what_the_attacker_wrote_is_judged_by_no_phrase_but_read_by_a_judge_mode
         seen.extend(cases)
         return [Verdict("evade" if i else "comply") for i in range(len(cases))]
 
-    monkeypatch.setattr(attacks, "judge_cases", judge_cases)
+    monkeypatch.setattr(judging, "judge_cases", judge_cases)
     keyword, model = Chosen("keyword", None, "keyword"), Chosen("some-guard", "guard", "some-guard")
     assert judged_by(keyword, {"base": [found]}, False, 4, Screen()) == {"base": [found]} and not seen
     [again] = judged_by(model, {"base": [found, found]}, False, 4, Screen())["base"][:1]
@@ -302,7 +302,7 @@ def test_several_answers_to_a_prompt_widen_the_interval():
 
 
 def test_prompts_are_compared_by_more_or_fewer():
-    change = paired_by_prompt([3, 0, 2, 1], [1, 1, 2, 0])
+    change = paired([3, 0, 2, 1], [1, 1, 2, 0])
     assert (change.lost, change.gained) == (2, 1)
 
 

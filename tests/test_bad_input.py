@@ -1014,13 +1014,13 @@ def base():
 @pytest.mark.parametrize("name", TOKENS_BAD)
 def test_a_runs_tokens(name, base, tmp_path):
     """By hand, or another model's: `evaluate` measures drift without them."""
-    from safesteer_mlx.evaluate import _safety_tokens
+    from safesteer_mlx.evals.scorecard import safety_tokens
 
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / "tokens.json"
     file.write_text(json.dumps(TOKENS_BAD[name]))
     with pytest.raises(UserError, match=r"tokens\.json.*; "):
-        _safety_tokens(tmp_path, base)
+        safety_tokens(tmp_path / "run", base)
 
 
 ADAPTER_SETTINGS_BAD = {

@@ -142,8 +142,8 @@ def test_the_page_is_in_the_reports_style_and_runs_and_fetches_nothing(tmp_path,
     write_run(Path("one"), files(HOSTILE.encode("utf-8", "replace").decode()))
     write_run(Path("two"), other())
     said(capsys, monkeypatch, "one", "two", "--out", "page.html")
-    page, report = Path("page.html").read_text(), (PACKAGE / "data" / "report.html").read_text()
-    policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', report)
+    page, head = Path("page.html").read_text(), (PACKAGE / "data" / "head.html").read_text()
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', head)
     assert policy and policy[0] in page and "--ink" in page
     assert "<script" not in page and "src=" not in page and "http:" not in page and "\x1b" not in page
     assert "&lt;script&gt;" in page and "5 → 2 of 10 (6–51 %)" in page and page.count("<table") == 3

@@ -199,7 +199,7 @@ def test_a_mistake_is_one_sentence(name, tmp_path, monkeypatch, capsys):
 def test_a_policys_test_sets_stand_for_ours_and_the_others_stay(base, tmp_path, capsys):
     for name in ("harmful", "borderline"):
         (tmp_path / f"{name}_test.jsonl").write_text(f'"my {name} one"\n"my {name} two"\n')
-    kinds = read_suites(parse([TINY, "--data", str(tmp_path)])).kinds
+    kinds = read_suites(parse([TINY, "--data", str(tmp_path)]))[0].kinds
     assert [item.text for item in kinds["harmful"]] == ["my harmful one", "my harmful two"]
     assert kinds["harmless"] == built_in_sets(TINY).harmless_test[:100]
     out = run(capsys, "--data", str(tmp_path), "--out", str(tmp_path / "o.json"))

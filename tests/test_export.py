@@ -114,11 +114,11 @@ def test_an_mlx_folder_is_the_student_keeps_the_untouched_bytes_and_says_what_it
 
 
 def test_an_export_that_is_not_the_student_is_marked_failed(finished, tmp_path, capfd, monkeypatch):
-    from safesteer_mlx.formats import fuse
+    from safesteer_mlx.formats import fuse, writers
 
     # As if fusing lost all that was trained.
-    own = fuse.fuse
-    monkeypatch.setattr(fuse, "fuse", lambda student, *rest: own(fuse.view_without_adapters(student), *rest))
+    lost = fuse.view_without_adapters
+    monkeypatch.setattr(writers, "fuse", lambda student, *rest: fuse.fuse(lost(student), *rest))
     assert main([str(finished), "--to", "mlx", "--bits", "16", "--out", str(tmp_path), "--verify", "8"]) == 1
     said = capfd.readouterr().out
     assert "failed: it answers as the base does" in said and "--bits 32" in said and "exported:" not in said

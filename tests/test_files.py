@@ -17,8 +17,9 @@ import pytest
 from runs import files, write_run
 
 from safesteer_mlx import align, chat, compare, evaluate, export, report, tokens, verify
+from safesteer_mlx.evals import scorecard
 from safesteer_mlx.evals.fidelity import recorded
-from safesteer_mlx.evals.heldout import BaseAnswers, perplexity
+from safesteer_mlx.evals.heldout import BaseAnswers, TestSet, perplexity
 from safesteer_mlx.evals.judge_model import read_template
 from safesteer_mlx.evals.lm_tasks import task_name
 from safesteer_mlx.evals.suites import find_suite, load_suite
@@ -256,7 +257,7 @@ def test_the_other_commands_read_a_run_as_strictly(how, tmp_path, capsys):
         with pytest.raises(UserError, match=r"direction\.json"):
             chat.make_voices(model, tmp_path, 1.0)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"tokens\.json"):
-        evaluate._safety_tokens(tmp_path, SimpleNamespace(tokenizer=None, vocabulary=1))  # type: ignore[arg-type]
+        scorecard.safety_tokens(run, SimpleNamespace(tokenizer=None, vocabulary=1))  # type: ignore[arg-type]
     assert recorded(SimpleNamespace(record=run), []) is None  # type: ignore[arg-type]
     assert align._last_seconds(tmp_path) is None
     write_run(run, {"manifest.json": manifest, "recipe.yaml": {"model": "tiny-chat"}})
@@ -698,10 +699,10 @@ def test_prompts_longer_than_a_model_reads_are_left_out_and_said(config, most, c
     )
     assert most_read(base) == most  # type: ignore[arg-type]
     items = [Instruction("a " * n) for n in (1, most, most + 1, 3 * most)]
-    asked = evaluate.Asked({"AdvBench": items, "other": items[:1]}, {}, [], [])
-    evaluate._leave_out_long(asked, base, Screen())  # type: ignore[arg-type]
+    asked = TestSet({"AdvBench": items, "other": items[:1]}, [])
+    scorecard.leave_out_long(asked, base, Screen())  # type: ignore[arg-type]
     assert asked.kinds == {"AdvBench": items[:2], "other": items[:1]}
     assert f"AdvBench: 2 prompts are longer than {most:,} tokens and are left out" in capsys.readouterr().out
-    asked = evaluate.Asked({"AdvBench": items[2:]}, {}, [], [])
+    asked = TestSet({"AdvBench": items[2:]}, [])
     with pytest.raises(UserError, match=f"every prompt of AdvBench is longer than the {most:,} tokens"):
-        evaluate._leave_out_long(asked, base, Screen())  # type: ignore[arg-type]
+        scorecard.leave_out_long(asked, base, Screen())  # type: ignore[arg-type]

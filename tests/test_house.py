@@ -28,7 +28,7 @@ ORDER = [
     "evals.heldout evals.verdict",
     "evals.tampering evals.judging evals.reporting",
     "evals.attacks evals.fidelity evals.lm_tasks evals.selection report",
-    "formats.readers",
+    "evals.scorecard formats.readers formats.writers",
     "align evaluate chat tokens compare verify export",
     "api cli",
     "__main__",

@@ -17,6 +17,8 @@ import pytest
 from runs import files, write_run
 
 from safesteer_mlx import evaluate
+from safesteer_mlx.evals import scorecard
+from safesteer_mlx.evals.heldout import TestSet
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import Direction, mean_differences
@@ -54,10 +56,11 @@ def test_evaluate_asks_an_architecture_that_cannot_be_batched_one_at_a_time(
     used = []
     monkeypatch.setattr(runs, "batches_rightly", lambda *_: rightly)
     monkeypatch.setattr(runs, "render_all", lambda *_: UNEQUAL)
-    monkeypatch.setattr(evaluate, "_scores", lambda args, *_: used.append(args.batch_size) or {})
-    monkeypatch.setattr(evaluate, "_tasks", lambda args, *_: used.append(args.batch_size) or {})
-    asked = evaluate.Asked({"harmful": []}, {}, [], [SimpleNamespace()])  # type: ignore[list-item]
-    evaluate.score(evaluate.parse([]), asked, loaded(tiny_model("llama")), Screen())  # type: ignore[arg-type]
+    monkeypatch.setattr(scorecard.Scoring, "scores", lambda self: used.append(self.args.batch_size) or {})
+    monkeypatch.setattr(scorecard.Scoring, "task_results", lambda self: used.append(self.args.batch_size) or {})
+    scorecard.score(
+        evaluate.parse([]), TestSet({"harmful": []}, []), ["a task"], [], loaded(tiny_model("llama")), Screen()
+    )
     assert used == [size, size] and ("answers are generated one at a time" in capsys.readouterr().out) == (size == 1)
 
 

@@ -173,7 +173,7 @@ def test_the_planned_activations_are_those_measured_or_a_little_more(
 def test_the_plan_holds_for_shapes_that_it_was_not_fitted_to(which):
     config, rows, length = fit_memory.CHECKED[which]
     model = fit_memory.made(config)
-    shape, found = fit_memory.read_of(model, config), fit_memory.measure(model, rows, length)
+    shape, found = memory_shape(model, config), fit_memory.measure(model, rows, length)
     train = RECIPE.train
     assert 0.85 < gradient_bytes(shape, train, rows, length, False) / found["gradient"] < 1.6
     assert 0.65 < gradient_bytes(shape, train, rows, length, True) / found["checkpointed"] < 1.9
@@ -183,7 +183,7 @@ def test_experts_without_a_gate_are_planned_for():
     """phixtral's: their activation keeps more of a narrower width."""
     config, *_ = fit_memory.CHECKED[-1]
     model = fit_memory.made(config)
-    shape, found = fit_memory.read_of(model, config), fit_memory.measure(model, 4, 64)
+    shape, found = memory_shape(model, config), fit_memory.measure(model, 4, 64)
     for checkpointed, name in ((False, "gradient"), (True, "checkpointed")):
         assert 0.95 < gradient_bytes(shape, RECIPE.train, 4, 64, checkpointed) / found[name] < 1.2
 

@@ -10,25 +10,6 @@ from ..method.judge import OUTCOMES
 from ..system.screen import Screen
 
 
-def cohen_kappa(counts: Mapping[tuple[str, str], int]) -> float:
-    """Cohen's kappa of how often each pair of outcomes occurs, unparsed being an outcome like the others.
-
-    κ = (p_o − p_e) / (1 − p_e), Cohen 1960: p_o the share that both judge alike, p_e = Σ_k p_k q_k what two judges with
-    these shares of outcomes would agree on by chance. NaN where it is not defined: no answers, or both judges
-    say one and the same of all of them.
-    """
-    total = sum(counts.values())
-    first, second = Counter[str](), Counter[str]()
-    for (a, b), n in counts.items():
-        first[a] += n
-        second[b] += n
-    by_chance = sum(first[k] * second[k] for k in first)  # p_e n², whole so that 1 is seen for certain
-    if by_chance == total * total:
-        return nan
-    alike = sum(n for (a, b), n in counts.items() if a == b)
-    return (alike * total - by_chance) / (total * total - by_chance)
-
-
 @dataclass(frozen=True)
 class Agreement:
     """How often each pair of outcomes, (the first judge's, the second's), occurs."""
@@ -47,8 +28,20 @@ class Agreement:
 
     @property
     def kappa(self) -> float:
-        """Cohen's kappa, NaN where it is not defined."""
-        return cohen_kappa(self.counts)
+        """Cohen's kappa, unparsed being an outcome like the others.
+
+        κ = (p_o − p_e) / (1 − p_e), Cohen 1960: p_o the share that both judge alike, p_e = Σ_k p_k q_k what two judges
+        with these shares of outcomes would agree on by chance. NaN where it is not defined: no answers, or both judges
+        say one and the same of all of them.
+        """
+        total, first, second = self.total, Counter[str](), Counter[str]()
+        for (a, b), n in self.counts.items():
+            first[a] += n
+            second[b] += n
+        by_chance = sum(first[k] * second[k] for k in first)  # p_e n², whole so that 1 is seen for certain
+        if by_chance == total * total:
+            return nan
+        return (self.alike * total - by_chance) / (total * total - by_chance)
 
     def as_json(self) -> dict[str, Any]:
         """Every cell of the matrix: counts[the first judge's outcome][the second's]."""
@@ -61,25 +54,17 @@ class Agreement:
 
 
 def compare(first: Iterable[str], second: Iterable[str]) -> Agreement:
-    """Compare two judges' outcomes of the same answers, in the same order.
-
-    Raises:
-        ValueError: sequences of unequal length.
-    """
+    """Compare two judges' outcomes of the same answers, in the same order; a ValueError if they are not as many."""
     return Agreement(Counter(zip(first, second, strict=True)))
 
 
 def show_agreement(names: tuple[str, str], groups: Mapping[str, Agreement], screen: Screen) -> None:
     """One table, a column a group of answers: answers, share alike, κ, and each pair of outcomes that occurs."""
     columns = list(groups.values())
-
-    def kappa(value: float) -> str:
-        return "–" if value != value else f"{value:.2f}"
-
     rows = [
         ["answers", *(str(c.total) for c in columns)],
         ["judged alike", *(f"{100 * c.alike / c.total:.1f} %" if c.total else "–" for c in columns)],
-        ["Cohen's κ", *(kappa(c.kappa) for c in columns)],
+        ["Cohen's κ", *("–" if c.kappa != c.kappa else f"{c.kappa:.2f}" for c in columns)],
     ]
     pairs = [(a, b) for a in OUTCOMES for b in OUTCOMES if any(c.counts.get((a, b)) for c in columns)]
     for a, b in sorted(pairs, key=lambda pair: pair[0] != pair[1]):  # what they agree on first

@@ -21,9 +21,9 @@ from ..method.rollout import Sampling, answers, stream_key
 from ..recipe import PACKAGE
 from ..system.load import Loaded
 from ..system.screen import Screen, UserError
-from .judge_model import Case, judge_cases, read_template
+from .judge_model import Case
 from .judging import Chosen
-from .scores import Count, paired_by_prompt
+from .scores import Count, paired
 from .tampering import Tampering
 
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "zh": "Chinese"}
@@ -33,7 +33,6 @@ BEST_OF = 8
 TRIES = 8  # samples drawn of the base, until it complies
 FEWEST = 5  # prompts that an attack needs to be told of
 
-Ids = Sequence[int]
 Ask = Callable[[nn.Module], Rows]
 
 
@@ -119,11 +118,7 @@ class Attacker:
         return found
 
     def make(self, family: str, items: Sequence[Instruction]) -> Iterator[Attack]:
-        """The attacks of a family on these harmful prompts.
-
-        Raises:
-            UserError: the chat template takes no such conversation.
-        """
+        """The attacks of a family on these harmful prompts; a UserError if the chat template takes no such talk."""
         requests = [item.text for item in items]
         make = {
             "prefill": self._prefill,
@@ -131,8 +126,8 @@ class Attacker:
             "decoding": self._decoding,
             "system": self._system,
             "template": self._template,
-            "wrappers": partial(self._framed, kind="wrappers"),
-            "encodings": partial(self._framed, kind="encodings"),
+            "wrappers": partial(self._framed, "wrappers"),
+            "encodings": partial(self._framed, "encodings"),
             "turns": self._turns,
             "languages": self._languages,
         }
@@ -180,7 +175,7 @@ class Attacker:
         rows = [self.base.tokenizer.encode(request) for request in requests]
         yield Attack("", "no chat template", requests, partial(_given, rows))
 
-    def _framed(self, requests: list[str], kind: str) -> Iterator[Attack]:
+    def _framed(self, kind: str, requests: list[str]) -> Iterator[Attack]:
         for framing in framings("test", kind):
             rows = self._rows([framed(framing, request) for request in requests])
             yield Attack("", framing["name"], requests, partial(_given, rows))
@@ -273,15 +268,11 @@ def run_tampering(
 
 
 def judged_by(
-    judge: Chosen,
-    results: Mapping[str, list[Attacked]],
-    trust_remote_code: bool,
-    batch_size: int,
-    screen: Screen,
+    judge: Chosen, results: Mapping[str, list[Attacked]], trust_remote_code: bool, batch_size: int, screen: Screen
 ) -> dict[str, list[Attacked]]:
     """The same answers with the outcomes that a judge model gives, which reads all of an answer: what the attacker has
     written too."""
-    if judge.template is None:
+    if judge.form is None:
         return dict(results)
     every = [own for found in results.values() for own in found]
     cases = [
@@ -290,24 +281,22 @@ def judged_by(
         for i, (request, texts) in enumerate(zip(own.attack.requests, own.texts, strict=True))
         for text in texts
     ]
-    with screen.stage(f"judging by {judge.label}") as advance:
-        template = read_template(judge.template)
-        verdicts = iter(judge_cases(judge.name, template, cases, trust_remote_code, batch_size, advance))
+    said = iter(judge.judged(cases, trust_remote_code, batch_size, screen))
     return {
-        name: [replace(own, outcomes=[[next(verdicts).outcome for _ in texts] for texts in own.texts]) for own in found]
+        name: [replace(own, outcomes=[[next(said).outcome for _ in texts] for texts in own.texts]) for own in found]
         for name, found in results.items()
     }
 
 
 def show_attacks(results: Mapping[str, list[Attacked]], screen: Screen) -> None:
     """Each attack's unsafe answers, every model's, and how the last differs from the first."""
-    first, *_, last = results.values() if len(results) > 1 else [*results.values()] * 2
-    rows = []
-    for i, (before, after) in enumerate(zip(first, last, strict=True)):
-        counts = [str(own[i].count) for own in results.values()]
-        change = [str(paired_by_prompt(before.unsafe(), after.unsafe()))] if len(results) > 1 else []
-        rows.append([before.attack.name, *counts, *change])
-    head = ["attack", *results, *(["change, prompt by prompt"] if len(results) > 1 else [])]
+    head, rows = ["attack", *results], []
+    for own in zip(*results.values(), strict=True):
+        rows.append([own[0].attack.name, *(str(attacked.count) for attacked in own)])
+        if len(own) > 1:
+            rows[-1].append(str(paired(own[0].unsafe(), own[-1].unsafe())))
+    if len(results) > 1:
+        head.append("change, prompt by prompt")
     screen.table("Under attack, unsafe answers: count, rate (95 % interval)", head, rows)
 
 

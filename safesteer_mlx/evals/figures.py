@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from ..system.screen import visible
 from .scores import SHOWN, Count, wilson
@@ -211,18 +211,17 @@ def safety_tokens(rows: Sequence[Mapping[str, Any]], theme: Theme, method: str =
     left.barh(places, [row[by] for row in rows], color=theme.teacher, height=0.7)
     # Quoted, so that a leading space is seen. A token may hold dollar signs: they are no formula.
     left.set_yticks(places, labels=[f"“{_label(row['token'])}”" for row in rows], parse_math=False)
-    left.invert_yaxis()
     left.set_xlabel("votes (positions)" if by == "votes" else "part in KL (nats)")
     left.xaxis.set_major_locator(MaxNLocator(2, integer=by == "votes"))
-    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    left.xaxis.set_major_formatter("{x:g}")
     base, teacher = (_numbers([row[name] for row in rows]) for name in ("base_prob", "teacher_prob"))
     right.hlines(places, base, teacher, color=theme.grid, linewidth=2, zorder=1)
     right.scatter(base, places, color=theme.base, marker="s", s=16, label="base")
     right.scatter(teacher, places, color=theme.teacher, marker="^", s=20, label="teacher")
     right.set_xscale("log")
     right.set_xlabel("mean probability (0 to 1)")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    right.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
     right.tick_params(axis="x", labelrotation=35)
     for axes in (left, right):
         _rows_only(axes)
@@ -274,7 +273,7 @@ def outcomes(scores: Mapping[str, Any], theme: Theme) -> Figure:
     """How many prompts of each kind each model refuses, with 95 % intervals."""
     cells = [(kind, how) for kind, cell in scores["base"]["outcomes"].items() for how in cell]
     counts = {
-        name: [Count(c["refuse"], sum(c.values())) for c in (model["outcomes"][kind][how] for kind, how in cells)]
+        name: [Count.among(model["outcomes"][kind][how], "refuse") for kind, how in cells]
         for name, model in scores.items()
     }
     return _bars([f"{kind},\n{how}" for kind, how in cells], counts, "refused (% of prompts)", theme)
@@ -283,10 +282,7 @@ def outcomes(scores: Mapping[str, Any], theme: Theme) -> Figure:
 def capability(scores: Mapping[str, Any], theme: Theme) -> Figure:
     """How many of each little task each model gets right, with 95 % intervals."""
     tasks = list(scores["base"]["capability"])
-    counts = {
-        name: [Count(model["capability"][task]["count"], model["capability"][task]["total"]) for task in tasks]
-        for name, model in scores.items()
-    }
+    counts = {name: [Count(**model["capability"][task]) for task in tasks] for name, model in scores.items()}
     return _bars([_label(task) for task in tasks], counts, "right (% of tasks)", theme)
 
 
@@ -304,9 +300,7 @@ def _bars(labels: Sequence[str], counts: Mapping[str, Sequence[Count]], unit: st
         axes.barh(where, 100 * rates, thick * 0.9, color=getattr(theme, name), label=SHOWN[name])
         axes.errorbar(100 * rates, where, xerr=100 * reach, fmt="none", ecolor=theme.ink, elinewidth=0.9, capsize=1.5)
     axes.set_yticks(places, labels=labels, parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 101)
-    axes.set_xlabel(unit)
+    axes.set(xlim=(0, 101), xlabel=unit)
     _rows_only(axes)
     _legend_above(figure, axes, len(counts))
     return figure
@@ -324,11 +318,10 @@ def _together(xs: Sequence[float], ys: Sequence[float], names: Sequence[int]) ->
     near = [0.06 * (max(values) - min(values)) for values in (xs, ys)]
     points: list[tuple[float, float, list[int]]] = []
     for x, y, name in zip(xs, ys, names, strict=True):
-        neighbour = next((p for p in points if abs(p[0] - x) <= near[0] and abs(p[1] - y) <= near[1]), None)
-        if neighbour is None:
-            points.append((x, y, [name]))
-        else:
-            neighbour[2].append(name)
+        here = next((p[2] for p in points if abs(p[0] - x) <= near[0] and abs(p[1] - y) <= near[1]), None)
+        if here is None:
+            points.append((x, y, here := []))
+        here.append(name)
     return points
 
 
@@ -339,12 +332,9 @@ def selection(record: Mapping[str, Any], theme: Theme) -> Figure:
     safe, refused = ([100 * r[n]["count"] / max(1, r[n]["total"]) for r in rows] for n in ("unsafe", "over_refusal"))
     safe = [100 - share for share in safe]
     [kept] = [i for i, row in enumerate(rows) if row["step"] == record["kept"]]
-    for axes, across, label in zip(
-        figure.subplots(2, 1),
-        (refused, [row["drift"] for row in rows]),
-        ("harmless prompts refused (%)", "KL(base ‖ aligned) a token, harmless answers (nats)"),
-        strict=True,
-    ):
+    drifts = "KL(base ‖ aligned) a token, harmless answers (nats)", [row["drift"] for row in rows]
+    panels = ("harmless prompts refused (%)", refused), drifts
+    for axes, (label, across) in zip(figure.subplots(2, 1), panels, strict=True):
         axes.plot(across, safe, "o-", color=theme.student, markersize=4, linewidth=0.8)
         axes.plot(across[kept], safe[kept], "o", color=theme.teacher, markersize=10, fillstyle="none", label="kept")
         for x, y, steps in _together(across, safe, [row["step"] for row in rows]):
@@ -368,7 +358,6 @@ def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
             text = " not measured" if np.isnan(value) else f" {value:.2g}"
             axes.text(np.nan_to_num(value), at, text, va="center", fontsize=8)
     axes.set_yticks(range(2), labels=["all tokens", "outside the\nsafety tokens"])
-    axes.invert_yaxis()
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
     axes.set_xlabel("KL(base ‖ model) a token, harmless prompts (nats)")
@@ -378,7 +367,8 @@ def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def _rows_only(axes: Axes) -> None:
-    """No line or tick on the left, where the labels stand for themselves."""
+    """The first row above, and no line or tick on the left, where the labels stand for themselves."""
+    axes.yaxis.set_inverted(True)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)

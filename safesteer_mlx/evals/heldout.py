@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..method.judge import is_correct, outcome, refusal_is_told
 from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
-from ..method.rollout import Completion, Sampling, answer_text, generate, stream_key
+from ..method.rollout import Completion, Ids, Sampling, answer_text, generate, stream_key
 from ..system import machines
 from ..system.files import read_json, read_text
 from ..system.load import Loaded
@@ -24,7 +24,6 @@ from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import as_json, decoded, encoded, fingerprint, write
 from .scores import HOW, Answer, Scores
 
-Ids = Sequence[int]
 Stream = Sequence[int] | None  # the numbers that make a random key; None is greedy
 KINDS = ("harmful", "harmless", "borderline")
 DRIFT_PROMPTS = 64
@@ -91,12 +90,13 @@ class BaseAnswers:
     def _read(self, file: Path) -> dict[str, Completion]:
         try:
             content = read_json(file, str(file), "")
-            if content["made_by"] != self._made_by:
-                return {}
-            found = decoded(dict[str, Completion], content["answers"], {"token": range(self._base.vocabulary)})
-            return found if all(len(c.ids) <= self._sampling.max_tokens for c in found.values()) else {}
+            if content["made_by"] == self._made_by:
+                found = decoded(dict[str, Completion], content["answers"], {"token": range(self._base.vocabulary)})
+                if all(len(c.ids) <= self._sampling.max_tokens for c in found.values()):
+                    return found
         except (ValueError, TypeError, KeyError):
-            return {}  # nothing, or nothing of ours: it is drawn again
+            pass
+        return {}  # nothing, or nothing of ours: it is drawn again
 
     def __call__(
         self, prompts: Sequence[Ids], streams: Sequence[Stream], whole: bool = False, progress: Advance = silent
@@ -141,12 +141,12 @@ def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[
         states = [answer_states(m, texts.prompts[part], texts.answers[part]) for m in (base, model)]
         chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
         for at in range(0, len(states[0]), chunk):
-            zb, zm = (h(x[None, at : at + chunk])[0].astype(mx.float32) for h, x in zip(heads, states, strict=True))
-            total += _kl(zb, zm)
+            zb, zm = (h(x[None, at : at + chunk])[0] for h, x in zip(heads, states, strict=True))
+            total += summed_kl(zb, zm)
             if ids.size:
                 zb[:, ids] = -mx.inf
                 zm[:, ids] = -mx.inf
-                outside += _kl(zb, zm)
+                outside += summed_kl(zb, zm)
         return total, outside, len(states[0])
 
     starts = range(0, len(texts.prompts), DRIFT_BATCH)
@@ -155,19 +155,19 @@ def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[
     return total / count, outside / count if ids.size else float("nan")
 
 
-def _kl(zb: mx.array, zm: mx.array) -> float:
-    """Σ over positions of KL(softmax zb ‖ softmax zm), ids at −inf in both left out: (C, V)."""
-    lb, lm = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (zb, zm))
-    return mx.where(lb > -mx.inf, mx.exp(lb) * (lb - lm), 0.0).sum().item()
-
-
-def _refusal_is_told(tokenizer: Any, prompt: Ids, ids: Ids) -> bool:
-    return refusal_is_told(answer_text(tokenizer, prompt, Completion(list(ids), False)))
+def summed_kl(zp: mx.array, zq: mx.array) -> float:
+    """Σ over positions of KL(softmax zp ‖ softmax zq) in float32, nats; ids at −inf in both left out: (C, V) both."""
+    p, q = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (zp.astype(mx.float32), zq.astype(mx.float32)))
+    return mx.where(p > -mx.inf, mx.exp(p) * (p - q), 0.0).sum().item()
 
 
 def until_told(sampling: Sampling, tokenizer: Any) -> Sampling:
     """The sampling, ending answers that are told to be refusals, for the keyword judge: it changes no outcome."""
-    return replace(sampling, enough=partial(_refusal_is_told, tokenizer))
+
+    def told(prompt: Ids, ids: Ids) -> bool:
+        return refusal_is_told(answer_text(tokenizer, prompt, Completion(list(ids), False)))
+
+    return replace(sampling, enough=told)
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,8 @@ class HeldOut:
 def perplexity(model: nn.Module, tokenizer: Any, path: Path) -> tuple[float, float, int]:
     """Perplexity of a text file, its standard error and the number of tokens scored, by mlx-lm's own measure.
 
-    The text is cut into pieces of 512 tokens (of its own length if shorter), each read without what came before.
-
-    Raises:
-        UserError: the file cannot be read, or has fewer than three tokens.
+    The text is cut into pieces of 512 tokens (of its own length if shorter), each read without what came before. A
+    UserError if the file cannot be read, or has fewer than three tokens.
     """
     from mlx_lm.perplexity import eval_ppl
 

@@ -34,10 +34,8 @@ _RAW_MARKS = r"<\|?\w+\|?>|\[/?[A-Z]+\]"  # as <s>, <|user|> and [INST]
 
 @dataclass(frozen=True)
 class Template:
-    """The turns a judge reads, (role, text) with {request} and {answer} in them, and what its verdict is.
-
-    One turn of the role raw is the whole text that it reads, without its chat template.
-    """
+    """The turns a judge reads, (role, text) with {request} and {answer} in them, and what its verdict is. One turn of
+    the role raw is the whole text that it reads, without its chat template."""
 
     turns: list[tuple[str, str]]
     verdict: str  # one of VERDICTS
@@ -58,11 +56,8 @@ class Case:
 
 
 def read_template(name: str) -> Template:
-    """A template by name, or from a file: a line `# verdict: …`, then `[role]` lines, or one line `[raw]`.
-
-    Raises:
-        UserError: there is none of that name, or the file is not one.
-    """
+    """A template by name, or from a file: a line `# verdict: …`, then `[role]` lines, or one line `[raw]`. A UserError
+    if there is none of that name, or the file is not one."""
     path = FOLDER / f"{name}.txt" if (FOLDER / f"{name}.txt").is_file() else user_path(name)
     known = sorted(p.stem for p in FOLDER.glob("*.txt"))
     if not path.exists():
@@ -70,10 +65,8 @@ def read_template(name: str) -> Template:
     text = read_text(path, f"judge template {path}", "give a text file", MOST_TEMPLATE)
     head, *parts = re.split(rf"^\[({'|'.join(_ROLES)})\]\n", text, flags=re.MULTILINE)
     verdict = re.search(rf"^# verdict: ({'|'.join(VERDICTS)})$", head, re.MULTILINE)
-    # A raw text is read to its last line end, turns are not.
-    turns = [
-        (role, body if role == "raw" else body.strip()) for role, body in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    turns = [(role, body if role == "raw" else body.strip()) for role, body in pairs]  # a raw text is read to its end
     filled = all(any(hole in body for _, body in turns) for hole in ("{request}", "{answer}"))
     if not verdict or not filled or ("raw" in dict(turns) and len(turns) > 1):
         raise UserError(
@@ -96,11 +89,8 @@ def _plain(tokenizer: Any, template: Template, text: str) -> str:
 
 
 def render_case(tokenizer: Any, template: Template, request: str, answer: str) -> list[int]:
-    """The ids of one case in the judge's own chat template, which may want its contents as texts or as parts.
-
-    Raises:
-        UserError: a template that leaves the case out either way, or refuses these turns.
-    """
+    """The ids of one case in the judge's own chat template, which may want its contents as texts or as parts; a
+    UserError if it leaves the case out either way, or refuses these turns."""
     holes = {hole: _plain(tokenizer, template, text) for hole, text in (("request", request), ("answer", answer))}
 
     def fill(body: str, holes: dict[str, str]) -> str:
@@ -136,11 +126,8 @@ def default_template(judge: str) -> str:
 
 
 def check_judge(name: str, template: Template, trust_remote_code: bool = False) -> None:
-    """See that a judge is there and takes its template's turns, before answers are made for it.
-
-    Raises:
-        UserError: as `find`, `check_model_folder`, `read_tokenizer` and `render_case`.
-    """
+    """See that a judge is there and takes its template's turns, before answers are made for it. Raises as `find`,
+    `check_model_folder`, `read_tokenizer` and `render_case`."""
     path = find(name, with_code=trust_remote_code)
     check_model_folder(path, trust_remote_code)
     config = read_object(path / "config.json")
@@ -156,11 +143,8 @@ def judge_cases(
     batch_size: int = 16,
     progress: Advance = silent,
 ) -> list[Verdict]:
-    """A verdict on each case by any local or Hub model that mlx-lm loads; the model is let go of at the end.
-
-    Raises:
-        UserError: as `load` and `render_case`.
-    """
+    """A verdict on each case by any local or Hub model that mlx-lm loads; the model is let go of at the end. Raises as
+    `load` and `render_case`."""
     judge = load(name, trust_remote_code, chat=not template.raw)
     tokenizer = judge.tokenizer
     rows = [render_case(tokenizer, template, case.request, case.answer) for case in cases]
@@ -168,10 +152,8 @@ def judge_cases(
     sampling = Sampling(judge.eos_ids, THINKING_TOKENS if thinks else VERDICT_TOKENS, batch_size=batch_size)
     completions = generate(judge.model, rows, sampling, progress=progress)
     replies = [answer_text(tokenizer, row, c) for row, c in zip(rows, completions, strict=True)]
-    verdicts = [
-        read_verdict(template.verdict, case.kind, reply, case.answer)
-        for case, reply in zip(cases, replies, strict=True)
-    ]
+    pairs = zip(cases, replies, strict=True)
+    verdicts = [read_verdict(template.verdict, case.kind, reply, case.answer) for case, reply in pairs]
     if template.verdict in DECIDING:
         scores = _scores(judge, template.verdict, rows, completions, replies, batch_size)
         verdicts = [replace(v, p_unsafe=scores[i]) if i in scores else v for i, v in enumerate(verdicts)]
@@ -205,10 +187,8 @@ def _scores(
 def deciding_place(
     tokenizer: Any, completion: Completion, reply: str, said: Said, words: tuple[str, str]
 ) -> tuple[int, tuple[int, int]] | None:
-    """How many of a reply's ids come before its deciding word, and the ids by which (safe, unsafe) begin there.
-
-    None if the judge did not spell the reply as its tokenizer does: then no other word's first token is known.
-    """
+    """How many of a reply's ids come before its deciding word, and the ids by which (safe, unsafe) begin there; None if
+    the judge did not spell the reply as its tokenizer does, so that no other word's first token is known."""
     ids, whole = completion.ids, completion.text(tokenizer)
     start = whole.rfind(reply)
     if start < 0:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import nan
 from typing import Any
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 
 from ..system.screen import Screen, UserError
 from .agreement import Agreement, compare, show_agreement
-from .judge_model import Case, check_judge, default_template, judge_cases, read_template
+from .judge_model import Case, Template, check_judge, default_template, judge_cases, read_template
 from .judge_replies import DECIDING, Verdict
 from .scores import HOW, SHOWN, Answer, Scores
 
@@ -25,13 +26,22 @@ class Chosen:
     template: str | None
     label: str  # its name in tables, and its template where that alone tells two apart
 
+    @cached_property
+    def form(self) -> Template | None:
+        """The template itself."""
+        return self.template and read_template(self.template)
+
+    def judged(self, cases: Sequence[Case], trust_remote_code: bool, batch_size: int, screen: Screen) -> list[Verdict]:
+        """A judge model's on each case; its weights are free afterwards, since another may need the room."""
+        with screen.stage(f"judging by {self.label}") as advance:
+            said = judge_cases(self.name, self.form, cases, trust_remote_code, batch_size, advance)
+        mx.clear_cache()
+        return said
+
 
 def choose_judges(names: Sequence[str], templates: Sequence[str] | None = None) -> list[Chosen]:
-    """One or two judges, `keyword` or models, and the templates of the models, one each, in the same order.
-
-    Raises:
-        UserError: more than two, one twice, not as many templates as models, or one that is none.
-    """
+    """One or two judges, `keyword` or models, and the templates of the models, one each, in the same order. A UserError
+    for more than two, one twice, not as many templates as models, or one that is none."""
     if len(names) > 2:
         raise UserError(f"--judge takes one or two judges, not {len(names)}: {' '.join(names)}")
     models = [name for name in names if name != KEYWORD]
@@ -47,20 +57,15 @@ def choose_judges(names: Sequence[str], templates: Sequence[str] | None = None) 
     alone = len(set(names)) == len(names)
     judges = [Chosen(name, template, name if alone else f"{name} ({template})") for name, template in chosen]
     for judge in judges:
-        if judge.template is not None:
-            read_template(judge.template)
+        _ = judge.form  # read now, and told now if it is none
     return judges
 
 
 def check_judges(judges: Sequence[Chosen], trust_remote_code: bool) -> None:
-    """See that each judge can be asked, before answers are made for it.
-
-    Raises:
-        UserError: as `check_judge`.
-    """
+    """See that each judge can be asked, before answers are made for it; raises as `check_judge`."""
     for judge in judges:
-        if judge.template is not None:
-            check_judge(judge.name, read_template(judge.template), trust_remote_code)
+        if judge.form is not None:
+            check_judge(judge.name, judge.form, trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -74,22 +79,16 @@ class Judged:
 
     def first(self) -> dict[str, Scores]:
         """The scores with the outcomes that the first judge gives."""
-        verdicts = self.verdicts[self.judges[0].label]
-        return {
-            name: replace(
-                s, answers=[replace(a, outcome=v.outcome) for a, v in zip(s.answers, verdicts[name], strict=True)]
-            )
-            for name, s in self.scores.items()
-        }
+        found = {}
+        for name, verdicts in self.verdicts[self.judges[0].label].items():
+            pairs = zip(self.scores[name].answers, verdicts, strict=True)
+            found[name] = replace(self.scores[name], answers=[replace(a, outcome=v.outcome) for a, v in pairs])
+        return found
 
     def cell(self, label: str, model: str, kind: str, how: str | None = None) -> list[Verdict]:
         """A judge's verdicts on a model's answers to one kind of prompt, by one way of decoding or all."""
-        answers = self.scores[model].answers
-        return [
-            v
-            for a, v in zip(answers, self.verdicts[label][model], strict=True)
-            if a.kind == kind and how in (None, a.how)
-        ]
+        pairs = zip(self.scores[model].answers, self.verdicts[label][model], strict=True)
+        return [v for a, v in pairs if a.kind == kind and how in (None, a.how)]
 
     def compare(self, *cells: tuple[str, str, str | None]) -> Agreement:
         """The two judges on all of these (model, kind, how)."""
@@ -102,10 +101,8 @@ class Judged:
         cells: dict[str, Any] = {}
         for model in self.scores:
             cells[model] = {kind: {how: self._cell_as_json(model, kind, how) for how in HOW} for kind in kinds}
-        result: dict[str, Any] = {
-            "names": [j.label for j in self.judges],
-            "templates": [j.template for j in self.judges],
-        }
+        labels, templates = [j.label for j in self.judges], [j.template for j in self.judges]
+        result: dict[str, Any] = {"names": labels, "templates": templates}
         if len(self.judges) == 2:
             every: list[tuple[str, str, str | None]] = [(model, kind, None) for model in self.scores for kind in kinds]
             result["agreement"] = self.compare(*every).as_json()
@@ -133,7 +130,7 @@ class Judged:
             groups["all"] = Agreement(sum((Counter(g.counts) for g in groups.values()), Counter()))
             show_agreement((self.judges[0].label, self.judges[1].label), groups, screen)
         for judge in self.judges:
-            if judge.template is not None and read_template(judge.template).verdict in DECIDING:
+            if judge.form is not None and judge.form.verdict in DECIDING:
                 self._show_scores(judge.label, [k for k in kinds if self.kind_of[k] == "harmful"], screen)
 
     def _show_scores(self, label: str, kinds: Sequence[str], screen: Screen) -> None:
@@ -143,15 +140,11 @@ class Judged:
             cells = [self.cell(label, model, kind, how) for model in self.scores]
             scored = [mean([v.p_unsafe for v in cell]) for cell in cells]
             counts = [sum(v.outcome == "comply" for v in cell) for cell in cells]
-            rows.append(
-                [
-                    f"{kind}, {how}",
-                    *(
-                        f"{m:.3f} of {n}; comply {count}/{len(cell)}" if n else "–"
-                        for (m, n), count, cell in zip(scored, counts, cells, strict=True)
-                    ),
-                ]
-            )
+            told = [
+                f"{m:.3f} of {n}; comply {count}/{len(cell)}" if n else "–"
+                for (m, n), count, cell in zip(scored, counts, cells, strict=True)
+            ]
+            rows.append([f"{kind}, {how}", *told])
             if any(v.controversial for cell in cells for v in cell):
                 rows.append([f"{kind} controversial, {how}", *(str(sum(v.controversial for v in c)) for c in cells)])
         if rows:
@@ -173,24 +166,16 @@ def judge_all(
     batch_size: int,
     screen: Screen,
 ) -> Judged:
-    """Every answer judged by every judge; one is let go of before the next is loaded.
-
-    `scores` hold the keyword judge's outcomes.
-
-    Raises:
-        UserError: as `judge_cases`.
-    """
+    """Every answer judged by every judge, one loaded after the other; `scores` hold the keyword judge's outcomes.
+    Raises as `judge_cases`."""
     verdicts: dict[str, dict[str, list[Verdict]]] = {}
     every: list[Answer] = [a for s in scores.values() for a in s.answers]
+    cases = [Case(kind_of[a.kind], a.prompt, a.text) for a in every]
     for judge in judges:
-        if judge.template is None:
+        if judge.form is None:
             said = [Verdict(a.outcome) for a in every]
         else:
-            cases = [Case(kind_of[a.kind], a.prompt, a.text) for a in every]
-            template = read_template(judge.template)
-            with screen.stage(f"judging by {judge.label}") as advance:
-                said = judge_cases(judge.name, template, cases, trust_remote_code, batch_size, advance)
-            mx.clear_cache()  # its weights are free now; the next judge may need the room
+            said = judge.judged(cases, trust_remote_code, batch_size, screen)
         rest = iter(said)
         verdicts[judge.label] = {name: [next(rest) for _ in s.answers] for name, s in scores.items()}
     return Judged(list(judges), scores, kind_of, verdicts)

@@ -15,11 +15,7 @@ from ..system.screen import UserError
 
 
 def check_tasks(runs_code: bool, confirmed: bool) -> None:
-    """Before anything is loaded: is lm-eval here, and is running a model's code asked for?
-
-    Raises:
-        UserError: it is not.
-    """
+    """Before anything is loaded: is lm-eval here, and is running a model's code asked for? Else a UserError."""
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
@@ -32,11 +28,7 @@ def check_tasks(runs_code: bool, confirmed: bool) -> None:
 
 
 def task_name(file: Path) -> str:
-    """The name that an own task's file gives it.
-
-    Raises:
-        UserError: the file cannot be read, or names none.
-    """
+    """The name that an own task's file gives it; a UserError if it cannot be read, or gives none."""
     text = read_text(file, f"--tasks {file}", "give a task's YAML file", MOST_SETTINGS)
     # Not as YAML: lm-eval's own tags name functions to import.
     if (name := re.search(r"^task:\s*[\"']?([\w.\-]+)", text, re.MULTILINE)) is None:
@@ -56,10 +48,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """lm-eval's own results by task, {task: {metric: value}}, greedy, in the model's chat template.
 
-    `tasks` are lm-eval's names, or .yaml files of one's own, which lie in their folder with what they include.
-
-    Raises:
-        UserError: a task that lm-eval does not know or cannot fetch.
+    `tasks` are lm-eval's names, or .yaml files of one's own, which lie in their folder with what they include. A
+    UserError tells of one that lm-eval does not know or cannot fetch.
     """
     import lm_eval  # type: ignore[import-not-found]
     from mlx_lm.evaluate import MLXLM, chat_template_fn
@@ -77,15 +67,16 @@ def run_tasks(
 
     from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
-    files = [Path(task) for task in tasks if task.endswith(".yaml")]
-    names = [task_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
+    files = {task: Path(task) for task in tasks if task.endswith(".yaml")}
+    names = [task_name(files[task]) if task in files else task for task in tasks]
+    folders = sorted({str(file.absolute().parent) for file in files.values()}) or None
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
         with redirect_stdout(StringIO()):  # mlx-lm prints a line an answer
             results = lm_eval.simple_evaluate(
                 model=Loaded(),
                 tasks=names,
-                task_manager=TaskManager(include_path=sorted({str(file.absolute().parent) for file in files}) or None),
+                task_manager=TaskManager(include_path=folders),
                 apply_chat_template=True,
                 limit=limit,
                 confirm_run_unsafe_code=confirm_run_unsafe_code,

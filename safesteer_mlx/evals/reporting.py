@@ -21,11 +21,8 @@ NUMBERS_ALONE = {"WANDB_CONSOLE": "off", "WANDB_DISABLE_CODE": "true", "WANDB_DI
 
 
 def check_report_to(settings: RunSettings) -> None:
-    """Refuse, before any work, what could not be told.
-
-    Raises:
-        UserError: no connection may be made, a service that mlx-lm does not know, or one whose package is missing.
-    """
+    """Refuse (UserError), before any work, what could not be told: offline, a service that mlx-lm does not know, or one
+    whose package is missing."""
     if settings.report_to is None:
         return
     if is_offline():
@@ -75,11 +72,8 @@ class Reports:
 
 
 def start_reports(run: Run) -> Reports:
-    """What tells the services that the run's settings name, if any; what they write is kept in `run/reports/`.
-
-    Raises:
-        UserError: a service that cannot be begun with.
-    """
+    """What tells the services that the run's settings name, if any; what they write is kept in `run/reports/`. A
+    UserError if one cannot be begun with."""
     settings = run.recipe.run
     if settings.report_to is None or not run.store.ours:
         return Reports(None, run.screen)
@@ -87,8 +81,8 @@ def start_reports(run: Run) -> Reports:
 
     folder = run.store.path_for("reports/of").parent / (Path(settings.adapter_path).name or "adapters")
     folder.mkdir(exist_ok=True)
-    words = {name: "choices" in FIELDS[name].metadata for name in FIELDS}
-    config = {k: v for k, v in run.recipe.flat().items() if type(v) in (bool, int, float) or words[k]}
+    flat = run.recipe.flat().items()
+    config = {k: v for k, v in flat if type(v) in (bool, int, float) or "choices" in FIELDS[k].metadata}
     argv, sys.argv = sys.argv, sys.argv[:1]  # which wandb would take, and which may hold a system prompt
     try:
         callback = get_reporting_callbacks(settings.report_to, settings.project_name, str(folder), config)  # type: ignore[arg-type]

@@ -57,12 +57,9 @@ class SavedSteps:
 
     def __init__(self, run: Run, student: nn.Module, tokens: Sequence[int]):
         self._run, self._student = run, student
-        harmful, harmless = (
-            rows[:PROMPTS] for rows in (run.prompts.harmful_validation, run.prompts.harmless_validation)
-        )
-        self._rows, self._tokens = (harmful, harmless), tokens
+        self._rows = [rows[:PROMPTS] for rows in (run.prompts.harmful_validation, run.prompts.harmless_validation)]
         self._held_out = HeldOut(run.base, TestSet({}, []), tokens, run.recipe.run.seed, run.sampling(HELD_OUT_TOKENS))
-        self._texts = base_texts(self._held_out.base_answers, harmless)
+        self._texts = base_texts(self._held_out.base_answers, self._rows[1])
 
     def score(self, step: int) -> dict[str, Any]:
         """`CheckpointScore`, as plain data."""
@@ -71,13 +68,12 @@ class SavedSteps:
             held.draw(student, [row for row in rows for _ in range(2)], held.streams(len(rows), which))
             for which, rows in enumerate(self._rows)
         )
-        both = harmful + harmless
         score = CheckpointScore(
             step,
-            Count(sum(outcome(text) == "comply" for text, _ in harmful), len(harmful)),
-            Count(sum(outcome(text) == "refuse" for text, _ in harmless), len(harmless)),
-            Count(sum(is_broken(text, c.finished or c.cut) for text, c in both), len(both)),
-            drift(held.base.model, student, self._texts, self._tokens)[0],
+            Count.of([outcome(text) == "comply" for text, _ in harmful]),
+            Count.of([outcome(text) == "refuse" for text, _ in harmless]),
+            Count.of([is_broken(text, c.finished or c.cut) for text, c in harmful + harmless]),
+            drift(held.base.model, student, self._texts, held.tokens)[0],
         )
         if self._run.store.ours:
             save_arrays(self._run.store.path_for(_file(step)), dict(tree_flatten(student.trainable_parameters())))
@@ -94,11 +90,7 @@ def _score_of(saved: SavedStep) -> CheckpointScore:
 
 
 def _weights(file: Path, student: nn.Module) -> dict[str, mx.array]:
-    """The weights in a file, which are the student's by name, shape and type.
-
-    Raises:
-        UserError: they are not.
-    """
+    """The weights in a file; a UserError if they are not the student's by name, shape and type."""
     own = dict(tree_flatten(student.trainable_parameters()))
     whole = read_header(file).keys() == own.keys()
     weights = mx.load(str(file))
@@ -113,12 +105,9 @@ def keep_best(run: Run, student: nn.Module, scored: Sequence[SavedStep]) -> None
     select, screen, store = str(run.recipe.run.select_checkpoint), run.screen, run.store
     scores, limits = [_score_of(saved) for saved in scored], limits_of(select)
     chosen = choose(scores, limits)
+    kept = chosen or scores[-1]
     rows = [
-        [
-            f"{s.step}" + (" (kept)" if s is (chosen or scores[-1]) else ""),
-            *(str(c) for c in (s.unsafe, s.over_refusal, s.broken)),
-            f"{s.drift:.5f}",
-        ]
+        [f"{s.step}{' (kept)' * (s is kept)}", *map(str, (s.unsafe, s.over_refusal, s.broken)), f"{s.drift:.5f}"]
         for s in scores
     ]
     title = "Checkpoints on validation prompts, greedy and sampled: count, rate (95 % interval)"
@@ -132,5 +121,4 @@ def keep_best(run: Run, student: nn.Module, scored: Sequence[SavedStep]) -> None
         weights = _weights(store.path / _file(chosen.step), student) if store.ours else None
         weights = machines.here().share_arrays(weights)
         student.load_weights(list(weights.items()), strict=False)
-    kept = (chosen or scores[-1]).step
-    store.json("selection.json", {"select": select, "kept": kept, "within": chosen is not None, "scores": scored})
+    store.json("selection.json", {"select": select, "kept": kept.step, "within": chosen is not None, "scores": scored})

@@ -5,7 +5,7 @@ Each is a file `data/suites/NAME.yaml`. Nothing is fetched but what is named, an
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,7 @@ def names() -> list[str]:
 
 
 def find_suite(name: str) -> Suite:
-    """A suite by name, upper or lower case.
-
-    Raises:
-        UserError: there is none, or it needs what we do not have.
-    """
+    """A suite by name, upper or lower case; a UserError if there is none, or it needs what we do not have."""
     spelling = next((known for known in names() if known.lower() == name.lower()), None)
     if spelling is None:
         raise UserError(f"there is no suite {name!r}{nearest(name, names()) or ': ' + ', '.join(names())}")
@@ -59,14 +55,14 @@ def find_suite(name: str) -> Suite:
 
 
 def load_suite(suite: Suite, file: Path | None = None) -> list[Instruction]:
-    """The suite's prompts, each once, in the file's order: from a local file, or from the Hub's cache or the Hub.
-
-    Raises:
-        UserError: the file cannot be fetched or read, or has not the suite's columns.
-    """
+    """The suite's prompts, each once, in the file's order: from a local file, or from the Hub's cache or the Hub. A
+    UserError if it cannot be fetched or read, or has not the suite's columns."""
     if (file or Path(suite.file)).suffix == ".parquet":
         _check_pyarrow(suite)
-    path = _fetch(suite) if file is None else file
+    try:
+        path = file or fetch(suite.repository, suite.file, suite.revision)
+    except UserError as error:
+        raise UserError(f"suite {suite.name}: {error}; or give --suite {suite.name}=FILE") from None
     seen: dict[str, Instruction] = {}
     for row in _rows(path, suite):
         column = next((c for c in suite.column if c in row), None)
@@ -88,30 +84,18 @@ def load_suite(suite: Suite, file: Path | None = None) -> list[Instruction]:
     return list(seen.values())
 
 
-def _fetch(suite: Suite) -> Path:
-    try:
-        return fetch(suite.repository, suite.file, suite.revision)
-    except UserError as error:
-        raise UserError(f"suite {suite.name}: {error}; or give --suite {suite.name}=FILE") from None
-
-
-def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
-    """The file's rows as mappings.
-
-    Raises:
-        UserError: no such file, or malformed.
-    """
+def _rows(path: Path, suite: Suite) -> list[Mapping[str, Any]]:
+    """The file's rows as mappings; a UserError if there is no such file, or it is malformed."""
     subject = f"suite {suite.name}: {path}"
     if path.suffix == ".parquet":
         from pyarrow import parquet  # type: ignore[import-not-found]
 
         check_regular(path, subject, "fetch it again", MOST_TEXT)
         try:
-            yield from parquet.read_table(path).to_pylist()
+            rows = parquet.read_table(path).to_pylist()
         except (OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"{subject} is malformed ({type(error).__name__}); fetch it again") from None
-        return
-    if path.suffix in (".json", ".jsonl"):
+    elif path.suffix in (".json", ".jsonl"):
         rows = read_json(path, subject, "fetch it again", MOST_TEXT)
     elif path.suffix == ".csv":
         csv.field_size_limit(2**24)  # a recorded answer may be longer than the default of 128 KiB
@@ -124,7 +108,7 @@ def _rows(path: Path, suite: Suite) -> Iterator[Mapping[str, Any]]:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; a suite is .csv, .json, .jsonl or .parquet")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"suite {suite.name}: {path} is not a list of objects; is it this suite's file?")
-    yield from rows
+    return rows
 
 
 def _check_pyarrow(suite: Suite) -> None:

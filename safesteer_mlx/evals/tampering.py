@@ -69,11 +69,7 @@ class Tampering:
 
     def tuned(self, model: nn.Module, own: Sequence[tuple[list[int], int]]) -> Iterator[tuple[int, nn.Module]]:
         """The model after each of `TUNING_STEPS` steps of LoRA on (prompt and answer, tokens of the prompt); adapters
-        that it has stay, below the new ones.
-
-        Raises:
-            UserError: the adapters that it has cannot carry others (DoRA).
-        """
+        that it has stay, below the new ones. A UserError if they cannot carry others (DoRA)."""
         from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
         adapted = list(takewhile(_has_adapters, reversed(blocks(model)))) or blocks(model)[::-1]
@@ -129,11 +125,8 @@ def _has_adapters(block: nn.Module) -> bool:
 
 
 def ablated(model: nn.Module, vector: mx.array, row: Sequence[int]) -> nn.Module:
-    """The model without a direction in its stream, by the way that leaves none of it.
-
-    Raises:
-        UserError: it is another model's.
-    """
+    """The model without a direction in its stream, by the way that leaves none of it; a UserError if it is another
+    model's."""
     tokens = mx.array([list(row)])
     if vector.size != (width := block_inputs(model, tokens)[0].shape[-1]):
         raise UserError(f"the run's direction has {vector.size} numbers, and this model's stream {width}")

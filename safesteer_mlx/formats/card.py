@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..evals.scores import wilson
+from ..evals.scores import Count
 from ..method.prompts import SETS
 from ..system.finished import FinishedRun
 
@@ -40,10 +40,7 @@ def shown_base(run: FinishedRun) -> tuple[str, bool]:
 
 
 def model_card(run: FinishedRun, about: About, fidelity: dict[str, Any] | None) -> str:
-    """The card; `fidelity` is what the export was found to answer, None if nobody asked it.
-
-    Counts and rates alone: no prompt and no answer.
-    """
+    """The card, of counts and rates alone; `fidelity` is what the export was found to answer, None if nobody asked."""
     from huggingface_hub import EvalResult, ModelCardData
 
     scores = run.outcomes if fidelity is None else fidelity["scores"]
@@ -58,7 +55,7 @@ def model_card(run: FinishedRun, about: About, fidelity: dict[str, Any] | None) 
             dataset_name=f"{'own' if f'{kind}_test' in tests else 'safesteer-mlx'} held-out prompts",
             metric_type=f"{kind}_{outcome}_{how}",
             metric_name=f"{label}, {how}",
-            metric_value=round(cell[outcome] / max(1, sum(cell.values())), 4),
+            metric_value=round(cell[outcome] / sum(cell.values()), 4),
         )
         for (kind, outcome), label in _LABELS.items()
         for how, cell in scores[last]["outcomes"].get(kind, {}).items()
@@ -103,7 +100,7 @@ def _verified(fidelity: dict[str, Any] | None) -> str:
         said += f"; KL(scored ‖ this) is {kl:.1e} nats a token on harmful prompts"
         said += f", {fidelity['kl_harmless']:.1e} on harmless ones"
     if fidelity["fault"]:
-        return f"**It failed: {fidelity['fault']}. Do not use it as the scored model.** {said[0].upper()}{said[1:]}."
+        return f"**It failed: {fidelity['fault']}. Do not use it as the scored model.** {said}."
     return f"It was asked the run's held-out prompts after it was written: {said}."
 
 
@@ -114,9 +111,9 @@ def _table(scores: dict[str, Any]) -> str:
         for how in ("greedy", "sampled"):
             cells = []
             for name in names:
-                cell = scores[name]["outcomes"].get(kind, {}).get(how, {})
-                n, total = cell.get(outcome, 0), sum(cell.values())
-                low, high = wilson(n, total)
-                cells.append(f"{n}/{total} ({100 * low:.0f}–{100 * high:.0f} %)" if total else "–")
+                cell = scores[name]["outcomes"].get(kind, {}).get(how)
+                c = Count.among(cell, outcome) if cell else Count(0, 0)
+                low, high = (100 * bound for bound in c.interval)
+                cells.append(f"{c.count}/{c.total} ({low:.0f}–{high:.0f} %)" if c.total else "–")
             rows.append(f"| {label}, {how} | {' | '.join(cells)} |")
     return "\n".join(rows)

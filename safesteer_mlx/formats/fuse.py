@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_reduce, tree_unflatten
 
 from ..method.residual import block_inputs, blocks, hidden_states, resume, resumes, view
 from ..system.screen import Advance, silent
@@ -19,7 +19,6 @@ from .gptq import quantize
 
 Ids = Sequence[int]
 
-BITS = ("auto", "4", "5", "6", "8", "16", "32", "mixed")
 MIXED_BITS = 6
 GROUP_SIZE = 64  # where the base has none
 _ROUNDED_WELL = 8  # bits, from which on rounding alone loses nothing
@@ -120,7 +119,7 @@ class Plan:
 
     def bytes_of(self, model: nn.Module) -> int:
         """How many bytes the weights will take, a little too many."""
-        total = sum(x.nbytes for _, x in _flat(view_without_adapters(model)))
+        total = tree_reduce(lambda size, x: size + x.nbytes, view_without_adapters(model).parameters(), 0)
         for layer in layers(model):
             if layer.path not in self.grids:
                 continue
@@ -130,10 +129,6 @@ class Plan:
             size = (self.dtype or layer.dtype).size
             total += values * (size if grid is None else grid.bits / 8 + 2 * size / grid.group_size)
         return int(total)
-
-
-def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
-    return tree_flatten(model.parameters())  # type: ignore[return-value]
 
 
 def view_without_adapters(model: nn.Module) -> nn.Module:
@@ -149,8 +144,7 @@ def plan(model: nn.Module, bits: str, dtype: str | None = None) -> Plan:
 
     `auto`: what training touched goes back onto the grid that it came from (an affine one of as many bits, if that was
     of another kind). `mixed`: onto one of `MIXED_BITS`. 4, 5, 6 or 8: every layer, but what training did not touch
-    stays where it has so many already. 16 and 32: every weight spelled out,
-    in `dtype` if one is named.
+    stays where it has so many already. 16 and 32: every weight spelled out, in `dtype` if one is named.
     """
     every = layers(model)
     if bits in ("16", "32"):
@@ -158,13 +152,11 @@ def plan(model: nn.Module, bits: str, dtype: str | None = None) -> Plan:
         named = getattr(mx, dtype) if dtype else half if bits == "16" else mx.float32
         return Plan({layer.path: None for layer in every}, named)
     if bits in ("auto", "mixed"):
-        touched = {layer.path: layer.grid for layer in every if layer.touched}
-        more = {"auto": None, "mixed": MIXED_BITS}[bits]
-        grids = {
-            path: grid and Grid(more or grid.bits, _group_size(_at(every, path), grid.group_size))
-            for path, grid in touched.items()
-        }
-        return Plan(grids)
+
+        def again(layer: Layer, grid: Grid) -> Grid:
+            return Grid(grid.bits if bits == "auto" else MIXED_BITS, _group_size(layer, grid.group_size))
+
+        return Plan({layer.path: layer.grid and again(layer, layer.grid) for layer in every if layer.touched})
     allowed = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     has_grid, grids = any(layer.grid for layer in every), {}
     for layer in every:
@@ -180,10 +172,6 @@ def plan(model: nn.Module, bits: str, dtype: str | None = None) -> Plan:
         if layer.touched or layer.foreign or layer.grid != grid:
             grids[layer.path] = grid
     return Plan(grids)
-
-
-def _at(every: Sequence[Layer], path: str) -> Layer:
-    return next(layer for layer in every if layer.path == path)
 
 
 def _group_size(layer: Layer, size: int) -> int:
@@ -284,18 +272,19 @@ def _placed(layer: Layer, plan: Plan, hessian: mx.array | None) -> nn.Module:
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """What config.json says of the model's grids: the commonest one, and by path each layer's that is on another, or on
     none although it could be; None for no grid."""
-    every = layers(model)
-    grids = [(layer.path, layer.grid, getattr(layer.module, "mode", "affine")) for layer in every if layer.grid]
+    grids = {
+        layer.path: (layer.grid.bits, layer.grid.group_size, getattr(layer.module, "mode", "affine"))
+        for layer in layers(model)
+        if layer.grid
+    }
     if not grids:
         return None
-    keys = [(grid.bits, grid.group_size, mode) for _, grid, mode in grids]
-    bits, group_size, mode = max(sorted(set(keys)), key=keys.count)
-    config: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    if mode != "affine":
-        config["mode"] = mode
-    for (path, grid, own), key in zip(grids, keys, strict=True):
-        if key != (bits, group_size, mode):
-            config[path] = {"group_size": grid.group_size, "bits": grid.bits}
-            if own != "affine" or mode != "affine":
-                config[path]["mode"] = own
-    return config
+    keys = list(grids.values())
+    commonest = max(sorted(set(keys)), key=keys.count)
+
+    def said(grid: tuple[int, int, str]) -> dict[str, Any]:
+        bits, group_size, mode = grid
+        with_mode = mode != "affine" or commonest[2] != "affine"
+        return {"group_size": group_size, "bits": bits} | ({"mode": mode} if with_mode else {})
+
+    return said(commonest) | {path: said(grid) for path, grid in grids.items() if grid != commonest}

@@ -31,11 +31,7 @@ _KNOWN_SPLITS = {
 
 
 def find_converter(given: Path | None, name: str = CONVERTER) -> Path:
-    """llama.cpp's script of this name: in the folder that was given, or among the programs.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """llama.cpp's script of this name: in the folder that was given, or among the programs. Else a UserError."""
     if given is not None:
         path = user_path(given) / name
         if not path.is_file():
@@ -47,11 +43,7 @@ def find_converter(given: Path | None, name: str = CONVERTER) -> Path:
 
 
 def convert(script: Path, arguments: list[str], out: Path) -> None:
-    """Run one of llama.cpp's converters, in a process of its own.
-
-    Raises:
-        UserError: it failed, with its last line.
-    """
+    """Run one of llama.cpp's converters, in a process of its own; a UserError with its last line if it failed."""
     command = [sys.executable, "-m", "safesteer_mlx.formats.gguf", str(script), *arguments, "--outfile", str(out)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)

@@ -13,20 +13,12 @@ from .mlx_folder import write_mlx
 
 # Families whose weights mlx-lm keeps under transformers' own names, and those whose experts it stacks.
 _SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2")
-_EXPERTS = {
-    "mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
-    "olmoe": {},
-    "qwen2_moe": {},
-    "qwen3_moe": {},
-}
+_EXPERTS: dict[str, dict[str, str]] = {"olmoe": {}, "qwen2_moe": {}, "qwen3_moe": {}}
+_EXPERTS |= {"mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
 
 
 def check_family(config: dict[str, Any], what: str) -> None:
-    """Refuse a family that transformers may keep under other names.
-
-    Raises:
-        UserError: it is none of those that were tried.
-    """
+    """Refuse (UserError) a family that transformers may keep under other names: all but those that were tried."""
     kind = config.get("model_type")
     if kind not in _SAME_NAMES and kind not in _EXPERTS:
         known = ", ".join(sorted((*_SAME_NAMES, *_EXPERTS)))

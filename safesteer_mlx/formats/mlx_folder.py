@@ -32,9 +32,7 @@ def write_mlx(
     from mlx_lm.utils import save_config, save_model
 
     config = {k: v for k, v in base.config.items() if k not in ("quantization", "quantization_config")}
-    config |= more or {}
-    if quantization is not None:
-        config["quantization"] = quantization
+    config |= (more or {}) | ({"quantization": quantization} if quantization else {})
     save_model(folder, model)
     save_config(config, folder / "config.json")
     copy_tokenizer(base.path, folder)

@@ -17,11 +17,8 @@ from .fuse import layers
 
 
 def write_peft(student: nn.Module, base_name: str, folder: Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`.
-
-    Raises:
-        UserError: the run trained all weights, or layers for which PEFT has no such adapter.
-    """
+    """Write `adapter_model.safetensors` and `adapter_config.json`; a UserError if the run trained all weights, or
+    layers for which PEFT has no such adapter."""
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
@@ -38,9 +35,7 @@ def write_peft(student: nn.Module, base_name: str, folder: Path) -> None:
         weights[f"{name}.lora_B.weight"] = own.lora_b.T
         if isinstance(own, DoRALinear):
             weights[f"{name}.lora_magnitude_vector"] = own.m.astype(mx.float32)
-    ranks = {layer.module["lora_a"].shape[1] for layer in touched}
-    assert len(ranks) == 1  # mlx-lm gives all layers one rank
-    rank = ranks.pop()
+    [rank] = {layer.module["lora_a"].shape[1] for layer in touched}  # mlx-lm gives all layers one
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -53,22 +48,15 @@ def write_peft(student: nn.Module, base_name: str, folder: Path) -> None:
         "use_dora": isinstance(touched[0].module, DoRALinear),
         **_where([layer.path for layer in touched]),
     }
-    mx.save_safetensors(
-        str(folder / "adapter_model.safetensors"),
-        {name: mx.contiguous(weight) for name, weight in sorted(weights.items())},
-        {"format": "pt"},
-    )
+    weights = {name: mx.contiguous(weight) for name, weight in sorted(weights.items())}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), weights, {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _where(paths: list[str]) -> dict[str, Any]:
     """Which modules of which blocks: PEFT's `target_modules` and `layers_to_transform`."""
-    parts = [re.fullmatch(r"(?:.*\.)?(\w+)\.(\d+)\.(.+)", path) for path in paths]
-    if not all(parts):
+    parts = [part for path in paths if (part := re.fullmatch(r"(?:.*\.)?(\w+)\.(\d+)\.(.+)", path))]
+    modules, blocks = sorted({part[3] for part in parts}), sorted({int(part[2]) for part in parts})
+    if len(parts) < len(paths) or len(modules) * len(blocks) != len(paths):  # not the same modules in each
         return {"target_modules": sorted(paths)}
-    modules = sorted({part[3] for part in parts if part})
-    blocks = sorted({int(part[2]) for part in parts if part})
-    if len(modules) * len(blocks) != len(paths):  # not the same modules in each
-        return {"target_modules": sorted(paths)}
-    pattern = parts[0][1] if parts[0] else "layers"
-    return {"target_modules": modules, "layers_to_transform": blocks, "layers_pattern": pattern}
+    return {"target_modules": modules, "layers_to_transform": blocks, "layers_pattern": parts[0][1]}

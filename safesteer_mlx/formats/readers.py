@@ -4,9 +4,10 @@ PyTorch and llama.cpp are imported here alone, and only for an export that they 
 """
 
 import json
+import math
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -18,14 +19,32 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..evals.fidelity import Logits, Question, Replies, logits_of, replies_of
+from ..evals.fidelity import (
+    KL_PROMPTS,
+    Fidelity,
+    Logits,
+    Question,
+    Replies,
+    ask,
+    logits_of,
+    mean_kl,
+    questions,
+    recorded,
+    replies_of,
+    student_states,
+)
+from ..evals.scores import HOW
 from ..method.prompts import render
-from ..method.rollout import Completion, Sampling, answer_text, has_equal_batches, set_equal_batches
+from ..method.residual import head
+from ..method.rollout import Completion, Ids, Sampling, answer_text, generate, has_equal_batches, set_equal_batches
+from ..method.run import batch_size
+from ..method.student import with_adapters
+from ..recipe import HELD_OUT_TOKENS
 from ..system.files import MOST_TEMPLATE, parse_json, read_text, user_path
+from ..system.finished import FinishedRun
 from ..system.load import Loaded
-from ..system.screen import Advance, UserError
+from ..system.screen import Advance, Screen, UserError
 
-Ids = Sequence[int]
 SERVER_SECONDS = 300  # for one answer
 MOST_REPLY = 10_000_000  # bytes of it
 
@@ -42,11 +61,7 @@ class Reader:
 
 
 def check_installed(module: str, for_what: str) -> None:
-    """Is an optional library there?
-
-    Raises:
-        UserError: it is not.
-    """
+    """Is an optional library there? Else a UserError."""
     if find_spec(module) is None:
         package = {"llama_cpp": "llama-cpp-python"}.get(module, module)
         raise UserError(f"{for_what} needs {package}; pip install 'safesteer-mlx[export]'")
@@ -55,11 +70,7 @@ def check_installed(module: str, for_what: str) -> None:
 def reader_for(
     kind: str, what: str, base: Loaded, sampling: Sampling, seed: int, served_model: str | None = None
 ) -> Reader:
-    """What asks `what`, a folder, a file or an address, in the way of this `kind`.
-
-    Raises:
-        UserError: it cannot be read so.
-    """
+    """What asks `what`, a folder, a file or an address, in the way of this `kind`; a UserError if that cannot be."""
     if kind == "server":
         return _server(what, sampling, seed, served_model)
     path = user_path(what)
@@ -73,11 +84,7 @@ def reader_for(
 
 
 def kind_of(what: str) -> str:
-    """How something is asked if nobody says.
-
-    Raises:
-        UserError: it is nothing that can be asked.
-    """
+    """How something is asked if nobody says; a UserError if it is nothing that can be asked."""
     if what.startswith(("http://", "https://")):
         return "server"
     path = user_path(what)
@@ -99,10 +106,8 @@ def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, with_adapter: 
 
     if not with_adapter:
         check_model_folder(path)
-    try:
+    with _reading("mlx_lm.load", path):
         model, tokenizer = (load(str(base.path), adapter_path=str(path)) if with_adapter else load(str(path)))[:2]
-    except Exception as error:  # mlx-lm can raise anything at files that do not fit
-        raise UserError(f"mlx_lm.load cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
     model.eval()
     if (vocabulary := len(tokenizer.get_vocab())) != len(base.tokenizer.get_vocab()):
         raise UserError(f"{path} has a vocabulary of {vocabulary}, another than the run's model; give an export of it")
@@ -117,9 +122,9 @@ def _by_ids(
     base: Loaded,
     sampling: Sampling,
     greedy: Callable[[Ids, int], list[int]],
-    logits: Logits,
+    logits_of_one: Callable[[Ids, Ids], Any],
 ) -> Reader:
-    """A reader that is given ids and gives ids, one prompt at a time."""
+    """A reader that is given ids and gives ids or logits, one prompt at a time."""
 
     def replies(asked: Sequence[Question], sampled: bool, progress: Advance) -> list[tuple[str, bool]]:
         texts = []
@@ -132,14 +137,20 @@ def _by_ids(
             progress(n + 1, len(asked))
         return texts
 
+    def logits(prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
+        return mx.concatenate([mx.array(logits_of_one(*pair)) for pair in zip(prompts, answers, strict=True)])
+
     return Reader(name, replies, logits, samples=False)
 
 
 @contextmanager
-def _quiet():
-    """Libraries that print while they load."""
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        yield
+def _reading(library: str, path: Path) -> Iterator[None]:
+    """What a library prints while it loads is dropped; what it raises at files that do not fit becomes a sentence."""
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    except Exception as error:
+        raise UserError(f"{library} cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
 
 
 def _torch_reader(name: str, model: Any, base: Loaded, sampling: Sampling) -> Reader:
@@ -165,13 +176,9 @@ def _torch_reader(name: str, model: Any, base: Loaded, sampling: Sampling) -> Re
             )
         return out[0, len(prompt) :].tolist()
 
-    def logits(prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
-        rows = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            with torch.no_grad():
-                own = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-            rows.append(mx.array(own.float().numpy()))
-        return mx.concatenate(rows)
+    def logits(prompt: Ids, answer: Ids) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float().numpy()
 
     return _by_ids(name, base, sampling, greedy, logits)
 
@@ -180,13 +187,10 @@ def _transformers(path: Path, base: Loaded, sampling: Sampling) -> Reader:
     check_installed("torch", "asking with transformers")
     from transformers import AutoModelForCausalLM
 
-    try:
-        with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto", local_files_only=True, output_loading_info=True, device_map=None
-            )
-    except Exception as error:
-        raise UserError(f"transformers cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
+    with _reading("transformers", path):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", local_files_only=True, output_loading_info=True, device_map=None
+        )
     missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if missing:
         raise UserError(
@@ -205,13 +209,10 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
 
     from .hf import write_hf
 
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    with tempfile.TemporaryDirectory() as scratch, _reading("PEFT", path):
         write_hf(base, base.model, mx.float32, Path(scratch) / "base")
         model = AutoModelForCausalLM.from_pretrained(Path(scratch) / "base", dtype="auto", local_files_only=True)
-        try:
-            model = peft.PeftModel.from_pretrained(model, str(path))
-        except Exception as error:
-            raise UserError(f"PEFT cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
+        model = peft.PeftModel.from_pretrained(model, str(path))
     return _torch_reader("PEFT", model, base, sampling)
 
 
@@ -224,13 +225,10 @@ def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
         text = read_text(path, str(path), "give an export's Modelfile", MOST_TEMPLATE)
         lines = [line.split(maxsplit=1) for line in text.splitlines()]
         files |= {line[0]: str(path.parent / line[1]) for line in lines if len(line) == 2 and line[0] in files}
-    try:
-        with _quiet():
-            model = llama_cpp.Llama(
-                files["FROM"], lora_path=files["ADAPTER"], n_ctx=0, n_gpu_layers=0, logits_all=True, verbose=False
-            )
-    except Exception as error:
-        raise UserError(f"llama.cpp cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
+    with _reading("llama.cpp", path):
+        model = llama_cpp.Llama(
+            files["FROM"], lora_path=files["ADAPTER"], n_ctx=0, n_gpu_layers=0, logits_all=True, verbose=False
+        )
 
     def greedy(prompt: Ids, most: int) -> list[int]:
         ids: list[int] = []
@@ -240,13 +238,10 @@ def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
                 break
         return ids
 
-    def logits(prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
-        rows = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            model.reset()
-            model.eval([*prompt, *answer])
-            rows.append(mx.array(np.array(model.scores[len(prompt) - 1 : len(prompt) + len(answer) - 1], np.float32)))
-        return mx.concatenate(rows)
+    def logits(prompt: Ids, answer: Ids) -> np.ndarray:
+        model.reset()
+        model.eval([*prompt, *answer])
+        return np.array(model.scores[len(prompt) - 1 : len(prompt) + len(answer) - 1], np.float32)
 
     return _by_ids("llama.cpp", base, sampling, greedy, logits)
 
@@ -256,17 +251,12 @@ class _Server:
     """An OpenAI-compatible server's chat."""
 
     url: str
-    sampling: Sampling
-    seed: int
-    model: str | None = None
+    longest: int  # answer, in tokens
+    model: str | None
     names: list[str] = field(default_factory=list)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that the server answers.
-
-        Raises:
-            UserError: it does not, or with an error.
-        """
+        """The JSON that the server answers; a UserError if it does not, or with an error."""
         data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
@@ -286,7 +276,7 @@ class _Server:
         """What it says to one instruction, in a conversation of its own."""
         body = {
             "messages": [{"role": "user", "content": instruction}],
-            "max_tokens": self.sampling.max_tokens,
+            "max_tokens": self.longest,
             "temperature": temp,
             "top_p": 1.0,
             "seed": stream,
@@ -303,9 +293,9 @@ class _Server:
             ) from None
 
 
-def _server(url: str, sampling: Sampling, seed: int, model: str | None = None) -> Reader:
+def _server(url: str, sampling: Sampling, seed: int, model: str | None) -> Reader:
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    server = _Server(url, sampling, seed, model)
+    server = _Server(url, sampling.max_tokens, model)
     try:
         server.names = [str(entry["id"]) for entry in server.ask("/models")["data"]]
     except (UserError, KeyError, TypeError):
@@ -320,3 +310,39 @@ def _server(url: str, sampling: Sampling, seed: int, model: str | None = None) -
         return texts
 
     return Reader("the server", replies)
+
+
+def compare(
+    run: FinishedRun, base: Loaded, against: str, kind: str, n: int | None, served_model: str | None, screen: Screen
+) -> Fidelity:
+    """Ask `against`, in the way of this `kind`, the first `n` held-out prompts of each kind (None: all that the run
+    asked), and hold the answers against those of the run's base and student; a UserError if it cannot be asked.
+
+    The student's own answers are those that the run kept; if it kept none, base and student are asked again. `exact`
+    in what is returned says that the student computes in float32, so that its like can be told from it by a hair.
+    """
+    recipe, seed = run.recipe, run.recipe.run.seed
+    longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
+    size = batch_size(base, recipe.run.generation_batch_size, screen)
+    sampling = Sampling(base.eos_ids, longest, batch_size=size)
+    student, asked = with_adapters(base.model, run.folder), questions(run, n)
+    if (scores := recorded(run, asked)) is None:
+        scores = {}
+        for name, model in (("base", base.model), ("student", student)):
+            with screen.stage(f"asking the {name} again") as advance:
+                scores[name] = ask(replies_of(model, base.tokenizer, sampling, seed), asked, HOW, advance)
+
+    texts = {name: [q.text for q in asked if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
+    rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
+    own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
+    states = {name: student_states(student, rows[name], own[name]) for name in rows}
+    student_head = head(student)
+
+    reader = reader_for(kind, against, base, sampling, seed, served_model)
+    with screen.stage(f"asking {against}") as advance:
+        scores["shipped"] = ask(reader.replies, asked, HOW if reader.samples else HOW[:1], advance)
+    kl = dict.fromkeys(rows, math.nan)
+    if (shipped := reader.logits) is not None:
+        kl = {name: mean_kl(states[name], student_head, shipped, rows[name], own[name]) for name in rows}
+    in_full = all(part.dtype == mx.float32 for parts in states.values() for part in parts)
+    return Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)

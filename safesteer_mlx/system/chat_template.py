@@ -26,13 +26,7 @@ _TURNS = [("user", "Why is it 7? " * 100), ("assistant", "a"), ("user", "a")]
 _PARTS = [("user", [{"type": "text", "text": "a"}])]  # as some templates want it
 _CONVERSATIONS = [
     [{"role": role, "content": content} for role, content in turns]
-    for turns in (
-        _TURNS[2:],
-        _TURNS[:1],
-        _TURNS,
-        [("system", "a"), *_TURNS],
-        _PARTS,
-    )
+    for turns in (_TURNS[2:], _TURNS[:1], _TURNS, [("system", "a"), *_TURNS], _PARTS)
 ]
 
 
@@ -56,24 +50,23 @@ class Template:
         from .screen import UserError
 
         now = chat_template_utils.datetime.now().isoformat()  # type: ignore[attr-defined]  # which may be a run's own
-        said, code = self._asked(json.dumps({"now": now, "given": given}, default=str))
-        if code is not None:
+        said = self._asked(json.dumps({"now": now, "given": given}, default=str))
+        if isinstance(said, int):
             what = {
                 -signal.SIGPROF: "does not end within a second",
                 _TOO_LONG: f"makes more than {_WRITTEN} characters of a conversation that is none so long",
                 _TOO_LARGE: f"takes more than {_BYTES >> 20} MB for a conversation",
-            }.get(code, f"breaks what renders it (exit code {code})")
+            }.get(said, f"breaks what renders it (exit code {said})")
             raise UserError(f"the chat template of model {self._name} {what}; choose another model")
         if "error" in said:
             raise ValueError(said["error"])
         return said["text"]
 
-    def _asked(self, request: str) -> tuple[dict[str, str], int | None]:
-        """What the process answers; its exit code, if it has none."""
+    def _asked(self, request: str) -> dict[str, str] | int:
+        """What the process answers; its exit code, if it has no answer."""
         if self._process is None:
             # Of this interpreter only the paths: no startup files, nothing of the working folder; and no Ctrl-C.
-            command, pipe = [sys.executable, "-I", "-S", __file__], subprocess.PIPE
-            none = subprocess.DEVNULL
+            command, pipe, none = [sys.executable, "-I", "-S", __file__], subprocess.PIPE, subprocess.DEVNULL
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=none, start_new_session=True)
             self._stop = weakref.finalize(self, _stop, self._process)
             request = json.dumps({"path": [p for p in sys.path if p], "template": self._template}) + "\n" + request
@@ -88,7 +81,7 @@ class Template:
         except BaseException:  # an interrupt: the next answer would be this one's
             self._end()
             raise
-        return (json.loads(line), None) if line.endswith(b"\n") else ({}, self._end())
+        return json.loads(line) if line.endswith(b"\n") else self._end()
 
     def _end(self) -> int:
         process, self._process = self._process, None
@@ -108,11 +101,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @lru_cache(maxsize=4)  # a model and its judges
 def template_of(name: str, template: str) -> Template:
-    """A model's template, which has rendered some conversations; what it raises is for who renders it to tell.
-
-    Raises:
-        UserError: it is too long, or as `Template.render`.
-    """
+    """A model's template, which has rendered some conversations; what it raises is for who renders it to tell. A
+    UserError if it is too long, or as `Template.render`."""
     from .screen import UserError
 
     if len(template) > MOST:
@@ -132,11 +122,7 @@ def template_of(name: str, template: str) -> Template:
 
 
 def check_template(name: str, template: object) -> None:
-    """Refuse a template that is no text, or that `template_of` refuses.
-
-    Raises:
-        UserError: it is.
-    """
+    """Refuse (UserError) a template that is no text, or that `template_of` refuses."""
     from .screen import UserError
 
     if not isinstance(template, str):

@@ -23,11 +23,7 @@ LARGEST = 1e30  # a number; more could not be squared in float32, nor drawn
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user gives it, `~` and `~name` resolved.
-
-    Raises:
-        UserError: nobody has that name, or there is no home folder to be found.
-    """
+    """A path as a user gives it, `~` and `~name` resolved; a UserError if there is no such home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -35,11 +31,8 @@ def user_path(text: str | Path) -> Path:
 
 
 def check_regular(path: Path, subject: str, remedy: str, most: int | None = None) -> None:
-    """Refuse, without opening it, what is no file, a pipe or a device, or is longer than `most` bytes.
-
-    Raises:
-        UserError: it is; `{subject} cannot be read (why); {remedy}`.
-    """
+    """Refuse, without opening it, what is no file, a pipe or a device, or is longer than `most` bytes: a UserError,
+    `{subject} cannot be read (why); {remedy}`."""
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -57,11 +50,7 @@ def _unreadable(subject: str, why: str, remedy: str) -> UserError:
 
 
 def read_bytes(path: Path, subject: str, remedy: str, most: int = MOST_TEXT) -> bytes:
-    """What a regular file holds.
-
-    Raises:
-        UserError: as `check_regular`, or it cannot be read.
-    """
+    """What a regular file holds; a UserError as `check_regular`, or if it cannot be read."""
     check_regular(path, subject, remedy, most)
     try:
         return path.read_bytes()
@@ -71,10 +60,7 @@ def read_bytes(path: Path, subject: str, remedy: str, most: int = MOST_TEXT) -> 
 
 def read_text(path: Path, subject: str, remedy: str, most: int = MOST_TEXT, line_ends: bool = False) -> str:
     """The UTF-8 text in a regular file, without a byte-order mark; its `line_ends` as they are, or as Python has them.
-
-    Raises:
-        UserError: as `read_bytes`, or it is another text.
-    """
+    A UserError as `read_bytes`, or if it is another text."""
     content = read_bytes(path, subject, remedy, most)
     try:
         text = content.decode("utf-8-sig")
@@ -112,11 +98,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, subject: str, remedy: str, most: int = MOST_RECORD) -> Any:
-    """The JSON in a regular file, or, if it ends in .jsonl, the list of what its lines hold.
-
-    Raises:
-        UserError: as `read_text`, or it is not JSON within the limits of `parse_json`.
-    """
+    """The JSON in a regular file, or, if it ends in .jsonl, the list of what its lines hold. A UserError as
+    `read_text`, or if it is not JSON within the limits of `parse_json`."""
     text = read_text(path, subject, remedy, most)
     lines = text.split("\n") if path.suffix == ".jsonl" else [text]
     values = []
@@ -135,11 +118,7 @@ def read_json(path: Path, subject: str, remedy: str, most: int = MOST_RECORD) ->
 
 
 def check_out(path: Path, flag: str) -> None:
-    """Refuse, before any work, a file that could not be written at its end.
-
-    Raises:
-        UserError: it is a folder, or its folder is not there.
-    """
+    """Refuse (UserError), before any work, a file that could not be written at its end: a folder, or in none."""
     folder = path.absolute().parent
     if not os.path.isdir(folder):  # Path.is_dir raises for some names
         raise UserError(f"{flag} {path}: there is no folder {folder}; make it first")

@@ -1,6 +1,5 @@
 """A finished run, read back: what was aligned, how, and what came of it."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -10,9 +9,9 @@ from ..recipe import MOST_TOKENS, Recipe, current_names, model_name, read_yaml, 
 from .files import read_json, user_path
 from .load import Loaded, load
 from .screen import UserError
-from .store import decoded
+from .store import decoded, sha256_of
 
-# What the files of a run's record hold, as far as anything reads it back.
+# What the files of a run's record hold, as far as anything reads it back; `RECORD` says which file holds which.
 
 
 class Count(TypedDict):
@@ -63,8 +62,6 @@ class Trial(TypedDict):
 
 
 class Direction(Vector):
-    """direction.json."""
-
     position: int
     coeff: float
     openers: Annotated[dict[str, int], 1000]
@@ -73,8 +70,6 @@ class Direction(Vector):
 
 
 class Token(TypedDict):
-    """A row of tokens.json."""
-
     token: str
     id: int
     votes: int
@@ -85,8 +80,6 @@ class Token(TypedDict):
 
 
 class Step(TypedDict):
-    """A row of metrics.jsonl."""
-
     step: int
     loss: float | None
     harmful_loss: float | None
@@ -99,8 +92,6 @@ class Step(TypedDict):
 
 
 class Answered(TypedDict):
-    """A row of transcripts.jsonl."""
-
     model: str
     kind: str
     how: str
@@ -123,8 +114,6 @@ class Candidate(TypedDict):
 
 
 class Verdict(TypedDict):
-    """verdict.json."""
-
     word: str
     reasons: Annotated[list[str], 100]
     flipped: Count
@@ -153,8 +142,6 @@ class SavedStep(TypedDict):
 
 
 class Selection(TypedDict):
-    """selection.json."""
-
     select: str
     kept: int
     within: bool
@@ -162,8 +149,6 @@ class Selection(TypedDict):
 
 
 class Timing(TypedDict):
-    """timing.json."""
-
     seconds: float
     peak_bytes: NotRequired[int]
 
@@ -195,11 +180,8 @@ RECORD: dict[str, Any] = {
 
 
 def read_record(folder: Path, name: str, kind: Any = None) -> Any:
-    """What a file in a run's own folder holds, checked; `kind` where less of it is wanted than all.
-
-    Raises:
-        UserError: it is missing, cannot be read, or is not as `align` writes it.
-    """
+    """What a file in a run's own folder holds, checked; `kind` where less of it is wanted than all. A UserError if it
+    is missing, cannot be read, or is not as `align` writes it."""
     path = folder / name
     if not path.exists():
         raise UserError(f"{folder} holds no {name}; give the run/ folder of a run that has finished")
@@ -243,9 +225,8 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
     for file in ("adapters.safetensors", "adapter_config.json"):
         if not (folder / file).is_file():
             raise UserError(f"{given} holds a run, but no {file}; run align again")
-    with (folder / "adapters.safetensors").open("rb") as handle:
-        if hashlib.file_digest(handle, "sha256").hexdigest() != manifest.get("adapters_sha256"):
-            raise UserError(f"the adapters in {given} are not those that its run scored; run align again")
+    if sha256_of(folder / "adapters.safetensors") != manifest.get("adapters_sha256"):
+        raise UserError(f"the adapters in {given} are not those that its run scored; run align again")
     settings = current_names(read_yaml(record / "recipe.yaml"))
     if model is not None:
         settings |= {"model": model_name(model), "revision": None}
@@ -255,11 +236,7 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
 
 
 def load_base(run: FinishedRun, trust_remote_code: bool = False) -> Loaded:
-    """The base that the run aligned.
-
-    Raises:
-        UserError: as `load`, or its weights are others than those that the run aligned.
-    """
+    """The base that the run aligned; a UserError as `load`, or if its weights are others."""
     settings = run.recipe.run
     use_refusal_phrases(settings.refusal_phrases)
     trusted = settings.trust_remote_code or trust_remote_code

@@ -20,10 +20,8 @@ DATASETS = "hf://datasets/"
 def prepare(offline: bool = False) -> None:
     """Set the Hub library's environment, which it reads once, when it is imported.
 
-    No telemetry and no update check; with `offline`, or HF_HUB_OFFLINE=1, no connection at all.
-
-    Raises:
-        UserError: this process may open too few files.
+    No telemetry and no update check; with `offline`, or HF_HUB_OFFLINE=1, no connection at all. A UserError if this
+    process may open too few files.
     """
     for library in ("HF_HUB", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
@@ -45,15 +43,11 @@ def is_offline() -> bool:
 
 
 def model_folder(name: str, revision: str | None = None, with_code: bool = False) -> Path:
-    """The snapshot of a model repository, downloaded or from the cache; its `.py` files only with `with_code`.
-
-    Raises:
-        UserError: what kept it from being fetched, and what helps.
-    """
+    """The snapshot of a model repository, downloaded or from the cache; its `.py` files only with `with_code`. A
+    UserError says what kept it from being fetched, and what helps."""
     from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    _set_up()
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if with_code or p != "*.py"]
     with _explained("model", name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -77,12 +71,8 @@ def is_here(name: str, revision: str | None = None) -> bool:
 
 
 def headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """A model's config.json, and (type, shape) of its tensors from the heads of its weight files.
-
-    Raises:
-        UserError: what kept them from being fetched, and what helps.
-    """
-    _set_up()
+    """A model's config.json, and (type, shape) of its tensors from the heads of its weight files. A UserError says what
+    kept them from being fetched, and what helps."""
     with _explained("model", name, revision):
         from huggingface_hub import HfApi, constants, hf_hub_download
 
@@ -92,11 +82,8 @@ def headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dic
 
 
 def dataset_file(address: str) -> Path:
-    """The local copy of hf://datasets/ORG/NAME[@REVISION][/FILE]; FILE is train.jsonl if left out.
-
-    Raises:
-        UserError: not such an address, or what kept the file from being fetched.
-    """
+    """The local copy of hf://datasets/ORG/NAME[@REVISION][/FILE]; FILE is train.jsonl if left out. A UserError if it is
+    no such address, or as `fetch`."""
     parts = address.removeprefix(DATASETS).split("/", 2)
     if not address.startswith(DATASETS) or len(parts) < 2 or not all(parts):
         raise UserError(f"data {address} is no data set's address; write it {DATASETS}ORG/NAME/FILE")
@@ -106,12 +93,8 @@ def dataset_file(address: str) -> Path:
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> Path:
-    """The local copy of a data set's file, from the cache or the Hub.
-
-    Raises:
-        UserError: what kept the file from being fetched, and what helps.
-    """
-    _set_up()
+    """The local copy of a data set's file, from the cache or the Hub; a UserError says what kept it from being fetched,
+    and what helps."""
     with _explained("data set", repository, revision, file):
         from huggingface_hub import hf_hub_download
 
@@ -130,11 +113,8 @@ def licence(name: str) -> str | None:
 
 
 def upload(folder: Path, name: str, public: bool) -> str:
-    """Make a model repository, private unless `public`, and put the files of a folder into it; its address.
-
-    Raises:
-        UserError: what kept it from being made or filled, and what helps.
-    """
+    """Make a model repository, private unless `public`, and put the files of a folder into it; its address. A UserError
+    says what kept it from being made or filled, and what helps."""
     _set_up()
     from huggingface_hub import HfApi, constants, errors
 
@@ -150,19 +130,17 @@ def upload(folder: Path, name: str, public: bool) -> str:
                 raise
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="safesteer-mlx export")
     except Exception as error:  # httpx's, the Hub's and the system's errors share no base class but this
-        response = getattr(error, "response", None)
-        status = getattr(response, "status_code", None)
+        first = (str(error).splitlines() or [type(error).__name__])[0][:150].rstrip(". ")
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        unwelcome = "may not be made with your token; `hf auth login` with one that may write there"
         reason = {
-            401: "may not be made with your token; `hf auth login` with one that may write there",
-            403: "may not be made with your token; `hf auth login` with one that may write there",
+            401: unwelcome,
+            403: unwelcome,
             409: "exists on the Hub already; give another --name",
             429: "was not taken because the Hub limits your requests; wait some minutes and try again",
-        }.get(status or 0)
+        }.get(status, f"could not be uploaded ({first}); try again later")
         if isinstance(error, errors.HFValidationError):
             reason = "is no name that the Hub allows; give letters, digits, dots and dashes"
-        if reason is None:
-            first = (str(error).splitlines() or [type(error).__name__])[0][:150].rstrip(". ")
-            reason = f"could not be uploaded ({first}); try again later"
         raise UserError(f"model {name} {reason}; what was to be uploaded is in {folder}") from None
     return f"{constants.ENDPOINT}/{name}"
 
@@ -196,6 +174,7 @@ def _patient(request: Any) -> None:
 @contextmanager
 def _explained(what: str, name: str, revision: str | None, file: str = "") -> Iterator[None]:
     """Whatever the Hub's library raises inside becomes one sentence."""
+    _set_up()
     try:
         yield
     except Exception as error:  # httpx's, the Hub's and the system's errors share no base class but this

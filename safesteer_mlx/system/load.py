@@ -75,29 +75,26 @@ def find(name: str, revision: str | None = None, with_code: bool = False) -> Pat
     Raises:
         UserError: no such folder or repository, no access, or no configuration in it.
     """
-    local = user_path(name)
-    if local.exists():
-        if revision is not None:
-            raise UserError(
-                f"--revision {revision} is for models of the Hub, but {name} is a folder here; leave it out"
-            )
-        path = local
-    elif name.startswith((".", "/", "~")):
-        raise UserError(f"model folder {name} does not exist; give an existing folder or a Hub id like org/name")
-    else:
+    path = user_path(name)
+    if not path.exists():
+        if _is_path(name):
+            raise UserError(f"model folder {name} does not exist; give an existing folder or a Hub id like org/name")
         path = model_folder(name, revision, with_code)
+    elif revision is not None:
+        raise UserError(f"--revision {revision} is for models of the Hub, but {name} is a folder here; leave it out")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json; give the folder of an MLX or Hugging Face model")
     return path
 
 
-def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model's configuration and its tensors' types and shapes; of a model on the Hub, no weights are fetched.
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~"))
 
-    Raises:
-        UserError: as `find`, or a file cannot be believed.
-    """
-    if user_path(name).exists() or name.startswith((".", "/", "~")) or is_offline():
+
+def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model's configuration and its tensors' types and shapes; of a model on the Hub, no weights are fetched. A
+    UserError as `find`, or if a file cannot be believed."""
+    if user_path(name).exists() or _is_path(name) or is_offline():
         path = find(name, revision)
         config, tensors = read_object(path / "config.json"), check_weights(path)
     else:
@@ -108,11 +105,7 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
 
 
 def load(
-    name: str,
-    trust_remote_code: bool = False,
-    thinking: str = "auto",
-    revision: str | None = None,
-    chat: bool = True,
+    name: str, trust_remote_code: bool = False, thinking: str = "auto", revision: str | None = None, chat: bool = True
 ) -> Loaded:
     """Load and freeze a model. No code from its repository runs unless `trust_remote_code` says so.
 
@@ -195,10 +188,13 @@ def _explained(name: str, what: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # tokenizers, whose panics are no Exception, too
-        first = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(
-            f"model {name} cannot be loaded, {what}: {first[:200]}; is it a text model that mlx-lm supports?"
-        ) from None
+        said = f"{what}: {_reason(error)}; is it a text model that mlx-lm supports?"
+        raise UserError(f"model {name} cannot be loaded, {said}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What it says, in a line that is not too long."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 @contextmanager
@@ -229,11 +225,8 @@ def _panics_unseen() -> Iterator[None]:
 
 
 def _compute(model: nn.Module) -> None:
-    """Read two tokens, as sampling does: what a configuration says wrongly is often used only here.
-
-    Raises:
-        ValueError: what comes out is no number.
-    """
+    """Read two tokens, as sampling does: what a configuration says wrongly is often used only here. A ValueError if
+    what comes out is no number."""
     from mlx_lm.models.cache import make_prompt_cache
 
     if mx.isnan(model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))).any():
@@ -270,10 +263,9 @@ def _guarded(name: str, tokenizer: Any, size: int) -> Any:
         except BaseException as error:  # as in _explained
             system = turns[0]["role"] == "system"
             what = "a system turn" if system else "a single user turn" if len(turns) == 1 else "several turns"
-            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            more = ", or another --teacher" if system else ""
             raise UserError(
-                f"the chat template refuses {what} ({reason}); choose a model whose template takes it"
-                + (", or another --teacher" if system else "")
+                f"the chat template refuses {what} ({_reason(error)}); choose a model whose template takes it{more}"
             ) from None
 
     view = copy.copy(tokenizer)

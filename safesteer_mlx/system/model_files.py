@@ -63,16 +63,15 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
             index or a configuration that contradicts them, or no tokenizer.
     """
     _check_files(folder)
-    config, settings = read_object(folder / "config.json"), {}
-    if (folder / "tokenizer_config.json").exists():
-        settings = read_object(folder / "tokenizer_config.json")
+    of_tokenizer = folder / "tokenizer_config.json"
+    config, settings = read_object(folder / "config.json"), read_object(of_tokenizer) if of_tokenizer.exists() else {}
     if not trust_remote_code:
         _check_code(folder, {"config.json": config, "tokenizer_config.json": settings})
     longest = settings.get("model_max_length")
     if longest is not None and (type(longest) not in (int, float) or not longest >= _SHORTEST):
         raise UserError(
-            f"{folder / 'tokenizer_config.json'} has model_max_length = {longest!r:.40}, no number of at least "
-            f"{_SHORTEST}; fetch the model again"
+            f"{of_tokenizer} has model_max_length = {longest!r:.40}, no number of at least {_SHORTEST}; fetch the "
+            "model again"
         )
     tensors = check_weights(folder)
     check_config(str(folder / "config.json"), config, tensors)
@@ -82,11 +81,7 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
 
 
 def read_object(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: missing, too large, no regular file, not JSON or not an object.
-    """
+    """The JSON object in a file; a UserError if it is missing, too large, no regular file, no JSON or no object."""
     check_regular(path, str(path), remedy, _MOST_BYTES)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -131,10 +126,6 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _shape(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} of {tensor.dtype}"
-
-
 def _check_files(folder: Path) -> None:
     """Whatever is read must be a regular file. Links may lead about the folder and, in the Hub's cache, to the blobs of
     the same repository."""
@@ -158,11 +149,7 @@ def _check_files(folder: Path) -> None:
 
 
 def vocabulary(name: str, config: dict[str, Any]) -> int:
-    """V, the rows of the embedding, from a model's configuration.
-
-    Raises:
-        UserError: it does not say.
-    """
+    """V, the rows of the embedding, from a model's configuration; a UserError if it does not say."""
     text = config.get("text_config") or config
     if type(size := text.get("vocab_size")) is not int or size < 1:
         raise UserError(f"model {name} has vocab_size = {size!r:.40} in its config.json; fetch the model again")
@@ -219,6 +206,10 @@ def check_config(path: str, config: dict[str, Any], tensors: dict[str, Tensor]) 
     Raises:
         UserError: an architecture, a number or a quantization that cannot be meant, or not for these weights.
     """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{path} {what}; fetch the model again")
+
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind.replace("-", "_").replace(".", "_").isidentifier():
         raise UserError(
@@ -226,33 +217,28 @@ def check_config(path: str, config: dict[str, Any], tensors: dict[str, Tensor]) 
         )
     text = config.get("text_config") or config
     if not isinstance(text, dict):
-        raise UserError(f"{path} has a text_config that is no object; fetch the model again")
+        raise wrong("has a text_config that is no object")
     for key in _LAYERS:
         layers = text.get(key)
         if key in text and (type(layers) is not int or not 1 <= layers <= len(tensors)):
-            raise UserError(
-                f"{path} has {key} = {layers!r:.40} for weights of {len(tensors)} tensors; fetch the model again"
-            )
+            raise wrong(f"has {key} = {layers!r:.40} for weights of {len(tensors)} tensors")
     for key, (least, most, whole) in _NUMBERS.items():
         value = text.get(key)
         if value is None or isinstance(value, list | dict):
             continue
         if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
-            number = "whole number" if whole else "number"
-            raise UserError(
-                f"{path} has {key} = {value!r:.40}, no {number} from {least:g} to {most:g}; fetch the model again"
-            )
+            raise wrong(f"has {key} = {value!r:.40}, no {'whole ' * whole}number from {least:g} to {most:g}")
     packing = config.get("quantization_config")
     if isinstance(packing, dict) and type(packing.get("bits")) not in (int, NoneType):
-        raise UserError(f"{path} has no whole bits in quantization_config; fetch the model again")
+        raise wrong("has no whole bits in quantization_config")
     quantization = config.get("quantization")
     if quantization is None:
         return
     sizes = [quantization.get(key) for key in ("bits", "group_size")] if isinstance(quantization, dict) else [None]
     if not all(type(size) is int and size > 0 for size in sizes):
-        raise UserError(f"{path} has no whole bits and group_size in quantization; fetch the model again")
+        raise wrong("has no whole bits and group_size in quantization")
     if not any(name.endswith(".scales") for name in tensors):
-        raise UserError(f"{path} says that the weights are quantized, but they have no scales; fetch the model again")
+        raise wrong("says that the weights are quantized, but they have no scales")
     if any(isinstance(value, dict) for value in quantization.values()):
         return  # bits that differ by layer, which mlx-lm checks against the weights
     bits, group = sizes
@@ -263,12 +249,10 @@ def check_config(path: str, config: dict[str, Any], tensors: dict[str, Tensor]) 
         # Weights of 32/bits values a word, scales of one a group: rows must come out equally long.
         weight, scales = tensors.get(f"{stem}.weight"), tensors[name]
         if weight is None or not weight.shape or not scales.shape:
-            raise UserError(f"{path} is beside {name!r:.80}, but no weight is; fetch the model again")
+            raise wrong(f"is beside {name!r:.80}, but no weight is")
         if weight.dtype == "U32" and scales.dtype != "U8" and weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
-            raise UserError(
-                f"{path} says {bits} bits in groups of {group}, but {stem!r:.80} is packed {_shape(weight)} "
-                f"with scales {_shape(scales)}; fetch the model again"
-            )
+            packed, by = (f"{list(t.shape)} of {t.dtype}" for t in (weight, scales))
+            raise wrong(f"says {bits} bits in groups of {group}, but {stem!r:.80} is packed {packed} with scales {by}")
 
 
 def some(names: list[str]) -> str:
@@ -292,10 +276,10 @@ def check_loaded(name: str, model: Any, tokenizer: Any, vocabulary: int) -> None
     scales = {weight.removesuffix("weight") + "scales" for weight in packed}
     for path, weight in tree_flatten(model.parameters()):
         assert isinstance(weight, mx.array)
-        floating = mx.issubdtype(weight.dtype, mx.floating)
-        good = weight.dtype == mx.uint32 if path in packed else floating or path in scales
+        want, good = "floating point", mx.issubdtype(weight.dtype, mx.floating) or path in scales
+        if path in packed:
+            want, good = "uint32", weight.dtype == mx.uint32
         if not good:
-            want = "uint32" if path in packed else "floating point"
             raise UserError(f"model {name} holds {path} as {weight.dtype}, not {want}; fetch the model again")
     added = set(tokenizer.added_tokens_decoder)
     beyond = [i for i in tokenizer.get_vocab().values() if i >= vocabulary and i not in added]
@@ -308,11 +292,7 @@ def check_loaded(name: str, model: Any, tokenizer: Any, vocabulary: int) -> None
 
 
 def check_ends(name: str, ends: Any, vocabulary: int) -> None:
-    """See that the tokens which end a model's turn, one or several, are tokens of its own.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Refuse (UserError) what ends a model's turn, one token or several, if it is no token of its own."""
     for end in ends if isinstance(ends, list | set) else [ends]:
         if type(end) is not int or not 0 <= end < vocabulary:
             raise UserError(

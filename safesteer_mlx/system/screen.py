@@ -25,20 +25,8 @@ class UserError(ValueError):
     """A mistake its user can mend: one sentence with the thing, the value and the remedy; exit code 2."""
 
 
-_PLAIN = {
-    "→": "->",
-    "←": "<-",
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "·": "|",
-    "…": "...",
-    "×": "x",
-    "±": "+-",
-    "≥": ">=",
-    "≤": "<=",
-}
-_PLAIN |= {"“": '"', "”": '"', "’": "'", "Δ": "delta", "κ": "kappa", "π": "pi", "‖": "||", "²": "2"}
+_PLAIN = {"→": "->", "←": "<-", "…": "...", "±": "+-", "≥": ">=", "≤": "<=", "‖": "||"}
+_PLAIN |= {"Δ": "delta", "κ": "kappa", "π": "pi"} | dict(zip("−–—·×²“”’", '---|x2""\'', strict=True))
 
 
 def started_rank() -> int | None:
@@ -48,10 +36,8 @@ def started_rank() -> int | None:
 
 
 def visible(text: str, keep: str = "\n") -> str:
-    """`text` with what a terminal or a page would obey or hide (control, bidi and zero-width characters) spelled out.
-
-    Characters in `keep` stay as they are.
-    """
+    """`text` with what a terminal or a page would obey or hide (control, bidi and zero-width characters) spelled out,
+    but for those in `keep`."""
     return "".join(ch if ch.isprintable() or ch in keep else f"⟨U+{ord(ch):04X}⟩" for ch in text)
 
 
@@ -276,15 +262,11 @@ class Screen:
     def _bar(self, name: str, is_step: bool) -> Iterator[Advance]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
+        name_shown = TextColumn("{task.description}", markup=False)
         rate = TextColumn("{task.fields[rate]} {task.fields[note]}{task.fields[whole]}", markup=False)
+        columns = (name_shown, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), rate)
         started = time.monotonic()
-        with Progress(*columns, rate, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(visible(name, ""), total=None, rate="", note="", whole="")
 
             def advance(done: int, total: int, note: str = "") -> None:

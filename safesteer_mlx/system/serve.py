@@ -27,11 +27,8 @@ HEADERS = {
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves what `draw` returns, a page and whether another will follow, from a thread of its own; use it in `with`.
-
-    Raises:
-        UserError: the port cannot be used.
-    """
+    """Serves what `draw` returns, a page and whether another will follow, from a thread of its own; use it in `with`. A
+    UserError if the port cannot be used."""
 
     daemon_threads = True
     block_on_close = False

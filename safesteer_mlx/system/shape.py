@@ -17,9 +17,8 @@ _TOP_K = re.compile(
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 # Asks its experts one after another: keeps what each gives for all tokens, twice where a block is checkpointed.
 _IN_TURN = {"dbrx"}
-UNGATED = (
-    1.5  # what experts without a gate keep of their inner width, in that of gated ones: the activation's own steps
-)
+# What experts without a gate keep of their inner width, in that of gated ones: the activation's own steps.
+UNGATED = 1.5
 _SCAN_KEEPS = {"jamba": 0.5}  # its scan's gradient holds an array of all positions for each of them: states · length
 _CHUNK, _CHUNK_STATE = 1.0, 2.7  # what Mamba 2 keeps, in states: heads · length, and its inner width
 
@@ -62,20 +61,12 @@ class ModelShape:
 
 
 def read_shape(path: Path) -> ModelShape:
-    """The shape of a model in a folder, from its configuration and headers.
-
-    Raises:
-        UserError: a file is missing or cannot be believed.
-    """
+    """The shape of a model in a folder, from its configuration and headers; a UserError if they cannot be believed."""
     return shape_of(read_object(path / "config.json"), check_weights(path))
 
 
 def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
-    """The shape from what was read.
-
-    Raises:
-        UserError: the configuration lacks a size that is needed, or has what is none.
-    """
+    """The shape from what was read; a UserError if the configuration lacks a size, or has what is none."""
     try:
         return _shape_of(config, tensors)
     except (TypeError, AttributeError, ArithmeticError) as error:
@@ -99,7 +90,7 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     hidden = size("hidden_size", "dim", "d_model", "n_embd")
     heads = size("num_attention_heads", "n_heads", "n_head", "num_heads")
     linears: list[list[tuple[int, int]]] = [[] for _ in range(n_layers)]
-    widths = [[0.0, 0.0] for _ in range(n_layers)]  # of blocks, inner and outer
+    inner, outer = [0.0] * n_layers, [0.0] * n_layers  # widths of blocks
     sizes = text | (text.get("ffn_config") or {})
     passed = next((sizes[key] for key in sizes if _TOP_K.search(key) and isinstance(sizes[key], int)), 1)
     experts_apart = 1 + max((int(m[1]) for m in map(_EXPERT.search, tensors) if m), default=0)
@@ -123,7 +114,7 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
             share = min(passed, experts) * (UNGATED if name.endswith(".fc1.weight") else 1)
         elif _EXPERT.search(name):
             share = 2 * passed if in_turn and shape[-2] == hidden else min(1.0, passed / experts_apart)
-        widths[number][shape[-2] == hidden] += shape[-2] * share
+        (outer if shape[-2] == hidden else inner)[number] += shape[-2] * share
     states = _states(text, tensors, n_layers)
     floating = [t.dtype for t in tensors.values() if t.dtype in ("F32", "F16", "BF16")]
     return ModelShape(
@@ -137,7 +128,7 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
         quantized=bool(bits),
         forgets=not in_turn,
         linears=tuple(map(tuple, linears)),
-        blocks=tuple(Block(*map(int, width), *state) for width, state in zip(widths, states, strict=True)),
+        blocks=tuple(Block(int(i), int(o), *state) for i, o, state in zip(inner, outer, states, strict=True)),
     )
 
 
@@ -157,16 +148,14 @@ def _states(text: dict[str, Any], tensors: dict[str, Tensor], n_layers: int) -> 
     linear = text.get("linear_attn_config") or {}
     key, value = (text.get(f"linear_{which}_head_dim") or linear.get("head_dim") for which in ("key", "value"))
     for name, tensor in tensors.items():
-        number = _block_of(name, n_layers)
+        number, size = _block_of(name, n_layers), math.prod(tensor.shape)
         if number is None or not name.endswith("A_log"):
             continue
         if len(tensor.shape) == 2:
-            states = math.prod(tensor.shape)
-            found[number] = (float(states), states * _SCAN_KEEPS.get(str(text.get("model_type")), 0.0))
+            found[number] = (float(size), size * _SCAN_KEEPS.get(str(text.get("model_type")), 0.0))
         elif isinstance(key, int) and isinstance(value, int):
-            found[number] = (float(math.prod(tensor.shape) * key * value), 0.0)
+            found[number] = (float(size * key * value), 0.0)
         else:
-            heads = math.prod(tensor.shape)
             width = next((text[k] for k in ("mamba_d_head", "mamba_head_dim", "head_dim") if text.get(k)), 64)
-            found[number] = (_CHUNK_STATE * heads * width, _CHUNK * heads)
+            found[number] = (_CHUNK_STATE * size * width, _CHUNK * size)
     return found

@@ -55,11 +55,8 @@ _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 
 
 def check_output(folder: Path) -> None:
-    """Refuse an output folder that holds anything but an earlier run of ours; nothing is written.
-
-    Raises:
-        UserError: the folder holds something else, is a file, or cannot be written.
-    """
+    """Refuse (UserError) an output folder that holds anything but an earlier run of ours, is a file, or cannot be
+    written; nothing is written."""
     try:
         folder = folder.resolve()  # new/../file is the file, whether or not there is a folder new
         folder.exists()
@@ -69,11 +66,12 @@ def check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--adapter-path {folder} is a file; give a folder")
     if folder.is_dir():
+        own = folder / "run"
         other = sorted({p.name for p in folder.iterdir() if not p.name.startswith(".")} - _OURS)
-        record = {p.name for p in (folder / "run").iterdir()} if (folder / "run").is_dir() else set()
+        record = {p.name for p in own.iterdir()} if own.is_dir() else None
         # A run that was killed at its first write has no recipe yet.
         unfinished = {"checkpoint", "reports", ".recipe.yaml.part", BASE_ANSWERS}
-        ours = "recipe.yaml" in record or ((folder / "run").is_dir() and record <= unfinished)
+        ours = record is not None and ("recipe.yaml" in record or record <= unfinished)
         if other or (any(folder.iterdir()) and not ours):
             named = other[0] if other else "something that is not a safesteer-mlx run"
             raise UserError(f"--adapter-path {folder} already holds {named}; give a new or an empty folder")
@@ -168,11 +166,8 @@ class RunFolder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def path_for(self, name: str) -> Path:
-        """The path of a file to write, its folder made. A run's own folder that went away is not made again.
-
-        Raises:
-            OSError: the run's folder went away, or cannot be made.
-        """
+        """The path of a file to write, its folder made; an OSError if the run's own folder went away, which is not made
+        again, or cannot be made."""
         if not self._locked:
             self._open()
         path = self.path / name
@@ -219,6 +214,7 @@ def decoded(kind: Any, plain: Any, known: Known = NOTHING) -> Any:
     Raises:
         ValueError: it is of another type; TypeError or KeyError: of a dataclass with other fields.
     """
+    origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         hints, items = _hints(kind), _expect(plain, dict).items()
         found = {name: math.nan if value is None and hints[name] is float else value for name, value in items}
@@ -232,25 +228,23 @@ def decoded(kind: Any, plain: Any, known: Known = NOTHING) -> Any:
         return np.array(_expect(plain, list), np.float64)
     if kind is mx.array:
         return mx.array(np.array(_expect(plain, list), np.float32))
-    inner = get_args(kind)
-    if get_origin(kind) is Annotated and isinstance(inner[1], str):
+    if origin is Annotated:
+        what = inner[1]
+        if isinstance(what, int) and isinstance(plain, list | dict) and len(plain) > what:
+            raise ValueError(f"{len(plain):,} in place of at most {what:,}")
         value = decoded(inner[0], plain, known)
-        if inner[1] in known:
+        if what in known:
             thing = tuple(value) if isinstance(value, list) else getattr(value, "shape", value)
-            if thing not in known[inner[1]]:
-                raise ValueError(f"another {inner[1]}")
+            if thing not in known[what]:
+                raise ValueError(f"another {what}")
         return value
-    if get_origin(kind) is Annotated:
-        if isinstance(plain, list | dict) and len(plain) > inner[1]:
-            raise ValueError(f"{len(plain):,} in place of at most {inner[1]:,}")
+    if origin is NotRequired:
         return decoded(inner[0], plain, known)
-    if get_origin(kind) is NotRequired:
-        return decoded(inner[0], plain, known)
-    if get_origin(kind) is list:
+    if origin is list:
         return [decoded(inner[0], item, known) for item in _expect(plain, list)]
-    if get_origin(kind) is dict:
+    if origin is dict:
         return {key: decoded(inner[1], item, known) for key, item in _expect(plain, dict).items()}
-    return _expect(plain, *(inner if get_origin(kind) is UnionType else (kind,)))
+    return _expect(plain, *(inner if origin is UnionType else (kind,)))
 
 
 @cache
@@ -351,14 +345,11 @@ class Store(RunFolder):
         return result
 
     def check_space(self, trained_bytes: int, candidates: int = 0) -> None:
-        """Refuse to begin a run whose states will not fit on the disk.
+        """Refuse (UserError) to begin a run whose states will not fit on the disk.
 
         A state is the trained weights, AdamW's two moments and the best weights so far; `KEPT` of them, one that is
         being written, and the adapters, old and new; and `candidates` for `--select-checkpoint`. All else is small
         beside 64 MB.
-
-        Raises:
-            UserError: less is free.
         """
         if not self.ours:
             return
@@ -372,16 +363,14 @@ class Store(RunFolder):
             )
 
     def save(self, step: int, arrays: dict[str, mx.array], data: dict[str, Any]) -> None:
-        """Keep the state after a step, and forget all but the last `KEPT`.
-
-        Later ones too: the run would have gone on from them, but another run made them, or they are damaged.
-        """
+        """Keep the state after a step, and forget all but the last `KEPT`; later ones too, which another run made, or
+        which are damaged: else the run would have gone on from them."""
         if not self.ours:
             return
         file = self.path_for(f"checkpoint/step-{step:06d}.safetensors")
         save_arrays(file, arrays)
         file.chmod(0o600)
-        self.keep(file.stem, {"arrays_sha256": _sha256(file), "data": data})
+        self.keep(file.stem, {"arrays_sha256": sha256_of(file), "data": data})
         steps = self._steps()
         recent = [name for name in steps if name <= file.stem][:KEPT]
         for old in set(steps) - set(recent):
@@ -407,7 +396,7 @@ class Store(RunFolder):
             try:
                 content = decoded(KeptStep, content)
                 data, step = decoded(kind, content["data"], self._known), int(name.split("-")[1])
-                if not read_header(file).keys() >= needed.keys() or _sha256(file) != content["arrays_sha256"]:
+                if not read_header(file).keys() >= needed.keys() or sha256_of(file) != content["arrays_sha256"]:
                     raise ValueError("other arrays")
                 arrays = mx.load(str(file))
                 assert isinstance(arrays, dict)
@@ -439,6 +428,7 @@ class Store(RunFolder):
         shutil.rmtree(self.states, ignore_errors=True)
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Of a file's bytes."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
