@@ -10,6 +10,7 @@ squares of relative errors, none negative, and the quantiles of fitted to measur
 import argparse
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,11 +208,11 @@ def made(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def measure(model: nn.Module, rows: int, length: int) -> dict[str, int]:
+def measure(model: nn.Module, rows: int, length: int, checkpoints: Sequence[str] = ("off", "on")) -> dict[str, int]:
     """Peaks of a forward pass, and of training passes without the gradient itself."""
     ids = mx.array(np.random.default_rng(0).integers(0, 150, (rows, length)))
     found = {"forward": peak(lambda: hidden_states(model, ids))[0]}
-    for how in ("off", "on"):
+    for how in checkpoints:
         student = make_student(model, replace(resolve({}, {})[0].train, grad_checkpoint=how), 0)
         student.train()
         work = nn.value_and_grad(student, lambda m: hidden_states(m, ids).astype(mx.float32).square().sum())

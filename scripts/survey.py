@@ -17,9 +17,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,8 @@ SECONDS = 240  # for one family
 ROWS = [[5, 9, 3, 17, 33, 2, 8], [4, 6, 21, 13], [7, 7, 30, 11, 2, 90]]
 BACKEND = "[GatherMM::eval] Currently only supports float32"  # what MLX's CPU backend says of experts
 GREEDY = 5  # tokens generated
+PASS = (4, 32)  # rows and tokens of the pass whose memory is measured
+LEAST, ENOUGH = 0.75, 0.95  # planned over measured: below it a plan is wrong, or told to be low
 QUICK = {  # the families of the gate, and why these
     "llama": "what most others are",
     "gemma3_text": "sandwich norms, sliding windows, tied and scaled embedding",
@@ -55,13 +59,22 @@ works on trained models of the family: [choices.md](choices.md) has those that w
 
     .venv/bin/python scripts/survey.py
 
-*Refused* is said in one sentence before anything is done. *Whole stream*: the published ablation leaves more than a
-thousandth of the direction in the stream, so all that reaches the stream is projected (`--ablation`). *In groups of one
+*Refused* is said in one sentence before anything is done, and beside it whose limit it is: *ours*, or *mlx-lm's*, whose
+code cannot do it for anyone. *Whole stream*: the published ablation leaves more than a thousandth of the stream along
+the direction (its largest share behind any block is told), so all that reaches the stream is projected (`--ablation`);
+what trained models have of it stands in [verdict.md](verdict.md#what-the-published-ablation-leaves). *In groups of one
 length*, *one at a time*: mlx-lm does not batch prompts of unequal length rightly, or none, which is noticed.
 *Experts in half precision*: MLX's CPU backend multiplies experts' weights in float32 alone; that was not run on Metal.
 
-| family | | notes |
-|---|---|---|
+*Memory* is planned over measured: the peak of a training pass through all blocks ({rows} rows of {length} tokens, no
+checkpoints), above weights and gradients, the median of three, which differ by some 5 %. The plan's rates were fitted
+to such shapes among others, so it says that the plan knows what is in a block; [memory.md](memory.md) has shapes that
+nothing was fitted to. Below {least} a family fails.
+
+{below}
+
+| family | | memory | notes |
+|---|---|---|---|
 """
 
 
@@ -74,7 +87,8 @@ def configs() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
 
 
 def build(name: str, config: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-    """A random float32 model, of the survey's configuration or another; weights that begin as zeros are drawn too."""
+    """A random float32 model, of the survey's configuration or another; weights that begin as zeros are drawn too, and
+    those of norms, which begin alike and would only scale: no direction would get past one behind a block's part."""
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
@@ -86,6 +100,11 @@ def build(name: str, config: dict[str, Any] | None = None) -> tuple[Any, dict[st
         (path, 0.1 * mx.random.normal(w.shape).astype(w.dtype))
         for path, w in tree_flatten(model.parameters())
         if mx.issubdtype(w.dtype, mx.floating) and w.ndim > 1 and not mx.any(w).item()
+    ]
+    drawn += [
+        (path, w + mx.random.uniform(-0.5, 0.5, w.shape).astype(w.dtype))
+        for path, w in tree_flatten(model.parameters())
+        if path.endswith("weight") and w.ndim == 1
     ]
     model.update(tree_unflatten(drawn))
     model.set_dtype(mx.float32)
@@ -162,7 +181,7 @@ class Survey:
         from safesteer_mlx.method.residual import blocks, check_stream
         from safesteer_mlx.system.screen import UserError
 
-        self.name = name
+        self.name, self.planned = name, None
         self.model, self.config = build(name)
         self.row = mx.array([ROWS[0]])
         self.plain = self.model(self.row)
@@ -217,14 +236,15 @@ class Survey:
         from safesteer_mlx.method.direction import LEFT
         from safesteer_mlx.method.residual import ablate, blocks, left_by_ablation, unit
 
-        whole = left_by_ablation(self.model, self.vector, self.row) > LEFT
+        published = left_by_ablation(self.model, self.vector, self.row)
+        whole = published > LEFT
         ablated, streams = ablate(self.model, self.vector, whole), []
         with Wrapped(blocks(ablated), after=lambda i, out: (streams.append(stream_of(out)), out)[1]):
             ablated(self.row)
         r = unit(self.vector)
         left = max((mx.abs(x @ r) / mx.linalg.norm(x, axis=-1)).max().item() for x in streams)
         assert left <= LEFT, f"{left:.1%} of the stream is left"
-        self.note = "whole stream" if whole else ""
+        self.note = f"whole stream (the published way leaves {published:.1%})" if whole else ""
 
     def generation(self) -> None:
         """Steered answers in batches are those one at a time, or it is noticed that they are not."""
@@ -339,18 +359,21 @@ class Survey:
         assert are_numbers(fused(self.row)), "not finite"
 
     def memory(self) -> None:
-        """There is a plan, and it knows the weights."""
-        from mlx.utils import tree_flatten
+        """There is a plan, it knows the blocks, and what a training pass takes."""
+        import mlx.core as mx
+        from fit_memory import measure, read_of
 
         from safesteer_mlx.recipe import resolve
         from safesteer_mlx.system import memory
-        from safesteer_mlx.system.model_files import Tensor
-        from safesteer_mlx.system.shape import shape_of
 
-        tensors = {n: Tensor("F32", tuple(w.shape)) for n, w in tree_flatten(self.model.parameters())}
-        shape = shape_of(self.config, tensors)
+        shape, recipe = read_of(self.model, self.config), resolve({}, {})[0]
         assert shape.n_layers == len(self.blocks), f"{shape.n_layers} blocks planned, {len(self.blocks)} there"
-        memory.plan(resolve({}, {})[0], shape, memory.this_machine(), 64)
+        memory.plan(recipe, shape, memory.this_machine(), 64)
+        cache = mx.set_cache_limit(0)
+        measured = median(measure(self.model, *PASS, ("off",))["gradient"] for _ in range(3))
+        mx.set_cache_limit(cache)
+        self.planned = memory.gradient_bytes(shape, recipe.train, *PASS, False) / measured
+        assert self.planned >= LEAST, f"planned {self.planned:.2f} of what was measured"
 
     @staticmethod
     def _rows(rows: list[list[int]]) -> Any:
@@ -373,6 +396,12 @@ CHECKS = (
 )
 
 
+def fault(error: Exception) -> str:
+    """Whose it is: mlx-lm's, where its code raised it or the sentence says so, else ours."""
+    where, said = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+    return "mlx-lm's" if "mlx_lm" in Path(where).parts or said.startswith("mlx-lm") or "VJP" in said else "ours"
+
+
 def try_family(name: str) -> dict[str, Any]:
     """Every check of one family, in this process."""
     import safesteer_mlx  # noqa: F401  before MLX
@@ -382,28 +411,31 @@ def try_family(name: str) -> dict[str, Any]:
     try:
         survey = Survey(name)
     except UserError as error:
-        return {**result, "refused": str(error)}
+        return {**result, "refused": str(error), "fault": fault(error)}
     except Exception as error:  # whatever it is, it is the result
-        return {**result, "failed": {"build": f"{type(error).__name__}: {error}"[:200]}}
+        return {**result, "failed": {"build": f"{type(error).__name__}: {error}"[:200]}, "fault": fault(error)}
     for check in CHECKS:
         survey.note = ""
         try:
             getattr(survey, check)()
         except UserError as error:
             result["failed"][check] = f"refused: {error}"[:200]
+            result["fault"] = fault(error)
         except Exception as error:
             if BACKEND in str(error):
                 result["notes"].append("experts in half precision: not on MLX's CPU backend")
                 continue
             if "VJP" in str(error):  # which `train` says in one sentence
-                return {**result, "refused": f"mlx-lm's code has no gradient here ({error})"[:200]}
+                sentence = f"mlx-lm's code has no gradient here ({error})"[:200]
+                return {**result, "refused": sentence, "fault": fault(error)}
             where = traceback.extract_tb(error.__traceback__)[-1]
             result["failed"][check] = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"[
                 :240
             ]
+            result["fault"] = fault(error)
         if survey.note:
             result["notes"].append(survey.note)
-    return result
+    return {**result, "planned": survey.planned}
 
 
 def in_process(name: str) -> dict[str, Any]:
@@ -437,12 +469,20 @@ def page(results: list[dict[str, Any]], cannot: dict[str, str]) -> str:
     failed = [r for r in results if r not in good and r not in refused]
     versions = f"mlx-lm {version('mlx-lm')} (MLX {version('mlx')}, Linux, CPU backend)"
     counts = f"{len(good)} of {len(results)} pass everything, {len(refused)} are refused, {len(failed)} fail"
-    lines = [PAGE.format(versions=versions, counts=counts, more=len(cannot)).rstrip()]
+    planned = {r["name"]: r["planned"] for r in results if r.get("planned") is not None}
+    low = ", ".join(f"{name} ({ratio:.2f})" for name, ratio in planned.items() if round(ratio, 2) < ENOUGH)
+    below = textwrap.fill(f"Planned below {ENOUGH} of what was measured: {low or 'none'}.", 120)
+    sizes = {"rows": PASS[0], "length": PASS[1], "least": LEAST, "below": below}
+    lines = [PAGE.format(versions=versions, counts=counts, more=len(cannot), **sizes).rstrip()]
     for r in results:
         word = "yes" if r in good else "refused" if r in refused else "**no**"
+        whose = "" if r in good else f" ({r.get('fault', 'whose is not told')})"
         notes = "; ".join(r["notes"]) if r in good else verdict(r).removeprefix("refused: ")
-        lines.append(f"| {r['name']} | {word} | {notes.replace('|', '/')} |")
-    lines += [f"| {name} | – | cannot be built here: {reason.replace('|', '/')} |" for name, reason in cannot.items()]
+        ratio = f"{planned[r['name']]:.2f}" if r["name"] in planned else ""
+        lines.append(f"| {r['name']} | {word}{whose} | {ratio} | {notes.replace('|', '/')} |")
+    for name, reason in cannot.items():
+        whose = "needs Metal" if "Metal" in reason else "mlx-lm's"
+        lines.append(f"| {name} | – ({whose}) | | cannot be built here: {reason.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -226,7 +226,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gear": TIED
     | {"layer_types": ["conv_mixer", "sliding_attention", "conv_mixer", "full_attention"], "sliding_window": 8},
     "gemma": TIED,
-    "gemma2": TIED | {"query_pre_attn_scalar": 16.0},
+    "gemma2": TIED | {"query_pre_attn_scalar": 16},
     "gemma3": nested(
         "gemma3_text",
         TIED

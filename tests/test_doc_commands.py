@@ -50,6 +50,7 @@ TABLE = {
     "safesteer-mlx align MODEL --dry-run": "run",
     "safesteer-mlx align MODEL --memory-limit 12GB": "parse",
     "safesteer-mlx align MODEL --verdict-only": "run --direction-train 32 --direction-validation 16 --coeff 0.7",
+    "safesteer-mlx align MODEL --verdict-only --verbose": "parse",
     "safesteer-mlx align MODEL --safety-tokens mine.json --adapter-path again": "by tests/test_tokens.py::"
     "test_align_uses_the_file_as_it_is_and_writes_nothing_for_another_models",
     "safesteer-mlx align --data examples/school-policy --verdict-only": POLICY,

@@ -1,8 +1,11 @@
 """The house keeps its shape: imports point down, and blocks are touched in one file."""
 
 import ast
+from pathlib import Path
 
+import mlx_lm.models
 import pytest
+from mlx_lm.utils import MODEL_REMAPPING
 
 from safesteer_mlx.recipe import PACKAGE
 
@@ -84,3 +87,53 @@ def test_files_are_read_and_homes_found_in_one_place(name: str):
             assert node.attr != "expanduser" or name == "system.files", f"{name}:{node.lineno}: use user_path"
             unbounded = node.attr in ("read_text", "read_bytes") and name not in OWN_FILES
             assert not unbounded, f"{name}:{node.lineno}: read through system/files.py"
+
+
+FAMILIES = {*MODEL_REMAPPING} | {
+    path.stem for path in Path(mlx_lm.models.__path__[0]).glob("*.py") if "class ModelArgs" in path.read_text("utf-8")
+}
+# The tables that may name a family of mlx-lm; all else is told by a model's files, or seen in a forward pass.
+NAMED_IN = {
+    "system.shape": {"_FAMILIES"},  # what nothing but the name tells
+    "formats.hf": {"_SAME_NAMES", "_EXPERTS"},  # transformers' names of weights, of the families that were tried
+    "formats.gguf": {"_KNOWN_SPLITS"},  # llama.cpp's names for ways to split a text, some of them families'
+}
+
+
+def families_named(name: str, text: str) -> list[str]:
+    """Where a module names a family outside its tables."""
+    tree = ast.parse(text)
+    allowed: set[ast.AST] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and {ast.unparse(t) for t in node.targets} & NAMED_IN.get(name, set()):
+            allowed |= set(ast.walk(node))
+    return [
+        f"{name}:{node.lineno} names {node.value}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in FAMILIES and node not in allowed
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_families_are_named_in_one_table(name: str):
+    assert not families_named(name, MODULES[name].read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "n"),
+    [
+        ("align", 'if kind == "gemma2": pass', 1),
+        ("align", 'if kind in ("llama", "qwen3_next"): pass', 2),
+        ("method.residual", 'ODD = {"dbrx": 1}', 1),
+        ("method.residual", '_FAMILIES = {"dbrx": 1}', 1),
+        ("system.shape", '_FAMILIES = {"dbrx": 1}', 0),
+        ("system.shape", '_OTHERS = {"dbrx": 1}', 1),
+        ("system.shape", 'def f(kind): return kind == "jamba"', 1),
+        ("formats.hf", '_SAME_NAMES = ("gemma",)', 0),
+        ("formats.gguf", '_SAME_NAMES = ("gemma",)', 1),
+        ("system.load", 'kind = config.get("model_type", "mistral")', 1),  # a name that mlx-lm maps to another
+        ("system.load", 'kind = config.get("model_type", "model")  # gemma2', 0),
+    ],
+)
+def test_a_family_named_elsewhere_is_found(name: str, text: str, n: int):
+    assert len(families_named(name, text)) == n

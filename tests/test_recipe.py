@@ -1,6 +1,7 @@
 """Settings: where each value comes from, which source wins, and what the published recipe is."""
 
 import json
+import re
 
 import pytest
 
@@ -22,6 +23,7 @@ RECIPES = {path.stem: read_yaml(path) for path in sorted(MODELS.glob("*.yaml"))}
 SHAPES = {name: recipe["match"]["shape"] for name, recipe in RECIPES.items() if "shape" in recipe["match"]}
 LLAMA = SHAPES["llama-3-8b"]
 OTHER = {"model": "org/other"}  # the model of nobody's recipe
+PAPER = "https://arxiv.org/abs/2606.02530"
 PUBLISHED = {"llama-3-8b": (5, 1e-7), "llama-3.2-3b": (5, 1e-7), "qwen2.5-7b": (7, 1e-8), "qwen3-4b-2507": (7, 1e-8)}
 
 
@@ -85,6 +87,14 @@ def test_a_recipe_of_a_family_sets_nothing_that_was_not_published(name):
     assert recipe_note(name) == recipe.get("note") and recipe_note(None) is None
     text = (MODELS / f"{name}.yaml").read_text()
     assert name == "tiny-chat" or "paper" in text or "No settings of SafeSteer" in text or "published for 3-8B" in text
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"tiny-chat"}))
+def test_a_recipe_of_a_family_names_its_source_with_an_address(name):
+    comment = [line for line in (MODELS / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    addresses = re.findall(r"https://[\w.-]+/[\w./-]+\w", "\n".join(comment))
+    assert addresses, f"models/{name}.yaml: whose word is it?"
+    assert (PAPER in addresses) == (name in PUBLISHED)
 
 
 def test_a_model_of_the_bundled_ones_shape_has_no_recipe():

@@ -1,10 +1,15 @@
 """The survey's quick form: the families that differ most, every check of each, and that its checks can fail."""
 
+from pathlib import Path
+
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
-from survey import QUICK, Survey, configs, in_process, try_family, verdict
+from survey import QUICK, Survey, build, configs, fault, in_process, page, try_family, verdict
 
 import safesteer_mlx.method.residual as residual
+import safesteer_mlx.system.memory as memory
+from safesteer_mlx.system.screen import UserError
 
 
 @pytest.mark.parametrize("family", QUICK)
@@ -15,12 +20,23 @@ def test_a_family_passes_everything(family):
 
 @pytest.mark.parametrize("family", ["gemma3n", "rwkv7", "nanbeige"])
 def test_a_family_with_more_than_one_stream_is_refused_in_a_sentence(family):
-    assert "one residual stream" in try_family(family)["refused"]
+    result = try_family(family)
+    assert "one residual stream" in result["refused"] and result["fault"] == "ours"
+
+
+@pytest.mark.parametrize(
+    ("family", "whole"),
+    [(name, True) for name in ("gemma3_text", "gemma2", "olmo2", "exaone4", "glm4", "plamo3", "gear")]
+    + [(name, False) for name in ("llama", "qwen2", "gpt2", "cohere2", "mamba2", "qwen3_vl")],
+)
+def test_sandwich_norms_are_ablated_by_the_whole_stream(family, whole):
+    survey = Survey(family)
+    survey.note = ""
+    survey.ablation()
+    assert survey.note.startswith("whole stream (the published way leaves ") == whole, survey.note
 
 
 def test_every_family_of_mlx_lm_is_known():
-    from pathlib import Path
-
     import mlx_lm.models
 
     folder = Path(mlx_lm.models.__file__).parent
@@ -47,9 +63,78 @@ def test_a_check_fails_where_something_is_wrong(monkeypatch, check, name, wrong)
         getattr(survey, check)()
 
 
-def test_the_page_has_every_family():
-    from pathlib import Path
+def test_a_plan_that_is_too_low_fails(monkeypatch):
+    survey = Survey("llama")
+    survey.memory()
+    planned, own = survey.planned, memory.gradient_bytes
+    assert planned is not None and planned > 0.95
+    monkeypatch.setattr(memory, "gradient_bytes", lambda *given: own(*given) // 2)
+    with pytest.raises(AssertionError, match="of what was measured"):
+        survey.memory()
 
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("raises", "expected"),
+    [
+        (lambda: Survey("recurrent_gemma"), "mlx-lm's"),  # it cannot be frozen
+        (lambda: Survey("afm7"), "ours"),
+        (lambda: Survey("kimi_k3"), "ours"),
+        (lambda: mlx_lm.utils.load_model(Path("/nowhere")), "mlx-lm's"),
+        (lambda: build("llama", {"model_type": "llama"}), "mlx-lm's"),
+        (lambda: build("no_such_family", {"model_type": "llama"}), "ours"),
+        (lambda: fail(ValueError("[gather_axis] Cannot calculate VJP with respect to indices")), "mlx-lm's"),
+        (lambda: fail(AssertionError("no gradient")), "ours"),
+        (lambda: fail(UserError("mlx-lm cannot do it")), "mlx-lm's"),
+        (lambda: fail(UserError("architecture llama cannot do it")), "ours"),
+    ],
+)
+def test_whose_limit_it_is(raises, expected):
+    with pytest.raises(Exception) as error:
+        raises()
+    assert fault(error.value) == expected
+
+
+ROWS = [
+    ({"name": "a", "failed": {}, "notes": [], "planned": 1.203}, "| a | yes | 1.20 |  |"),
+    ({"name": "b", "failed": {}, "notes": ["x|y", "z"], "planned": 0.9}, "| b | yes | 0.90 | x/y; z |"),
+    (
+        {"name": "c", "failed": {}, "notes": [], "refused": "not so", "fault": "ours"},
+        "| c | refused (ours) |  | not so |",
+    ),
+    (
+        {"name": "d", "failed": {}, "notes": [], "refused": "no", "fault": "mlx-lm's"},
+        "| d | refused (mlx-lm's) |  | no |",
+    ),
+    (
+        {"name": "e", "failed": {"head": "ValueError"}, "notes": ["x"], "fault": "ours", "planned": 1.0},
+        "| e | **no** (ours) | 1.00 | head: ValueError |",
+    ),
+    (
+        {"name": "f", "failed": {"half": "boom"}, "notes": [], "fault": "mlx-lm's"},
+        "| f | **no** (mlx-lm's) |  | half: boom |",
+    ),
+    (
+        {"name": "g", "failed": {"process": "exit -9"}, "notes": []},
+        "| g | **no** (whose is not told) |  | process: exit -9 |",
+    ),
+]
+
+
+def test_the_page_says_whose_a_limit_is_and_which_plans_are_low():
+    text = page([result for result, _ in ROWS], {"h": "No Metal back-end", "i": "SystemExit|"})
+    for _, row in ROWS:
+        assert row in text.splitlines()
+    assert "| h | – (needs Metal) | | cannot be built here: No Metal back-end |" in text
+    assert "| i | – (mlx-lm's) | | cannot be built here: SystemExit/ |" in text
+    assert "2 of 7 pass everything, 2 are refused, 3 fail, and 2 more" in text
+    assert "measured: b (0.90)." in text
+
+
+def test_the_page_has_every_family():
     text = (Path(__file__).parent.parent / "docs" / "models.md").read_text("utf-8")
     known, cannot = configs()
     for name in [*known, *cannot]:

@@ -15,12 +15,21 @@ _TOP_K = re.compile(
 )
 # An expert's own weights, where experts are not stacked into one tensor.
 _EXPERT = re.compile(r"experts\.(\d+)\.")
-# Asks its experts one after another: keeps what each gives for all tokens, twice where a block is checkpointed.
-_IN_TURN = {"dbrx"}
 # What experts without a gate keep of their inner width, in that of gated ones: the activation's own steps.
 UNGATED = 1.5
-_SCAN_KEEPS = {"jamba": 0.5}  # its scan's gradient holds an array of all positions for each of them: states · length
 _CHUNK, _CHUNK_STATE = 1.0, 2.7  # what Mamba 2 keeps, in states: heads · length, and its inner width
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What only a family's name tells."""
+
+    in_turn: bool = False  # asks experts one after another: keeps what each gives for all, twice where checkpointed
+    scan: float = 0.0  # its scan's gradient holds an array of all positions for each of them, of states · length
+
+
+# The package's one table by family, but for what other programs read (tests/test_house.py).
+_FAMILIES = {"dbrx": _Family(in_turn=True), "jamba": _Family(scan=0.5)}
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     sizes = text | (text.get("ffn_config") or {})
     passed = next((sizes[key] for key in sizes if _TOP_K.search(key) and isinstance(sizes[key], int)), 1)
     experts_apart = 1 + max((int(m[1]) for m in map(_EXPERT.search, tensors) if m), default=0)
-    in_turn = config.get("model_type") in _IN_TURN
+    in_turn = _family(text).in_turn
     values = 0
     for name, tensor in tensors.items():
         packed = f"{name.removesuffix('.weight')}.scales" in tensors and name.endswith(".weight")
@@ -132,6 +141,10 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     )
 
 
+def _family(text: dict[str, Any]) -> _Family:
+    return _FAMILIES.get(str(text.get("model_type")), _Family())
+
+
 def _block_of(name: str, n_layers: int) -> int | None:
     """The block that a weight's name tells, the first number in it."""
     number = next((int(part) for part in name.split(".") if part.isdigit()), n_layers)
@@ -152,7 +165,7 @@ def _states(text: dict[str, Any], tensors: dict[str, Tensor], n_layers: int) -> 
         if number is None or not name.endswith("A_log"):
             continue
         if len(tensor.shape) == 2:
-            found[number] = (float(size), size * _SCAN_KEEPS.get(str(text.get("model_type")), 0.0))
+            found[number] = (float(size), size * _family(text).scan)
         elif isinstance(key, int) and isinstance(value, int):
             found[number] = (float(size * key * value), 0.0)
         else:
