@@ -206,14 +206,18 @@ CHECKED: list[tuple[dict[str, Any], int, int]] = [
 
 
 # Looked at once, when all was chosen.
+UNTIED = {"tie_word_embeddings": False}
 CHECKED += [
-    (attention(320, 7, 10, model_type="ernie4_5", intermediate_size=960, use_bias=False, head_dim=32), 3, 200),
+    (
+        attention(320, 7, 10, model_type="ernie4_5", intermediate_size=960, use_bias=False, head_dim=32, **UNTIED),
+        3,
+        200,
+    ),
     (
         attention(
             *(256, 6, 8),
             model_type="cohere",
-            **{"head_dim": 32, "intermediate_size": 640, "layer_norm_eps": 1e-5, "logit_scale": 0.0625},
-            use_qk_norm=False,
+            **{"intermediate_size": 640, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "use_qk_norm": False},
         ),
         2,
         144,
@@ -223,6 +227,7 @@ CHECKED += [
             *(384, 5, 12),
             model_type="glm4",
             **{"head_dim": 32, "intermediate_size": 1152, "attention_bias": True, "partial_rotary_factor": 0.5},
+            **UNTIED,
         ),
         4,
         80,
@@ -233,13 +238,20 @@ CHECKED += [
             model_type="granitemoe",
             **{"intermediate_size": 160, "num_local_experts": 12, "num_experts_per_tok": 3, "logits_scaling": 8.0},
             **{"attention_multiplier": 0.0625, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+            **{"attention_bias": False, "mlp_bias": False},
+            **UNTIED,
         ),
         4,
         112,
     ),
     (
-        attention(192, 6, 6, model_type="qwen2_moe", **{"intermediate_size": 384, "moe_intermediate_size": 80})
-        | {"num_experts": 24, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 320},
+        attention(
+            *(192, 6, 6),
+            model_type="qwen2_moe",
+            **{"intermediate_size": 384, "moe_intermediate_size": 80, "num_experts": 24, "num_experts_per_tok": 3},
+            shared_expert_intermediate_size=320,
+            **UNTIED,
+        ),
         2,
         320,
     ),
@@ -314,8 +326,11 @@ class Measured:
     gradient: float
 
 
-def least_errors(found: list[Measured]) -> np.ndarray:
-    """The rates (F,), by relative errors of the largest part beside what was measured; too low counts twice."""
+def least_errors(found: list[Measured], near: np.ndarray | None) -> np.ndarray:
+    """The rates (F,), by relative errors of the largest part beside what was measured; too low counts twice.
+
+    `near` are rates that those are like of which little was measured: float32's, where experts cannot be computed.
+    """
     n, size = max(len(one.parts) for one in found), found[0].parts.shape[1]
     parts = np.zeros((len(found), n, size))
     for i, one in enumerate(found):
@@ -334,15 +349,16 @@ def least_errors(found: list[Measured]) -> np.ndarray:
         size = np.where(abs(off) < NEAR, off**2, 2 * NEAR * abs(off) - NEAR**2) * each
         slope = np.where(abs(off) < NEAR, 2 * off, 2 * NEAR * np.sign(off)) * each / planned
         whole = (slope[:, None] * parts[rows, most] * rates).mean(0)
-        return size.mean() + TINY * (logs**2).sum(), whole + 2 * TINY * logs
+        return size.mean() + pull * ((logs - middle) ** 2).sum(), whole + 2 * pull * (logs - middle)
 
-    starts = [np.random.default_rng(seed).normal(0, 0.3, size) for seed in range(4)]
+    middle, pull = (np.zeros(size), TINY) if near is None else (np.log(near), 100 * TINY)
+    starts = [middle + np.random.default_rng(seed).normal(0, 0.3, size) for seed in range(4)]
     tries = [minimize(error, at, jac=True, method="L-BFGS-B", bounds=[(-5, 3.7)] * size) for at in starts]
     return np.exp(min(tries, key=lambda one: one.fun).x)
 
 
-def fit(width: int, margin: float) -> dict[str, list[float]]:
-    """The rates of one type of activations, `margin` times the best fit."""
+def fit(width: int, margin: float, like: dict[str, list[float]] | None) -> dict[str, list[float]]:
+    """The rates of one type of activations, `margin` times the best fit, `like` those of another."""
     train, found = resolve({}, {})[0].train, []
     for name, model, shape, n, length in models(width):
         if not shape.forgets:  # by factors of their own
@@ -360,7 +376,8 @@ def fit(width: int, margin: float) -> dict[str, list[float]]:
             found.append(Measured(name, how, parts, bytes_ / (n * length * width), own / (n * length * width)))
     rates = {}
     for kind, hows in (("gradient", ("gradient", "checkpointed")), ("forward", ("forward",))):
-        best = margin * least_errors([one for one in found if one.how in hows])
+        near = None if like is None else np.array(like[kind]) / margin
+        best = margin * least_errors([one for one in found if one.how in hows], near)
         rates[kind] = [round(float(rate), 2) for rate in best]
         for how in hows:
             of = [one for one in found if one.how == how]
@@ -397,7 +414,9 @@ def main() -> None:
     args = parser.parse_args()
     mx.set_cache_limit(0)
     if not args.check:
-        rates = {width: fit(width, args.margin) for width in TYPES}
+        rates: dict[int, dict[str, list[float]]] = {}
+        for width in TYPES:
+            rates[width] = fit(width, args.margin, rates.get(4))
         if args.json:
             args.json.write_text(json.dumps(rates))
     check()
