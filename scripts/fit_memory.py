@@ -1,17 +1,17 @@
 """Fit the plan's bytes a token (safesteer_mlx/system/memory.py) to measured peaks, and hold the plan against others.
 
-    python scripts/fit_memory.py            # the rates: random Qwen2 shapes and every family of the survey, minutes
+    python scripts/fit_memory.py            # the rates: random shapes and every family of the survey, minutes
     python scripts/fit_memory.py --check    # planned / measured of shapes that nothing was fitted to
 
-For float32 and bfloat16, with and without checkpointed blocks, and for a pass without gradient: the rates by least
-squares of relative errors, none negative, and the quantiles of fitted to measured peak.
+For float32 and bfloat16, for a gradient, with and without checkpointed blocks, and for a pass without: the rates with
+the least relative errors, of which too low counts twice, and the quantiles of fitted to measured peak.
 """
 
 import argparse
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +20,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from scipy.optimize import nnls
-from shapes import memory_shape, random_model
+from scipy.optimize import minimize
+from shapes import memory_shape
 
 from safesteer_mlx.method.residual import check_stream, hidden_states
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import resolve
 from safesteer_mlx.system import memory
 
-SHAPES = 16
+SHAPES = 40, 24  # dense ones and mixtures of experts
 SHAPES_COUNT = 3.0
+NEAR, TINY = 0.3, 2e-5  # errors up to which squares count; what keeps a rate that says nothing near 1
 SIZES = ((8, 64), (4, 32))  # rows and length, of the survey's
 TYPES = {4: mx.float32, 2: mx.bfloat16}
-
-
-def random_shapes() -> list[dict[str, int]]:
-    """Qwen2's, that differ in all."""
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(SHAPES):
-        heads, width = int(rng.choice([2, 4, 8])), int(rng.choice([16, 32, 64]))
-        found.append(
-            {
-                "heads": heads,
-                "hidden": heads * width,
-                "kv_heads": int(rng.choice([k for k in (1, 2, 4, 8) if k <= heads])),
-                "intermediate": int(rng.choice([256, 512, 1024])),
-                "layers": int(rng.choice([4, 8, 12])),
-                "rows": int(rng.choice([2, 4])),
-                "length": int(rng.choice([64, 128, 192])),
-            }
-        )
-    return found
 
 
 def attention(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -64,6 +45,41 @@ def attention(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, An
         **more,
         "max_position_embeddings": 512,
     }
+
+
+def random_shapes() -> list[tuple[dict[str, Any], int, int]]:
+    """Configurations that differ in all, rows and length."""
+    rng, found = np.random.default_rng(7), []
+
+    def one(*values: int) -> int:
+        return int(rng.choice(values))
+
+    for i in range(SHAPES[0]):
+        family = ["llama", "qwen2", "qwen3", "gemma2", ["starcoder2", "olmo2", "phi3", "stablelm"][i % 4]][i % 5]
+        heads, width = one(2, 4, 8, 16), one(16, 32, 64)
+        own = family in ("llama", "qwen3", "gemma2")  # heads of a width of their own
+        hidden = one(128, 192, 256, 384) if own else min(512, heads * width)
+        more = {
+            "gemma2": {"query_pre_attn_scalar": 64, "sliding_window": 4096},
+            "starcoder2": {"norm_epsilon": 1e-5},
+            "phi3": {"rope_scaling": None, "original_max_position_embeddings": 512},
+            "stablelm": {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_qkv_bias": False},
+        }.get(family, {})
+        sizes = {"intermediate_size": hidden * one(1, 2, 3, 4), "num_key_value_heads": one(*{1, heads // 2, heads})}
+        sizes |= {"tie_word_embeddings": True, **({"head_dim": width} if own else {})}
+        config = attention(hidden, one(3, 4, 6, 8), heads, model_type=family, **(sizes | more))
+        found.append((config, one(1, 2, 4), one(48, 96, 160, 256)))
+    for i in range(SHAPES[1]):
+        family = ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe"][i % 4]
+        heads, width, experts, inner = one(2, 4, 8), one(16, 32, 64), one(4, 8, 16, 32), one(64, 96, 128, 256)
+        sizes = {"num_experts_per_tok": one(1, 2, 4), "intermediate_size": inner, "tie_word_embeddings": False}
+        sizes["num_local_experts" if family == "mixtral" else "num_experts"] = experts
+        if family == "qwen3_moe":
+            sizes |= {"head_dim": width, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+        sizes |= {"moe_intermediate_size": inner, "shared_expert_intermediate_size": 2 * inner}
+        config = attention(heads * width, one(2, 3, 4, 6), heads, model_type=family, **sizes)
+        found.append((config, one(2, 4), one(48, 96, 160)))
+    return found
 
 
 # Never fitted: larger than the survey's, and of other proportions.
@@ -189,6 +205,59 @@ CHECKED: list[tuple[dict[str, Any], int, int]] = [
 ]
 
 
+# Looked at once, when all was chosen.
+UNTIED = {"tie_word_embeddings": False}
+CHECKED += [
+    (
+        attention(320, 7, 10, model_type="ernie4_5", intermediate_size=960, use_bias=False, head_dim=32, **UNTIED),
+        3,
+        200,
+    ),
+    (
+        attention(
+            *(256, 6, 8),
+            model_type="cohere",
+            **{"intermediate_size": 640, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "use_qk_norm": False},
+        ),
+        2,
+        144,
+    ),
+    (
+        attention(
+            *(384, 5, 12),
+            model_type="glm4",
+            **{"head_dim": 32, "intermediate_size": 1152, "attention_bias": True, "partial_rotary_factor": 0.5},
+            **UNTIED,
+        ),
+        4,
+        80,
+    ),
+    (
+        attention(
+            *(256, 5, 8),
+            model_type="granitemoe",
+            **{"intermediate_size": 160, "num_local_experts": 12, "num_experts_per_tok": 3, "logits_scaling": 8.0},
+            **{"attention_multiplier": 0.0625, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+            **{"attention_bias": False, "mlp_bias": False},
+            **UNTIED,
+        ),
+        4,
+        112,
+    ),
+    (
+        attention(
+            *(192, 6, 6),
+            model_type="qwen2_moe",
+            **{"intermediate_size": 384, "moe_intermediate_size": 80, "num_experts": 24, "num_experts_per_tok": 3},
+            shared_expert_intermediate_size=320,
+            **UNTIED,
+        ),
+        2,
+        320,
+    ),
+]
+
+
 def peak(work: Any) -> tuple[int, Any]:
     """Bytes above what was there before, and the result."""
     mx.clear_cache()
@@ -226,55 +295,90 @@ def models(width: int) -> Any:
     """(name, model, its shape, rows, length) of all that is fitted."""
     import survey
 
-    for i, c in enumerate(random_shapes()):
-        sizes = {name: c[name] for name in ("hidden", "intermediate", "layers", "heads", "kv_heads")}
-        model = random_model(**sizes, vocabulary=1000)
-        model.set_dtype(TYPES[width])
-        mx.eval(model.parameters())
-        yield "qwen2 shape", model, memory_shape(model), c["rows"], c["length"]
-        if width == 2:  # MLX's CPU backend has no experts in half precision
-            continue
-        experts = {"num_experts": 8, "num_experts_per_tok": 1 + i % 6, "intermediate_size": c["intermediate"] // 4}
-        config = attention(c["hidden"], c["layers"] // 2, c["heads"], model_type="olmoe", **experts)
-        model = made(config)
-        yield "olmoe shape", model, memory_shape(model, config), c["rows"], c["length"]
-    for name in sorted(survey.configs()[0]):
-        for rows, length in SIZES:
-            try:
-                model, config = survey.build(name)
-                model.set_dtype(TYPES[width])
-                mx.eval(model.parameters())
-                check_stream(model, mx.array([[5, 9, 3, 17]]))
-                yield name, model, memory_shape(model, config), rows, length
-            except Exception as error:  # refused, or not on this backend
-                print(f"{name}: left out ({str(error)[:60]})")
+    shapes = [(f"{config['model_type']} shape", config, rows, length) for config, rows, length in random_shapes()]
+    families = [(name, None, *size) for name in sorted(survey.configs()[0]) for size in SIZES]
+    for name, config, rows, length in shapes + families:
+        try:
+            model, config = survey.build(name) if config is None else (made(config), config)
+            model.set_dtype(TYPES[width])
+            mx.eval(model.parameters())
+            check_stream(model, mx.array([[5, 9, 3, 17]]))
+            yield name, model, memory_shape(model, config), rows, length
+        except Exception as error:  # refused, or not on this backend, as experts in half precision
+            print(f"{name}: left out ({str(error)[:60]})")
 
 
-def fit(width: int, margin: float) -> dict[str, list[float]]:
-    """The rates of one type of activations, `margin` times the best fit."""
-    rows: dict[str, list[tuple[str, list[float], float]]] = {"forward": [], "gradient": [], "checkpointed": []}
+@dataclass(frozen=True)
+class Measured:
+    """A peak in values a token, and what may be the most then (C, F); `gradient`, of trained weights, comes on top."""
+
+    name: str
+    how: str
+    parts: np.ndarray
+    values: float
+    gradient: float
+
+
+def least_errors(found: list[Measured], near: np.ndarray | None) -> np.ndarray:
+    """The rates (F,), by relative errors of the largest part beside what was measured; too low counts twice.
+
+    `near` are rates that those are like of which little was measured: float32's, where experts cannot be computed.
+    """
+    n, size = max(len(one.parts) for one in found), found[0].parts.shape[1]
+    parts = np.zeros((len(found), n, size))
+    for i, one in enumerate(found):
+        parts[i, : len(one.parts)] = one.parts
+    values, gradients = (np.array([getattr(one, name) for one in found]) for name in ("values", "gradient"))
+    # The survey's are all of one width and say little of how sizes go; the random shapes do.
+    weights, rows = np.array([SHAPES_COUNT if "shape" in one.name else 1.0 for one in found]), np.arange(len(found))
+
+    def error(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        rates = np.exp(logs)
+        given = parts @ rates
+        most = given.argmax(1)
+        planned = given[rows, most] + gradients + 1e-9
+        off = np.log(planned / (values + gradients))
+        each = np.where(off < 0, 2.0, 1.0) * weights
+        size = np.where(abs(off) < NEAR, off**2, 2 * NEAR * abs(off) - NEAR**2) * each
+        slope = np.where(abs(off) < NEAR, 2 * off, 2 * NEAR * np.sign(off)) * each / planned
+        whole = (slope[:, None] * parts[rows, most] * rates).mean(0)
+        return size.mean() + pull * ((logs - middle) ** 2).sum(), whole + 2 * pull * (logs - middle)
+
+    middle, pull = (np.zeros(size), TINY) if near is None else (np.log(near), 100 * TINY)
+    starts = [middle + np.random.default_rng(seed).normal(0, 0.3, size) for seed in range(4)]
+    tries = [minimize(error, at, jac=True, method="L-BFGS-B", bounds=[(-5, 3.7)] * size) for at in starts]
+    return np.exp(min(tries, key=lambda one: one.fun).x)
+
+
+def fit(width: int, margin: float, like: dict[str, list[float]] | None) -> dict[str, list[float]]:
+    """The rates of one type of activations, `margin` times the best fit, `like` those of another."""
+    train, found = resolve({}, {})[0].train, []
     for name, model, shape, n, length in models(width):
+        if not shape.forgets:  # by factors of their own
+            continue
         try:
             measured = measure(model, n, length)
         except Exception as error:  # no gradient, or no experts in bfloat16 here
             print(f"{name}: left out ({str(error)[:60]})")
             continue
-        for kind, bytes_ in measured.items():
-            if bytes_ <= 0:  # something was freed meanwhile
-                continue
-            features = memory.FEATURES[kind](shape, shape.blocks, length)
-            rows[kind].append((name, features, bytes_ / (n * length)))
+        if min(measured.values()) <= 0:  # something was freed meanwhile
+            continue
+        for how, bytes_ in measured.items():
+            parts = np.array(memory.features(shape, shape.blocks, length, how), float)
+            own = 0 if how == "forward" else 4 * memory.trained_values(shape, train)
+            found.append(Measured(name, how, parts, bytes_ / (n * length * width), own / (n * length * width)))
     rates = {}
-    for kind, found in rows.items():
-        a, y = np.array([f for _, f, _ in found], float), np.array([b for *_, b in found])
-        # The survey's are all of one width and say little of how sizes go; the random shapes do.
-        weights = np.array([SHAPES_COUNT if "shape" in name else 1.0 for name, *_ in found])
-        best, _ = nnls(weights[:, None] * a / y[:, None], weights)
-        rates[kind] = [round(margin * float(rate), 1) for rate in best]
-        ratio = a @ np.array(rates[kind]) / y
-        quantiles = ", ".join(f"{q:.2f}" for q in np.quantile(ratio, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]))
-        lowest = sorted(zip(ratio.round(2).tolist(), [n for n, *_ in found], strict=True))[:6]
-        print(f"{width} bytes, {kind}: {rates[kind]}; fitted / measured {quantiles}; lowest {lowest}", flush=True)
+    for kind, hows in (("gradient", ("gradient", "checkpointed")), ("forward", ("forward",))):
+        near = None if like is None else np.array(like[kind]) / margin
+        best = margin * least_errors([one for one in found if one.how in hows], near)
+        rates[kind] = [round(float(rate), 2) for rate in best]
+        for how in hows:
+            of = [one for one in found if one.how == how]
+            ratio = [((one.parts @ best).max() + one.gradient) / (one.values + one.gradient) for one in of]
+            quantiles = ", ".join(f"{q:.2f}" for q in np.quantile(ratio, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]))
+            lowest = sorted((round(r, 2), one.name) for r, one in zip(ratio, of, strict=True))[:6]
+            print(f"{width} bytes, {how}: fitted / measured {quantiles}; lowest {lowest}", flush=True)
+        print(f"{width} bytes, {kind}: {rates[kind]}", flush=True)
     return rates
 
 
@@ -298,12 +402,14 @@ def check() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only hold the plan against shapes that were not fitted")
-    parser.add_argument("--margin", type=float, default=1.15, help="what the best fit is multiplied by")
+    parser.add_argument("--margin", type=float, default=1.12, help="what the best fit is multiplied by")
     parser.add_argument("--json", type=Path, help="write the rates here")
     args = parser.parse_args()
     mx.set_cache_limit(0)
     if not args.check:
-        rates = {width: fit(width, args.margin) for width in TYPES}
+        rates: dict[int, dict[str, list[float]]] = {}
+        for width in TYPES:
+            rates[width] = fit(width, args.margin, rates.get(4))
         if args.json:
             args.json.write_text(json.dumps(rates))
     check()

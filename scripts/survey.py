@@ -361,12 +361,13 @@ class Survey:
     def memory(self) -> None:
         """There is a plan, it knows the blocks, and what a training pass takes."""
         import mlx.core as mx
-        from fit_memory import measure, read_of
+        from fit_memory import measure
+        from shapes import memory_shape
 
         from safesteer_mlx.recipe import resolve
         from safesteer_mlx.system import memory
 
-        shape, recipe = read_of(self.model, self.config), resolve({}, {})[0]
+        shape, recipe = memory_shape(self.model, self.config), resolve({}, {})[0]
         assert shape.n_layers == len(self.blocks), f"{shape.n_layers} blocks planned, {len(self.blocks)} there"
         memory.plan(recipe, shape, memory.this_machine(), 64)
         cache = mx.set_cache_limit(0)

@@ -105,7 +105,8 @@ def families_named(name: str, text: str) -> list[str]:
     tree = ast.parse(text)
     allowed: set[ast.AST] = set()
     for node in tree.body:
-        if isinstance(node, ast.Assign) and {ast.unparse(t) for t in node.targets} & NAMED_IN.get(name, set()):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if {ast.unparse(target) for target in targets if target} & NAMED_IN.get(name, set()):
             allowed |= set(ast.walk(node))
     return [
         f"{name}:{node.lineno} names {node.value}"

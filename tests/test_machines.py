@@ -11,8 +11,13 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from conftest import build
 
+from safesteer_mlx.method import direction
+from safesteer_mlx.method.residual import steer
+from safesteer_mlx.method.safety_tokens import contrast_tokens, select_tokens
 from safesteer_mlx.system import machines, screen
 from safesteer_mlx.system.machines import Machines
 from safesteer_mlx.system.screen import UserError
@@ -45,14 +50,14 @@ def few_prompts(folder: Path, skip: int = 0) -> Path:
     return folder
 
 
-def start(n: int, folder: Path, *flags: str) -> list[subprocess.Popen]:
+def start(n: int, folder: Path, *flags: str, program: list[str] = ALIGN) -> list[subprocess.Popen]:
     """What `mlx.launch` starts, one process a machine, of which each can be held and heard by itself. A machine has a
     folder of its own, if there is one of its number."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
     return [
         subprocess.Popen(
-            [*ALIGN, *flags],
+            [*program, *flags],
             cwd=own if (own := folder / str(rank)).is_dir() else folder,
             env=ENVIRONMENT | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -153,6 +158,68 @@ def test_what_is_wrong_on_all_is_told_once(tmp_path):
     assert run.stderr.decode().count("safesteer-mlx:") == 1 and b"did you mean --seed" in run.stderr
 
 
+def readings() -> dict[str, np.ndarray]:
+    """What the stages read off a model together, by name; `few` is of fewer prompts than there are machines."""
+    model = build("llama")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 48, int(n)).tolist() for n in rng.integers(4, 12, 23)]
+    harmful, harmless, ids = prompts[:12], prompts[12:], [1, 2, 3]
+    found = {
+        "means": direction.mean_differences(model, harmful, harmless, 2, 4),
+        "means of few": direction.mean_differences(model, harmful[:1], harmless[:3], 2),
+        "refusal scores": direction.refusal_scores(model, prompts, ids, 4),
+        "refusal scores of few": direction.refusal_scores(model, prompts[:1], ids),
+    }
+    vector = direction.Direction(-1, 1, mx.array(rng.normal(size=32).astype(np.float32)))
+    curves = direction.opening_probabilities(model, vector, (0.5, 1.0), harmful, harmless, ids, 8)
+    found["first passes"] = np.stack(curves)
+    teacher = steer(model, 1, vector.vector)
+    for few, rows in (("", prompts), (" of few", prompts[:2])):
+        answers = [rng.integers(0, 48, int(n)).tolist() for n in rng.integers(0, 5, len(rows))]
+        how = {"eot_ids": [0], "banned_ids": [5], "inner_top_k": 3, "min_steered_prob": 1e-3}
+        contrast = contrast_tokens(model, teacher, rows, answers, batch_size=4, deciding=len(rows) // 2, **how)
+        found |= {f"{name}{few}": np.asarray(value) for name, value in vars(contrast).items() if name != "positions"}
+        tokens = select_tokens(contrast, 5, "part", among=range(48))
+        found[f"tokens{few}"] = tokens
+        found[f"explained{few}"] = contrast.explained(tokens)
+        found[f"where it decides{few}"] = np.array(contrast.explained_where_it_decides(tokens, range(len(rows))))
+        found[f"openings{few}"] = contrast.openings(tokens, range(1, len(rows)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def read_together(tmp_path_factory):
+    """`readings` of 1, 2 and 3 machines, each machine's own."""
+    folder = tmp_path_factory.mktemp("read")
+    code = (
+        "import sys, numpy; sys.path.insert(0, sys.argv[1]); import test_machines as t; at = t.machines.join(); "
+        "numpy.savez(f'{at.size}-{at.rank}.npz', **t.readings())"
+    )
+    for n in (2, 3):
+        results = ended(start(n, folder, str(Path(__file__).parent), program=[sys.executable, "-c", code]))
+        assert not any(code for code, *_ in results), results
+    return {tuple(map(int, p.stem.split("-"))): dict(np.load(p)) for p in folder.glob("*.npz")} | {(1, 0): readings()}
+
+
+OF_CONTRAST = ["votes", "mean_delta", "base_prob", "steered_prob", "eligible", "n_positions", "part", "divergence"]
+OF_CONTRAST += ["raised", "tokens", "explained", "where it decides", "openings"]
+
+
+READ = [f"{name}{few}" for name in ("means", "refusal scores", *OF_CONTRAST) for few in ("", " of few")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["first passes", *READ])
+def test_what_is_read_in_parts_is_what_one_machine_reads(read_together, name):
+    one = read_together[1, 0][name]
+    assert one.size
+    for (size, rank), found in read_together.items():
+        assert found[name].shape == one.shape and found[name].dtype == one.dtype, (size, rank)
+        np.testing.assert_allclose(found[name], one, rtol=2e-5, atol=1e-6, err_msg=f"{rank} of {size}")
+    for size in (2, 3):  # all of them go on from the same, to the last digit
+        assert len({read_together[size, rank][name].tobytes() for rank in range(size)}) == 1
+
+
 def test_a_machine_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch):
     hosts = tmp_path / "hosts.json"
     hosts.write_text("no hosts")
@@ -165,6 +232,10 @@ def test_a_machine_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch):
     assert machines.join() == Machines()
 
 
+def test_one_that_has_left_does_all():
+    assert Machines(2, 1).part(5) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 16])
 def test_parts_are_all_there_is_and_none_twice(size, n):
@@ -174,7 +245,8 @@ def test_parts_are_all_there_is_and_none_twice(size, n):
 
 
 def test_one_alone_exchanges_nothing():
-    one, tree = Machines(), {"a": mx.array([1.0])}
+    one, tree, numbers = Machines(), {"a": mx.array([1.0])}, np.ones(3)
+    assert one.add(numbers) is numbers
     assert one.gather(3) == [3] and one.share("x") == "x" and one.total(tree) is tree
     assert one.share_arrays(tree) is tree and one.each(range(3), lambda own: [i + 1 for i in own]) == [1, 2, 3]
 

@@ -98,7 +98,7 @@ def mean_differences(
     """Candidate directions r[i,l] at the last `n_pos` positions: (P, L, D) float64.
 
     Means are accumulated in float64 on the host: activations differ by orders of magnitude, and Metal
-    has no float64.
+    has no float64. Several machines read a part of the prompts each.
 
     Raises:
         ValueError: a set is empty, or a prompt is shorter than `n_pos`.
@@ -107,13 +107,14 @@ def mean_differences(
     def mean(prompts: Sequence[Ids]) -> np.ndarray:
         if not prompts or min(map(len, prompts)) < n_pos:
             raise ValueError(f"{len(prompts)} prompts of at least {n_pos} tokens each are too few or too short")
-        total = 0.0
-        for batch in _batches(prompts, batch_size):
-            rows = [prompts[i] for i in batch]
+        own = [prompts[i] for i in machines.here().part(len(prompts))]
+        total = np.zeros(1)  # for a machine whose part is nothing
+        for batch in _batches(own, batch_size):
+            rows = [own[i] for i in batch]
             positions = mx.array([[len(row) - n_pos + p for p in range(n_pos)] for row in rows])
             inputs = mx.stack([take_positions(x, positions) for x in block_inputs(model, pad_right(rows))])
             total = total + np.array(inputs.astype(mx.float32), np.float64).sum(1)  # of (L, B, P, D)
-        return np.moveaxis(np.asarray(total) / len(prompts), 0, 1)
+        return np.moveaxis(machines.here().add(total) / len(prompts), 0, 1)
 
     return mean(harmful) - mean(harmless)
 
@@ -133,10 +134,14 @@ def refusal_scores(
     model: nn.Module, prompts: Sequence[Ids], refusal_ids: Ids, batch_size: int = PROMPT_BATCH
 ) -> np.ndarray:
     """The refusal score of each prompt: (N,). Above 0 the next token more likely opens a refusal than not."""
-    scores = np.empty(len(prompts))
-    for batch in _batches(prompts, batch_size):
-        scores[batch] = np.array(_refusal_score(last_logits(model, [prompts[i] for i in batch]), refusal_ids))
-    return scores
+
+    def part(rows: list[Ids]) -> list[float]:
+        scores = np.empty(len(rows))
+        for batch in _batches(rows, batch_size):
+            scores[batch] = np.array(_refusal_score(last_logits(model, [rows[i] for i in batch]), refusal_ids))
+        return scores.tolist()
+
+    return np.array(machines.here().each(prompts, part))
 
 
 def steered_logits(
@@ -172,9 +177,10 @@ def opening_probabilities(
 
     def over(prompts: Sequence[Ids], with_kl: bool) -> np.ndarray:
         """Sums over prompts of p(R), and of KL, (2, C)."""
+        own = [prompts[i] for i in machines.here().part(len(prompts))]
         sums = np.zeros((2, len(coeffs)))
-        for batch in _batches(prompts, size):
-            rows = [prompts[i] for i in batch]
+        for batch in _batches(own, size):
+            rows = [own[i] for i in batch]
             inputs = block_inputs(model, pad_right(rows))[direction.layer] if can_resume else None
             vectors = mx.concatenate(
                 [mx.broadcast_to(c * direction.vector, (len(rows), direction.vector.size)) for c in coeffs]
@@ -185,7 +191,7 @@ def opening_probabilities(
             if with_kl:
                 kl = _kl(mx.concatenate([last_logits(model, rows)] * len(coeffs)), logits)
             sums += np.array(mx.stack([refusal, kl]), np.float64).reshape(2, len(coeffs), len(rows)).sum(-1)
-        return sums / len(prompts)
+        return machines.here().add(sums) / len(prompts)
 
     (on_harmful, _), (on_harmless, kl) = over(harmful, False), over(harmless, True)
     return on_harmful, on_harmless, kl

@@ -18,7 +18,8 @@ harmful prompts, where the student is taught, steering raises other words too, a
 them. So of the answers that the teacher opens with a token and the base goes on with, most must refuse
 (`refusing_tokens`); where that cannot be told, the token must be raised on harmful prompts.
 
-Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token.
+Logits exist for a chunk of positions at a time; what is kept over all of them is one number a token. Several machines
+read a part of the continuations each, and add up what they found.
 """
 
 from collections import Counter
@@ -83,7 +84,7 @@ class TokenContrast:
         if not len(tokens):
             return np.zeros(0)
         ids, at = mx.array(np.asarray(tokens, np.int32)), self.positions
-        inside, whole = [], []
+        inside, whole = [np.zeros((0, len(tokens)))], [np.zeros(0)]  # a machine may have no position
         for both in at.chunks():
             # Small arrays, (C, K): in float64, since 1 − P of nested subsets is a difference.
             log_base, log_teacher = (np.array(z[:, ids], np.float64) for z in both)
@@ -92,8 +93,8 @@ class TokenContrast:
             inside.append(of_tokens + rest[0] * np.log(rest[0] / rest[1]))
             whole.append(np.array((mx.exp(both[1]) * (both[1] - both[0])).sum(-1), np.float64))
         mask = np.ones(len(at.place), bool) if of is None else of
-        total = max(np.concatenate(whole)[mask].sum(), 1e-12)
-        return np.clip(np.concatenate(inside)[mask].sum(0) / total, 0.0, 1.0)
+        of_all = machines.here().add(np.append(np.concatenate(inside)[mask].sum(0), np.concatenate(whole)[mask].sum()))
+        return np.clip(of_all[:-1] / max(of_all[-1], 1e-12), 0.0, 1.0)
 
     def explained_where_it_decides(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> float:
         """The share that all of `tokens` explain at the first, second, … position of answers to some of the prompts,
@@ -110,14 +111,18 @@ class TokenContrast:
         ids, at = mx.array(np.asarray(tokens, np.int32)), self.positions
         mass = [np.array(mx.exp(both[1][:, ids]).sum(-1), np.float64) for both in at.chunks()]
         mask = at.of(prompts)
-        place, mass = at.place[mask], np.concatenate(mass)[mask]
-        return np.bincount(place, mass) / np.maximum(np.bincount(place), 1)
+        place, mass = at.place[mask], np.concatenate([np.zeros(0), *mass])[mask]
+        longest = max(machines.here().gather(int(place.max(initial=-1)))) + 1
+        sums = [np.bincount(place, mass, longest), np.bincount(place, minlength=longest)]
+        masses, counts = machines.here().add(np.array(sums, np.float64))
+        return masses / np.maximum(counts, 1)
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The kept positions: of which pair of prompt and continuation each is, (R,), its place in the answer, (R,), and
-    the hidden states of base and teacher there, (R, D) each, with the heads that make logits of them."""
+    """The kept positions, of several machines this one's: of which pair of prompt and continuation each is, (R,), its
+    place in the answer, (R,), and the hidden states of base and teacher there, (R, D) each, with the heads that make
+    logits of them."""
 
     prompt: np.ndarray
     place: np.ndarray
@@ -205,36 +210,39 @@ def contrast_tokens(
     shared_blocks, teacher_prompts = how.shared_blocks, how.teacher_prompts
     if not prompts or len(prompts) != len(continuations):
         raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations do not make pairs")
-    lengths = [1 + len(c) for c in continuations]
     if shared_blocks and (teacher_prompts is not None or not resumes(base, pad_right([prompts[0]]))):
         shared_blocks = 0
-    states = _scored_states(
-        base, teacher, prompts, teacher_prompts or prompts, continuations, shared_blocks, how.batch_size
-    )
+    own = machines.here().part(len(prompts))
+    read = own or [0]  # a machine that has no part keeps nothing of what it reads
+    lengths = [1 + len(continuations[i]) for i in read]
+    rows = ([of[i] for i in read] for of in (prompts, teacher_prompts or prompts, continuations))
+    states = _scored_states(base, teacher, *rows, shared_blocks, how.batch_size)
     heads = head(base), head(teacher)
     chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
     every = np.arange(sum(lengths))
     favourite = [np.array(heads[0](states[0][None, i : i + chunk])[0].argmax(-1)) for i in range(0, len(every), chunk)]
     ends = np.split(np.isin(np.concatenate(favourite), list(how.eot_ids)), np.cumsum(lengths)[:-1])
-    keep = every[np.concatenate([~np.maximum.accumulate(row) for row in ends])]
-    if not len(keep):
+    keep = every[np.concatenate([~np.maximum.accumulate(row) for row in ends])][: len(every) if own else 0]
+    n_kept = sum(machines.here().gather(len(keep)))
+    if not n_kept:
         raise UserError(
             f"the base ends its turn at once on all {len(prompts)} steered continuations, so no position is left to "
             "score; lower --coeff or change --horizon"
         )
-    prompt, place = np.repeat(np.arange(len(lengths)), lengths), np.concatenate([np.arange(n) for n in lengths])
-    rows = mx.array(keep)
-    positions = Positions(prompt[keep], place[keep], (states[0][rows], states[1][rows]), heads, chunk)
+    prompt, place = np.repeat(read, lengths), np.concatenate([np.arange(n) for n in lengths])
+    at = mx.array(keep)
+    positions = Positions(prompt[keep], place[keep], (states[0][at], states[1][at]), heads, chunk)
 
     of_deciding = positions.prompt < (len(prompts) if how.deciding is None else how.deciding)
-    decides = mx.array(of_deciding | ~of_deciding.any())  # all, where the base ends its turn at once on those
+    none_decides = not any(machines.here().gather(bool(of_deciding.any())))  # the base ends its turn at once on those
+    decides = mx.array(of_deciding | none_decides)
     totals = np.zeros(1)
     for i, (log_base, log_teacher) in enumerate(positions.chunks()):
         p, change = mx.exp(log_teacher), log_teacher - log_base
         mask = decides[i * chunk : (i + 1) * chunk, None]
         sums = (mx.exp(log_base), p, change, p * change, mx.where(mask, p * change, 0.0))
         totals = totals + np.stack([np.array(x.sum(0), np.float64) for x in sums])
-    base_prob, teacher_prob, delta, part, deciding_part = totals / len(keep)
+    base_prob, teacher_prob, delta, part, deciding_part = machines.here().add(totals) / n_kept
 
     eligible = teacher_prob >= how.min_steered_prob
     eligible[np.array([i for i in how.banned_ids if i < len(eligible)], np.int64)] = False
@@ -246,12 +254,12 @@ def contrast_tokens(
             favoured = mx.where(selectable, log_teacher - log_base, -mx.inf)
             np.add.at(votes, np.array(mx.argpartition(-favoured, k - 1, axis=-1)[:, :k]), 1)
     return TokenContrast(
-        votes,
+        machines.here().add(votes),
         delta,
         base_prob,
         teacher_prob,
         eligible,
-        len(keep),
+        n_kept,
         part,
         float(part.sum()),
         deciding_part > 0,
@@ -391,8 +399,8 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
             deciding=n_harmful or None,
             shared_blocks=teacher.shared_blocks if run.recipe.teacher.teacher == "steer" else 0,
         )
-        size = run.recipe.run.prompt_batch_size
-        contrast, _ = with_smaller_batches(size, lambda size: compare(batch_size=size), "the safety tokens")
+        size, together = run.recipe.run.prompt_batch_size, machines.here().size > 1
+        contrast, _ = with_smaller_batches(size, lambda size: compare(batch_size=size), "the safety tokens", together)
         tokens = given_tokens(run.recipe, base)
         if tokens is None:
             tokens = _selected(run, teacher, contrast)

@@ -557,7 +557,8 @@ class MovingTeacher:
         if settings.refresh_every and step % settings.refresh_every == 0:
             rows = self._directions.harmful_train, self._directions.harmless_train
             work = partial(mean_differences, self._model, *rows, -self._direction.position)
-            new, _ = with_smaller_batches(size, work, "the search for the direction")
+            together = machines.here().size > 1
+            new, _ = with_smaller_batches(size, work, "the search for the direction", together)
             self._vector = mx.array(new[0, self._direction.layer].astype(np.float32))
             self.tokens = mx.array(find_tokens(self._run, self.teacher, self._directions).ids)
 

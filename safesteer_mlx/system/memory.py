@@ -4,8 +4,10 @@
 
 The plan reads a model's configuration and the headers of its weight files, nothing else. Activations are counted in
 bytes a token, by a rule fitted to measured peaks (`scripts/fit_memory.py`: random shapes and every family of mlx-lm,
-with a margin): what the linear layers of a block give, of experts those that a token passes, and what a recurrence
-keeps, for the gradient; and what is alive while one block is computed.
+with a margin): what is kept for the gradient of every block (what linear layers give, of experts those that a token
+passes, attention's weights, the stream, what a recurrence keeps), and what is alive beside it while the largest part of
+a block is computed: attention, feed-forward part or experts. A checkpointed block keeps what goes into it; of one at a
+time all is made again.
 
 Where memory is exhausted all the same, `with_smaller_batches` does the work again in smaller batches, which changes no
 mathematics; where it is not, but the machine would run on its disk, it stops.
@@ -27,46 +29,64 @@ T = TypeVar("T")
 HEAD_LOGITS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
 PAGES = 0.95  # of the physical memory, beyond which a machine runs on its disk
 DISPLAY = "it helps to let the display sleep, or to start with AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 set"
-KEPT_TWICE = 1.7  # of a gradient's activations, where checkpointed blocks keep what they made
+# Of a gradient's activations, where experts are asked one token after another; and again where they are checkpointed.
+IN_TURN, KEPT_TWICE = 2.4, 1.7
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
-# Bytes a token by bytes of a value: of each feature below, in its order (scripts/fit_memory.py).
+# Values a token by bytes of a value, of each feature below, in its order (scripts/fit_memory.py): kept for a gradient
+# (9); alive in attention (5), in the feed-forward part (4), in experts (4); the inputs of checkpointed blocks (1).
 RATES: dict[str, dict[int, tuple[float, ...]]] = {
-    "gradient": {4: (13.1, 9.3, 0.0, 11.3, 0.0, 11.5, 28.8, 31.8), 2: (7.5, 8.4, 10.9, 8.4, 4.6, 4.3, 0.0, 26.2)},
-    "checkpointed": {4: (6.2, 26.2, 9.2, 75.2, 14.1, 19.6), 2: (2.4, 31.5, 28.1, 0.0, 7.9, 14.3)},
-    "forward": {4: (4.1, 3.6, 61.2, 5.1, 2.8), 2: (1.8, 0.0, 56.1, 3.6, 3.3)},
+    "gradient": {
+        4: (
+            *(1.87, 2.24, 2.33, 2.69, 0.43, 1.37, 1.93, 1.9, 2.32),
+            *(5.64, 7.18, 1.45, 2.46, 4.04),
+            *(6.15, 1.4, 16.13, 1.63),
+            *(5.64, 6.51, 0.84, 3.03),
+            2.24,
+        ),
+        2: (
+            *(3.77, 3.2, 2.33, 2.69, 0.45, 1.93, 2.29, 3.75, 2.8),
+            *(7.98, 7.91, 1.46, 2.46, 5.57),
+            *(9.96, 1.45, 42.4, 1.64),
+            *(5.64, 6.51, 0.84, 3.03),
+            3.47,
+        ),
+    },
+    "forward": {
+        4: (*[0.0] * 9, *(4.39, 1.16, 12.08, 1.5, 0.91), *(1.96, 3.18, 5.5, 3.41), *(1.41, 3.71, 13.78, 2.65), 0.0),
+        2: (*[0.0] * 9, *(5.25, 1.28, 24.47, 1.23, 2.61), *(3.48, 3.29, 5.85, 3.39), *(1.41, 3.71, 13.78, 2.65), 0.0),
+    },
 }
 
 
-def _alive(shape: ModelShape, blocks: Sequence[Block], length: int) -> list[float]:
-    """What is alive while the largest block is computed: its inner outputs, those into the stream, stream, scores."""
-    return [
-        max(block.inner for block in blocks),
-        max(block.outer for block in blocks),
-        shape.hidden,
-        shape.heads * length,
-    ]
+def features(shape: ModelShape, blocks: Sequence[Block], length: int, how: str) -> list[list[float]]:
+    """What may be the most at once, for each part of each kind of block (C, 23): what is kept for the gradient, what is
+    alive in attention, in the feed-forward part and in experts (of two of them nothing), inputs of checkpointed blocks.
 
+    `how` is gradient (all blocks are kept), checkpointed (their inputs, and of one what it makes again) or forward.
+    """
 
-FEATURES: dict[str, Callable[[ModelShape, Sequence[Block], int], list[float]]] = {
-    # Kept for the gradient, of every trained block; then what is alive beside it.
-    "gradient": lambda shape, blocks, length: [
-        sum(block.inner for block in blocks),
-        sum(block.outer for block in blocks),
-        len(blocks) * shape.hidden,
-        sum(block.kept(length) for block in blocks),
-        *_alive(shape, blocks, length),
-    ],
-    "checkpointed": lambda shape, blocks, length: [
-        len(blocks) * shape.hidden,
-        *_alive(shape, blocks, length),
-        max(block.kept(length) for block in blocks),
-    ],
-    "forward": lambda shape, blocks, length: [
-        *_alive(shape, blocks, length),
-        max(block.kept(length) for block in blocks),
-    ],
-}
+    def kept(block: Block) -> list[float]:
+        """Inner outputs of the parts, experts' into the stream, stream, others' into it, attention's weights, what a
+        recurrence keeps, steps of activations."""
+        scores = 0 if block.state else shape.heads * length
+        return [
+            *(block.attention[0], block.dense[0], *block.experts[:2], shape.hidden),
+            *(block.attention[1] + block.dense[1], scores, block.kept(length), block.dense[2] + block.experts[2]),
+        ]
+
+    whole = [sum(column) for column in zip(*map(kept, blocks), strict=True)]
+    inputs = len(blocks) * shape.hidden if how == "checkpointed" else 0
+    found = []
+    for block in dict.fromkeys(blocks):
+        of_it = {"gradient": whole, "checkpointed": kept(block), "forward": [0] * len(whole)}[how]
+        attention = [*block.attention, shape.hidden, 0 if block.state else shape.heads * length, block.kept(length)]
+        others = [[inner, outer, shape.hidden, steps] for inner, outer, steps in (block.dense, block.experts)]
+        for computed, part in enumerate(parts := [attention, *others]):
+            if part[0] or not computed:
+                alive = [value * (i == computed) for i, values in enumerate(parts) for value in values]
+                found.append([*of_it, *alive, inputs])
+    return found
 
 
 @dataclass(frozen=True)
@@ -139,14 +159,15 @@ def _recommended() -> int:
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
-def _activations(kind: str, shape: ModelShape, blocks: Sequence[Block], rows: float, length: int) -> int:
-    rates = RATES[kind][shape.activation_bytes]
-    return int(rows * length * sum(r * f for r, f in zip(rates, FEATURES[kind](shape, blocks, length), strict=True)))
+def _activations(shape: ModelShape, blocks: Sequence[Block], rows: float, length: int, how: str) -> float:
+    rates = RATES["forward" if how == "forward" else "gradient"][shape.activation_bytes]
+    most = max(sum(r * f for r, f in zip(rates, of, strict=True)) for of in features(shape, blocks, length, how))
+    return shape.activation_bytes * rows * length * most
 
 
 def forward_bytes(shape: ModelShape, rows: int, length: int) -> int:
     """Activations of a forward pass that keeps nothing."""
-    return _activations("forward", shape, shape.blocks, rows, length)
+    return int(_activations(shape, shape.blocks, rows, length, "forward"))
 
 
 def trained_blocks(shape: ModelShape, train: TrainSettings) -> int:
@@ -157,9 +178,9 @@ def trained_blocks(shape: ModelShape, train: TrainSettings) -> int:
 def gradient_bytes(shape: ModelShape, train: TrainSettings, rows: float, length: int, checkpointed: bool) -> int:
     """Activations of a forward and backward pass through the trained blocks."""
     blocks = shape.blocks[-trained_blocks(shape, train) :]
-    if checkpointed and shape.forgets:
-        return _activations("checkpointed", shape, blocks, rows, length)
-    return int((KEPT_TWICE if checkpointed else 1) * _activations("gradient", shape, blocks, rows, length))
+    if shape.forgets:
+        return int(_activations(shape, blocks, rows, length, "checkpointed" if checkpointed else "gradient"))
+    return int(IN_TURN * (KEPT_TWICE if checkpointed else 1) * _activations(shape, blocks, rows, length, "gradient"))
 
 
 def loss_bytes(shape: ModelShape, rows: int) -> int:

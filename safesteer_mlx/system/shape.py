@@ -15,8 +15,10 @@ _TOP_K = re.compile(
 )
 # An expert's own weights, where experts are not stacked into one tensor.
 _EXPERT = re.compile(r"experts\.(\d+)\.")
-# What experts without a gate keep of their inner width, in that of gated ones: the activation's own steps.
-UNGATED = 1.5
+# Not into the stream, even where they are as wide as it is.
+_INNER = re.compile(r"[qkv]_proj|qkv|query|w[qkv]\b|gate|up_proj|w[13]\b|fc1|c_fc|in_proj|att_proj", re.IGNORECASE)
+# Weights of a block's feed-forward part; all others count as its attention, or what it has in its place.
+_FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|expert|moe|fc[12]|w[123]\b|gate_proj|up_proj")
 _CHUNK, _CHUNK_STATE = 1.0, 2.7  # what Mamba 2 keeps, in states: heads · length, and its inner width
 
 
@@ -26,21 +28,36 @@ class _Family:
 
     in_turn: bool = False  # asks experts one after another: keeps what each gives for all, twice where checkpointed
     scan: float = 0.0  # its scan's gradient holds an array of all positions for each of them, of states · length
+    gelu: bool = False  # its activation, whatever the configuration says
 
 
 # The package's one table by family, but for what other programs read (tests/test_house.py).
 _FAMILIES = {"dbrx": _Family(in_turn=True), "jamba": _Family(scan=0.5)}
+_FAMILIES |= dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text"), _Family(gelu=True))
 
 
 @dataclass(frozen=True)
 class Block:
-    """What a block makes of one token, in numbers: its linear layers' outputs into inner widths and into the stream
-    (D), of experts those that the token passes; and what a recurrence keeps of it, `state + chunk · length`."""
+    """What a block makes of one token, in numbers: of its attention, its feed-forward part and the experts that the
+    token passes, the linear layers' outputs into inner widths and into the stream (D), and of the last two the width
+    whose activation takes several steps (GELU, or without a gate); and what a recurrence keeps, `state + chunk ·
+    length`."""
 
-    inner: int
-    outer: int
+    attention: tuple[int, int] = (0, 0)
+    dense: tuple[int, int, int] = (0, 0, 0)
+    experts: tuple[int, int, int] = (0, 0, 0)
     state: float = 0.0
     chunk: float = 0.0
+
+    @property
+    def inner(self) -> int:
+        """Of all parts."""
+        return self.attention[0] + self.dense[0] + self.experts[0]
+
+    @property
+    def outer(self) -> int:
+        """Of all parts."""
+        return self.attention[1] + self.dense[1] + self.experts[1]
 
     def kept(self, length: int) -> float:
         """The recurrence's numbers, in sequences of this length."""
@@ -99,7 +116,8 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     hidden = size("hidden_size", "dim", "d_model", "n_embd")
     heads = size("num_attention_heads", "n_heads", "n_head", "num_heads")
     linears: list[list[tuple[int, int]]] = [[] for _ in range(n_layers)]
-    inner, outer = [0.0] * n_layers, [0.0] * n_layers  # widths of blocks
+    # Of blocks, by part: inner and outer width, and how many weights make the inner one.
+    widths = [{part: [0.0, 0.0, 0.0] for part in ("attention", "dense", "experts")} for _ in range(n_layers)]
     sizes = text | (text.get("ffn_config") or {})
     passed = next((sizes[key] for key in sizes if _TOP_K.search(key) and isinstance(sizes[key], int)), 1)
     experts_apart = 1 + max((int(m[1]) for m in map(_EXPERT.search, tensors) if m), default=0)
@@ -118,13 +136,17 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
         linears[number] += [(shape[-1], shape[-2])] * experts
         if "conv" in name:
             continue
-        share = 1.0
+        part, share, of_one = "dense" if _FEED_FORWARD.search(name) else "attention", 1.0, 1.0
         if len(shape) == 3:
-            share = min(passed, experts) * (UNGATED if name.endswith(".fc1.weight") else 1)
+            part, share = "experts", min(passed, experts)
         elif _EXPERT.search(name):
-            share = 2 * passed if in_turn and shape[-2] == hidden else min(1.0, passed / experts_apart)
-        (outer if shape[-2] == hidden else inner)[number] += shape[-2] * share
+            part, of_one, share = "experts", 1 / experts_apart, min(1.0, passed / experts_apart)
+        inner = shape[-2] != hidden or (shape[-1] == hidden and _INNER.search(name) is not None)
+        widths[number][part][not inner] += shape[-2] * share
+        widths[number][part][2] += inner * of_one * (2 if "gate_up" in name else 1)
     states = _states(text, tensors, n_layers)
+    activation = next((str(text[key]) for key in ("hidden_act", "hidden_activation") if text.get(key)), "")
+    gelu = "gelu" in activation or _family(text).gelu
     floating = [t.dtype for t in tensors.values() if t.dtype in ("F32", "F16", "BF16")]
     return ModelShape(
         weight_bytes=sum(map(bytes_of, tensors.values())),
@@ -137,12 +159,26 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
         quantized=bool(bits),
         forgets=not in_turn,
         linears=tuple(map(tuple, linears)),
-        blocks=tuple(Block(int(i), int(o), *state) for i, o, state in zip(inner, outer, states, strict=True)),
+        blocks=tuple(
+            Block(
+                (int(of["attention"][0]), int(of["attention"][1])),
+                _with_steps(of["dense"], gelu),
+                _with_steps(of["experts"], gelu),
+                *state,
+            )
+            for of, state in zip(widths, states, strict=True)
+        ),
     )
 
 
 def _family(text: dict[str, Any]) -> _Family:
     return _FAMILIES.get(str(text.get("model_type")), _Family())
+
+
+def _with_steps(widths: list[float], gelu: bool) -> tuple[int, int, int]:
+    """Inner and outer width, and the width whose activation takes several steps: one of two where there is a gate."""
+    inner, outer, weights = widths
+    return int(inner), int(outer), int(inner / max(1.0, weights)) if gelu or round(weights) == 1 else 0
 
 
 def _block_of(name: str, n_layers: int) -> int | None:
