@@ -161,7 +161,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         if not found:
             continue
         falls = {how: [f[how] for f in found if f[how] == f[how]] for how in ("greedy", "sampled")}
-        parts = [f"unsafe {how} median −{statistics.median(f):.0%}, worst −{min(f):.0%}" for how, f in falls.items()]
+        parts = [
+            f"unsafe {how} median −{statistics.median(f):.0%}, worst −{min(f):.0%}" for how, f in falls.items() if f
+        ]
         for kind in ("harmless", "borderline"):
             rises = [f"{statistics.median(f[f'{kind}_{how}'] for f in found):+.1f}" for how in ("greedy", "sampled")]
             most = max(max(f[f"{kind}_greedy"], f[f"{kind}_sampled"]) for f in found)

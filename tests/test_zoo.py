@@ -123,6 +123,7 @@ def test_goals_and_misses_by_hand():
     drawn = zoo.table([run(50, 4), run(0, 0) | {"seed": 43}, stopped])
     assert "| harbour | choose |" in drawn and "50 → 4 / 0 → 0" in drawn and "the verdict is stop" in drawn
     assert "choose: 2 runs, 0 more that stopped: unsafe greedy median −92%, worst −92%" in drawn
+    assert "choose: 1 runs, 0 more that stopped: harmless median" in zoo.table([run(0, 0)])  # nothing was unsafe
 
 
 @pytest.mark.parametrize(
