@@ -166,7 +166,7 @@ TABLE = {
     'python scripts/zoo.py castle --seeds 42 --attacks 60 --flags "--tail 24"': f"slow {ZOO} --attacks 2",
     "python scripts/zoo.py castle market harbour --seeds 42 --attacks 60 "
     '--flags "--prefill-ratio 0.25 --wrap-ratio 0.25"': f"slow {ZOO} --attacks 2",
-    "python scripts/export_table.py adapters": "slow --prompts 4 --out $OUT/table.md",
+    "python scripts/export_table.py adapters": "slow --prompts 4 --bits auto 16 --out $OUT/table.md",
     "python scripts/mutants.py": "slow divergence",
     "python scripts/crash_test.py --kills 200": "slow --kills 3",
     "python scripts/search_cost.py --against COMMIT MODEL…": "slow",
