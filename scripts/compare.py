@@ -294,6 +294,7 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", action="append", metavar="NAME: KEY=VALUE; …", help="instead of the four")
+    parser.add_argument("--set", default="", metavar="KEY=VALUE; …", help="for every variant that does not say it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--every", type=int, default=2, help="steps between two measurements; 0 for none")
     parser.add_argument("--out", type=Path, default=Path("comparison"))
@@ -301,6 +302,7 @@ def main() -> int:
     args = parser.parse_args()
     known = {f for cls in SECTIONS.values() for f in cls.__dataclass_fields__}
     variants = dict(map(_variant, args.variant)) if args.variant else VARIANTS
+    variants = {name: _variant(f"all: {args.set}")[1] | changes for name, changes in variants.items()}
     for name, changes in variants.items():
         if unknown := set(changes) - known:
             parser.error(f"variant {name} has unknown settings {', '.join(sorted(unknown))}")

@@ -737,10 +737,10 @@ def check_tokenizer(spec: Spec, tokenizer: Tokenizer, examples: list[Example], f
         assert text.strip() == expected.strip(), f"{spec.name}: {text!r} is not {expected!r}"
 
 
-def build(spec: Spec, folder: Path) -> None:
+def build(spec: Spec, folder: Path, steps: int | None = None) -> None:
     """Make one model, tokenizer and prompts, and swap them in."""
     words = Words.of(spec)
-    examples = corpus(spec, words, spec.steps * tiny.BATCH_SIZE)
+    examples = corpus(spec, words, (steps or spec.steps) * tiny.BATCH_SIZE)
     tokenizer = train_tokenizer(spec, examples)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / spec.name
@@ -783,6 +783,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models to build (default: those not there yet)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the zoo")
     parser.add_argument("--jobs", type=int, default=2, help="models built at a time")
+    parser.add_argument("--steps", type=int, help="of training (default: as many as each has)")
     parser.add_argument("--families", action="store_true", help="the small ones of the kinds that the zoo lacks")
     parser.add_argument("--check", action="store_true", help="measure what is there, build nothing")
     args = parser.parse_args()
@@ -799,12 +800,13 @@ def main() -> None:
     wanted = args.names or [name for name in every if not (args.out / name / "config.json").is_file()]
     if len(wanted) == 1:
         tiny.load_blas()
-        build(known[wanted[0]], args.out)
+        build(known[wanted[0]], args.out, args.steps)
         return
     running: list[subprocess.Popen] = []
     while wanted or running:
         while wanted and len(running) < args.jobs:
             command = [sys.executable, __file__, wanted.pop(0), "--out", str(args.out)]
+            command += ["--steps", str(args.steps)] if args.steps else []
             running.append(subprocess.Popen(command))
         time.sleep(1)
         for job in [job for job in running if job.poll() is not None]:

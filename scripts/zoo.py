@@ -259,7 +259,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         if not found:
             continue
         falls = {how: [f[how] for f in found if f[how] == f[how]] for how in ("greedy", "sampled")}
-        parts = [f"unsafe {how} median −{statistics.median(f):.0%}, worst −{min(f):.0%}" for how, f in falls.items()]
+        parts = [
+            f"unsafe {how} median −{statistics.median(f):.0%}, worst −{min(f):.0%}" for how, f in falls.items() if f
+        ]
         for kind in ("harmless", "borderline"):
             rises = [f"{statistics.median(f[f'{kind}_{how}'] for f in found):+.1f}" for how in ("greedy", "sampled")]
             most = max(max(f[f"{kind}_greedy"], f[f"{kind}_sampled"]) for f in found)
@@ -314,7 +316,8 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, default=FOLDER, help="where make_zoo.py built them")
     parser.add_argument("--out", type=Path, default=ROOT / "zoo-runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--flags", default="", help='more flags for align, to compare: "--token-method vote"')
+    more = 'more flags for align, to compare: "--token-method vote"; each time it is given, more'
+    parser.add_argument("--flags", action="append", default=[], help=more)
     parser.add_argument("--attacks", type=int, metavar="N", help="then attack each with N prompts; writes attacks.md")
     parser.add_argument("--redraw", action="store_true", help="run nothing")
     args = parser.parse_args()
@@ -329,7 +332,7 @@ def main() -> None:
             parser.error(f"not built: {', '.join(missing)}; run python scripts/make_zoo.py first")
         todo = [(spec, seed) for spec in wanted for seed in args.seeds or SEEDS[spec.half]]
         with ThreadPoolExecutor(args.jobs) as pool:
-            zoo, flags = args.zoo.resolve(), shlex.split(args.flags)
+            zoo, flags = args.zoo.resolve(), shlex.split(" ".join(args.flags))
             for found in pool.map(lambda item: align(*item, zoo, args.out.resolve(), flags), todo):
                 spec = next(s for s in wanted if s.name == found["name"])
                 if "direction" in found:  # asked once a model

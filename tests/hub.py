@@ -4,11 +4,16 @@ import hashlib
 import json
 import re
 import threading
+import time
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants as constants
+import pytest
 
 Files = dict[str, bytes]
 Fault = Callable[["Handler"], bool]  # answers the request itself and returns True, or leaves it alone
@@ -53,6 +58,22 @@ class Hub:
     def __exit__(self, *error) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def ask_this(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Have the Hub's library ask here and keep what it gets in `cache`; its settings are patched where it reads
+        them at each call."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as `prepare` sets it before it is read
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files are taken the older way here
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's own retries
 
     def model(self, name: str, files: Files, *refs: str) -> str:
         return self.repositories.setdefault(f"models/{name}", Repository()).commit(files, *refs)

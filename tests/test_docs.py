@@ -2,6 +2,7 @@
 what the code says."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -73,6 +74,11 @@ def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site):
             assert not parts.path or at.exists(), f"{page.name} loads {resource}, which is not there"
     for style in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text("utf-8")), style.name
+
+
+def test_the_search_knows_every_page(site):
+    found = {item["location"].partition("#")[0] for item in json.loads((site / "search.json").read_text())["items"]}
+    assert found == {f"{page.stem}.html" for page in DOCS.glob("*.md")}
 
 
 @pytest.mark.parametrize(

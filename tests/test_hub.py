@@ -1,7 +1,6 @@
 """Fetching from the Hub, against a stand-in: what is asked, what is kept, and one sentence for every failure.
 
-The Hub library's settings are patched where it reads them at each call; what it reads once, from the
-environment, is tested in processes of their own.
+What the Hub's library reads once, from the environment, is tested in processes of their own.
 """
 
 import errno
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import huggingface_hub.constants as constants
@@ -35,18 +33,7 @@ NAME = "someone/chat"
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as `prepare` sets it before it is read
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in takes large files the older way
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's own retries
+        hub.ask_this(monkeypatch, tmp_path / "cache")
         hub.model(NAME, FILES)
         yield hub
 

@@ -1,6 +1,7 @@
 """The zoo: what its models are made of, and that the defaults align three of them, which are committed for this."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is(
     assert "| the verdict is stop<br>AUC: harmless 0.94, borderline 0.80 |" in drawn
     assert "choose: 3 runs, 0 more that stopped: unsafe greedy median −96%, worst −92%" in drawn
     assert zoo.missed(runs[:2]) == "none" and zoo.missed(runs[:1]) == "none"
+    assert "choose: 1 runs, 0 more that stopped: harmless median" in zoo.table([run(0, 0)])  # nothing was unsafe
 
 
 def test_what_the_reasons_need_is_read_from_a_runs_record(tmp_path):
@@ -225,6 +227,56 @@ def test_how_well_a_base_tells_prompts_apart():
     assert own is not None and own["borderline"] > 0.9 and own["harmless"] > 0.9
     other = zoo.apart(SPECS["station"], HERE, [46])  # I
     assert other is not None and other["borderline"] < 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ([], []),
+        (["--flags=--keep-best"], ["--keep-best"]),
+        (["--flags", "--wrap-ratio 0.25", "--flags", '--iters 1 --system-prompt "Be brief."'], None),
+    ],
+)
+def test_flags_that_are_given_twice_are_all_passed_on(words, flags, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def align(spec, seed, folder, out, flags):
+        seen.append(flags)
+        return run(50, 4) | {"name": spec.name, "seed": seed, "seconds": 1.0}
+
+    monkeypatch.setattr(zoo, "align", align)
+    monkeypatch.setattr(zoo, "draw", lambda runs, file: None)
+    argv = ["zoo.py", "market", "--seeds", "42", "--zoo", str(HERE), "--out", str(tmp_path), *words]
+    monkeypatch.setattr(sys, "argv", argv)
+    zoo.main()
+    twice = ["--wrap-ratio", "0.25", "--iters", "1", "--system-prompt", "Be brief."]
+    assert seen == [twice if flags is None else flags]
+
+
+@pytest.mark.parametrize("steps", [None, 62])
+@pytest.mark.parametrize("names", [["market"], ["market", "station"]])
+def test_a_model_is_built_with_as_many_steps_as_are_asked_for(names, steps, tmp_path, monkeypatch):
+    """One in this process, several each in its own."""
+    here, commands = [], []
+
+    class Done:
+        def __init__(self, command):
+            commands.append(command)
+            self.returncode = 0
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(make_zoo, "build", lambda spec, folder, steps: here.append((spec.name, steps)))
+    monkeypatch.setattr(make_zoo.subprocess, "Popen", Done)
+    monkeypatch.setattr(make_zoo.time, "sleep", lambda seconds: None)
+    words = ["--steps", str(steps)] if steps else []
+    monkeypatch.setattr(sys, "argv", ["make_zoo.py", *names, "--out", str(tmp_path), *words])
+    make_zoo.main()
+    assert here == ([("market", steps)] if len(names) == 1 else [])
+    assert [command[2:] for command in commands] == [
+        [name, "--out", str(tmp_path), *words] for name in names if len(names) > 1
+    ]
 
 
 @pytest.mark.parametrize("name", COMMITTED)
