@@ -305,6 +305,12 @@ def test_a_signal_or_two_are_one_line_and_the_code_of_the_first(signals, code, k
     assert stopped(["-c", SLOW_RUN, keeping], signals, tmp_path, b"drawing", then=then) == (code, ONE_LINE)
 
 
+@pytest.mark.parametrize("signals", [[TERM], [TERM, TERM]])
+def test_of_several_machines_the_first_alone_says_that_it_was_interrupted(signals, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert stopped(["-c", SLOW_RUN, "0.3"], signals, tmp_path, b"drawing") == (143, "")
+
+
 @pytest.mark.parametrize("pause", [0.15, 0.3, 0.5, 0.8])
 @pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
 def test_a_signal_at_the_start_is_one_line(number, code, pause, tmp_path):

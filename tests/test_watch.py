@@ -353,7 +353,7 @@ def test_align_serves_its_page_while_it_works(tmp_path, monkeypatch, capsys):
     nothing at all afterwards."""
     from safesteer_mlx.system.screen import Screen
 
-    seen, addresses, bound = [], [], []
+    seen, addresses, listening = [], [], []
 
     @contextmanager
     def noting(folder, transcripts, port, tell):
@@ -364,11 +364,11 @@ def test_align_serves_its_page_while_it_works(tmp_path, monkeypatch, capsys):
         with OPEN(addresses[0]) as answer:
             seen.append((answer.status, answer.read().decode()))
 
-    def bind(self, address, bind=socket.socket.bind):
-        bound.append(address[0])
-        bind(self, address)
+    def listen(self, *waiting, listen=socket.socket.listen):
+        listening.append(self.getsockname()[0])
+        listen(self, *waiting)
 
-    monkeypatch.setattr(socket.socket, "bind", bind)
+    monkeypatch.setattr(socket.socket, "listen", listen)
     monkeypatch.setattr(report, "watching", noting)
     monkeypatch.setattr(report, "REDRAWN", 0.0)
     monkeypatch.setattr(serve, "REFRESH", 0.1)
@@ -381,7 +381,7 @@ def test_align_serves_its_page_while_it_works(tmp_path, monkeypatch, capsys):
     assert (
         "step 1 of 2" in seen[-1][1] and 'id="figure-training"' in seen[-1][1] and 'id="figure-tokens"' in seen[-1][1]
     )
-    assert capsys.readouterr().out.count(addresses[0]) == 1 and bound == ["127.0.0.1"]
+    assert capsys.readouterr().out.count(addresses[0]) == 1 and listening == ["127.0.0.1"]
     with pytest.raises(urllib.error.URLError):
         OPEN(addresses[0])
 

@@ -123,7 +123,8 @@ def _signals_stop(came: list[int]) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if came:
-            os.write(2, b"safesteer-mlx: interrupted\n")
+            if not started_rank():
+                os.write(2, b"safesteer-mlx: interrupted\n")
             os._exit(128 + came[0])
         if _importing(frame):
             return threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
