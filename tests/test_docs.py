@@ -112,9 +112,9 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_the_site_and_asks_for_nothing_elsewhere(site, tmp_path, dark):
+    assert CHROMIUM and DRIVER, MISSING
     with Browser(tmp_path) as browser:
         browser.log("performance")
         for page in built_pages(site):
