@@ -1,4 +1,4 @@
-"""What `align --check` costs beside another commit's: row-tokens through decoder blocks, and seconds of CPU.
+"""What `align --verdict-only` costs beside another commit's: row-tokens through decoder blocks, and seconds of CPU.
 
     python scripts/search_cost.py --against 5a00f3a models/tiny-chat tests/zoo_models/market
 
@@ -35,7 +35,9 @@ def load(*args, **options):
         block.__call__ = counted
     return base
 loading.load = load
-main([*sys.argv[1:], "--check"])
+import safesteer_mlx.recipe as recipe
+renamed = "--verdict-only" in open(recipe.__file__).read()
+main([*sys.argv[1:], "--verdict-only" if renamed else "--check"])
 print(json.dumps({"row_tokens": count[0], "seconds": time.process_time()}))
 """
 
