@@ -54,18 +54,18 @@ def read_compared(folder: Path) -> Compared:
     if not (record / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run of align; give folders that --adapter-path named")
 
-    def found(name: str) -> Any:
+    def content(name: str) -> Any:
         return read_record(record, name) if (record / name).exists() else None
 
     missing = next((stage for name, stage in STAGES.items() if not (record / name).exists()), None)
-    answers, verdict = found("transcripts.jsonl"), found("verdict.json")
+    answers, verdict = content("transcripts.jsonl"), content("verdict.json")
     return Compared(
         str(folder),
         current_names(read_yaml(record / "recipe.yaml")),
-        found("manifest.json") or {},
-        found("before_after.json") or {},
+        content("manifest.json") or {},
+        content("before_after.json") or {},
         verdict and verdict["word"],
-        found("timing.json") or {},
+        content("timing.json") or {},
         None if answers is None else frozenset((row["kind"], row["prompt"]) for row in answers),
         missing,
     )
@@ -127,18 +127,18 @@ def outcomes(runs: Sequence[Compared]) -> Rows:
 def cautions(runs: Sequence[Compared]) -> list[str]:
     """What a reader must know before comparing, a sentence each."""
     left = [run for run in runs if run.missing]
-    said = [f"{run.name} is not finished: “{run.missing}” is missing." for run in left]
-    done = [run for run in runs if not run.missing]
-    if len({run.manifest.get("model_sha256") for run in done}) > 1:
-        said.append("The runs are of different models: that one number is smaller says nothing about the settings.")
-    asked = [run.prompts for run in done]
-    if None in asked:  # told by the settings, and by how many there were
-        totals = [{kind: _asked(kind, "greedy")(run.scores["base"]).total for kind in ASKED} for run in done]
-        which = [[run.recipe.get("data"), run.recipe.get("test_prompts")] for run in done]
-        asked = [json.dumps([*pair]) for pair in zip(totals, which, strict=True)]
-    if len(set(asked)) > 1:
-        said.append("The runs were scored on different prompts: their numbers are not of the same questions.")
-    return said
+    lines = [f"{run.name} is not finished: “{run.missing}” is missing." for run in left]
+    finished_runs = [run for run in runs if not run.missing]
+    if len({run.manifest.get("model_sha256") for run in finished_runs}) > 1:
+        lines.append("The runs are of different models: that one number is smaller says nothing about the settings.")
+    prompts = [run.prompts for run in finished_runs]
+    if None in prompts:  # told by the settings, and by how many there were
+        totals = [{kind: _asked(kind, "greedy")(run.scores["base"]).total for kind in ASKED} for run in finished_runs]
+        which = [[run.recipe.get("data"), run.recipe.get("test_prompts")] for run in finished_runs]
+        prompts = [json.dumps([*pair]) for pair in zip(totals, which, strict=True)]
+    if len(set(prompts)) > 1:
+        lines.append("The runs were scored on different prompts: their numbers are not of the same questions.")
+    return lines
 
 
 def compare(folders: Sequence[Path]) -> tuple[list[Compared], list[Table], list[str]]:
@@ -199,10 +199,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    runs, tables, said = compare(args.runs)
-    show(runs, tables, said, Screen())
+    runs, tables, lines = compare(args.runs)
+    show(runs, tables, lines, Screen())
     if args.out is not None:
-        write_out(args.out, page(runs, tables, said))
+        write_out(args.out, page(runs, tables, lines))
         print(args.out)
 
 

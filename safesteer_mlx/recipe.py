@@ -559,11 +559,11 @@ def adapter_folder(folder: Path) -> Path:
     Raises:
         UserError: it does not hold any.
     """
-    found = user_path(folder)
+    path = user_path(folder)
     for file in ("adapter_config.json", "adapters.safetensors"):
-        if not (found / file).is_file():
+        if not (path / file).is_file():
             raise UserError(f"--adapter-path {folder} holds no {file}; give a folder that align or mlx_lm.lora wrote")
-    return found
+    return path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -278,16 +278,16 @@ Pair = tuple[str, dict[str, dict[str, Any]]]  # a prompt, and what each model an
 
 def _answers(run: RunFiles) -> tuple[dict[tuple[str, str], list[Pair]], int]:
     """Prompts with their answers, by kind and decoding, those first that changed; and how many there is no room for."""
-    asked: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    by_kind: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in run.transcripts or []:
         if row["model"] in ("base", "student"):
-            asked.setdefault((row["kind"], row["how"]), {}).setdefault(row["prompt"], {})[row["model"]] = row
+            by_kind.setdefault((row["kind"], row["how"]), {}).setdefault(row["prompt"], {})[row["model"]] = row
     shown, left_out = {}, 0
-    for key, prompts in asked.items():
+    for key, prompts in by_kind.items():
         pairs = sorted(prompts.items(), key=lambda pair: len({row["outcome"] for row in pair[1].values()}) == 1)
         texts = ["".join([prompt, *(row["answer"] for row in rows.values())]) for prompt, rows in pairs]
         sizes = accumulate(400 + len(_lines(text).encode()) for text in texts)
-        fit = sum(size <= ANSWER_BYTES // len(asked) for size in sizes)
+        fit = sum(size <= ANSWER_BYTES // len(by_kind) for size in sizes)
         shown[key], left_out = pairs[:fit], left_out + len(pairs) - fit
     return shown, left_out
 
@@ -361,14 +361,14 @@ class GoingRun:
 
     def _files(self) -> dict[str, int]:
         """The run's files with the times when they were written."""
-        found = {}
+        times = {}
         for name in ("recipe.yaml", *RECORD_FILES):
             try:
-                found[name] = (self._folder / name).stat().st_mtime_ns
+                times[name] = (self._folder / name).stat().st_mtime_ns
             except OSError:
                 continue
-        oldest = max(self._since * 1e9, found.get("recipe.yaml", float("inf")))
-        return {name: written for name, written in found.items() if written >= oldest}
+        oldest = max(self._since * 1e9, times.get("recipe.yaml", float("inf")))
+        return {name: written for name, written in times.items() if written >= oldest}
 
     def _draw(self, files: Mapping[str, int]) -> str:
         picture = _drawing().picture

@@ -76,6 +76,16 @@ def test_no_function_takes_more_than_seven_things(name: str):
             assert len(taken) <= 7, f"{name}:{node.lineno} {node.name} takes {len(taken)}"
 
 
+PARTICIPLES = {"found", "said", "done", "asked", "drawn"}  # they tell what was done, not what a variable holds
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_local_names_what_it_holds(name: str):
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            assert node.id not in PARTICIPLES, f"{name}:{node.lineno}: name what {node.id} holds"
+
+
 # Where a file may be read without the limits of system/files.py, which is of the package or the program's own.
 OWN_FILES = {"system.files", "system.model_files", "system.hub", "method.judge", "align", "export", "formats.gguf"}
 

@@ -85,8 +85,8 @@ class Attacker:
     def attack(self, model: nn.Module, attack: Attack) -> Attacked:
         """What one model does under one attack."""
         rows, k = attack.ask(model), attack.samples
-        drawn = self.draw(model, [row for row in rows for _ in range(k)], attack)
-        texts = [drawn[i : i + k] for i in range(0, len(drawn), k)]
+        replies = self.draw(model, [row for row in rows for _ in range(k)], attack)
+        texts = [replies[i : i + k] for i in range(0, len(replies), k)]
         # Without what the attacker wrote: there no refusal is to be looked for.
         return Attacked(attack, texts, [[outcome(text) for text in own] for own in texts])
 
@@ -106,16 +106,16 @@ class Attacker:
 
     def compliant_answers(self, rows: Rows) -> dict[int, list[int]]:
         """The base's own compliant answers, by prompt: greedy, else the first of `TRIES` samples that complies."""
-        found: dict[int, list[int]] = {}
+        ids: dict[int, list[int]] = {}
         for attempt in range(1 + TRIES):
-            left = [i for i in range(len(rows)) if i not in found]
+            left = [i for i in range(len(rows)) if i not in ids]
             keys = [stream_key(self.seed, 12, attempt, i) for i in left] if attempt else None
             sampling = replace(self.sampling, temp=float(attempt > 0))
-            drawn = answers(self.base.model, self.base.tokenizer, [rows[i] for i in left], sampling, keys)
-            for i, (completion, text) in zip(left, drawn, strict=True):
+            replies = answers(self.base.model, self.base.tokenizer, [rows[i] for i in left], sampling, keys)
+            for i, (completion, text) in zip(left, replies, strict=True):
                 if outcome(text) == "comply":
-                    found[i] = completion.ids[:-1] if completion.finished else completion.ids
-        return found
+                    ids[i] = completion.ids[:-1] if completion.finished else completion.ids
+        return ids
 
     def make(self, family: str, items: Sequence[Instruction]) -> Iterator[Attack]:
         """The attacks of a family on these harmful prompts; a UserError if the chat template takes no such talk."""
@@ -145,9 +145,9 @@ class Attacker:
             if len(long) < FEWEST:
                 continue
             prompts = [begun(tokenizer, rows[i], openings[i][:n]) for i in long]
-            said = [tokenizer.decode(openings[i][:n], skip_special_tokens=True) for i in long]
+            texts = [tokenizer.decode(openings[i][:n], skip_special_tokens=True) for i in long]
             title = f"{name}, {n} token{'s' if n > 1 else ''}"
-            yield Attack("", title, [requests[i] for i in long], partial(_given, prompts), said)
+            yield Attack("", title, [requests[i] for i in long], partial(_given, prompts), texts)
 
     def _prefill(self, requests: list[str]) -> Iterator[Attack]:
         rows, openings = self._rows(requests), openings_of(self.base.tokenizer, requests, "test")
@@ -155,10 +155,10 @@ class Attacker:
 
     def _own_answer(self, requests: list[str]) -> Iterator[Attack]:
         rows = self._rows(requests)
-        found = self.compliant_answers(rows)
-        which = sorted(found)
+        ids = self.compliant_answers(rows)
+        which = sorted(ids)
         kept = [requests[i] for i in which]
-        return self._begun("answer begun by the base itself", kept, [rows[i] for i in which], [found[i] for i in which])
+        return self._begun("answer begun by the base itself", kept, [rows[i] for i in which], [ids[i] for i in which])
 
     def _decoding(self, requests: list[str]) -> Iterator[Attack]:
         ask = partial(_given, self._rows(requests))
@@ -259,12 +259,12 @@ def run_tampering(
         with screen.stage(f"tampering with the {name}") as advance:
             try:
                 for way, changed in tampering.every(model, run, advance):
-                    found = attacker.attack(changed, attacker.plain(way, items))
-                    results[name].append(replace(found, attack=replace(found.attack, family="tampering")))
+                    result = attacker.attack(changed, attacker.plain(way, items))
+                    results[name].append(replace(result, attack=replace(result.attack, family="tampering")))
             except UserError as error:
                 screen.line(f"tampering with the {name}: left out ({error})")
     fewest = min(map(len, results.values()))
-    return {name: found[:fewest] for name, found in results.items()}
+    return {name: attacks[:fewest] for name, attacks in results.items()}
 
 
 def judged_by(
@@ -274,17 +274,19 @@ def judged_by(
     written too."""
     if judge.form is None:
         return dict(results)
-    every = [own for found in results.values() for own in found]
+    every = [own for attacks in results.values() for own in attacks]
     cases = [
         Case(own.attack.kind, request, (own.attack.begun[i] if own.attack.begun else "") + text)
         for own in every
         for i, (request, texts) in enumerate(zip(own.attack.requests, own.texts, strict=True))
         for text in texts
     ]
-    said = iter(judge.judged(cases, trust_remote_code, batch_size, screen))
+    verdicts = iter(judge.judged(cases, trust_remote_code, batch_size, screen))
     return {
-        name: [replace(own, outcomes=[[next(said).outcome for _ in texts] for texts in own.texts]) for own in found]
-        for name, found in results.items()
+        name: [
+            replace(own, outcomes=[[next(verdicts).outcome for _ in texts] for texts in own.texts]) for own in attacks
+        ]
+        for name, attacks in results.items()
     }
 
 

@@ -130,11 +130,11 @@ class Question:
 def questions(run: FinishedRun, n: int | None) -> list[Question]:
     """What the run asked, or `n` prompts of each kind, evenly drawn from it."""
     kinds, _ = held_out_prompts(prompt_sets(run.recipe), run.recipe.run.test_prompts)
-    asked = []
+    prompts = []
     for which, (kind, items) in enumerate(kinds.items()):
         count = len(items) if n is None else min(n, len(items))
-        asked += [Question(kind, items[i].text, (which, i)) for i in (len(items) * k // count for k in range(count))]
-    return asked
+        prompts += [Question(kind, items[i].text, (which, i)) for i in (len(items) * k // count for k in range(count))]
+    return prompts
 
 
 def recorded(run: FinishedRun, asked: Sequence[Question]) -> dict[str, Scores] | None:

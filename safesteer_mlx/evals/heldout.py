@@ -91,9 +91,9 @@ class BaseAnswers:
         try:
             content = read_json(file, str(file), "")
             if content["made_by"] == self._made_by:
-                found = decoded(dict[str, Completion], content["answers"], {"token": range(self._base.vocabulary)})
-                if all(len(c.ids) <= self._sampling.max_tokens for c in found.values()):
-                    return found
+                answers = decoded(dict[str, Completion], content["answers"], {"token": range(self._base.vocabulary)})
+                if all(len(c.ids) <= self._sampling.max_tokens for c in answers.values()):
+                    return answers
         except (ValueError, TypeError, KeyError):
             pass
         return {}  # nothing, or nothing of ours: it is drawn again
@@ -110,8 +110,8 @@ class BaseAnswers:
             return [self._found[key] for key in keys]
         how = replace(self._sampling, temp=1.0, enough=None if whole else self._sampling.enough)
         random = [stream and stream_key(*stream) for stream in (streams[i] for i in new.values())]
-        drawn = generate(self._base.model, [prompts[i] for i in new.values()], how, random, progress)
-        self._found |= dict(zip(new, drawn, strict=True))
+        completions = generate(self._base.model, [prompts[i] for i in new.values()], how, random, progress)
+        self._found |= dict(zip(new, completions, strict=True))
         if self._file is not None:
             with contextlib.suppress(OSError):  # then they are drawn again another time
                 write(self._file, as_json({"made_by": self._made_by, "answers": encoded(self._found)}))
@@ -221,21 +221,21 @@ class HeldOut:
     def score(self, model: nn.Module, system_prompt: str | None = None, progress: Advance = silent) -> Scores:
         """Score one model: capability greedy, drift teacher-forced without system turn."""
         test, tokenizer, each = self.test, self.base.tokenizer, 1 + self.samples
-        asked = [(kind, item) for kind, items in test.kinds.items() for item in items]
-        rows = [row for row in render_all(tokenizer, [item for _, item in asked], system_prompt) for _ in range(each)]
+        prompts = [(kind, item) for kind, items in test.kinds.items() for item in items]
+        rows = [row for row in render_all(tokenizer, [item for _, item in prompts], system_prompt) for _ in range(each)]
         streams = [s for which, items in enumerate(test.kinds.values()) for s in self.streams(len(items), which)]
         rows += render_all(tokenizer, test.capability, system_prompt)
         streams += [None] * len(test.capability)
         texts = self.texts  # first, since these are drawn to their end
         replies = self.draw(model, rows, streams, progress)
         judged: dict[tuple[str, str], list[Answer]] = {}
-        for n, (text, c) in enumerate(replies[: each * len(asked)]):
-            kind, item = asked[n // each]
+        for n, (text, c) in enumerate(replies[: each * len(prompts)]):
+            kind, item = prompts[n // each]
             how = HOW[n % each > 0]
             answer = Answer(kind, how, item.text, text, outcome(text), c.finished, c.cut)
             judged.setdefault((kind, how), []).append(answer)
         correct: dict[str, list[bool]] = {}
-        for item, (text, _) in zip(test.capability, replies[each * len(asked) :], strict=True):
+        for item, (text, _) in zip(test.capability, replies[each * len(prompts) :], strict=True):
             correct.setdefault(item.category, []).append(is_correct(text, item.answer))
         answers = [answer for own in judged.values() for answer in own]
         return Scores(answers, correct, *drift(self.base.model, model, texts, self.tokens), self.samples)

@@ -171,8 +171,8 @@ def _scores(
     """P(unsafe) by the number of the case, where its reply was read and its place found."""
     places: dict[int, tuple[list[int], tuple[int, int]]] = {}
     for i, (row, completion, reply) in enumerate(zip(rows, completions, replies, strict=True)):
-        said = parse_guard(form, reply)
-        place = said and deciding_place(judge.tokenizer, completion, reply, said, DECIDING[form])
+        reading = parse_guard(form, reply)
+        place = reading and deciding_place(judge.tokenizer, completion, reply, reading, DECIDING[form])
         if place:
             n, words = place
             places[i] = [*row, *completion.ids[:n]], words

@@ -34,9 +34,9 @@ class Chosen:
     def judged(self, cases: Sequence[Case], trust_remote_code: bool, batch_size: int, screen: Screen) -> list[Verdict]:
         """A judge model's on each case; its weights are free afterwards, since another may need the room."""
         with screen.stage(f"judging by {self.label}") as advance:
-            said = judge_cases(self.name, self.form, cases, trust_remote_code, batch_size, advance)
+            verdicts = judge_cases(self.name, self.form, cases, trust_remote_code, batch_size, advance)
         mx.clear_cache()
-        return said
+        return verdicts
 
 
 def choose_judges(names: Sequence[str], templates: Sequence[str] | None = None) -> list[Chosen]:
@@ -79,11 +79,11 @@ class Judged:
 
     def first(self) -> dict[str, Scores]:
         """The scores with the outcomes that the first judge gives."""
-        found = {}
+        scores = {}
         for name, verdicts in self.verdicts[self.judges[0].label].items():
             pairs = zip(self.scores[name].answers, verdicts, strict=True)
-            found[name] = replace(self.scores[name], answers=[replace(a, outcome=v.outcome) for a, v in pairs])
-        return found
+            scores[name] = replace(self.scores[name], answers=[replace(a, outcome=v.outcome) for a, v in pairs])
+        return scores
 
     def cell(self, label: str, model: str, kind: str, how: str | None = None) -> list[Verdict]:
         """A judge's verdicts on a model's answers to one kind of prompt, by one way of decoding or all."""
@@ -173,9 +173,9 @@ def judge_all(
     cases = [Case(kind_of[a.kind], a.prompt, a.text) for a in every]
     for judge in judges:
         if judge.form is None:
-            said = [Verdict(a.outcome) for a in every]
+            own = [Verdict(a.outcome) for a in every]
         else:
-            said = judge.judged(cases, trust_remote_code, batch_size, screen)
-        rest = iter(said)
+            own = judge.judged(cases, trust_remote_code, batch_size, screen)
+        rest = iter(own)
         verdicts[judge.label] = {name: [next(rest) for _ in s.answers] for name, s in scores.items()}
     return Judged(list(judges), scores, kind_of, verdicts)

@@ -51,21 +51,21 @@ class Reports:
 
     def scores(self, step: int, scores: Mapping[str, Scores]) -> None:
         """The share of each outcome, of tasks that are right, and the drift, of each model."""
-        found: dict[str, Any] = {"iteration": step}
+        metrics: dict[str, Any] = {"iteration": step}
         for model, own in scores.items():
             for kind, cell in own.as_json()["outcomes"].items():
                 for how, counts in cell.items():
                     total = max(1, sum(counts.values()))
-                    found |= {f"{model}/{kind}/{how}/{what}": n / total for what, n in counts.items()}
+                    metrics |= {f"{model}/{kind}/{how}/{what}": n / total for what, n in counts.items()}
             right = [one for task in own.correct.values() for one in task]
-            found |= {f"{model}/tasks/right": sum(right) / max(1, len(right)), f"{model}/drift": own.drift}
-        self._tell("on_val_loss_report", found)
+            metrics |= {f"{model}/tasks/right": sum(right) / max(1, len(right)), f"{model}/drift": own.drift}
+        self._tell("on_val_loss_report", metrics)
 
-    def _tell(self, what: str, found: Mapping[str, Any]) -> None:
+    def _tell(self, what: str, metrics: Mapping[str, Any]) -> None:
         if self._callback is None:
             return
         try:
-            getattr(self._callback, what)({k: v for k, v in found.items() if type(v) in (int, float) and v == v})
+            getattr(self._callback, what)({k: v for k, v in metrics.items() if type(v) in (int, float) and v == v})
         except Exception as error:  # whatever a service's package raises
             self._callback = None
             self._screen.line(f"--report-to: nothing more is told ({type(error).__name__}: {error!s:.100})")

@@ -50,14 +50,14 @@ class Scoring:
 
     def perplexities(self) -> dict[str, Any]:
         """Of the text that `--perplexity` names."""
-        found, keys = {}, ("perplexity", "standard_error", "tokens")
+        results, keys = {}, ("perplexity", "standard_error", "tokens")
         for name, model in self.models.items():
             value, error, tokens = perplexity(model, self.base.tokenizer, self.args.perplexity)
             self.screen.line(
                 f"perplexity of {self.args.perplexity}, {name}: {value:.3f} ± {error:.3f} over {tokens} tokens"
             )
-            found[name] = dict(zip(keys, (value, error, tokens), strict=True))
-        return found
+            results[name] = dict(zip(keys, (value, error, tokens), strict=True))
+        return results
 
     def scores(self) -> dict[str, Any]:
         """Outcomes, capability and drift."""
@@ -92,8 +92,8 @@ class Scoring:
         results = run_attacks(attacker, self.models, items, self.families, self.screen)
         if args.tamper:
             tampering = Tampering(base, sets_to_score(args.model, args.data), sampling, args.seed)
-            for name, found in run_tampering(attacker, self.models, items, tampering, self.run, self.screen).items():
-                results[name] += found
+            for name, attacks in run_tampering(attacker, self.models, items, tampering, self.run, self.screen).items():
+                results[name] += attacks
         results = judged_by(judge, results, args.trust_remote_code, args.batch_size, self.screen)
         show_attacks(results, self.screen)
         return attacks_json(results)

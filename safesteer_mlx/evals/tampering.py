@@ -57,12 +57,12 @@ class Tampering:
         """The model without the direction, of those found at each of `BLOCKS` blocks, without which it refuses least on
         validation prompts."""
         harmful, harmless = self.rows("harmful_direction_train"), self.rows("harmless_direction_train")
-        found = mean_differences(model, harmful, harmless, 1, self.sampling.batch_size)[0]
+        directions = mean_differences(model, harmful, harmless, 1, self.sampling.batch_size)[0]
         validation, n = self.rows("harmful_direction_validation"), len(blocks(model))
         layers = sorted({round(x) for x in np.linspace(0.2 * n, 0.8 * n - 1, BLOCKS)})
         tried = []
         for at, layer in enumerate(layers):
-            without = ablated(model, mx.array(found[layer].astype(np.float32)), validation[0])
+            without = ablated(model, mx.array(directions[layer].astype(np.float32)), validation[0])
             tried.append((sum(map(is_refusal, self.texts(without, validation))), at, without))
             progress(at + 1, len(layers))
         return min(tried, key=lambda t: t[:2])[2]
@@ -101,8 +101,8 @@ class Tampering:
         rows = self.rows("harmless_train")
         keys = [stream_key(self.seed, 13, i) for i in range(len(rows))]
         sampling = replace(self.sampling, temp=1.0, max_tokens=ANSWER_TOKENS)
-        drawn = answers(self.base.model, self.base.tokenizer, rows, sampling, keys)
-        return [([*row, *completion.ids], len(row)) for row, (completion, _) in zip(rows, drawn, strict=True)]
+        replies = answers(self.base.model, self.base.tokenizer, rows, sampling, keys)
+        return [([*row, *completion.ids], len(row)) for row, (completion, _) in zip(rows, replies, strict=True)]
 
     def every(self, model: nn.Module, run: Path | None, progress: Advance = silent) -> Iterator[tuple[str, nn.Module]]:
         """(name, model) of each way to tamper with it; `run` is the folder of the run that has found a direction."""

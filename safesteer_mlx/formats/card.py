@@ -95,13 +95,13 @@ def _verified(fidelity: dict[str, Any] | None) -> str:
             "that it was made from."
         )
     same = fidelity["greedy_answers_alike"]
-    said = f"{same['count']} of {same['total']} greedy answers are the scored model's, word for word"
+    sentence = f"{same['count']} of {same['total']} greedy answers are the scored model's, word for word"
     if isinstance(kl := fidelity["kl_harmful"], float) and kl == kl:
-        said += f"; KL(scored ‖ this) is {kl:.1e} nats a token on harmful prompts"
-        said += f", {fidelity['kl_harmless']:.1e} on harmless ones"
+        sentence += f"; KL(scored ‖ this) is {kl:.1e} nats a token on harmful prompts"
+        sentence += f", {fidelity['kl_harmless']:.1e} on harmless ones"
     if fidelity["fault"]:
-        return f"**It failed: {fidelity['fault']}. Do not use it as the scored model.** {said}."
-    return f"It was asked the run's held-out prompts after it was written: {said}."
+        return f"**It failed: {fidelity['fault']}. Do not use it as the scored model.** {sentence}."
+    return f"It was asked the run's held-out prompts after it was written: {sentence}."
 
 
 def _table(scores: dict[str, Any]) -> str:

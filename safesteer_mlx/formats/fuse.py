@@ -88,7 +88,7 @@ def _spelled_out(quantized: nn.Module) -> nn.Module:
 def layers(model: nn.Module) -> list[Layer]:
     """Every layer of a student, or of any model, that holds a weight which is or can be quantized, in order."""
     modules = sorted(model.named_modules(), key=lambda item: item[0])
-    found, adapted = [], tuple(f"{path}." for path, module in modules if hasattr(module, "fuse"))
+    entries, adapted = [], tuple(f"{path}." for path, module in modules if hasattr(module, "fuse"))
     for path, module in modules:
         touched = hasattr(module, "fuse")
         if not touched and (path.startswith(adapted) or not hasattr(module, "weight")):
@@ -100,8 +100,8 @@ def layers(model: nn.Module) -> list[Layer]:
             grid, foreign = None, False
         else:
             continue
-        found.append(Layer(path, module, touched, grid, foreign))
-    return found
+        entries.append(Layer(path, module, touched, grid, foreign))
+    return entries
 
 
 @dataclass(frozen=True)

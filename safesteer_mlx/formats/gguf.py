@@ -37,8 +37,8 @@ def find_converter(given: Path | None, name: str = CONVERTER) -> Path:
         if not path.is_file():
             raise UserError(f"--llama-cpp {given} holds no {name}; give the folder of llama.cpp's source")
         return path
-    if found := shutil.which(name):
-        return Path(found).resolve()
+    if program := shutil.which(name):
+        return Path(program).resolve()
     raise UserError(f"--to gguf needs llama.cpp's {name}; say with --llama-cpp where its source is (docs/export.md)")
 
 
@@ -73,17 +73,17 @@ def modelfile(base: Loaded, gguf: str, adapter: str | None = None) -> str:
     render = base.tokenizer.apply_chat_template
     user, reply = "⟦user⟧", "⟦reply⟧"
     turn = [{"role": "user", "content": user}]
-    asked = render(turn, add_generation_prompt=True, tokenize=False)
+    prompt = render(turn, add_generation_prompt=True, tokenize=False)
     answered = render([*turn, {"role": "assistant", "content": reply}], tokenize=False)
-    before, _, after = asked.partition(user)
+    before, _, after = prompt.partition(user)
     end = answered.rpartition(reply)[2]
     template = f"{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"
     try:
         guarded = render([{"role": "system", "content": "⟦system⟧"}, *turn], add_generation_prompt=True, tokenize=False)
     except Exception:  # many templates refuse a system turn
         guarded = ""
-    head, found, tail = guarded.partition("⟦system⟧")
-    if found and tail.endswith(asked[len(before) :]):
+    head, mark, tail = guarded.partition("⟦system⟧")
+    if mark and tail.endswith(prompt[len(before) :]):
         middle = tail.partition(user)[0]
         template = (
             f"{{{{ if .System }}}}{head}{{{{ .System }}}}{middle}{{{{ else }}}}{before}{{{{ end }}}}"

@@ -325,14 +325,14 @@ def compare(
     longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
     size = batch_size(base, recipe.run.generation_batch_size, screen)
     sampling = Sampling(base.eos_ids, longest, batch_size=size)
-    student, asked = with_adapters(base.model, run.folder), questions(run, n)
-    if (scores := recorded(run, asked)) is None:
+    student, prompts = with_adapters(base.model, run.folder), questions(run, n)
+    if (scores := recorded(run, prompts)) is None:
         scores = {}
         for name, model in (("base", base.model), ("student", student)):
             with screen.stage(f"asking the {name} again") as advance:
-                scores[name] = ask(replies_of(model, base.tokenizer, sampling, seed), asked, HOW, advance)
+                scores[name] = ask(replies_of(model, base.tokenizer, sampling, seed), prompts, HOW, advance)
 
-    texts = {name: [q.text for q in asked if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
+    texts = {name: [q.text for q in prompts if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
     rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
     own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
     states = {name: student_states(student, rows[name], own[name]) for name in rows}
@@ -340,7 +340,7 @@ def compare(
 
     reader = reader_for(kind, against, base, sampling, seed, served_model)
     with screen.stage(f"asking {against}") as advance:
-        scores["shipped"] = ask(reader.replies, asked, HOW if reader.samples else HOW[:1], advance)
+        scores["shipped"] = ask(reader.replies, prompts, HOW if reader.samples else HOW[:1], advance)
     kl = dict.fromkeys(rows, math.nan)
     if (shipped := reader.logits) is not None:
         kl = {name: mean_kl(states[name], student_head, shipped, rows[name], own[name]) for name in rows}

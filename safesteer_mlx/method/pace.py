@@ -58,15 +58,15 @@ def measure_rates(run: Run) -> Rates:
     base, settings = run.base, run.recipe.run
     rows = [*run.prompts.harmful_validation, *run.prompts.harmless_validation]
     batch = min(settings.generation_batch_size, len(rows))
-    asked = [rows[i * len(rows) // batch] for i in range(batch)]
-    together = asked[: settings.prompt_batch_size]
+    sample = [rows[i * len(rows) // batch] for i in range(batch)]
+    together = sample[: settings.prompt_batch_size]
     mx.eval(last_logits(base.model, together))  # kernels are made, and weights read from the disk
     began = time.monotonic()
     for _ in range(READ):
         mx.eval(last_logits(base.model, together))
     reading = (time.monotonic() - began) / (READ * len(together) * max(map(len, together)))
 
-    def drawn(prompts: list[list[int]], most: int) -> tuple[float, list[int]]:
+    def measure(prompts: list[list[int]], most: int) -> tuple[float, list[int]]:
         """Seconds that feeding took each time, and the lengths of the answers."""
         start = time.monotonic()
 
@@ -82,8 +82,8 @@ def measure_rates(run: Run) -> Rates:
         lengths = [min(HELD_OUT_TOKENS, len(a.ids) + (0 if a.finished else int(more))) for a in answers]
         return max(1e-6, time.monotonic() - start - read) / fed, lengths
 
-    alone, _ = drawn(asked[:1], 8)
-    side_by_side, lengths = drawn(asked, HELD_OUT_TOKENS)
+    alone, _ = measure(sample[:1], 8)
+    side_by_side, lengths = measure(sample, HELD_OUT_TOKENS)
     return Rates(reading, (alone, side_by_side), batch, lengths)
 
 
@@ -105,23 +105,23 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
 
     validation = run.answer_tokens(VALIDATION_TOKENS)
     both = prompts.harmful_validation, prompts.harmless_validation
-    asked = [min(most, len(own)) for most, own in zip(VALIDATION_PROMPTS, both, strict=True)]
+    counts = [min(most, len(own)) for most, own in zip(VALIDATION_PROMPTS, both, strict=True)]
     candidates = prompts.n_eoi * pruned_from(n_blocks, recipe.direction.prune_last)
     searched = SEARCHED[0] * candidates * tried + SEARCHED[1] if teacher.teacher != "system_prompt" else 0
     directions = answer(len(found_from), run.answer_tokens(REFUSAL_TOKENS)) + read(searched + 3 * len(found_from))
 
     # Teachers are asked for answers; what they open, the base reads and goes on with.
-    opened = answer(sum(asked), OPENING) + answer(sum(asked), validation)
+    opened = answer(sum(counts), OPENING) + answer(sum(counts), validation)
     asks = 2 if teacher.coeff != "auto" or teacher.teacher == "system_prompt" else 1 + ASKED + 2 * ROUNDS
     first_passes = 0 if asks == 2 else SHORTLIST * len(teacher.coeff_grid) * sum(FIRST_PASSES) / 2
     asks += sum(n != OPENING for n in OPENINGS) if loss.first_tokens == "auto" and not thinks else 0
     choosing = asks * opened + read(first_passes)
 
     samples = tokens.token_samples if tokens.horizon > 1 else 1
-    continued = samples * (asked[0] + tried)
+    continued = samples * (counts[0] + tried)
     finding = answer(continued, tokens.horizon, samples) + read(continued, prompt + tokens.horizon)
     if tokens.token_method == "part" and not thinks:
-        finding += answer(TOLD * asked[0], tokens.horizon, TOLD) + answer(TOLD * asked[0], validation)
+        finding += answer(TOLD * counts[0], tokens.horizon, TOLD) + answer(TOLD * counts[0], validation)
 
     n_harmful = len(instructions_to_train_on(recipe, sets, harmful=True))
     steps = number_of_steps(n_harmful, train, loss)

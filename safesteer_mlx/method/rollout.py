@@ -85,8 +85,8 @@ def draw(logits: mx.array, points: mx.array | None, temp: float = 1.0, top_p: fl
         scaled = scaled * (1 / temp)
     below = mx.cumsum(mx.exp(scaled - scaled.max(axis=-1, keepdims=True)), axis=-1)
     point = points[:, None]
-    drawn = mx.argmax(below > point * below[:, -1:], axis=-1)
-    return mx.where(points < 0, logits.argmax(axis=-1), drawn)
+    ids = mx.argmax(below > point * below[:, -1:], axis=-1)
+    return mx.where(points < 0, logits.argmax(axis=-1), ids)
 
 
 class _Reader:
@@ -187,7 +187,7 @@ def generate(
         rows, own = [prompts[i] for i in indices], None if keys is None else [keys[i] for i in indices]
         return [(c.ids, c.finished, c.cut) for c in generate_here(model, rows, sampling, own, progress)]
 
-    return [Completion(*found) for found in machines.here().each(range(len(prompts)), part)]
+    return [Completion(*fields) for fields in machines.here().each(range(len(prompts)), part)]
 
 
 def generate_here(
@@ -203,10 +203,10 @@ def generate_here(
     random = sampling.temp > 0
     model.eval()  # LoRA's dropout would act while sampling
     points = None
-    drawn = [i for i, key in enumerate(keys or []) if key is not None and random]
-    if drawn and keys is not None:
+    indices = [i for i, key in enumerate(keys or []) if key is not None and random]
+    if indices and keys is not None:
         points = np.full((len(prompts), sampling.max_tokens + 1), -1, np.float32)
-        points[drawn] = _points([key for key in keys if key is not None], sampling.max_tokens + 1)
+        points[indices] = _points([key for key in keys if key is not None], sampling.max_tokens + 1)
 
     lengths = [len(prompt) if has_equal_batches(model) else 0 for prompt in prompts]
     groups = [[i for i, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
@@ -220,8 +220,8 @@ def generate_here(
             def tell(done: int, _: int, before: int = before) -> None:
                 progress(before + done, len(prompts))
 
-            found = _generate(model, rows, replace(sampling, batch_size=size), own, tell)
-            completions |= dict(zip(group, found, strict=True))
+            results = _generate(model, rows, replace(sampling, batch_size=size), own, tell)
+            completions |= dict(zip(group, results, strict=True))
         return [completions[i] for i in range(len(prompts))]
 
     return with_smaller_batches(sampling.batch_size, work, "sampling")[0]

@@ -639,8 +639,8 @@ def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[Traini
     """The base's own answers at temperature 1 to the training prompts, as far as training lets an answer be begun:
     those that comply, of shorter ones the first half."""
     both = [*prompts[0], *prompts[1]]
-    drawn = run.answers(run.base.model, [p.ids for p in both], run.sampling(LONGEST + 1, 1.0), (14,))
-    compliant = [(p.text, c) for p, (c, text) in zip(both, drawn, strict=True) if outcome(text) == "comply"]
+    answers = run.answers(run.base.model, [p.ids for p in both], run.sampling(LONGEST + 1, 1.0), (14,))
+    compliant = [(p.text, c) for p, (c, text) in zip(both, answers, strict=True) if outcome(text) == "comply"]
     cut = {text: c.ids[: len(c.ids) // 2] if c.finished else c.ids[:LONGEST] for text, c in compliant}
     return OwnOpenings({text: ids for text, ids in cut.items() if ids})
 
@@ -768,8 +768,8 @@ def train_student(
                     check_gradient([row["grad_norm"] for row in log.metrics])
                 if event.step % settings.steps_per_report == 0 or event.step == event.steps:
                     mass = f"safety mass {event.student_mass:.2f} → {event.target_mass:.2f}"
-                    said = f"loss {event.loss:.4f}, {mass}, gradient {event.grad_norm:.2g}"
-                    screen.detail(f"step {event.step} of {event.steps}: {said}")
+                    line = f"loss {event.loss:.4f}, {mass}, gradient {event.grad_norm:.2g}"
+                    screen.detail(f"step {event.step} of {event.steps}: {line}")
                     store.lines("metrics.jsonl", log.metrics)
                 if due():
                     score_once()

@@ -50,17 +50,17 @@ class Template:
         from .screen import UserError
 
         now = chat_template_utils.datetime.now().isoformat()  # type: ignore[attr-defined]  # which may be a run's own
-        said = self._asked(json.dumps({"now": now, "given": given}, default=str))
-        if isinstance(said, int):
+        reply = self._asked(json.dumps({"now": now, "given": given}, default=str))
+        if isinstance(reply, int):
             what = {
                 -signal.SIGPROF: "does not end within a second",
                 _TOO_LONG: f"makes more than {_WRITTEN} characters of a conversation that is none so long",
                 _TOO_LARGE: f"takes more than {_BYTES >> 20} MB for a conversation",
-            }.get(said, f"breaks what renders it (exit code {said})")
+            }.get(reply, f"breaks what renders it (exit code {reply})")
             raise UserError(f"the chat template of model {self._name} {what}; choose another model")
-        if "error" in said:
-            raise ValueError(said["error"])
-        return said["text"]
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return reply["text"]
 
     def _asked(self, request: str) -> dict[str, str] | int:
         """What the process answers; its exit code, if it has no answer."""
@@ -217,9 +217,9 @@ def _answer(render: Any, request: str, now: list[str]) -> dict[str, str]:
         raise
     except Exception as error:
         reason = str(error)
-        for said in (turn.get("content") for turn in content["given"]["messages"]):
-            if isinstance(said, str) and len(said) > 4:  # a prompt, which is told to nobody; not our "a"
-                reason = reason.replace(said, "…")
+        for prompt in (turn.get("content") for turn in content["given"]["messages"]):
+            if isinstance(prompt, str) and len(prompt) > 4:  # a prompt, which is told to nobody; not our "a"
+                reason = reason.replace(prompt, "…")
         return {"error": reason[:1000] or type(error).__name__}
     if len(text) > _WRITTEN + 8 * len(request):
         os._exit(_TOO_LONG)

@@ -34,15 +34,15 @@ def check_regular(path: Path, subject: str, remedy: str, most: int | None = None
     """Refuse, without opening it, what is no file, a pipe or a device, or is longer than `most` bytes: a UserError,
     `{subject} cannot be read (why); {remedy}`."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise _unreadable(subject, getattr(error, "strerror", None) or "no such name", remedy) from None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise _unreadable(subject, "it is a folder", remedy)
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise _unreadable(subject, "it is not a regular file", remedy)
-    if most is not None and found.st_size > most:
-        raise _unreadable(subject, f"{found.st_size:,} bytes, and at most {most:,} are read", remedy)
+    if most is not None and status.st_size > most:
+        raise _unreadable(subject, f"{status.st_size:,} bytes, and at most {most:,} are read", remedy)
 
 
 def _unreadable(subject: str, why: str, remedy: str) -> UserError:

@@ -98,8 +98,8 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
         path = find(name, revision)
         config, tensors = read_object(path / "config.json"), check_weights(path)
     else:
-        config, found = headers(name, revision)
-        tensors = {tensor: Tensor(dtype, shape) for tensor, (dtype, shape) in found.items()}
+        config, entries = headers(name, revision)
+        tensors = {tensor: Tensor(dtype, shape) for tensor, (dtype, shape) in entries.items()}
     check_config(name, config, tensors)
     return config, tensors
 
@@ -188,8 +188,8 @@ def _explained(name: str, what: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # tokenizers, whose panics are no Exception, too
-        said = f"{what}: {_reason(error)}; is it a text model that mlx-lm supports?"
-        raise UserError(f"model {name} cannot be loaded, {said}") from None
+        sentence = f"{what}: {_reason(error)}; is it a text model that mlx-lm supports?"
+        raise UserError(f"model {name} cannot be loaded, {sentence}") from None
 
 
 def _reason(error: BaseException) -> str:

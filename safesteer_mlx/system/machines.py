@@ -99,7 +99,7 @@ class Machines:
             return work(list(pieces))
         own = self.part(len(pieces))
         results = dict(
-            pair for done in self.gather(list(zip(own, work([pieces[i] for i in own]), strict=True))) for pair in done
+            pair for share in self.gather(list(zip(own, work([pieces[i] for i in own]), strict=True))) for pair in share
         )
         return [results[i] for i in range(len(pieces))]
 

@@ -77,7 +77,7 @@ def features(shape: ModelShape, blocks: Sequence[Block], length: int, how: str) 
 
     whole = [sum(column) for column in zip(*map(kept, blocks), strict=True)]
     inputs = len(blocks) * shape.hidden if how == "checkpointed" else 0
-    found = []
+    rows = []
     for block in dict.fromkeys(blocks):
         of_it = {"gradient": whole, "checkpointed": kept(block), "forward": [0] * len(whole)}[how]
         attention = [*block.attention, shape.hidden, 0 if block.state else shape.heads * length, block.kept(length)]
@@ -85,8 +85,8 @@ def features(shape: ModelShape, blocks: Sequence[Block], length: int, how: str) 
         for computed, part in enumerate(parts := [attention, *others]):
             if part[0] or not computed:
                 alive = [value * (i == computed) for i, values in enumerate(parts) for value in values]
-                found.append([*of_it, *alive, inputs])
-    return found
+                rows.append([*of_it, *alive, inputs])
+    return rows
 
 
 @dataclass(frozen=True)

@@ -197,9 +197,9 @@ class Pace:
         The steps to come take as much longer than planned as those that are done did."""
         if not self.planned:
             return 0.0
-        done = len(self.took)
-        slower = (sum(self.took) + self.planned[0]) / (sum(self.planned[:done]) + self.planned[0])
-        here, *later = [slower * seconds for seconds in self.planned[done:]] or [0.0]
+        steps = len(self.took)
+        slower = (sum(self.took) + self.planned[0]) / (sum(self.planned[:steps]) + self.planned[0])
+        here, *later = [slower * seconds for seconds in self.planned[steps:]] or [0.0]
         planned = 0.0 if is_step else here - (time.monotonic() - self._began)
         return max(planned, of_stage) + sum(later)
 
@@ -288,8 +288,8 @@ class Screen:
                 last = now
                 rate = done / (now - started)
                 left = (total - done) / rate
-                said = f"{name}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip()
-                self.line(said + self._whole(left, is_step))
+                line = f"{name}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip()
+                self.line(line + self._whole(left, is_step))
 
         yield advance
 

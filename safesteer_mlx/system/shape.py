@@ -193,7 +193,7 @@ def _states(text: dict[str, Any], tensors: dict[str, Tensor], n_layers: int) -> 
     Mamba keeps (d_inner, n) states of each token, told by the decay's shape. Gated delta nets keep (heads, d_k, d_v),
     Mamba 2 what its chunks take, both told by the configuration.
     """
-    found = [(0.0, 0.0)] * n_layers
+    states = [(0.0, 0.0)] * n_layers
     linear = text.get("linear_attn_config") or {}
     key, value = (text.get(f"linear_{which}_head_dim") or linear.get("head_dim") for which in ("key", "value"))
     for name, tensor in tensors.items():
@@ -201,10 +201,10 @@ def _states(text: dict[str, Any], tensors: dict[str, Tensor], n_layers: int) -> 
         if number is None or not name.endswith("A_log"):
             continue
         if len(tensor.shape) == 2:
-            found[number] = (float(size), size * _family(text).scan)
+            states[number] = (float(size), size * _family(text).scan)
         elif isinstance(key, int) and isinstance(value, int):
-            found[number] = (float(size * key * value), 0.0)
+            states[number] = (float(size * key * value), 0.0)
         else:
             width = next((text[k] for k in ("mamba_d_head", "mamba_head_dim", "head_dim") if text.get(k)), 64)
-            found[number] = (_CHUNK_STATE * size * width, _CHUNK * size)
-    return found
+            states[number] = (_CHUNK_STATE * size * width, _CHUNK * size)
+    return states

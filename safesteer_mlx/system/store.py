@@ -217,8 +217,8 @@ def decoded(kind: Any, plain: Any, known: Known = NOTHING) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         hints, items = _hints(kind), _expect(plain, dict).items()
-        found = {name: math.nan if value is None and hints[name] is float else value for name, value in items}
-        return kind(**{name: decoded(hints[name], value, known) for name, value in found.items()})  # type: ignore[operator]
+        values = {name: math.nan if value is None and hints[name] is float else value for name, value in items}
+        return kind(**{name: decoded(hints[name], value, known) for name, value in values.items()})  # type: ignore[operator]
     if is_typeddict(kind):
         if missing := sorted(kind.__required_keys__ - _expect(plain, dict).keys()):
             raise ValueError(f"no {missing[0]}")
