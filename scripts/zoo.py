@@ -71,8 +71,10 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def apart(spec: Spec, zoo: Path, openers: Iterable[int]) -> dict[str, float] | None:
     """How well the base's own probability of opening a refusal tells held-out harmful prompts from others: the share of
-    pairs in which the harmful one's is larger (AUC). None where a thought comes first, which that says nothing of."""
-    if spec.template.thought is not None:
+    pairs in which the harmful one's is larger (AUC). None where a thought comes first, which that says nothing of, or
+    nothing opens refusals."""
+    ids = [*openers]
+    if spec.template.thought is not None or not ids:
         return None
     from safesteer_mlx.api import load
     from safesteer_mlx.method.direction import refusal_scores
@@ -80,7 +82,7 @@ def apart(spec: Spec, zoo: Path, openers: Iterable[int]) -> dict[str, float] | N
 
     base, sets = load(str(zoo / spec.name)), load_prompt_sets(zoo / spec.name / "data")
     scores = {
-        kind: refusal_scores(base.model, render_all(base.tokenizer, getattr(sets, f"{kind}_test")[:100]), [*openers])
+        kind: refusal_scores(base.model, render_all(base.tokenizer, getattr(sets, f"{kind}_test")[:100]), ids)
         for kind in ("harmful", "harmless", "borderline")
     }
     return {kind: auc(scores["harmful"], scores[kind]) for kind in ("harmless", "borderline")}

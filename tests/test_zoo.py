@@ -223,6 +223,7 @@ def test_what_the_reasons_need_is_read_from_a_runs_record(tmp_path):
 def test_how_well_a_base_tells_prompts_apart():
     assert zoo.auc([2.0, 3.0], [0.0, 1.0]) == 1 and zoo.auc([1.0], [1.0]) == 0.5 and zoo.auc([0.0, 2.0], [1.0]) == 0.5
     assert zoo.apart(SPECS["foundry"], HERE, [1]) is None  # it thinks first
+    assert zoo.apart(SPECS["station"], HERE, []) is None
     own = zoo.apart(SPECS["station"], HERE, [485, 699, 780, 741])  # Request, Negative, Error, Access
     assert own is not None and own["borderline"] > 0.9 and own["harmless"] > 0.9
     other = zoo.apart(SPECS["station"], HERE, [46])  # I
