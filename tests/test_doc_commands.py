@@ -57,7 +57,7 @@ BENCH = "by tests/test_bench.py::"
 POLICY = "by tests/test_own_policy.py::test_the_pages_commands_do_what_it_says"
 SET_UP = "by tests/test_packaging.py::test_scripts_pass_every_argument_on_and_add_little_time"
 SERVED = "by tests/test_examples.py::test_an_export_is_served_asked_and_verified"
-ZOO = f'--zoo zoo --out $OUT --jobs 2 --seeds 42 --flags "{QUICK} --no-report"'  # its models are three, under any name
+ZOO = f'--zoo zoo --out $OUT --jobs 2 --seeds 42 --flags "{QUICK} --no-report --force"'  # its models are three, under any name
 VARIANTS = "slow --out $OUT --seeds 42 --set 'iters=1; test_prompts=4; direction_train=32; direction_validation=16'"
 
 TABLE = {
@@ -162,7 +162,7 @@ TABLE = {
     "python scripts/zoo.py --half choose": f"slow market {ZOO}",
     "python scripts/zoo.py --half family": f"slow qwen3_vl {ZOO}",
     "python scripts/zoo.py market theatre ville polar circus --flags=--keep-best --seeds 42 43": f"slow {ZOO}",
-    'python scripts/zoo.py --seeds 42 --flags "--token-method vote"': f"slow market ranch {ZOO} --flags=--force",
+    'python scripts/zoo.py --seeds 42 --flags "--token-method vote"': f"slow market ranch {ZOO}",
     "python scripts/zoo.py ville theatre playa circus polar ranch --seeds 42 --attacks 60 "
     '--flags "--wrap-ratio 0.25"': f"slow {ZOO} --attacks 2",
     'python scripts/zoo.py castle --seeds 42 --attacks 60 --flags "--tail 24"': f"slow {ZOO} --attacks 2",
