@@ -57,7 +57,8 @@ BENCH = "by tests/test_bench.py::"
 POLICY = "by tests/test_own_policy.py::test_the_pages_commands_do_what_it_says"
 SET_UP = "by tests/test_packaging.py::test_scripts_pass_every_argument_on_and_add_little_time"
 SERVED = "by tests/test_examples.py::test_an_export_is_served_asked_and_verified"
-ZOO = f'--zoo zoo --out $OUT --jobs 2 --seeds 42 --flags "{QUICK} --no-report --force"'  # its models are three, under any name
+# Under the names of a zoo are three models.
+ZOO = f'--zoo zoo --out $OUT --jobs 2 --seeds 42 --flags "{QUICK} --no-report --force"'
 VARIANTS = "slow --out $OUT --seeds 42 --set 'iters=1; test_prompts=4; direction_train=32; direction_validation=16'"
 
 TABLE = {
