@@ -425,7 +425,7 @@ def test_of_experts_that_lie_apart_those_that_a_token_passes_are_counted():
     stacked = {"blocks.0.ffn.experts.w1.weight": (8, 128, 64), "blocks.0.ffn.experts.w2.weight": (8, 64, 128)}
     config = {"d_model": 64, "n_layers": 1, "n_heads": 4, "vocab_size": 100, "num_experts_per_tok": 2}
     together = shape_of(config, {name: Tensor("F32", shape) for name, shape in stacked.items()})
-    assert dbrx().blocks == together.blocks and dbrx().blocks[0].inner == 2 * 128
+    assert dbrx().blocks == together.blocks and dbrx().blocks[0].experts[0] == 2 * 128
     assert sorted(dbrx().linears[0]) == sorted(together.linears[0])
 
 

@@ -49,16 +49,6 @@ class Block:
     state: float = 0.0
     chunk: float = 0.0
 
-    @property
-    def inner(self) -> int:
-        """Of all parts."""
-        return self.attention[0] + self.dense[0] + self.experts[0]
-
-    @property
-    def outer(self) -> int:
-        """Of all parts."""
-        return self.attention[1] + self.dense[1] + self.experts[1]
-
     def kept(self, length: int) -> float:
         """The recurrence's numbers, in sequences of this length."""
         return self.state + self.chunk * length
