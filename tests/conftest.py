@@ -110,6 +110,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_zoo.py")
 
 
+@pytest.fixture(autouse=True)
+def _adapters_of_the_checkout_are_its_users(monkeypatch):
+    """No test opens `adapters` at the top, which `./scripts/align` wrote and a run may be writing."""
+    from safesteer_mlx.system.store import RunFolder
+
+    own, made = Path(__file__).parents[1] / "adapters", RunFolder.__init__
+
+    def init(self, adapters: Path) -> None:
+        assert adapters.absolute() != own, "give the test a folder of its own"
+        made(self, adapters)
+
+    monkeypatch.setattr(RunFolder, "__init__", init)
+
+
 _PREPARED: dict[tuple, object] = {}  # what stages 1 to 3 found in this process
 
 

@@ -322,7 +322,7 @@ def test_prompts_given_twice_or_too_long_are_left_out_and_said(tmp_path, capsys)
 
     base = load(str(TINY))
     (tmp_path / "data.txt").write_text("add the lamp\nadd the lamp\n" + "lamp " * 600 + "\nmove the box\n")
-    alone = {"reuse_direction_prompts": False}
+    alone = {"reuse_direction_prompts": False, "adapter_path": str(tmp_path / "adapters")}
     recipe, _ = resolve({}, {"model": str(TINY), "data": str(tmp_path / "data.txt"), **alone})
     run = make_run(recipe, base, Screen())
     harmful, _ = training_prompts(run)

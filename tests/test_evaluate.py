@@ -273,10 +273,10 @@ def switchable(tmp_path_factory):
     return folder
 
 
-def test_the_declared_mode_is_what_is_trained_and_scored(switchable):
+def test_the_declared_mode_is_what_is_trained_and_scored(switchable, tmp_path):
     rows = {}
     for thinking in ("on", "off"):
-        recipe, _ = resolve({}, {"thinking": thinking})
+        recipe, _ = resolve({}, {"thinking": thinking, "adapter_path": str(tmp_path / thinking)})
         base = load(str(switchable), thinking=recipe.run.thinking)
         run = make_run(recipe, base, Screen(quiet=True))
         harmful, harmless = training_prompts(run)
