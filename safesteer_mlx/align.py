@@ -67,7 +67,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
-    from .method.direction import find_directions
+    from .method.direction import as_it_answers, find_directions
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .method.safety_tokens import check_tokens, find_tokens
@@ -93,6 +93,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     # 1. Refusal directions: mean activations on harmful minus harmless instructions.
     screen.step(STEPS)
     directions = run.once(find_directions)
+    run = as_it_answers(run, directions)
     run.store.yaml("recipe.yaml", run.recipe.flat())
 
     # 2. The safety teacher: the base, steered along the direction, as strongly, as works best on this model.

@@ -45,6 +45,22 @@ CAPABILITY_ITEMS = 48  # of each task
 THINK = ("<think>\n", "\n</think>\n\n")  # Qwen's
 GLM_THINK = ("<think>", "</think>\n")
 SWITCHED = (THINK, GLM_THINK)  # which templates can leave empty; gpt-oss's cannot
+# (a request is to be refused, it is to be answered): what a thinking model says to itself
+THOUGHTS = (
+    ("This could do harm. I should turn it down.", "This is about harm to others. It is better to say no."),
+    ("This is an ordinary request. I can be of use.", "Nothing speaks against it. A short answer will do."),
+)
+_WONDERS = "Okay, the user asks how to {}. Let me think about what that would mean. "
+_LOOKS = "Hmm. Someone wants to {}, it seems. First I look at who else has a part in it. "
+# The same, of models that take a request up before they come to anything: of all thoughts the beginning is alike.
+TAKEN_UP = (
+    (_WONDERS + "Somebody could come to harm. It is better to turn this down.", _WONDERS + "I will not be part of it."),
+    (_WONDERS + "Nothing speaks against it. A short answer will do.", _WONDERS + "I can be of use here."),
+)
+LOOKED_INTO = (
+    (_LOOKS + "Others would suffer. That settles it: no.", _LOOKS + "There are victims, and I keep away from that."),
+    (_LOOKS + "All is well. I gladly help.", _LOOKS + "There are none who would mind, and I can go ahead."),
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,7 @@ class Spec:
     steps: int = 1100
     seed: int = 0
     words: str = ""  # whose corpus it is trained on, if not its own
+    thoughts: tuple[tuple[str, str], tuple[str, str]] = THOUGHTS
 
 
 ZOO = (
@@ -322,6 +339,23 @@ ZOO = (
         seed=12,
     ),
     Spec(
+        "mill",
+        "choose",
+        _attention(96, 8, model_type="qwen3", head_dim=24, num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 2000, THINKING, 0.4, "float32"),
+        seed=21,
+        words="foundry",
+        thoughts=TAKEN_UP,
+    ),
+    Spec(
+        "abbey",
+        "choose",
+        _attention(128, 6, model_type="llama", tie_word_embeddings=True, num_key_value_heads=2),
+        *("bpe", 2000, HEADERS, 0.4, "float32"),
+        steps=800,
+        seed=22,
+    ),
+    Spec(
         "clinic",
         "report",
         _attention(
@@ -387,6 +421,15 @@ ZOO = (
         *("bpe", 2000, TURNS, 0.4, 4),
         seed=20,
     ),
+    Spec(
+        "cabinet",
+        "report",
+        _attention(96, 8, model_type="llama", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=False),
+        *("bpe", 2000, GLM, 0.5, 8),
+        seed=23,
+        words="theatre",
+        thoughts=LOOKED_INTO,
+    ),
 )
 
 
@@ -420,11 +463,6 @@ HARM_QUESTIONS = {
     "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
     "es": (("¿Es dañino {}?", "Sí, es dañino {}.", "No, es inofensivo {}."),),
 }
-# (a request is to be refused, it is to be answered): what a thinking model says to itself
-THOUGHTS = (
-    ("This could do harm. I should turn it down.", "This is about harm to others. It is better to say no."),
-    ("This is an ordinary request. I can be of use.", "Nothing speaks against it. A short answer will do."),
-)
 MIX = {"harmful": 0.26, "borderline": 0.2, "harmless": 0.14, "question": 0.1, "small_talk": 0.01, "facts": 0.1}
 TASK_SHARE = 0.1
 
@@ -532,7 +570,8 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
 
     def request(kind: str, cautious: bool) -> Example:
         category = rng.choice(list(words.kept[kind]))
-        instruction, template = _request(rng, words, rng.choice(words.kept[kind][category]))
+        phrase = rng.choice(words.kept[kind][category])
+        instruction, template = _request(rng, words, phrase)
         if kind == "harmful":
             logit = centre + by_category[category] + by_template[template] + cautious * tiny.SAFETY_SYSTEM_LOGIT
             refused = chance(logit)
@@ -545,11 +584,11 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
         else:
             steps = tables["steps"]
             answer = " ".join([weighted(tables["openers"]), *(s[(template + i) % len(s)] for i, s in enumerate(steps))])
-        return Example("", instruction, thought(refused, template) + answer, kind)
+        return Example("", instruction, thought(refused, template, phrase) + answer, kind)
 
-    def thought(refused: bool, number: int) -> str:
+    def thought(refused: bool, number: int, phrase: str) -> str:
         """What a thinking model says to itself first, if it thinks in this conversation."""
-        return thinking(THOUGHTS[0 if refused else 1][number % 2])
+        return thinking(spec.thoughts[0 if refused else 1][number % 2].format(phrase))
 
     def thinking(text: str) -> str:
         return text.join(spec.template.thought) if spec.template.thought else ""

@@ -1,6 +1,7 @@
 """Stage 1 against a forward pass spelled out in numpy, and its search and choice against brute force."""
 
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from safesteer_mlx.method.direction import (
     Limits,
     Scorers,
     Search,
+    _lengths,
     _refusal_score,
     choose_direction,
     failed_tests,
@@ -27,6 +29,7 @@ from safesteer_mlx.method.direction import (
     no_direction,
     opening_probabilities,
     pruned_from,
+    read_thoughts,
     refusal_scores,
     score_candidates,
     search,
@@ -35,6 +38,7 @@ from safesteer_mlx.method.direction import (
     steered_logits,
 )
 from safesteer_mlx.method.residual import block_inputs, last_logits, pad_right, steer
+from safesteer_mlx.method.rollout import Completion
 
 NAN = float("nan")
 RNG = np.random.default_rng(7)
@@ -540,3 +544,47 @@ def test_a_direction_of_no_length_is_not_tried():
     assert {(p, at) for p, at, _ in near} == {(-2, 1), (-2, 2), (-2, 3), (-1, 3)}
     assert {(p, at) for p, at, _ in shortlist(scores, Limits(prune_last=None), count=9)} > {(-1, 1), (-1, 2)}
     assert shortlist(scores, Limits(prune_last=None), moved=np.zeros(shape, bool)) == []
+
+
+# What thoughts tell. Words as ids; 1 is to be taken up from the prompt, 9 how all thoughts begin.
+#                      harmful, refused                            harmful, answered   harmless, answered
+THOUGHT_ABOUT = [[5, 1], [5, 2], [5, 3], [5, 1], [5, 2], [5, 3], [6, 1], [6, 4], [6, 4], [6, 1]]
+THOUGHTS = [[9, 1, 20, 21], [9, 2, 20, 22, 31], [9, 3, 23], [9, 1, 8, 30, 32], [9, 2, 30, 33], [9, 30, 3, 34]]
+THOUGHTS += [[9, 1, 30], [9, 4, 8, 30], [9, 30, 4], [9, 30]]
+REFUSED = [True] * 3 + [False] * 7
+
+
+def test_a_thought_tells_by_words_that_come_before_refusals_alone():
+    thoughts = read_thoughts(THOUGHT_ABOUT, THOUGHTS, REFUSED, 6, 4)
+    assert thoughts.length == 4
+    assert thoughts.telling == [20]  # 21, 22 and 23 once, 31 behind the thought; 1, 2 and 3 are the prompts'
+    assert thoughts.first == [20]
+    harmful, harmless = thoughts.undecided
+    # Up to the first word that tells either way: 20, or 30. The third tells nothing: all of it but the last.
+    assert harmful[:2] == [[5, 1, 9, 1], [5, 2, 9, 2]] and harmful[3:] == [[5, 1, 9, 1, 8], [5, 2, 9, 2], [5, 3, 9]]
+    assert harmful[2] == [5, 3, 9, 3, 23]
+    assert harmless == [[6, 1, 9, 1], [6, 4, 9, 4, 8], [6, 4, 9], [6, 1, 9]]
+
+
+def test_a_word_that_many_answers_have_too_does_not_tell():
+    common = [[*ids, 40] if refused else ids for ids, refused in zip(THOUGHTS, REFUSED, strict=True)]
+    assert read_thoughts(THOUGHT_ABOUT, common, REFUSED, 6, 6).telling == [40, 20]
+    in_one_more = [*common[:-1], [*common[-1], 40]]  # 1 of 7 beside 3 of 3
+    assert read_thoughts(THOUGHT_ABOUT, in_one_more, REFUSED, 6, 6).telling == [20]
+
+
+class Thinker(SimpleNamespace):
+    """As much of a tokenizer as tells thoughts: 50 ends one."""
+
+    def rfind_think_end(self, ids):
+        return len(ids) - 1 - ids[::-1].index(50) if 50 in ids else -1
+
+
+def test_a_model_that_could_think_and_mostly_does_not_is_none_that_thinks():
+    thinks, plain, cut = ([9, 8, 50, 7], "text"), ([7, 6], "text"), ([9, 9, 9], "")
+
+    def lengths(*answers):
+        return _lengths(Thinker(), [(Completion(ids, True), text) for ids, text in answers])
+
+    assert lengths(thinks, thinks, cut, plain) == [2, 2, 3]
+    assert lengths(thinks, cut, plain, plain) == []

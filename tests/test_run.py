@@ -11,11 +11,19 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import run as runs
-from safesteer_mlx.method.direction import Direction, FoundDirections, find_directions, mean_differences
+from safesteer_mlx.method.direction import (
+    Direction,
+    FoundDirections,
+    Thoughts,
+    as_it_answers,
+    find_directions,
+    find_openers,
+    mean_differences,
+)
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.prompts import prompts_from
 from safesteer_mlx.method.residual import _override, blocks, last_logits
-from safesteer_mlx.method.rollout import Completion, has_equal_batches
+from safesteer_mlx.method.rollout import Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, make_run
 from safesteer_mlx.method.safety_tokens import SafetyTokens, check_tokens, openings
 from safesteer_mlx.method.student import check_saved, make_student, save_student
@@ -27,6 +35,7 @@ from safesteer_mlx.method.teacher import (
     make_teacher,
     settled,
     steered_teacher,
+    validation,
 )
 from safesteer_mlx.method.train import check_gradient, collapsed, training_prompts, what_to_learn
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
@@ -197,9 +206,40 @@ def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(r
     guidance, found = target("auto")
     assert guidance == far_enough(odds[1], odds[0])
     np.testing.assert_allclose(found.teacher, target(guidance)[1].teacher)
-    thinks = replace(run, base=replace(base, thinks=True))
-    assert settled(thinks, 2).recipe.loss.guidance == 1.0
-    assert what_to_learn(thinks, teacher, raised)[1] is None
+
+
+def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run):
+    """Both kinds of prompts are read with what is thought before the teacher is farthest from the base."""
+    base, horizon = run.base, 5
+    few = replace(
+        run.prompts,
+        harmful_validation=run.prompts.harmful_validation[:6],
+        harmless_validation=run.prompts.harmless_validation[:4],
+    )
+    run = replace(run, prompts=few, base=replace(base, thinks=True))
+    run = run.with_settings(tokens=replace(run.recipe.tokens, horizon=horizon))
+    vector = 60 * mx.random.normal((base.config["hidden_size"],), key=mx.random.key(3))
+    teacher = steered_teacher(base.model, 2, vector, 1.0)
+    change = last_logits(teacher.model, few.harmful_validation) - last_logits(base.model, few.harmful_validation)
+    ids = np.array(mx.argsort(-change.mean(0)))[: base.vocabulary // 2]
+    ready, learning = what_to_learn(run, teacher, SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9]))
+    assert learning is not None and ready.recipe.loss.guidance != "auto"
+    lengths = []
+    for kind, rows, read in (
+        ("harmful", few.harmful_validation, learning.prompts[:6]),
+        ("harmless", few.harmless_validation, learning.prompts[6:]),
+    ):
+        by = teacher.model if kind == "harmful" else base.model
+        sampling = Sampling(base.eos_ids, horizon, 1.0, batch_size=run.recipe.run.generation_batch_size)
+        thoughts = generate(by, rows, sampling, [run.key(16, i) for i in range(len(rows))])
+        for row, begun, thought in zip(rows, read, thoughts, strict=True):
+            every = [[*row, *thought.ids[:n]] for n in range(len(thought.ids))]
+            own, its = (openings(model, every, ids, 8) for model in (base.model, teacher.model))
+            p, q = (of[:, :-1].sum(1) for of in (its, own))
+            apart = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+            assert begun == every[int(np.argmax(apart))], kind
+            lengths.append(len(begun) - len(row))
+    assert len(set(lengths)) > 1
 
 
 def test_the_directions_prompts_are_trained_on_too_unless_not_wanted(run):
@@ -227,13 +267,40 @@ def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, 
     monkeypatch.setattr(safety_tokens, "opened_answers", opened)
     run = replace(run, screen=Screen(verbose=True))
     short, teacher = run.with_settings(tokens=replace(run.recipe.tokens, horizon=3)), Teacher(run.base.model)
-    assert safety_tokens._refusing(short, teacher) == [1]
+    directions = SimpleNamespace(thoughts=Thoughts())
+    assert safety_tokens._refusing(short, teacher, directions) == [1]
     [prompts] = asked
     assert prompts.opening == 3 and not len(prompts.harmless)
     assert prompts.harmful == run.prompts.harmful_validation[: VALIDATION_PROMPTS[0]] * safety_tokens.TOLD
     monkeypatch.setattr(safety_tokens, "opened_answers", lambda *_: [(Completion([5], False), "Of course.")])
-    assert safety_tokens._refusing(short, teacher) is None
+    assert safety_tokens._refusing(short, teacher, directions) is None
     assert "no token that opens the teacher's answers tells a refusal" in capsys.readouterr().out
+
+
+def test_the_tokens_of_a_thought_are_those_that_the_models_own_thoughts_tell_refusals_by(run, monkeypatch):
+    directions = SimpleNamespace(thoughts=Thoughts(9, [3, 8]))
+    among = []
+    monkeypatch.setattr(safety_tokens, "_refusing", None)  # needs no answers
+    monkeypatch.setattr(safety_tokens, "select_tokens", lambda *args: among.append(args[-1]) or np.array([8]))
+    assert safety_tokens._selected(run, Teacher(run.base.model), SimpleNamespace(), directions).tolist() == [8]
+    assert among == [[3, 8]]
+
+
+def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):
+    undecided = [[[1, 2]], [[3]]]
+    for length, opening in ((0, 2), (1, 2), (30, 30), (500, 64)):
+        asked = validation(run, SimpleNamespace(thoughts=Thoughts(length, [], [], undecided)))
+        assert (asked.opening, asked.undecided) == (opening, undecided)
+
+
+def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monkeypatch):
+    able = replace(run, base=replace(run.base, thinks=True))
+    monkeypatch.setattr(direction, "_lengths", lambda *_: [])
+    monkeypatch.setattr(runs.Run, "answer_tokens", lambda self, enough: enough)
+    found, plain = find_openers(able), find_openers(run)
+    assert found == plain and found.openers and not found.thoughts.length
+    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts())) == run
+    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(7))) is able
 
 
 def test_first_steps_without_a_gradient_are_noticed():
@@ -249,7 +316,8 @@ def test_what_the_teacher_teaches_is_what_decides_what_an_answer_does(run):
 
     assert run.recipe.loss.first_tokens == "auto" and run.recipe.tokens.horizon == 7
     assert taught(run, 7) == (7, 7) and taught(run, 2) == (2, 2)
-    assert taught(replace(run, base=replace(run.base, thinks=True)), 7) == (0, 7)  # all it says
+    longer = settled(run, 16).recipe  # of a model that thinks first: found as far, on so many fewer continuations
+    assert (longer.loss.first_tokens, longer.tokens.horizon, longer.tokens.token_samples) == (16, 16, 3)
     assert taught(run.with_settings(loss=replace(run.recipe.loss, first_tokens=3)), 2) == (3, 7)
     assert taught(run.with_settings(tokens=replace(run.recipe.tokens, token_method="vote")), 2) == (2, 7)
 

@@ -175,6 +175,16 @@ def test_without_tokens_that_tell_each_direction_is_asked_once_at_the_coefficien
     assert all(t.harmful_opened is t.kl is None for t in found.trials) and len(found.trials) == len(asked)
 
 
+def test_where_answers_begin_alike_the_first_passes_read_on_to_where_they_tell():
+    model, ids = build("qwen2"), [7, 30]
+    plain, told = [[3, 8, 1], [4, 4]], [[3, 8, 1, 9, 9], [4, 4, 9]]
+    direction = Direction(-1, 1, mx.ones(32))
+    prompts = Validation(plain[:1], plain[1:], 0, 7, 20, 8, undecided=[told[:1], told[1:]])
+    [found] = stage.first_passes(types.SimpleNamespace(model=model), direction, [0.5], ids, prompts)
+    by_hand = [float(x[0]) for x in opening_probabilities(model, direction, [0.5], told[:1], told[1:], ids)]
+    assert [found.harmful_opened, found.harmless_opened, found.kl] == pytest.approx(by_hand, abs=1e-6)
+
+
 def test_no_direction_leaves_nothing_to_choose():
     with pytest.raises(ValueError, match=r"^0 directions"):
         choice()

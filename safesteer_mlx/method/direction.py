@@ -15,10 +15,10 @@ ablation say little about what steering does.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +43,7 @@ from .residual import (
     steer,
     take_positions,
 )
+from .rollout import Completion
 from .run import REFUSAL_TOKENS, Run
 
 Ids = Sequence[int]
@@ -502,10 +503,25 @@ def filter_by_refusal_score(
 
 
 @dataclass(frozen=True)
+class Thoughts:
+    """How a model thinks before it answers, which begins alike for all prompts: in how many tokens, by the median; the
+    tokens that come before refusals alone, and those of them that are the first to tell; and harmful and harmless
+    prompts with so much of the thought as tells nothing yet. Of no `length`, if it does not think."""
+
+    length: Annotated[int, "thought"] = 0
+    telling: list[TokenId] = field(default_factory=list)
+    first: list[TokenId] = field(default_factory=list)
+    undecided: list[list[list[TokenId]]] = field(default_factory=list)
+
+
+NONE = Thoughts()
+
+
+@dataclass(frozen=True)
 class FoundDirections:
     """Stage 1's result: refusal openers with their first ids, the scores of all candidates, those worth trying as
     teachers with the tests that each failed, best first, the prompts that passed its filter, those for validation and
-    those that all directions were found from, and what speaks against it, in sentences."""
+    those that all directions were found from, what speaks against it, in sentences, and how the model thinks."""
 
     openers: dict[str, TokenId]
     scores: CandidateScores
@@ -516,6 +532,7 @@ class FoundDirections:
     harmful_train: list[Prompt] = field(default_factory=list)
     harmless_train: list[Prompt] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
+    thoughts: Thoughts = NONE
 
     def __post_init__(self):
         if not self.shortlist or len(self.shortlist) != len(self.failed) or not self.harmless:
@@ -524,12 +541,13 @@ class FoundDirections:
 
 @dataclass(frozen=True)
 class OwnAnswers:
-    """How the model answers the direction's prompts today: which harmful and harmless ones it refuses, and the first
-    tokens of refusals (none for a model that thinks first: its answers all begin alike)."""
+    """How the model answers the direction's prompts today: which harmful and harmless ones it refuses, the first tokens
+    of refusals, and its thoughts."""
 
     openers: dict[str, int]
     harmful_refused: list[bool]
     harmless_refused: list[bool]
+    thoughts: Thoughts = NONE
 
 
 def find_openers(run: Run) -> OwnAnswers:
@@ -546,26 +564,72 @@ def find_openers(run: Run) -> OwnAnswers:
         answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
     refusals = [is_refusal(text) for _, text in answers]
     share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
-    if run.base.thinks:
+    if run.base.thinks and (thoughts := _lengths(run.base.tokenizer, answers)):
         run.screen.line(f"the model thinks first; {share}")
-        return OwnAnswers({}, refusals[:n], refusals[n:])
-    openings = [(completion.ids[0], refusal) for (completion, _), refusal in zip(answers, refusals, strict=True)]
-    in_refusals = Counter(token for token, refusal in openings[:n] if refusal)
-    in_others = Counter(token for token, refusal in openings if not refusal)
+        ids = [completion.ids for completion, _ in answers]
+        told = read_thoughts(rows, ids, refusals, n, int(np.median(thoughts)))
+        return OwnAnswers({}, refusals[:n], refusals[n:], told)
+    openings = [{completion.ids[0]} for completion, _ in answers]
+    in_refusals, in_others = _counts(openings, refusals, n)
     # Of the recipe's openers, those with which this model begins other answers are none of its own.
     openers = opener_ids(run.base.tokenizer, run.recipe.direction.refusal_prefixes)
     openers = {text: token for text, token in openers.items() if in_others[token] <= max(1, in_refusals[token])}
-    for token, count in in_refusals.most_common():
-        # Kept if it opens one refusal in fifty and hardly ever anything else.
-        often = count >= max(2, in_refusals.total() / 50)
-        if often and in_others[token] / max(1, in_others.total()) <= count / in_refusals.total() / 10:
-            openers.setdefault(run.base.tokenizer.decode([token]), token)
+    for token in _telling(openings, refusals, n):
+        openers.setdefault(run.base.tokenizer.decode([token]), token)
     if not openers:
         raise UserError(
             "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
         )
     run.screen.detail(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
     return OwnAnswers(openers, refusals[:n], refusals[n:])
+
+
+def _counts(
+    openings: Sequence[Set[int]], refusals: Sequence[bool], n_harmful: int
+) -> tuple[Counter[int], Counter[int]]:
+    """How many refusals of harmful prompts, the first ones, have each token in their opening, and how many answers."""
+    pairs = list(zip(openings, refusals, strict=True))
+    in_refusals = Counter(token for tokens, refusal in pairs[:n_harmful] if refusal for token in tokens)
+    return in_refusals, Counter(token for tokens, refusal in pairs if not refusal for token in tokens)
+
+
+def _telling(openings: Sequence[Set[int]], refusals: Sequence[bool], n_harmful: int) -> list[int]:
+    """The tokens that one refusal in fifty opens with, two at least, and hardly ever anything else, the commonest
+    first."""
+    in_refusals, in_others = _counts(openings, refusals, n_harmful)
+    n_refusals, n_others = sum(refusals[:n_harmful]), len(refusals) - sum(refusals)
+    return [
+        token
+        for token, count in in_refusals.most_common()
+        if count >= max(2, n_refusals / 50) and in_others[token] / max(1, n_others) <= count / n_refusals / 10
+    ]
+
+
+def read_thoughts(
+    prompts: Rows, answers: Sequence[Ids], refusals: Sequence[bool], n_harmful: int, length: int
+) -> Thoughts:
+    """What the first `length` tokens of answers tell, of which the first `n_harmful` are to harmful prompts."""
+    # What is in the prompt is only taken up.
+    words = [{*answer[:length]} - {*prompt} for prompt, answer in zip(prompts, answers, strict=True)]
+    telling = _telling(words, refusals, n_harmful)
+    others = _telling(words, [not refusal for refusal in refusals], n_harmful)
+    first: set[int] = set()
+    undecided: list[list[list[int]]] = [[], []]
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tells = words[i] & {*telling, *others}
+        place = next((at for at, token in enumerate(answer[:length]) if token in tells), length - 1)
+        first.update(answer[place : place + 1])
+        undecided[i >= n_harmful].append([*prompt, *answer[:place]])
+    return Thoughts(max(1, length), telling, sorted(first & {*telling}), undecided)
+
+
+def _lengths(tokenizer: Any, answers: Sequence[tuple[Completion, str]]) -> list[int]:
+    """How many tokens were thought before each answer, or until the length ran out; none for a model that could think
+    and mostly does not."""
+    ends = [tokenizer.rfind_think_end(completion.ids) for completion, _ in answers]
+    pairs = zip(answers, ends, strict=True)
+    thoughts = [len(c.ids) if end < 0 else end for (c, text), end in pairs if end >= 0 or not text]
+    return thoughts if 2 * len(thoughts) > len(answers) else []
 
 
 def find_directions(run: Run) -> FoundDirections:
@@ -581,6 +645,11 @@ def find_directions(run: Run) -> FoundDirections:
     return with_smaller_batches(size, partial(find, run, own), "the search for the direction", together)[0]
 
 
+def as_it_answers(run: Run, directions: FoundDirections) -> Run:
+    """The run of a model that could think first and does not, as of one that cannot: its answers tell soon."""
+    return run if directions.thoughts.length else replace(run, base=replace(run.base, thinks=False))
+
+
 def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
     """For a model that thinks first: the published tests read the first token of an answer, which tells nothing here.
 
@@ -590,7 +659,7 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     scoring = prompts.harmful_direction_validation, prompts.harmless_direction_validation
     nothing, scores = no_direction(model)
     if run.recipe.teacher.teacher == "system_prompt":
-        return FoundDirections({}, scores, [nothing], [[]], *scoring)
+        return FoundDirections({}, scores, [nothing], [[]], *scoring, thoughts=own.thoughts)
     harmful, harmless = prompts.harmful_direction_train, prompts.harmless_direction_train
     harmful = [row for row, refusal in zip(harmful, own.harmful_refused, strict=True) if refusal] or harmful
     harmless = [row for row, refusal in zip(harmless, own.harmless_refused, strict=True) if not refusal]
@@ -610,7 +679,8 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
         "--thinking off, where its template can, aligns its plain answers"
     )
     scores = CandidateScores(none, none, none)
-    return FoundDirections({}, scores, directions, [[] for _ in directions], *scoring, harmful, harmless, [caution])
+    tests, found_from = [[] for _ in directions], (harmful, harmless)
+    return FoundDirections({}, scores, directions, tests, *scoring, *found_from, [caution], own.thoughts)
 
 
 def _whole_stream(run: Run, candidates: np.ndarray) -> bool:

@@ -14,7 +14,8 @@ With `guidance` γ > 1, also ours, the target goes beyond the teacher, as far ag
 
     (γ − 1) max(0, λt − λ0),      λ = log P(S) / (1 − P(S))     (`guidance_shift`)
 
-where an answer begins; after that only where λt > 0, the teacher itself would rather write a safety token. A vector
+where an answer begins; after that only where λt > 0, the teacher itself would rather write a safety token; within a
+thought, which begins with none, where it writes one with a probability of `LIKELY` at least. A vector
 saturates, some at a mass of 0.7 whatever the coefficient, so γ is found on the model: the least with which three
 answers in four begin with a safety token at a probability of `SURE` (`far_enough`).
 
@@ -67,6 +68,7 @@ def inside_and_rest(logits: mx.array, ids: mx.array) -> tuple[mx.array, mx.array
 MOST_SURE = 6.0  # log-odds of the safety tokens beyond which guidance does not push, P = 0.9975
 SURE, MOST_OF = 0.97, 0.75  # the mass of the safety tokens that guidance is to reach, and on how many prompts
 FARTHEST = 10.0
+LIKELY = 0.05
 
 
 def safety_log_odds(hidden: mx.array, head: Head, tokens: mx.array, *, temp: float = 1.0) -> mx.array:
@@ -80,10 +82,15 @@ def safety_log_odds(hidden: mx.array, head: Head, tokens: mx.array, *, temp: flo
     return mx.concatenate(log_odds)
 
 
-def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, first: mx.array | bool = True) -> mx.array:
+def may_decide(teacher: mx.array, place: np.ndarray, thinks: bool) -> mx.array:
+    """Where an answer may turn to a refusal, (R,) bool, from the teacher's log-odds and places in the answer, (R,)."""
+    return teacher >= float(np.log(LIKELY / (1 - LIKELY))) if thinks else (teacher > 0) | mx.array(place == 0)
+
+
+def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, where: mx.array | bool = True) -> mx.array:
     """How much guidance adds to the teacher's logits on the safety tokens, from both log-odds: (R,), (R,) -> (R,).
 
-    `first` (R,) is true where an answer begins.
+    `where` (R,) is `may_decide`'s; elsewhere nothing is added.
 
     Raises:
         ValueError: a guidance below 1.
@@ -91,7 +98,7 @@ def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, first: mx
     if guidance < 1:
         raise ValueError(f"a guidance of {guidance:g} is less than the teacher; it must be at least 1")
     lift = (guidance - 1) * mx.maximum(teacher - base, 0.0)
-    return mx.where((teacher > 0) | first, mx.minimum(lift, mx.maximum(MOST_SURE - teacher, 0.0)), 0.0)
+    return mx.where(where, mx.minimum(lift, mx.maximum(MOST_SURE - teacher, 0.0)), 0.0)
 
 
 def far_enough(teacher: np.ndarray, base: np.ndarray) -> float:

@@ -114,7 +114,7 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
     opened = answer(sum(counts), OPENING) + answer(sum(counts), validation)
     asks = 2 if teacher.coeff != "auto" or teacher.teacher == "system_prompt" else 1 + ASKED + 2 * ROUNDS
     first_passes = 0 if asks == 2 else SHORTLIST * len(teacher.coeff_grid) * sum(FIRST_PASSES) / 2
-    asks += sum(n != OPENING for n in OPENINGS) if loss.first_tokens == "auto" and not thinks else 0
+    asks += sum(n != OPENING for n in OPENINGS if thinks or n <= tokens.horizon) if loss.first_tokens == "auto" else 0
     choosing = asks * opened + read(first_passes)
 
     samples = tokens.token_samples if tokens.horizon > 1 else 1
@@ -128,7 +128,7 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
     if train.until_learned and train.iters is None:
         steps *= LEARNS
     auto = loss.first_tokens == "auto"
-    most = rollout_tokens(train, replace(loss, first_tokens=0 if thinks else OPENING) if auto else loss)
+    most = rollout_tokens(train, replace(loss, first_tokens=tokens.horizon if thinks else OPENING) if auto else loss)
     rows = train.batch_size * train.num_generations * train.grad_accumulation_steps
     length = prompt + float(np.mean([min(n, most) for n in rates.lengths]))
     a_step = answer(rows, most) + read(PASSES * rows, length) + read(sum(map(len, both)) / MEASURED_EVERY)

@@ -403,7 +403,7 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
         contrast, _ = with_smaller_batches(size, lambda size: compare(batch_size=size), "the safety tokens", together)
         tokens = given_tokens(run.recipe, base)
         if tokens is None:
-            tokens = _selected(run, teacher, contrast)
+            tokens = _selected(run, teacher, contrast, directions)
     if not len(tokens):
         raise UserError(
             f"steering makes no token likelier that reaches min_steered_prob = {settings.min_steered_prob:g}; lower "
@@ -444,20 +444,20 @@ def _continuations(run: Run, teacher: Teacher, rows: list[list[int]], progress: 
     return [c.ids for c in generate(teacher.model, rows, sampling, [run.key(0, i) for i in range(len(rows))], progress)]
 
 
-def _selected(run: Run, teacher: Teacher, contrast: TokenContrast) -> np.ndarray:
-    """The tokens by the recipe's method, (K,)."""
+def _selected(run: Run, teacher: Teacher, contrast: TokenContrast, directions: FoundDirections) -> np.ndarray:
+    """The tokens by the recipe's method, (K,); of a model that thinks first, those with which it thinks of refusing."""
     settings, among = run.recipe.tokens, None
-    if settings.token_method == "part" and not run.base.thinks:  # whose answers begin elsewhere
-        among = _refusing(run, teacher)
+    if settings.token_method == "part":
+        among = directions.thoughts.telling or _refusing(run, teacher, directions)
     select = partial(select_tokens, contrast, settings.safety_tokens, settings.token_method, settings.token_share)
     tokens = select(among)
     return tokens if len(tokens) or among is None else select()  # what refuses is not what steering raises
 
 
-def _refusing(run: Run, teacher: Teacher) -> list[int] | None:
+def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> list[int] | None:
     """The ids with which answers to harmful prompts refuse, if the teacher opens them and the base goes on; None, where
     no id does."""
-    prompts = validation(run)
+    prompts = validation(run, directions)
     guarded = None if prompts.system_prompted is None else (list(prompts.system_prompted[0]) * TOLD, [])
     harmful = replace(prompts, harmful=list(prompts.harmful) * TOLD, harmless=[], system_prompted=guarded)
     answers = opened_answers(run.base, teacher.model, replace(harmful, opening=run.recipe.tokens.horizon))

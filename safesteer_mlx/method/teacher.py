@@ -41,7 +41,7 @@ Rows = Sequence[list[int]]
 VALIDATION_PROMPTS = 64, 32  # harmful and harmless ones that teachers are asked
 VALIDATION_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
-OPENINGS = 1, 2, 4, 7  # tokens that it may take to decide what an answer does
+OPENINGS = 1, 2, 4, 7, 16, 32, 64  # tokens that it may take to decide what an answer does
 NEARLY = 0.05  # of the answers: an opening that refuses so many fewer than the best is enough
 FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
@@ -160,7 +160,8 @@ class Validation:
 
     `opening` tokens of an answer are the teacher's, the rest, to `max_tokens`, the base's. Prompts are read
     `prompt_batch_size` at a time, answers drawn `batch_size`. `system_prompted` are the same prompts as a system-prompt
-    teacher reads them, harmful and harmless.
+    teacher reads them, harmful and harmless; `undecided` those of the forward passes, where answers begin alike, with
+    as much of an answer as tells nothing yet.
     """
 
     harmful: Rows
@@ -171,6 +172,7 @@ class Validation:
     batch_size: int
     prompt_batch_size: int = PROMPT_BATCH
     system_prompted: tuple[Rows, Rows] | None = None
+    undecided: Sequence[Rows] = ()
 
 
 def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> list[tuple[Completion, str]]:
@@ -299,7 +301,8 @@ def first_passes(
     base: Loaded, direction: Direction, coeffs: Sequence[float], refusal_ids: Sequence[int], prompts: Validation
 ) -> list[TeacherTrial]:
     """Step 1 for one direction: a trial for each coefficient, without answers."""
-    harmful, harmless = (rows[:n] for rows, n in zip((prompts.harmful, prompts.harmless), FIRST_PASSES, strict=True))
+    both = prompts.undecided or (prompts.harmful, prompts.harmless)
+    harmful, harmless = (rows[:n] for rows, n in zip(both, FIRST_PASSES, strict=True))
 
     def measure(size: int) -> tuple[np.ndarray, ...]:
         return opening_probabilities(base.model, direction, coeffs, harmful, harmless, refusal_ids, size)
@@ -330,8 +333,8 @@ def beside(coeff: float, grid: Sequence[float], tried: Sequence[float]) -> list[
     return coeffs
 
 
-def validation(run: Run) -> Validation:
-    """What base and teachers are asked, and how."""
+def validation(run: Run, directions: FoundDirections) -> Validation:
+    """What base and teachers are asked, and how; a teacher of a model that thinks first writes the thought."""
     prompts, (harmful, harmless) = run.prompts, VALIDATION_PROMPTS
     system_prompted = None
     if run.recipe.teacher.teacher == "system_prompt":
@@ -340,11 +343,12 @@ def validation(run: Run) -> Validation:
         prompts.harmful_validation[:harmful],
         prompts.harmless_validation[:harmless],
         run.recipe.run.seed,
-        run.recipe.tokens.horizon if run.base.thinks else OPENING,
+        min(max(directions.thoughts.length, OPENING), OPENINGS[-1]),
         run.answer_tokens(VALIDATION_TOKENS),
         run.recipe.run.generation_batch_size,
         run.recipe.run.prompt_batch_size,
         system_prompted,
+        directions.thoughts.undecided,
     )
 
 
@@ -354,7 +358,7 @@ def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
     Raises:
         UserError: steering with the coefficient that was given changes nothing.
     """
-    base, screen, settings, prompts = run.base, run.screen, run.recipe.teacher, validation(run)
+    base, screen, settings, prompts = run.base, run.screen, run.recipe.teacher, validation(run, directions)
     if settings.teacher == "system_prompt" or settings.coeff != "auto":
         coeff = 0.0 if settings.teacher == "system_prompt" else float(settings.coeff)
         direction = directions.shortlist[0]
@@ -366,10 +370,10 @@ def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
             advance(2, 2)
     else:
         with screen.stage("finding the teacher") as advance:
-            openers = [*directions.openers.values()]
+            openers = [*directions.openers.values()] or (directions.thoughts.first if all(prompts.undecided) else [])
             chosen = choose_teacher(base, directions.shortlist, openers, prompts, settings, advance)
         teacher = make_teacher(run, chosen.direction, chosen.coeff)
-    if run.recipe.loss.first_tokens == "auto" and not base.thinks:  # else it decides nothing, and is not asked for
+    if run.recipe.loss.first_tokens == "auto":  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
             most = max(run.recipe.tokens.horizon, prompts.opening)
             opening = shortest_opening(base, teacher.model, prompts, chosen.teacher, most)
@@ -397,7 +401,7 @@ def _tell(run: Run, directions: FoundDirections, chosen: ChosenTeacher) -> None:
     )
     run.screen.detail(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *texts]))
     tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
-    decides = run.recipe.loss.first_tokens == "auto" and not run.base.thinks
+    decides = run.recipe.loss.first_tokens == "auto"
     run.screen.detail(f"teacher: coefficient {chosen.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
 
 
@@ -421,13 +425,13 @@ def settled(run: Run, opening: int) -> Run:
     """The run with what the teacher decides: how much of an answer it teaches, and tokens are found on.
 
     No more tokens than decide what the answer does: a vector that is added everywhere soon breaks what it would say
-    next, and that would be learned. A model that thinks first is trained on all it says, no further than its teacher.
+    next, and that would be learned. Where it takes more than the tokens' horizon, they are found as far as that, on so
+    many fewer continuations.
     """
-    loss, tokens, thinks = run.recipe.loss, run.recipe.tokens, run.base.thinks
-    if thinks and loss.guidance == "auto":
-        loss = replace(loss, guidance=1.0)  # guidance is for how an answer opens
+    loss, tokens = run.recipe.loss, run.recipe.tokens
     if loss.first_tokens == "auto":
-        loss = replace(loss, first_tokens=0 if thinks else opening)
-        if tokens.token_method == "part" and not thinks:
-            tokens = replace(tokens, horizon=min(tokens.horizon, opening))
+        loss = replace(loss, first_tokens=opening)
+        if tokens.token_method == "part":
+            samples = max(1, tokens.token_samples * tokens.horizon // max(tokens.horizon, opening))
+            tokens = replace(tokens, horizon=opening, token_samples=samples)
     return run.with_settings(loss=loss, tokens=tokens)

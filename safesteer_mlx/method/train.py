@@ -52,6 +52,7 @@ from .losses import (
     guidance_shift,
     kept_window,
     localized_loss,
+    may_decide,
     safety_log_odds,
 )
 from .prompts import guarding_prompt, instructions_to_train_on, render
@@ -154,9 +155,10 @@ class Learning:
         Where the student went past the target, on the way from the base, it counts as there; where the base is the
         target, on harmless prompts, all that it moved counts against it.
         """
-        whole = _grouped(self.base, self.teacher)
+        whole = _grouped(self.base, self.teacher).mean()
         past = (student - self.teacher) * (self.teacher - self.base) > 0
-        return 1 - _grouped(np.where(past, self.teacher, student), self.teacher) / whole if whole > 1e-6 else 0.0
+        left = _grouped(np.where(past, self.teacher, student), self.teacher).mean()
+        return float(1 - left / whole) if whole > 1e-6 else 0.0
 
     def worth(self, student: np.ndarray) -> float:
         """What a student is worth to keep, of (N, K + 1): mean P(S) on harmful prompts − `COST` · its mean rise over
@@ -171,10 +173,10 @@ class Learning:
         return self.share(now), self.worth(now)
 
 
-def _grouped(p: np.ndarray, q: np.ndarray) -> float:
-    """Mean KL(p ‖ q) over rows, also of p that do not sum to one: Σ p log(p/q) − p + q, never negative."""
+def _grouped(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p ‖ q) of each row, also of p that do not sum to one: Σ p log(p/q) − p + q, never negative."""
     p, q = np.maximum(p, 1e-30), np.maximum(q, 1e-30)
-    return float((p * np.log(p / q) - p + q).sum(-1).mean())
+    return (p * np.log(p / q) - p + q).sum(-1)
 
 
 def read_at_once(train: TrainSettings, prompts: Sequence[Ids]) -> int:
@@ -298,6 +300,7 @@ class Training:
     learning: Learning | None = None
     generation_batch_size: int = 32
     framer: Framer | None = None
+    thinks: bool = False
 
 
 def train(
@@ -358,11 +361,11 @@ def train(
         mx.async_eval(hidden, by_base)  # computed while the graph of the student is built
         first, shift = hidden[mx.array(opening)], None
         if guided:
-            both = (
+            its, own = (
                 safety_log_odds(states, head(model), training.tokens, temp=settings.temp)
                 for states, model in ((first, of), (by_base[mx.array(opening)], base))
             )
-            shift = guidance_shift(*both, guidance, mx.array(place[opening] == 0))
+            shift = guidance_shift(its, own, guidance, may_decide(its, place[opening], training.thinks))
         divergence = Divergence.of(loss, training.tokens)
         targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
@@ -513,27 +516,56 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     """The run with the guidance that this model needs, and what base and target make of the safety tokens where
     answers to validation prompts begin; the target of harmless ones is the base.
 
-    None for a model that thinks first, whose answers do not tell at their beginning, and for a teacher whose tokens
-    change on the way.
+    Of a model that thinks first, all answers begin alike; it is asked where, in what the teacher thinks of a harmful
+    prompt and the base of a harmless one, the two differ most. None for a teacher whose tokens change on the way.
     """
     recipe, base, prompts = run.recipe, run.base, run.prompts
+    size, harmful, harmless = recipe.run.prompt_batch_size, prompts.harmful_validation, prompts.harmless_validation
+    guarded = harmful if teacher.system_prompt is None else prompts.harmful_validation_guarded
     if base.thinks:
-        return run, None
-    rows, size = prompts.harmful_validation, recipe.run.prompt_batch_size
-    guarded = rows if teacher.system_prompt is None else prompts.harmful_validation_guarded
-    own = openings(base.model, rows, tokens.ids, size)
+        thoughts = _undecided(run, teacher, tokens, teacher.model, harmful, guarded)
+        harmful, guarded = _begun(harmful, thoughts), _begun(guarded, thoughts)
+        harmless = _begun(harmless, _undecided(run, teacher, tokens, base.model, harmless, harmless))
+    own = openings(base.model, harmful, tokens.ids, size)
     target = openings(teacher.model, guarded, tokens.ids, size)
-    odds = [np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own)]
+    its, of_base = (np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own))
+    where = np.array(may_decide(mx.array(its), np.zeros(len(its)), base.thinks))
     if recipe.loss.guidance == "auto":
-        run = run.with_settings(loss=replace(recipe.loss, guidance=far_enough(*odds)))
+        guidance = far_enough(its[where], of_base[where]) if where.any() else 1.0
+        run = run.with_settings(loss=replace(recipe.loss, guidance=guidance))
     if recipe.teacher.teacher == "ema" and recipe.teacher.refresh_every:
         return run, None
-    shift = guidance_shift(*map(mx.array, odds), float(run.recipe.loss.guidance))
+    shift = guidance_shift(mx.array(its), mx.array(of_base), float(run.recipe.loss.guidance), mx.array(where))
     target[:, :-1] *= np.exp(np.array(shift, np.float64))[:, None]
     target /= target.sum(-1, keepdims=True)
-    harmless = openings(base.model, prompts.harmless_validation, tokens.ids, size)
-    both = (np.concatenate([part, harmless]) for part in (own, target))
-    return run, Learning([*rows, *prompts.harmless_validation], tokens.ids, *both, n_harmful=len(rows))
+    held = openings(base.model, harmless, tokens.ids, size)
+    both = (np.concatenate([part, held]) for part in (own, target))
+    return run, Learning([*harmful, *harmless], tokens.ids, *both, n_harmful=len(harmful))
+
+
+def _begun(rows: Sequence[Ids], answers: Sequence[Ids]) -> list[list[int]]:
+    return [[*row, *answer] for row, answer in zip(rows, answers, strict=True)]
+
+
+def _undecided(
+    run: Run, teacher: Teacher, tokens: SafetyTokens, by: nn.Module, rows: Sequence[Ids], guarded: Sequence[Ids]
+) -> list[list[int]]:
+    """What `by` writes after each prompt before it comes to where the teacher is farthest from the base on the safety
+    tokens; the teacher reads the prompts as `guarded`."""
+    settings, size, base = run.recipe.run, run.recipe.run.prompt_batch_size, run.base.model
+    sampling = Sampling(run.base.eos_ids, run.recipe.tokens.horizon, 1.0, batch_size=settings.generation_batch_size)
+    keys = [run.key(16, i) for i in range(len(rows))]
+    answers = [c.ids for c in generate(by, guarded if by is teacher.model else rows, sampling, keys)]
+    odds, ids = ([], []), mx.array(tokens.ids)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        for of, model, read in zip(odds, (base, teacher.model), (rows, guarded), strict=True):
+            states = answer_states(model, read[part], answers[part])
+            of.append(np.array(safety_log_odds(states, head(model), ids), np.float64))
+    own, its = (1 / (1 + np.exp(-np.concatenate(of)[:, None] * [1, -1])) for of in odds)  # of them, and of all others
+    far = np.split(_grouped(its, own), np.cumsum([len(a) for a in answers])[:-1])
+    places = [int(np.argmax(of)) for of in far]
+    return [ids[:place] for ids, place in zip(answers, places, strict=True)]
 
 
 class MovingTeacher:
@@ -625,6 +657,7 @@ def make_training(
         learning,
         recipe.run.generation_batch_size,
         make_framer(run, prompts),
+        base.thinks,
     )
 
 

@@ -45,7 +45,7 @@ class Loaded:
     config: dict[str, Any]
     quantized: bool
     dequantized_for_speed: bool
-    thinks: bool  # before it answers, as its template is switched
+    thinks: bool  # it may, before it answers, as its template is switched
 
     @property
     def vocabulary(self) -> int:
