@@ -155,30 +155,15 @@ def recorded(run: FinishedRun, asked: Sequence[Question]) -> dict[str, Scores] |
 Logits = Callable[[Sequence[Ids], Sequence[Ids]], mx.array]
 
 
-def student_states(student: nn.Module, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[mx.array]:
-    """The student's final hidden states on its own answers, some prompts at a time: (R, D) each, so small that the
-    student need not stay in memory while the shipped model is asked."""
-    parts = [slice(i, i + KL_BATCH) for i in range(0, len(prompts), KL_BATCH)]
-    states = [answer_states(student, prompts[part], answers[part]) for part in parts]
-    mx.eval(states)
-    return states
-
-
-def mean_kl(
-    states: Sequence[mx.array],
-    student_head: Callable[[mx.array], mx.array],
-    shipped: Logits,
-    prompts: Sequence[Ids],
-    answers: Sequence[Ids],
-) -> float:
+def mean_kl(student: nn.Module, shipped: Logits, prompts: Sequence[Ids], answers: Sequence[Ids]) -> float:
     """Mean KL(student ‖ shipped) a token of the student's answers, in nats; `shipped` gives its logits (R, V)."""
-    total, count = 0.0, 0
-    for i, own in enumerate(states):
-        part = slice(i * KL_BATCH, (i + 1) * KL_BATCH)
-        other = shipped(prompts[part], answers[part])
+    total, count, logits = 0.0, 0, head(student)
+    for i in range(0, len(prompts), KL_BATCH):
+        part = slice(i, i + KL_BATCH)
+        own, other = answer_states(student, prompts[part], answers[part]), shipped(prompts[part], answers[part])
         chunk = chunk_rows(other.shape[-1])
         for at in range(0, len(own), chunk):
-            total += summed_kl(student_head(own[None, at : at + chunk])[0], other[at : at + chunk])
+            total += summed_kl(logits(own[None, at : at + chunk])[0], other[at : at + chunk])
         count += len(own)
     return max(0.0, total / count) if count else math.nan  # rounding may leave a little less
 
