@@ -457,13 +457,13 @@ def test_a_quantized_base_stands_beside_its_original(adapters, tmp_path, capsys)
     """The original here is the base's own weights, spelled out: all three columns, and the same counts in two."""
     from mlx_lm.utils import dequantize_model, load_model
 
-    from safesteer_mlx.formats.mlx_folder import write_mlx
+    from safesteer_mlx.formats.folders import write_mlx
 
     base = load(TINY)
     packed, _ = load_model(base.path)
     original = tmp_path / "original"
     original.mkdir()
-    write_mlx(base, dequantize_model(packed), None, original)
+    write_mlx(base, dequantize_model(packed), original, None)
     out = run(capsys, "--against", str(original), "--adapter-path", str(adapters), "--out", str(tmp_path / "o.json"))
     assert "original → student" in out
     found = json.loads((tmp_path / "o.json").read_text())

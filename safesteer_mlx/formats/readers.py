@@ -213,7 +213,7 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
     import peft  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM
 
-    from .hf import write_hf
+    from .folders import write_hf
 
     with tempfile.TemporaryDirectory() as scratch, _reading("PEFT", path):
         write_hf(base, base.model, mx.float32, Path(scratch) / "base")

@@ -22,9 +22,8 @@ from ..system.screen import Screen, UserError
 from ..system.store import write
 from . import gguf
 from .card import About, shown_base
+from .folders import check_family, write_hf, write_mlx
 from .fuse import fuse, plan, quantization_of
-from .hf import check_family, write_hf
-from .mlx_folder import write_mlx
 from .peft_adapter import write_peft
 
 TEXTS, TEXT_TOKENS = 64, 64  # of each kind, to quantize by; of the student's answer in each
@@ -105,7 +104,7 @@ def texts_to_quantize_by(run: FinishedRun, base: Loaded, screen: Screen) -> list
 def _mlx(job: Job) -> Exported:
     model, _ = job.fused(with_adapters(packed(job.base), job.run.folder), job.args.bits, job.args.dtype)
     quantization = quantization_of(model)
-    write_mlx(job.base, model, quantization, job.part)
+    write_mlx(job.base, model, job.part, quantization and {"quantization": quantization})
     bits = f"{quantization['bits']} bits" if quantization else "not quantized"
     relation = "quantized" if quantization else "finetune"
     what = f"A model for MLX, {bits}: the adapters of a SafeSteer run, fused into its weights."

@@ -1,5 +1,6 @@
-"""A model as a transformers folder."""
+"""A model as a folder: one that mlx-lm, LM Studio and transformers read, or one for transformers alone."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,34 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..system.load import Loaded
 from ..system.screen import UserError
-from .mlx_folder import write_mlx
+
+# Of a model's folder, all but the weights and what belongs to them alone.
+_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", "adapter_config.json")
 
 # Families whose weights mlx-lm keeps under transformers' own names, and those whose experts it stacks.
 _SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2")
 _EXPERTS: dict[str, dict[str, str]] = {"olmoe": {}, "qwen2_moe": {}, "qwen3_moe": {}}
 _EXPERTS |= {"mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    """Copy what stands beside a model's weights: tokenizer, chat template, generation settings, licence."""
+    for pattern in _COPIED:
+        for file in sorted(base.glob(pattern)):
+            if file.name not in _NOT_COPIED and file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def write_mlx(base: Loaded, model: nn.Module, folder: Path, more: dict[str, Any] | None) -> None:
+    """Write a fused model, with the base's tokenizer, as mlx-lm does; `more` goes into its config.json, which has no
+    quantization otherwise."""
+    from mlx_lm.utils import save_config, save_model
+
+    config = {k: v for k, v in base.config.items() if k not in ("quantization", "quantization_config")}
+    save_model(folder, model)
+    save_config(config | (more or {}), folder / "config.json")
+    copy_tokenizer(base.path, folder)
 
 
 def check_family(config: dict[str, Any], what: str) -> None:
@@ -39,7 +62,7 @@ def write_hf(base: Loaded, model: nn.Module, dtype: mx.Dtype, folder: Path) -> N
     more: dict[str, Any] = {"dtype": str(dtype).rpartition(".")[2]}
     if not base.config.get("architectures"):  # llama.cpp's converter asks for it
         more["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
-    write_mlx(base, holder, None, folder, more)
+    write_mlx(base, holder, folder, more)
 
 
 def _unstacked(weights: dict[str, mx.array], names: dict[str, str]):
