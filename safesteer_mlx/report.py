@@ -27,7 +27,7 @@ from markupsafe import Markup, escape
 from .evals.last_screen import next_steps
 from .evals.scores import SHOWN, Count
 from .recipe import PACKAGE, STEPS, Parser, at_least, current_names, read_yaml
-from .system.screen import UserError, exit_code, visible
+from .system.screen import UserError, command_line, visible
 from .system.serve import PageServer
 
 # Enough to look at, so that a page stays below 2 MB; the files hold the rest.
@@ -349,23 +349,20 @@ def watch(folder: Path, transcripts: bool, port: int) -> None:
     print("the run has finished")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+@command_line
+def main(argv: list[str]) -> None:
+    """Write the page, or serve it."""
     parser = Parser("report", "Make report.html from the files of a finished run.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
     add("--transcripts-in-report", action="store_true", help="put the answers into the page")
     add("--watch", action="store_true", help="serve the page of a run that is going on, to this computer")
     add("--watch-port", type=at_least(0, 65535), default=0, help="its port (default: any that is free)")
-
-    def run() -> None:
-        args = parser.parse_args(argv)
-        folder, transcripts = run_folder(args.run), args.transcripts_in_report
-        if args.watch:
-            return watch(folder, transcripts, args.watch_port)
-        print(write_report(folder, transcripts))
-
-    return exit_code(run)
+    args = parser.parse_args(argv)
+    folder, transcripts = run_folder(args.run), args.transcripts_in_report
+    if args.watch:
+        return watch(folder, transcripts, args.watch_port)
+    print(write_report(folder, transcripts))
 
 
 def run_folder(folder: Path) -> Path:
