@@ -16,8 +16,8 @@ from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
 from safesteer_mlx.evals.scores import transcripts
 from safesteer_mlx.export import main
 from safesteer_mlx.formats.card import About, model_card
+from safesteer_mlx.formats.folders import write_peft
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
-from safesteer_mlx.formats.peft_adapter import write_peft
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters

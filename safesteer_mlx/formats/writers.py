@@ -22,9 +22,8 @@ from ..system.screen import Screen, UserError
 from ..system.store import write
 from . import gguf
 from .card import About, shown_base
-from .folders import check_family, write_hf, write_mlx
+from .folders import check_family, write_hf, write_mlx, write_peft
 from .fuse import fuse, plan, quantization_of
-from .peft_adapter import write_peft
 
 TEXTS, TEXT_TOKENS = 64, 64  # of each kind, to quantize by; of the student's answer in each
 
