@@ -141,7 +141,7 @@ def recorded(run: FinishedRun, asked: Sequence[Question]) -> dict[str, Scores] |
     """What the run wrote down of its base's and student's answers, not of tasks and drift; None, if not all is kept."""
     kept: dict[tuple[str, str, str, str], Answer] = {}
     try:
-        for row in read_record(run.record, "transcripts.jsonl"):
+        for row in read_record(run.folder / "run", "transcripts.jsonl"):
             values = [row[name] for name in ("kind", "how", "prompt", "answer", "outcome", "finished")]
             kept[row["model"], row["kind"], row["how"], row["prompt"]] = Answer(*values, row.get("cut", False))
         return {
