@@ -173,13 +173,6 @@ def show(runs: Sequence[Compared], tables: Sequence[Table], said: Sequence[str],
             screen.line(f"{title}: nothing")
 
 
-def page(runs: Sequence[Compared], tables: Sequence[Table], said: Sequence[str]) -> str:
-    """All of it as a page, in the report's style."""
-    from .report import rendered
-
-    return rendered("compare.html", runs=runs, tables=tables, said=said)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, or a UserError about it."""
     parser = Parser("compare", "Show runs side by side: settings that differ, scores with intervals, time and memory.")
@@ -200,7 +193,9 @@ def main(argv: list[str]) -> None:
     runs, tables, lines = compare(args.runs)
     show(runs, tables, lines, Screen())
     if args.out is not None:
-        write_out(args.out, page(runs, tables, lines))
+        from .report import rendered
+
+        write_out(args.out, rendered("compare.html", runs=runs, tables=tables, said=lines))
         print(args.out)
 
 

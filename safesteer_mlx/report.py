@@ -303,19 +303,17 @@ class GoingRun:
         if files:
             going = f"Last heard of at {time.strftime('%H:%M:%S', time.localtime(max(files.values()) / 1e9))}."
         try:
-            try:
-                run, figures = read_run(self._folder, self._transcripts, files), {}
-                for drawing in _drawings(run):
-                    written, image = self._figures.get(drawing.name, (None, None))
-                    if written != files[drawing.file]:
-                        image = picture(drawing.draw, print_too=False)
-                        self._figures[drawing.name] = files[drawing.file], image
-                    figures[drawing.name] = image
-                return _page(run, figures, self._transcripts, None if ended else going, served=True)
-            except DAMAGED as error:
-                raise error if isinstance(error, UserError) else _damaged(self._folder, error) from error
-        except UserError as error:  # a file that went away or is damaged; the next drawing may find it whole
-            return _page(read_run(self._folder, only=()), {}, False, str(error))
+            run, figures = read_run(self._folder, self._transcripts, files), {}
+            for drawing in _drawings(run):
+                written, image = self._figures.get(drawing.name, (None, None))
+                if written != files[drawing.file]:
+                    image = picture(drawing.draw, print_too=False)
+                    self._figures[drawing.name] = files[drawing.file], image
+                figures[drawing.name] = image
+            return _page(run, figures, self._transcripts, None if ended else going, served=True)
+        except DAMAGED as error:  # a file that went away or is damaged; the next drawing may find it whole
+            told = error if isinstance(error, UserError) else _damaged(self._folder, error)
+            return _page(read_run(self._folder, only=()), {}, False, str(told))
 
 
 @contextmanager
