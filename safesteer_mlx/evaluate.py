@@ -120,8 +120,7 @@ def read_suites(args: argparse.Namespace) -> "tuple[TestSet, list[str]]":
     import numpy as np
 
     from .evals.heldout import TestSet, held_out_prompts
-    from .evals.lm_tasks import check_tasks, task_name
-    from .evals.suites import find_suite, load_suite
+    from .evals.suites import check_tasks, find_suite, load_suite, task_name
     from .method.prompts import sets_to_score
 
     n = args.test_prompts or None

@@ -30,7 +30,7 @@ ORDER = [
     "method.pace",
     "evals.heldout evals.verdict",
     "evals.tampering evals.judging evals.reporting",
-    "evals.attacks evals.fidelity evals.lm_tasks evals.selection report",
+    "evals.attacks evals.fidelity evals.selection report",
     "evals.scorecard formats.readers formats.writers",
     "align evaluate chat tokens compare verify export",
     "api cli",
