@@ -172,6 +172,10 @@ class Scores:
         """How many answers of a kind have this outcome."""
         return Count.of_clusters(self.by_prompt(kind, how, outcome), self.samples if how == "sampled" else 1)
 
+    def right(self, task: str) -> Count:
+        """The task's exact matches."""
+        return Count.of(self.correct[task])
+
     def as_json(self) -> dict[str, Any]:
         """Counts alone, no answer: outcomes and broken answers by kind and decoding, capability, drift."""
 
@@ -200,7 +204,7 @@ def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out pr
     cells = [c for c in cells if not (c[0] in ("harmless", "borderline") and c[2] == "comply")]
     rows = [[f"{kind} {o}, {how}", *(str(s.count(kind, how, o)) for s in scores.values())] for kind, how, o in cells]
     for task in first.correct:
-        rows.append([f"{task} correct", *(str(Count.of(s.correct[task])) for s in scores.values())])
+        rows.append([f"{task} correct", *(str(s.right(task)) for s in scores.values())])
     for label, values in (
         ("KL(base ‖ model) a token, harmless", [s.drift for s in scores.values()]),
         ("the same outside S", [s.drift_outside for s in scores.values()]),
