@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .recipe import MOST_FACTOR, MOST_LENGTH, MOST_SEED, Parser, adapter_folder, add_model_flags, at_least, model_name
 from .system.hub import prepare
-from .system.screen import UserError, exit_code, visible
+from .system.screen import UserError, command_line, visible
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -163,43 +163,7 @@ def _messages(interactive: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def converse(args: argparse.Namespace) -> None:
-    """Load, then answer every message.
-
-    Raises:
-        UserError: what a user can mend, in one sentence.
-    """
-    prepare(args.offline)
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
-
-    from .method.run import most_read
-    from .system.load import load
-
-    loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
-    models = make_voices(loaded.model, args.adapter_path, args.steer)
-    voices = {name: ChatSession(model) for name, model in models.items()}
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive:
-        print("/reset begins anew, /quit or Ctrl-D ends")
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    mx.random.seed(args.seed)
-    options = {"max_tokens": args.max_tokens, "sampler": make_sampler(args.temp, args.top_p)}
-    turns: dict[str, Turns] = {name: [] for name in voices}
-    for message in _messages(interactive):
-        if message == "/reset":
-            turns = {name: [] for name in voices}
-            continue
-        pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
-        prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
-        if (length := max(map(len, prompts.values()))) > most_read(loaded):
-            print(f"{length:,} tokens, and {most_read(loaded):,} are read: left out; /reset begins anew", flush=True)
-            continue
-        answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
-        turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line.
 
     Raises:
@@ -229,9 +193,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: converse(parse(argv)))
+@command_line
+def main(argv: list[str]) -> None:
+    """Load, then answer every message."""
+    args = parse(argv)
+    prepare(args.offline)
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    from .method.run import most_read
+    from .system.load import load
+
+    loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
+    models = make_voices(loaded.model, args.adapter_path, args.steer)
+    voices = {name: ChatSession(model) for name, model in models.items()}
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print("/reset begins anew, /quit or Ctrl-D ends")
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    mx.random.seed(args.seed)
+    options = {"max_tokens": args.max_tokens, "sampler": make_sampler(args.temp, args.top_p)}
+    turns: dict[str, Turns] = {name: [] for name in voices}
+    for message in _messages(interactive):
+        if message == "/reset":
+            turns = {name: [] for name in voices}
+            continue
+        pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
+        prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
+        if (length := max(map(len, prompts.values()))) > most_read(loaded):
+            print(f"{length:,} tokens, and {most_read(loaded):,} are read: left out; /reset begins anew", flush=True)
+            continue
+        answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
+        turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}
 
 
 if __name__ == "__main__":

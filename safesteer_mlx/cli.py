@@ -3,13 +3,12 @@
 Each command is the module of its name, imported only when it is asked for, so that `--help` stays quick.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
 from . import __version__
 from .recipe import BUNDLED, nearest
-from .system.screen import UserError, exit_code
+from .system.screen import UserError, command_line
 
 COMMANDS = {
     "align": "make a model safer: adapters, and the run's record beside them",
@@ -57,14 +56,11 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
     return "align", argv
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv))
-
-
-def _run(argv: list[str]) -> int:
+@command_line
+def main(argv: list[str]) -> int:
+    """Run the command that is asked for."""
     if argv[:1] in (["-h"], ["--help"], ["--version"]):
         print(f"safesteer-mlx {__version__}" if argv[0] == "--version" else usage())
         return 0
-    command, rest = command_of(argv)
-    return import_module(f".{command}", __package__).main(rest)
+    name, rest = command_of(argv)
+    return import_module(f".{name}", __package__).main(rest)

@@ -17,7 +17,7 @@ from .evals.last_screen import ASKED
 from .evals.scores import HOW, Count
 from .recipe import STEPS, Parser, current_names, read_yaml
 from .system.files import check_out, user_path, write_out
-from .system.screen import Screen, UserError, exit_code
+from .system.screen import Screen, UserError, command_line
 
 # What a run's own folder holds once a stage is done, in their order.
 FILES = ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")
@@ -173,14 +173,7 @@ def show(runs: Sequence[Compared], tables: Sequence[Table], said: Sequence[str],
             screen.line(f"{title}: nothing")
 
 
-def page(runs: Sequence[Compared], tables: Sequence[Table], said: Sequence[str]) -> str:
-    """All of it as a page, in the report's style."""
-    from .report import rendered
-
-    return rendered("compare.html", runs=runs, tables=tables, said=said)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, or a UserError about it."""
     parser = Parser("compare", "Show runs side by side: settings that differ, scores with intervals, time and memory.")
     add = parser.add_argument
@@ -193,16 +186,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: _run(parse(argv)))
-
-
-def _run(args: argparse.Namespace) -> None:
+@command_line
+def main(argv: list[str]) -> None:
+    """Show the runs, and write a page of them if that is asked."""
+    args = parse(argv)
     runs, tables, lines = compare(args.runs)
     show(runs, tables, lines, Screen())
     if args.out is not None:
-        write_out(args.out, page(runs, tables, lines))
+        from .report import rendered
+
+        write_out(args.out, rendered("compare.html", runs=runs, tables=tables, said=lines))
         print(args.out)
 
 

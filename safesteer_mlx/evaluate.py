@@ -27,7 +27,7 @@ from .recipe import (
 )
 from .system.files import MOST_TEXT, check_out, check_regular, user_path, write_out
 from .system.hub import prepare
-from .system.screen import Screen, UserError, exit_code
+from .system.screen import Screen, UserError, command_line
 
 if TYPE_CHECKING:
     from .evals.heldout import TestSet
@@ -90,7 +90,7 @@ def _parser() -> Parser:
     return parser
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; a UserError for an unknown flag, with the nearest known one, two models, or a wrong value."""
     args = _parser().parse_args(argv)
     if len(args.judge) == 2 and args.positional_model is None and args.model is None:
@@ -120,8 +120,7 @@ def read_suites(args: argparse.Namespace) -> "tuple[TestSet, list[str]]":
     import numpy as np
 
     from .evals.heldout import TestSet, held_out_prompts
-    from .evals.lm_tasks import check_tasks, task_name
-    from .evals.suites import find_suite, load_suite
+    from .evals.suites import check_tasks, find_suite, load_suite, task_name
     from .method.prompts import sets_to_score
 
     n = args.test_prompts or None
@@ -154,12 +153,9 @@ def read_suites(args: argparse.Namespace) -> "tuple[TestSet, list[str]]":
     return TestSet(kinds, capability, kind_of), tasks
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> None:
+@command_line
+def main(argv: list[str]) -> None:
+    """Score, show and write the scores."""
     args = parse(argv)
     prepare(args.offline)
     from .method.judge import use_refusal_phrases

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .recipe import PACKAGE, Parser, at_least
 from .system.files import user_path
 from .system.hub import prepare
-from .system.screen import Screen, UserError, exit_code
+from .system.screen import Screen, UserError, command_line
 
 if TYPE_CHECKING:
     from .formats.writers import Exported
@@ -38,11 +38,6 @@ WOULD_HOLD = {
     "gguf": _GGUF,
     "gguf-lora": _GGUF,
 }
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: _run(argv))
 
 
 def _parser() -> Parser:
@@ -71,7 +66,9 @@ def _parser() -> Parser:
     return parser
 
 
-def _run(argv: list[str] | None) -> int:
+@command_line
+def main(argv: list[str]) -> int:
+    """Write, verify and upload; 1 for an export that does not answer as its student."""
     args = _parser().parse_args(argv)
     if args.to is None:
         raise UserError(f"say with --to what to write: {', '.join(FORMATS)}")

@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +27,7 @@ from markupsafe import Markup, escape
 from .evals.last_screen import next_steps
 from .evals.scores import SHOWN, Count
 from .recipe import PACKAGE, STEPS, Parser, at_least, current_names, read_yaml
-from .system.screen import UserError, exit_code, visible
+from .system.screen import UserError, command_line, visible
 from .system.serve import PageServer
 
 # Enough to look at, so that a page stays below 2 MB; the files hold the rest.
@@ -59,6 +60,11 @@ class RunFiles:
     transcripts: list[dict[str, Any]] | None
 
     @property
+    def token_method(self) -> str:
+        """How the safety tokens were ranked."""
+        return self.recipe.get("token_method", "part")
+
+    @property
     def stage(self) -> int:
         """How many of `STEPS` are done, by the file that each leaves."""
         last = self.metrics[-1] if self.metrics else {}
@@ -68,16 +74,12 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the page: one sentence that says what to see, what its words mean, and the file that it shows."""
+    """A figure of the page, by the name that the template has for it: the file that it shows, and what draws it in a
+    theme."""
 
     name: str
     file: str
-    sees: str
-    explained: str
     draw: Callable
-
-
-Figures = Mapping[str, tuple[Drawing, Any]]  # by name, with the figures.Picture that was drawn
 
 
 def write_report(run_folder: Path, transcripts: bool = False) -> Path:
@@ -92,13 +94,13 @@ def write_report(run_folder: Path, transcripts: bool = False) -> Path:
         raise UserError(f"{folder} must be a folder and {html} a file, if they are there; move them away")
     run = read_run(run_folder, transcripts)
     try:
-        figures = {drawing.name: (drawing, picture(drawing.draw)) for drawing in _drawings(run)}
+        figures = {drawing.name: picture(drawing.draw) for drawing in _drawings(run)}
         page = _page(run, figures, transcripts)
     except DAMAGED as error:
         raise _damaged(run_folder, error) from error
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
-    for name, (_, image) in figures.items():
+    for name, image in figures.items():
         write(folder / f"{name}.png", image.png)
     write(html, page.encode())
     return html
@@ -145,105 +147,23 @@ def _drawings(run: RunFiles) -> Iterable[Drawing]:
     from .evals import figures
 
     if (scores := run.scores) is not None:
-        yield Drawing(
-            "refusals",
-            "before_after.json",
-            "The aligned model's bars should be long for harmful requests, and as short as the base's for the others.",
-            "Requests refused, on held-out prompts that no stage has seen. Borderline ones are harmless, but read as "
-            "harmful. Thin lines are 95 % intervals (Wilson): differences within them are no finding.",
-            lambda theme: figures.outcomes(scores, theme),
-        )
+        yield Drawing("refusals", "before_after.json", partial(figures.outcomes, scores))
         if scores["base"]["capability"]:
-            yield Drawing(
-                "capability",
-                "before_after.json",
-                "The aligned model's bars should be as long as the base's: what it could do, it can still do.",
-                "Small tasks answered rightly, greedy, with 95 % intervals.",
-                lambda theme: figures.capability(scores, theme),
-            )
-        yield Drawing(
-            "drift",
-            "before_after.json",
-            "The aligned model's bars should be short: its answers to harmless requests are those of the base.",
-            "Drift is the KL divergence of the base from the model, a word (token) of an answer: how far the "
-            "probabilities of the next word have moved, in nats; 0 is not at all. Once over all words, once with the "
-            "safety tokens left out.",
-            lambda theme: figures.drift(scores, theme),
-        )
-    if (metrics := run.metrics) is not None:
-        learned = (
-            "Learned is the share of the base's divergence from the teacher, where answers to validation prompts "
-            "begin, that is gone. "
-        )
-        measured = any(row.get("learned") is not None for row in metrics)
-        yield Drawing(
-            "training",
-            "metrics.jsonl",
-            "Loss should fall and level out, while the aligned model's safety mass climbs to its target.",
-            "Loss: how far the model is from its target, in nats a word. Safety mass: the probability that the model, "
-            "and the target it is pulled to, give to the safety tokens at the beginning of an answer to a harmful "
-            f"request. {learned if measured else ''}Gradient norm: how hard a step pulls at the weights; it should be "
-            "neither 0 nor leap.",
-            lambda theme: figures.training(metrics, theme),
-        )
+            yield Drawing("capability", "before_after.json", partial(figures.capability, scores))
+        yield Drawing("drift", "before_after.json", partial(figures.drift, scores))
+    if run.metrics is not None:
+        yield Drawing("training", "metrics.jsonl", partial(figures.training, run.metrics))
     if (direction := run.direction) is not None:
         if any(value is not None for row in direction["scores"]["ablation_kl"] for value in row):
-            yield Drawing(
-                "direction",
-                "direction.json",
-                "The framed cell is the direction that is used; good ones are bright above and dark below.",
-                "The three published tests of each candidate. Refusal score: the log-odds that an answer begins as a "
-                "refusal. Above, the direction is added to harmless requests, which should then be refused; below "
-                "it is ablated, taken out of every block: harmful requests should then be refused less (refusal under "
-                "ablation) and harmless answers stay as they were (KL, in nats). Plain cells were not measured: an "
-                "earlier test had spoken against them. Framed: "
-                f"block {direction['layer']}, position −{-direction['position']}.",
-                lambda theme: figures.direction(direction, theme),
-            )
+            yield Drawing("direction", "direction.json", partial(figures.direction, direction))
         if direction.get("trials"):
-            yield Drawing(
-                "frontier",
-                "direction.json",
-                "The ringed teacher is used; it should stand high (harmful requests refused) and not far to the right.",
-                "Every direction and coefficient that was tried as a teacher, on validation prompts, a line for each "
-                "direction: by the probability that an answer opens as a refusal, from forward passes, and for the "
-                "best by answers. The chosen pair has most refusals among those whose answers are sound.",
-                lambda theme: figures.frontier(direction, theme),
-            )
-    if (verdict := run.verdict) is not None:
-        yield Drawing(
-            "verdict",
-            "verdict.json",
-            "The teacher's bar should be long for unsafe answers; training holds the model back on harmless requests.",
-            "Before training, on validation prompts, at temperature 1, an answer of the teacher opened by it and "
-            f"continued by the base: the flip rate is the share of the base's {verdict['flipped']['total']} unsafe "
-            "answers that the teacher turns into refusals.",
-            lambda theme: figures.flips(verdict, theme),
-        )
-    if (selection := run.selection) is not None:
-        why = "the safest within the limits" if selection["within"] else "the last: none keeps the limits"
-        yield Drawing(
-            "selection",
-            "selection.json",
-            f"The ringed point is the step that is kept, {why}.",
-            "The saved steps on validation prompts, greedy and sampled, numbered. "
-            f"Step {selection['kept']} is kept, {why} ({selection['select']}).",
-            lambda theme: figures.selection(selection, theme),
-        )
-    if (tokens := run.tokens) is not None:
-        more = f" The first {figures.TOKENS_SHOWN} of {len(tokens)}." if len(tokens) > figures.TOKENS_SHOWN else ""
-        method = run.recipe.get("token_method", "part")
-        what = {
-            "part": "what each adds to the divergence of the teacher from the base, KL(teacher ‖ base), in nats",
-            "votes": "at how many positions each is among those that steering favours most",
-        }[figures.ranked_by(tokens, method)]
-        yield Drawing(
-            "tokens",
-            "tokens.json",
-            "The longest bars should be words that refusals begin with, likelier for the teacher than for the base.",
-            f"The safety tokens: {what}, and its mean probability there.{more}",
-            lambda theme: figures.safety_tokens(tokens, theme, method),
-        )
+            yield Drawing("frontier", "direction.json", partial(figures.frontier, direction))
+    if run.verdict is not None:
+        yield Drawing("verdict", "verdict.json", partial(figures.flips, run.verdict))
+    if run.selection is not None:
+        yield Drawing("selection", "selection.json", partial(figures.selection, run.selection))
+    if run.tokens is not None:
+        yield Drawing("tokens", "tokens.json", partial(figures.safety_tokens, run.tokens, method=run.token_method))
 
 
 def _image(svg: bytes) -> Markup:
@@ -306,8 +226,12 @@ def rendered(template: str, **given: Any) -> str:
     return environment.get_template(template).render(given)
 
 
-def _page(run: RunFiles, figures: Figures, with_answers: bool, going: str | None = None, served: bool = False) -> str:
-    """The page; `going` says how a run that has not finished is doing, `served` that no file lies beside the page."""
+def _page(
+    run: RunFiles, pictures: Mapping[str, Any], with_answers: bool, going: str | None = None, served: bool = False
+) -> str:
+    """The page; `pictures` are figures.Picture by name, `going` says how a run that has not finished is doing, `served`
+    that no file lies beside the page."""
+    figures = _drawing()
     names = [name for name in SHOWN if name != "teacher" or name in (run.scores or {})]
     answers, left_out = _answers(run)
     command, steps = [], []
@@ -323,7 +247,9 @@ def _page(run: RunFiles, figures: Figures, with_answers: bool, going: str | None
         served=served,
         stages=STEPS,
         stage=run.stage,
-        figures=figures,
+        figures=pictures,
+        tokens_drawn=figures.TOKENS_SHOWN,
+        ranked_by=figures.ranked_by(run.tokens or [], run.token_method),
         models=names,
         labels=SHOWN,
         counts=_counts(run.scores, names) if run.scores is not None else [],
@@ -377,19 +303,17 @@ class GoingRun:
         if files:
             going = f"Last heard of at {time.strftime('%H:%M:%S', time.localtime(max(files.values()) / 1e9))}."
         try:
-            try:
-                run, figures = read_run(self._folder, self._transcripts, files), {}
-                for drawing in _drawings(run):
-                    written, image = self._figures.get(drawing.name, (None, None))
-                    if written != files[drawing.file]:
-                        image = picture(drawing.draw, print_too=False)
-                        self._figures[drawing.name] = files[drawing.file], image
-                    figures[drawing.name] = drawing, image
-                return _page(run, figures, self._transcripts, None if ended else going, served=True)
-            except DAMAGED as error:
-                raise error if isinstance(error, UserError) else _damaged(self._folder, error) from error
-        except UserError as error:  # a file that went away or is damaged; the next drawing may find it whole
-            return _page(read_run(self._folder, only=()), {}, False, str(error))
+            run, figures = read_run(self._folder, self._transcripts, files), {}
+            for drawing in _drawings(run):
+                written, image = self._figures.get(drawing.name, (None, None))
+                if written != files[drawing.file]:
+                    image = picture(drawing.draw, print_too=False)
+                    self._figures[drawing.name] = files[drawing.file], image
+                figures[drawing.name] = image
+            return _page(run, figures, self._transcripts, None if ended else going, served=True)
+        except DAMAGED as error:  # a file that went away or is damaged; the next drawing may find it whole
+            told = error if isinstance(error, UserError) else _damaged(self._folder, error)
+            return _page(read_run(self._folder, only=()), {}, False, str(told))
 
 
 @contextmanager
@@ -423,23 +347,20 @@ def watch(folder: Path, transcripts: bool, port: int) -> None:
     print("the run has finished")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+@command_line
+def main(argv: list[str]) -> None:
+    """Write the page, or serve it."""
     parser = Parser("report", "Make report.html from the files of a finished run.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run/ folder, or the adapter folder that holds it")
     add("--transcripts-in-report", action="store_true", help="put the answers into the page")
     add("--watch", action="store_true", help="serve the page of a run that is going on, to this computer")
     add("--watch-port", type=at_least(0, 65535), default=0, help="its port (default: any that is free)")
-
-    def run() -> None:
-        args = parser.parse_args(argv)
-        folder, transcripts = run_folder(args.run), args.transcripts_in_report
-        if args.watch:
-            return watch(folder, transcripts, args.watch_port)
-        print(write_report(folder, transcripts))
-
-    return exit_code(run)
+    args = parser.parse_args(argv)
+    folder, transcripts = run_folder(args.run), args.transcripts_in_report
+    if args.watch:
+        return watch(folder, transcripts, args.watch_port)
+    print(write_report(folder, transcripts))
 
 
 def run_folder(folder: Path) -> Path:

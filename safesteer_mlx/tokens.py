@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .recipe import Parser, read_yaml
 from .system.files import check_out, write_out
 from .system.hub import prepare
-from .system.screen import Screen, UserError, exit_code, visible
+from .system.screen import Screen, UserError, command_line, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
     return read_tokenizer(name, path, config, trust_remote_code), vocabulary(name, config)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line.
 
     Raises:
@@ -117,12 +117,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: _run(parse(argv)))
-
-
-def _run(args: argparse.Namespace) -> None:
+@command_line
+def main(argv: list[str]) -> None:
+    """Show the tokens, and write an edited set if that is asked."""
+    args = parse(argv)
     prepare(args.offline)
     from .method.token_file import read_rows
     from .report import run_folder

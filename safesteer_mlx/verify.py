@@ -12,18 +12,15 @@ from pathlib import Path
 from .recipe import Parser, at_least
 from .system.files import check_out
 from .system.hub import prepare
-from .system.screen import Screen, UserError, exit_code
+from .system.screen import Screen, UserError, command_line
 
 PROMPTS = 100  # of each kind
 WITH = ("mlx", "adapter", "transformers", "peft", "llama.cpp", "server")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
+@command_line
+def main(argv: list[str]) -> int:
+    """Ask what is shipped; 1 if it is not the student."""
     parser = Parser("verify", "Hold an export, or a running server, against the student that its run scored.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of adapters that align wrote")

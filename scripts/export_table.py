@@ -37,9 +37,9 @@ def write_other(run: Any, how: str, folder: Path) -> None:
     import mlx.core as mx
     from mlx.utils import tree_unflatten
 
+    from safesteer_mlx.formats.folders import write_mlx
     from safesteer_mlx.formats.fuse import Grid, Plan, fuse, layers, quantization_of
     from safesteer_mlx.formats.gptq import pack
-    from safesteer_mlx.formats.mlx_folder import write_mlx
     from safesteer_mlx.formats.writers import packed, texts_to_quantize_by
     from safesteer_mlx.method.residual import view
     from safesteer_mlx.method.student import with_adapters
@@ -65,7 +65,7 @@ def write_other(run: Any, how: str, folder: Path) -> None:
         touched = {layer.path: Grid(8, layer.grid.group_size) for layer in every if layer.touched}
         model = fuse(student, Plan(touched), [])
     folder.mkdir(parents=True)
-    write_mlx(base, model, quantization_of(model), folder)
+    write_mlx(base, model, folder, {"quantization": quantization_of(model)})
 
 
 def call(*words: object) -> None:

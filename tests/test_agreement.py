@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from safesteer_mlx.evals.agreement import Agreement, compare, show_agreement
+from safesteer_mlx.evals.judging import Agreement, compare, show_agreement
 from safesteer_mlx.method.judge import OUTCOMES
 from safesteer_mlx.system.screen import Screen
 

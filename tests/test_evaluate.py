@@ -281,8 +281,8 @@ def test_the_declared_mode_is_what_is_trained_and_scored(switchable, tmp_path):
         run = make_run(recipe, base, Screen(quiet=True))
         harmful, harmless = training_prompts(run)
         kinds = {"harmless": run.prompts.sets.harmless_test[:2]}
-        scored = HeldOut(base, heldout.TestSet(kinds, []), [], 0, Sampling(base.eos_ids, 1)).texts
-        read = [run.prompts.harmful_direction_train, run.prompts.harmless_validation, scored.prompts]
+        texts = HeldOut(base, heldout.TestSet(kinds, []), [], 0, Sampling(base.eos_ids, 1)).texts
+        read = [run.prompts.harmful_direction_train, run.prompts.harmless_validation, [prompt for prompt, _ in texts]]
         read += [[p.ids for p in harmful], [p.target_ids for p in harmful], [p.ids for p in harmless]]
         rows[thinking] = [base.tokenizer.decode(row) for part in read for row in part]
         assert not base.thinks
@@ -446,7 +446,7 @@ def test_drift_is_measured_on_harmless_prompts_alone_and_is_nan_without(base, ad
         ).texts
         for name in ("XSTest", "AdvBench")
     )
-    assert base_texts(BaseAnswers(base, sampling), with_harmless.prompts) == with_harmless
+    assert base_texts(BaseAnswers(base, sampling), [prompt for prompt, _ in with_harmless]) == with_harmless
     over_all, outside = drift(base.model, student, with_harmless, [])
     assert over_all > 0 and outside != outside
     assert drift(base.model, student, with_harmless, [5])[1] > 0
@@ -457,13 +457,13 @@ def test_a_quantized_base_stands_beside_its_original(adapters, tmp_path, capsys)
     """The original here is the base's own weights, spelled out: all three columns, and the same counts in two."""
     from mlx_lm.utils import dequantize_model, load_model
 
-    from safesteer_mlx.formats.mlx_folder import write_mlx
+    from safesteer_mlx.formats.folders import write_mlx
 
     base = load(TINY)
     packed, _ = load_model(base.path)
     original = tmp_path / "original"
     original.mkdir()
-    write_mlx(base, dequantize_model(packed), None, original)
+    write_mlx(base, dequantize_model(packed), original, None)
     out = run(capsys, "--against", str(original), "--adapter-path", str(adapters), "--out", str(tmp_path / "o.json"))
     assert "original → student" in out
     found = json.loads((tmp_path / "o.json").read_text())

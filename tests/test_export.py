@@ -16,8 +16,8 @@ from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
 from safesteer_mlx.evals.scores import transcripts
 from safesteer_mlx.export import main
 from safesteer_mlx.formats.card import About, model_card
+from safesteer_mlx.formats.folders import write_peft
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
-from safesteer_mlx.formats.peft_adapter import write_peft
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
@@ -205,22 +205,22 @@ def test_a_full_disk_is_told_before_anything_is_written(finished, tmp_path, caps
 
 
 def test_a_failure_or_ctrl_c_while_writing_leaves_nothing(finished, tmp_path, capsys, monkeypatch):
-    from safesteer_mlx.formats import mlx_folder
+    from safesteer_mlx.formats import folders
 
     for error, code in ((OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)):
 
         def fail(*_, error=error):
             raise error
 
-        monkeypatch.setattr(mlx_folder, "copy_tokenizer", fail)
+        monkeypatch.setattr(folders, "copy_tokenizer", fail)
         assert main([str(finished), "--to", "mlx", "--bits", "8", "--out", str(tmp_path / "out")]) == code
         assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() or path.name.startswith(".")]
 
 
 def test_a_family_that_a_format_lacks_is_named(finished, tmp_path, capsys, monkeypatch):
-    from safesteer_mlx.formats import hf, readers
+    from safesteer_mlx.formats import folders, readers
 
-    monkeypatch.setattr(hf, "_SAME_NAMES", ("llama",))
+    monkeypatch.setattr(folders, "_SAME_NAMES", ("llama",))
     monkeypatch.setattr(readers, "find_spec", lambda name: name)
     for form in ("hf", "peft", "gguf"):
         said = refused(capsys, finished, "--to", form, "--out", tmp_path / "out")
@@ -356,7 +356,7 @@ def test_each_family_is_the_same_to_transformers(family, tmp_path):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from safesteer_mlx.formats.hf import check_family, write_hf
+    from safesteer_mlx.formats.folders import check_family, write_hf
 
     base = load(TINY)
     config = FAMILIES[family] | {"vocab_size": 1856, "rope_theta": 10000.0, "max_position_embeddings": 512}

@@ -21,8 +21,7 @@ from safesteer_mlx.evals import scorecard
 from safesteer_mlx.evals.fidelity import recorded
 from safesteer_mlx.evals.heldout import BaseAnswers, TestSet, perplexity
 from safesteer_mlx.evals.judge_model import read_template
-from safesteer_mlx.evals.lm_tasks import task_name
-from safesteer_mlx.evals.suites import find_suite, load_suite
+from safesteer_mlx.evals.suites import find_suite, load_suite, task_name
 from safesteer_mlx.evals.tampering import run_direction
 from safesteer_mlx.method.direction import CandidateScores, Direction, FoundDirections
 from safesteer_mlx.method.judge import use_refusal_phrases

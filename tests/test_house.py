@@ -15,22 +15,22 @@ ORDER = [
     "system.files system.machines system.serve",
     "recipe system.hub system.model_files system.chat_template",
     "method.judge",
-    "evals.scores evals.agreement evals.judge_replies",
+    "evals.scores evals.judge_replies",
     "evals.last_screen",
     "system.shape",
     "system.load system.memory system.store method.residual method.losses",
-    "method.prompts method.rollout system.finished formats.gptq formats.mlx_folder formats.gguf",
-    "formats.card formats.fuse formats.hf method.token_file method.framing",
+    "method.prompts method.rollout system.finished formats.gptq formats.gguf",
+    "formats.card formats.fuse method.token_file method.framing",
     "evals.suites evals.judge_model evals.figures",
     "method.run",
-    "method.direction method.student formats.peft_adapter",
+    "method.direction method.student formats.folders",
     "method.teacher",
     "method.safety_tokens",
     "method.train",
     "method.pace",
     "evals.heldout evals.verdict",
     "evals.tampering evals.judging evals.reporting",
-    "evals.attacks evals.fidelity evals.lm_tasks evals.selection report",
+    "evals.attacks evals.fidelity evals.selection report",
     "evals.scorecard formats.readers formats.writers",
     "align evaluate chat tokens compare verify export",
     "api cli",
@@ -105,7 +105,7 @@ FAMILIES = {*MODEL_REMAPPING} | {
 # The tables that may name a family of mlx-lm; all else is told by a model's files, or seen in a forward pass.
 NAMED_IN = {
     "system.shape": {"_FAMILIES"},  # what nothing but the name tells
-    "formats.hf": {"_SAME_NAMES", "_EXPERTS"},  # transformers' names of weights, of the families that were tried
+    "formats.folders": {"_SAME_NAMES", "_EXPERTS"},  # transformers' names of weights, of the families that were tried
     "formats.gguf": {"_KNOWN_SPLITS"},  # llama.cpp's names for ways to split a text, some of them families'
 }
 
@@ -140,7 +140,7 @@ def test_families_are_named_in_one_table(name: str):
         ("system.shape", '_FAMILIES = {"dbrx": 1}', 0),
         ("system.shape", '_OTHERS = {"dbrx": 1}', 1),
         ("system.shape", 'def f(kind): return kind == "jamba"', 1),
-        ("formats.hf", '_SAME_NAMES = ("gemma",)', 0),
+        ("formats.folders", '_SAME_NAMES = ("gemma",)', 0),
         ("formats.gguf", '_SAME_NAMES = ("gemma",)', 1),
         ("system.load", 'kind = config.get("model_type", "mistral")', 1),  # a name that mlx-lm maps to another
         ("system.load", 'kind = config.get("model_type", "model")  # gemma2', 0),

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from safesteer_mlx.evals.lm_tasks import check_tasks, run_tasks
+from safesteer_mlx.evals.suites import check_tasks, run_tasks
 from safesteer_mlx.evaluate import main
 from safesteer_mlx.method.residual import view
 from safesteer_mlx.recipe import MODELS
@@ -20,13 +20,13 @@ from safesteer_mlx.system.screen import UserError
 
 
 def test_without_lm_eval_one_sentence_names_the_remedy(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("safesteer_mlx.evals.suites.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"safesteer-mlx\[eval\]"):
         check_tasks(False, False)
 
 
 def test_code_is_run_only_when_asked_for_twice(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("safesteer_mlx.evals.suites.find_spec", lambda name: object())
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     check_tasks(False, False)
     for confirmed, allowed in ((False, "1"), (True, "0")):

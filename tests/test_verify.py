@@ -16,10 +16,10 @@ import mlx.core as mx
 import pytest
 from test_export import TINY, make_run
 
-from safesteer_mlx.evals.fidelity import Fidelity, logits_of, mean_kl, questions, recorded, student_states
+from safesteer_mlx.evals.fidelity import Fidelity, logits_of, mean_kl, questions, recorded
 from safesteer_mlx.evals.scores import Answer, Scores
 from safesteer_mlx.export import main as export
-from safesteer_mlx.method.residual import head, last_logits
+from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.system.finished import finished_run
 from safesteer_mlx.verify import main
 
@@ -96,10 +96,9 @@ def test_kl_by_hand_and_none_for_the_same_model(tiny_model):
     rows = [[1, 2, 3], [4, 5]]  # whose next token is the answer's first and only one
     log_p, log_q = (z - mx.logsumexp(z, -1, keepdims=True) for z in (last_logits(m, rows) for m in (student, shipped)))
     by_hand = (mx.exp(log_p) * (log_p - log_q)).sum(-1).mean().item()
-    states = student_states(student, prompts, answers)
-    assert mean_kl(states, head(student), logits_of(shipped), prompts, answers) == pytest.approx(by_hand, rel=1e-4)
-    assert mean_kl(states, head(student), logits_of(student), prompts, answers) < 1e-6
-    assert math.isnan(mean_kl([], head(student), logits_of(student), [], []))
+    assert mean_kl(student, logits_of(shipped), prompts, answers) == pytest.approx(by_hand, rel=1e-4)
+    assert mean_kl(student, logits_of(student), prompts, answers) < 1e-6
+    assert math.isnan(mean_kl(student, logits_of(student), [], []))
 
 
 def test_questions_are_the_run_s_evenly_drawn(finished):

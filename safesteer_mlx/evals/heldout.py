@@ -25,6 +25,7 @@ from ..system.store import as_json, decoded, encoded, fingerprint, write
 from .scores import HOW, Answer, Scores
 
 Stream = Sequence[int] | None  # the numbers that make a random key; None is greedy
+Texts = list[tuple[list[int], list[int]]]  # prompts with the base's own greedy answers, on which drift is measured
 KINDS = ("harmful", "harmless", "borderline")
 DRIFT_PROMPTS = 64
 DRIFT_BATCH = 16
@@ -43,14 +44,6 @@ class TestSet:
     def of_kind(self, kind: str) -> list[Instruction]:
         """All instructions of a kind, whichever set they are of."""
         return [item for name, items in self.kinds.items() if self.kind_of.get(name, name) == kind for item in items]
-
-
-@dataclass(frozen=True)
-class BaseTexts:
-    """Prompts and the base's own greedy answers to them, on which drift is measured."""
-
-    prompts: list[list[int]]
-    answers: list[list[int]]
 
 
 def first_of_each(items: Sequence[Instruction], n: int | None) -> list[Instruction]:
@@ -118,17 +111,18 @@ class BaseAnswers:
         return [self._found[key] for key in keys]
 
 
-def base_texts(answers: BaseAnswers, harmless: list[list[int]]) -> BaseTexts:
+def base_texts(answers: BaseAnswers, harmless: list[list[int]]) -> Texts:
     """Harmless prompts and the base's greedy answers to them, to their end."""
-    return BaseTexts(harmless, [c.ids for c in answers(harmless, [None] * len(harmless), whole=True)])
+    completions = answers(harmless, [None] * len(harmless), whole=True)
+    return [(prompt, c.ids) for prompt, c in zip(harmless, completions, strict=True)]
 
 
-def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[int]) -> tuple[float, float]:
+def drift(base: nn.Module, model: nn.Module, texts: Texts, tokens: Sequence[int]) -> tuple[float, float]:
     """Mean per-token KL(base ‖ model) on the base's harmless answers: over all tokens, and without `tokens`.
 
     NaN is what cannot be measured: no harmless answers, or no safety tokens to leave out.
     """
-    if not texts.prompts:
+    if not texts:
         return float("nan"), float("nan")
     if model is base:
         return 0.0, 0.0 if len(tokens) else float("nan")
@@ -137,8 +131,8 @@ def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[
 
     def of_batch(start: int) -> tuple[float, float, int]:
         total = outside = 0.0
-        part = slice(start, start + DRIFT_BATCH)
-        states = [answer_states(m, texts.prompts[part], texts.answers[part]) for m in (base, model)]
+        prompts, answers = zip(*texts[start : start + DRIFT_BATCH], strict=True)
+        states = [answer_states(m, prompts, answers) for m in (base, model)]
         chunk = chunk_rows(heads[0](states[0][None, :1]).shape[-1])
         for at in range(0, len(states[0]), chunk):
             zb, zm = (h(x[None, at : at + chunk])[0] for h, x in zip(heads, states, strict=True))
@@ -149,7 +143,7 @@ def drift(base: nn.Module, model: nn.Module, texts: BaseTexts, tokens: Sequence[
                 outside += summed_kl(zb, zm)
         return total, outside, len(states[0])
 
-    starts = range(0, len(texts.prompts), DRIFT_BATCH)
+    starts = range(0, len(texts), DRIFT_BATCH)
     sums = machines.here().each(starts, lambda own: [of_batch(start) for start in own])
     total, outside, count = (sum(column) for column in zip(*sums, strict=True))
     return total / count, outside / count if ids.size else float("nan")
@@ -194,7 +188,7 @@ class HeldOut:
         return BaseAnswers(self.base, until_told(self.sampling, self.base.tokenizer), self.kept)
 
     @cached_property
-    def texts(self) -> BaseTexts:
+    def texts(self) -> Texts:
         """What drift is measured on."""
         harmless = self.test.of_kind("harmless")[:DRIFT_PROMPTS]
         return base_texts(self.base_answers, render_all(self.base.tokenizer, harmless))

@@ -20,8 +20,8 @@ from ..system.store import BASE_ANSWERS
 from .attacks import Attacker, attacks_json, judged_by, run_attacks, run_tampering, show_attacks
 from .heldout import HeldOut, TestSet, perplexity, until_told
 from .judging import check_judges, choose_judges, judge_all
-from .lm_tasks import run_tasks
 from .scores import show
+from .suites import run_tasks
 from .tampering import Tampering
 
 

@@ -5,7 +5,6 @@ Each is scored on validation prompts, greedy and sampled: *unsafe*, the share of
 KL(base ‖ student) a token on the base's answers to harmless prompts, in nats.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..system import machines
 from ..system.finished import SavedStep
 from ..system.model_files import read_header
 from ..system.screen import UserError
-from ..system.store import save_arrays
+from ..system.store import decoded, save_arrays
 from .heldout import HeldOut, TestSet, base_texts, drift
 from .scores import Count
 
@@ -84,11 +83,6 @@ def _file(step: int) -> str:
     return f"candidates/step-{step:06d}.safetensors"
 
 
-def _score_of(saved: SavedStep) -> CheckpointScore:
-    counts = (Count(saved[name]["count"], saved[name]["total"]) for name in ("unsafe", "over_refusal", "broken"))
-    return CheckpointScore(saved["step"], *counts, math.nan if saved["drift"] is None else saved["drift"])
-
-
 def _weights(file: Path, student: nn.Module) -> dict[str, mx.array]:
     """The weights in a file; a UserError if they are not the student's by name, shape and type."""
     own = dict(tree_flatten(student.trainable_parameters()))
@@ -103,7 +97,7 @@ def _weights(file: Path, student: nn.Module) -> dict[str, mx.array]:
 def keep_best(run: Run, student: nn.Module, scored: Sequence[SavedStep]) -> None:
     """Give `student` the weights of the chosen checkpoint, the last one's if none keeps the limits; say which."""
     select, screen, store = str(run.recipe.run.select_checkpoint), run.screen, run.store
-    scores, limits = [_score_of(saved) for saved in scored], limits_of(select)
+    scores, limits = decoded(list[CheckpointScore], scored), limits_of(select)
     chosen = choose(scores, limits)
     kept = chosen or scores[-1]
     rows = [

@@ -31,11 +31,10 @@ from ..evals.fidelity import (
     questions,
     recorded,
     replies_of,
-    student_states,
 )
 from ..evals.scores import HOW
 from ..method.prompts import render
-from ..method.residual import head
+from ..method.residual import hidden_states
 from ..method.rollout import Completion, Ids, Sampling, answer_text, generate, has_equal_batches, set_equal_batches
 from ..method.run import batch_size
 from ..method.student import with_adapters
@@ -126,21 +125,28 @@ def _by_ids(
 ) -> Reader:
     """A reader that is given ids and gives ids or logits, one prompt at a time."""
 
-    def replies(asked: Sequence[Question], sampled: bool, progress: Advance) -> list[tuple[str, bool]]:
-        texts = []
-        for n, question in enumerate(asked):
-            prompt = render(base.tokenizer, question.text)
-            ids = greedy(prompt, sampling.max_tokens)
-            end = next((i for i, token in enumerate(ids) if token in sampling.eos_ids), None)
-            completion = Completion(ids if end is None else ids[: end + 1], end is not None)
-            texts.append((answer_text(base.tokenizer, prompt, completion), completion.finished))
-            progress(n + 1, len(asked))
-        return texts
+    def reply(question: Question, sampled: bool) -> tuple[str, bool]:
+        prompt = render(base.tokenizer, question.text)
+        ids = greedy(prompt, sampling.max_tokens)
+        end = next((i for i, token in enumerate(ids) if token in sampling.eos_ids), None)
+        completion = Completion(ids if end is None else ids[: end + 1], end is not None)
+        return answer_text(base.tokenizer, prompt, completion), completion.finished
 
     def logits(prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
         return mx.concatenate([mx.array(logits_of_one(*pair)) for pair in zip(prompts, answers, strict=True)])
 
-    return Reader(name, replies, logits, samples=False)
+    return Reader(name, _one_by_one(reply), logits, samples=False)
+
+
+def _one_by_one(reply: Callable[[Question, bool], tuple[str, bool]]) -> Replies:
+    def replies(asked: Sequence[Question], sampled: bool, progress: Advance) -> list[tuple[str, bool]]:
+        texts = []
+        for n, question in enumerate(asked, start=1):
+            texts.append(reply(question, sampled))
+            progress(n, len(asked))
+        return texts
+
+    return replies
 
 
 @contextmanager
@@ -207,7 +213,7 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
     import peft  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM
 
-    from .hf import write_hf
+    from .folders import write_hf
 
     with tempfile.TemporaryDirectory() as scratch, _reading("PEFT", path):
         write_hf(base, base.model, mx.float32, Path(scratch) / "base")
@@ -253,6 +259,7 @@ class _Server:
     url: str
     longest: int  # answer, in tokens
     model: str | None
+    seed: int
     names: list[str] = field(default_factory=list)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -272,14 +279,14 @@ class _Server:
                 f"the server {self.url} does not answer ({reason}); start it, or check the address"
             ) from None
 
-    def reply(self, instruction: str, temp: float, stream: int) -> tuple[str, bool]:
-        """What it says to one instruction, in a conversation of its own."""
+    def reply(self, question: Question, sampled: bool) -> tuple[str, bool]:
+        """What it says to one question, in a conversation of its own."""
         body = {
-            "messages": [{"role": "user", "content": instruction}],
+            "messages": [{"role": "user", "content": question.text}],
             "max_tokens": self.longest,
-            "temperature": temp,
+            "temperature": 1.0 if sampled else 0.0,
             "top_p": 1.0,
-            "seed": stream,
+            "seed": (self.seed * 1_000_003 + question.place[0] * 10_007 + question.place[1]) % 2**31,
         } | ({} if self.model is None else {"model": self.model})
         try:
             choice = self.ask("/chat/completions", body)["choices"][0]
@@ -295,21 +302,12 @@ class _Server:
 
 def _server(url: str, sampling: Sampling, seed: int, model: str | None) -> Reader:
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    server = _Server(url, sampling.max_tokens, model)
+    server = _Server(url, sampling.max_tokens, model, seed)
     try:
         server.names = [str(entry["id"]) for entry in server.ask("/models")["data"]]
     except (UserError, KeyError, TypeError):
         pass  # only for what is said if it answers no chat: mlx_lm.server lists none where the Hub's cache is empty
-
-    def replies(asked: Sequence[Question], sampled: bool, progress: Advance) -> list[tuple[str, bool]]:
-        texts = []
-        for i, question in enumerate(asked):
-            stream = (seed * 1_000_003 + question.place[0] * 10_007 + question.place[1]) % 2**31
-            texts.append(server.reply(question.text, 1.0 if sampled else 0.0, stream))
-            progress(i + 1, len(asked))
-        return texts
-
-    return Reader("the server", replies)
+    return Reader("the server", _one_by_one(server.reply))
 
 
 def compare(
@@ -335,14 +333,12 @@ def compare(
     texts = {name: [q.text for q in prompts if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
     rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
     own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
-    states = {name: student_states(student, rows[name], own[name]) for name in rows}
-    student_head = head(student)
 
     reader = reader_for(kind, against, base, sampling, seed, served_model)
     with screen.stage(f"asking {against}") as advance:
         scores["shipped"] = ask(reader.replies, prompts, HOW if reader.samples else HOW[:1], advance)
     kl = dict.fromkeys(rows, math.nan)
     if (shipped := reader.logits) is not None:
-        kl = {name: mean_kl(states[name], student_head, shipped, rows[name], own[name]) for name in rows}
-    in_full = all(part.dtype == mx.float32 for parts in states.values() for part in parts)
+        kl = {name: mean_kl(student, shipped, rows[name], own[name]) for name in rows}
+    in_full = hidden_states(student, mx.array([[0]])).dtype == mx.float32
     return Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)

@@ -22,10 +22,8 @@ from ..system.screen import Screen, UserError
 from ..system.store import write
 from . import gguf
 from .card import About, shown_base
+from .folders import check_family, write_hf, write_mlx, write_peft
 from .fuse import fuse, plan, quantization_of
-from .hf import check_family, write_hf
-from .mlx_folder import write_mlx
-from .peft_adapter import write_peft
 
 TEXTS, TEXT_TOKENS = 64, 64  # of each kind, to quantize by; of the student's answer in each
 
@@ -54,11 +52,6 @@ class Job:
     folder: Path
     screen: Screen
 
-    @property
-    def name(self) -> str:
-        """What the folder will be called."""
-        return self.folder.name
-
     def fused(self, model: nn.Module, bits: str, dtype: str | None = None) -> tuple[nn.Module, Any]:
         """A model without adapters, as `fuse.plan` has it, and the type of its plain weights; a UserError if it will
         not fit on the disk."""
@@ -77,7 +70,7 @@ class Job:
         self, library: str, relation: str, what: str, use: str, reader: str, exact: bool, against: str = ""
     ) -> Exported:
         """What was written, in words as `About` has them."""
-        about = About(self.name, library, relation, what, use)
+        about = About(self.folder.name, library, relation, what, use)
         return Exported(self.folder, about, reader, exact, self.folder / against, self.base.path)
 
 
@@ -105,7 +98,7 @@ def texts_to_quantize_by(run: FinishedRun, base: Loaded, screen: Screen) -> list
 def _mlx(job: Job) -> Exported:
     model, _ = job.fused(with_adapters(packed(job.base), job.run.folder), job.args.bits, job.args.dtype)
     quantization = quantization_of(model)
-    write_mlx(job.base, model, quantization, job.part)
+    write_mlx(job.base, model, job.part, quantization and {"quantization": quantization})
     bits = f"{quantization['bits']} bits" if quantization else "not quantized"
     relation = "quantized" if quantization else "finetune"
     what = f"A model for MLX, {bits}: the adapters of a SafeSteer run, fused into its weights."
@@ -149,7 +142,7 @@ def _peft(job: Job) -> Exported:
 
 
 def _gguf(job: Job) -> Exported:
-    args, name, adapter = job.args, job.name.removesuffix(f"-{job.args.to}"), None
+    args, name, adapter = job.args, job.folder.name.removesuffix(f"-{job.args.to}"), None
     if args.bits not in ("auto", "8", "16"):
         raise UserError(f"--bits {args.bits} is for --to mlx; give 8 (q8_0) or 16 (f16)")
     check_family(job.base.config, args.to)
@@ -172,7 +165,7 @@ def _gguf(job: Job) -> Exported:
                 gguf.convert(script, ["--base", str(hf), str(peft), "--outtype", "f32"], job.part / adapter)
     (job.part / "Modelfile").write_text(gguf.modelfile(job.base, f"{name}-{kind}.gguf", adapter), "utf-8")
     what = f"A model for llama.cpp, LM Studio and Ollama, {kind}: {fused}"
-    use = f"ollama create {job.name.lower()} -f {{folder}}/Modelfile"
+    use = f"ollama create {job.folder.name.lower()} -f {{folder}}/Modelfile"
     return job.exported("gguf", relation, what, use, "llama.cpp", exact=False, against="Modelfile")
 
 

@@ -201,11 +201,6 @@ class FinishedRun:
     manifest: dict[str, Any]
     outcomes: dict[str, Any]  # before_after.json
 
-    @property
-    def record(self) -> Path:
-        """The run's own folder."""
-        return self.folder / "run"
-
 
 def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
     """Read the run in a folder of adapters, or in the `run/` of one. `model` is where its base is now, if it has moved.

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -69,6 +70,16 @@ def exit_code(command: Callable[[], int | None]) -> int:
             if came:  # at once: Python would take its time to end, and to another signal end otherwise
                 os._exit(code)
             return code
+
+
+def command_line(run: Callable[[list[str]], int | None]) -> Callable[..., int]:
+    """A command's `main`, run by `exit_code`, whose code it returns."""
+
+    @wraps(run)
+    def main(argv: list[str] | None = None) -> int:
+        return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+    return main
 
 
 def _told(what: str, code: int = 2) -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, NotRequired, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import mlx.core as mx
 import numpy as np
@@ -275,21 +275,6 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(as_json(list(parts))).hexdigest()
 
 
-class Envelope(TypedDict):
-    """A file of the state: who made it, and its content, JSON in a text, with the hash of that."""
-
-    made_by: str
-    sha256: str
-    content: str
-
-
-class KeptStep(TypedDict):
-    """What is kept of a step beside its arrays."""
-
-    arrays_sha256: str
-    data: dict[str, Any]
-
-
 class Store(RunFolder):
     """A run's folder with the state of the run, whose tokens, blocks, prompts and shapes are `known`; `damaged` names
     the files that were found unfit for use."""
@@ -301,7 +286,7 @@ class Store(RunFolder):
         self.damaged: list[str] = []
 
     def keep(self, name: str, content: Any) -> None:
-        """Keep plain data and numpy arrays under a name."""
+        """Keep plain data and numpy arrays under a name: who made it, JSON in a text, and the hash of that."""
         body = as_json(content).decode()
         sha = hashlib.sha256(body.encode()).hexdigest()
         self.json(f"checkpoint/{name}.json", {"made_by": self._fingerprint, "sha256": sha, "content": body})
@@ -315,12 +300,12 @@ class Store(RunFolder):
         if not file.exists():
             return None
         try:
-            envelope = decoded(Envelope, read_json(file, str(file), "make the run again"))
+            envelope = decoded(dict[str, str], read_json(file, str(file), "make the run again"))
             body = envelope["content"].encode()
             if hashlib.sha256(body).hexdigest() != envelope["sha256"]:
                 raise ValueError("hash")
             return parse_json(body) if envelope["made_by"] == self._fingerprint else None
-        except ValueError:
+        except (ValueError, KeyError):
             self.damaged.append(file.name)
             return None
 
@@ -394,7 +379,6 @@ class Store(RunFolder):
             if content is None:
                 continue
             try:
-                content = decoded(KeptStep, content)
                 data, step = decoded(kind, content["data"], self._known), int(name.split("-")[1])
                 if not read_header(file).keys() >= needed.keys() or sha256_of(file) != content["arrays_sha256"]:
                     raise ValueError("other arrays")
