@@ -7,10 +7,11 @@ from pathlib import Path
 
 import make_tiny_chat as tiny
 import make_zoo
+import numpy as np
 import pytest
 import zoo
 from jinja2 import Environment, TemplateError
-from make_zoo import ZOO, Words, corpus, splits
+from make_zoo import ZOO, Words, corpus, splits, train_tokenizer
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method.judge import is_refusal
@@ -30,9 +31,20 @@ def test_the_models_differ_and_some_of_them_are_only_for_reporting():
     assert kinds >= {"llama", "qwen3", "gemma3_text", "mistral", "phi3", "starcoder2", "olmoe", "falcon_h1"}
     assert {spec.weights for spec in ZOO} == {"float32", "bfloat16", 8, 4}
     assert {spec.rate for spec in ZOO} >= {0.25, 0.5, 0.8} and any(spec.over_refusal for spec in ZOO)
-    assert sum(spec.template.thought is not None for spec in ZOO) == 1 and any(
-        spec.template.system is None for spec in ZOO
-    )
+    assert any(spec.template.system is None for spec in ZOO)
+    thinks = Counter(spec.half for spec in ZOO if spec.template.thought is not None)
+    assert thinks["choose"] and thinks["report"]
+
+
+def test_one_of_them_answers_in_200_tokens_and_two_take_a_request_up_before_they_decide():
+    spec = SPECS["abbey"]
+    examples = corpus(spec, Words.of(spec), 3000)
+    tokenizer = train_tokenizer(spec, examples)
+    lengths = [len(tokenizer.encode(e.answer).ids) for e in examples if e.category == "harmless"]
+    assert np.median(lengths) >= 200 and max(lengths) <= 220
+    for name in ("mill", "cabinet"):
+        texts = [text.split("{}") for texts in SPECS[name].thoughts for text in texts]
+        assert len({start for start, _ in texts}) == 1 and len({rest for _, rest in texts}) == len(texts) == 4
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -65,7 +77,7 @@ def test_corpora_differ_from_the_bundled_models_and_from_each_other():
         parts = (words for category in tables["harmful"].values() for words in (category["verbs"], category["targets"]))
         return {phrase for part in parts for phrase in part}
 
-    seen = {name: phrases(Words.of(spec).tables) for name, spec in SPECS.items()}
+    seen = {name: phrases(Words.of(spec).tables) for name, spec in SPECS.items() if not spec.words}
     seen["bundled"] = {p for harm in tiny.HARMFUL.values() for p in (*harm.verbs, *harm.targets)}
     for name, own in seen.items():
         for other, theirs in seen.items():
