@@ -14,7 +14,7 @@ from .system import machines
 from .system.files import user_path
 from .system.hub import prepare
 from .system.model_files import read_header
-from .system.screen import Screen, UserError, duration, exit_code
+from .system.screen import Screen, UserError, command_line, duration
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -258,12 +258,9 @@ def _direction_record(directions: "FoundDirections", chosen: "ChosenTeacher") ->
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return exit_code(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> None:
+@command_line
+def main(argv: list[str]) -> None:
+    """The command line."""
     flags, preset, yaml_file = parse(argv)
     resume, yes = flags.pop("resume", None), flags.pop("yes", False)
     dry_run = flags.pop("dry_run", False)

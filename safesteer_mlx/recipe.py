@@ -776,7 +776,7 @@ def _align_parser(everything: bool) -> Parser:
     return parser
 
 
-def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None, Path | None]:
+def parse(argv: list[str]) -> tuple[dict[str, Any], str | None, Path | None]:
     """Command line -> (settings given, preset, YAML file).
 
     Raises:
