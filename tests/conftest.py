@@ -12,6 +12,7 @@ import inspect
 import resource
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -105,9 +106,30 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line(f"{title} of the tables: {row[0]:.1f} s, {row[1] >> 20} MB, {row[2]}")
 
 
+# The files that take longest, longest first; begun last, they would leave the other cores idle.
+LONG = (
+    "zoo",
+    "checkpoint",
+    "align",
+    "machines",
+    "verdict",
+    "export",
+    "load",
+    "verify",
+    "evaluate",
+    "bench",
+    "examples",
+)
+LONG += ("hub", "own_policy", "attacks", "packaging", "families", "doc_commands", "interrupted_and_odd")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin the files with most tests, which are quick ones
+
+
 def pytest_collection_modifyitems(items):
-    # The zoo's alignments take longest; begun last, they would leave the other cores idle.
-    items.sort(key=lambda item: item.path.name != "test_zoo.py")
+    place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(autouse=True)
@@ -129,14 +151,17 @@ _PREPARED: dict[tuple, object] = {}  # what stages 1 to 3 found in this process
 
 def _once(self, find, *found):
     """`Run.once`, but that what a stage finds is found once for all runs that only differ in what comes after it."""
-    from safesteer_mlx.method import teacher
+    from safesteer_mlx.method import direction, teacher
 
     recipe = self.recipe
+    settings = [recipe.direction, recipe.teacher.teacher]
+    if find is not direction.find_directions:  # the first stage reads no other
+        settings += [recipe.teacher, recipe.tokens, recipe.loss.first_tokens]
     key = (
         find,
         self.base.weights_hash,
         self.base.thinks,
-        repr((recipe.direction, recipe.teacher, recipe.tokens, recipe.loss.first_tokens)),
+        repr(settings),
         repr((recipe.run.seed, recipe.run.prompt_batch_size, recipe.run.generation_batch_size)),
         (teacher.VALIDATION_PROMPTS, hash(repr(self.prompts))),
     )
@@ -150,16 +175,29 @@ def _once(self, find, *found):
     return self.store.once(find.__name__.removeprefix("find_"), finds, kind)
 
 
+def _fewer(sets):
+    """The sets with less in those of which a run reads all: prompts to train on, twice as many to validate by as the
+    search asks, and two of each little task."""
+    from safesteer_mlx.evals.heldout import first_of_each
+    from safesteer_mlx.method.teacher import VALIDATION_PROMPTS
+
+    counts = {"harmful_train": 64, "harmless_train": 64}
+    counts |= {f"{kind}_validation": 2 * n for kind, n in zip(("harmful", "harmless"), VALIDATION_PROMPTS, strict=True)}
+    few = {name: getattr(sets, name)[:count] for name, count in counts.items()}
+    return replace(sets, **few, capability_test=first_of_each(sets.capability_test, 2))
+
+
 @pytest.fixture(scope="module")
 def few_prompts():
-    """For tests of something else than the search: it and checkpoint selection ask four prompts a kind, runs that only
-    differ in what comes after stages 1 to 3 share what these found, and a model is timed and its padding checked once.
+    """For tests of something else than the search: it, checkpoint selection and the check for a collapse ask four
+    prompts a kind, and the sets hold few; runs that only differ in what comes after stages 1 to 3 share what these
+    found, and a model is timed and its padding checked once.
     """
     from safesteer_mlx.evals import selection
-    from safesteer_mlx.method import pace, run, safety_tokens, teacher
+    from safesteer_mlx.method import pace, prompts, run, safety_tokens, teacher, train
 
     timed, batched = {}, {}
-    measure_rates, can_batch = pace.measure_rates, run.can_batch
+    measure_rates, can_batch, built_in_sets = pace.measure_rates, run.can_batch, prompts.built_in_sets
 
     def rates(run):
         key = run.base.weights_hash, run.recipe.run.generation_batch_size
@@ -174,17 +212,30 @@ def few_prompts():
         patch.setattr(pace, "measure_rates", rates)
         patch.setattr(run, "can_batch", batches)
         patch.setattr(run.Run, "once", _once)
+        patch.setattr(prompts, "built_in_sets", lambda model: _fewer(built_in_sets(model)))
         patch.setattr(selection, "PROMPTS", 4)
+        patch.setattr(train, "COLLAPSE_PROMPTS", 4)
         for module in (teacher, safety_tokens):
             patch.setattr(module, "VALIDATION_PROMPTS", (4, 4))
         yield
-    _PREPARED.clear()
 
 
 @pytest.fixture
 def nothing_prepared(few_prompts):
     """For a test of what the stages find, twice: no run before it is drawn on."""
     _PREPARED.clear()
+
+
+@pytest.fixture
+def unsaved(monkeypatch):
+    """Every picture is drawn but none is saved, for tests of something else: one stands for all."""
+    from safesteer_mlx.evals import figures
+
+    def picture(draw, print_too=True):
+        draw(figures.LIGHT)
+        return figures.Picture(b"<svg/>", b"<svg/>", b"\x89PNG")
+
+    monkeypatch.setattr(figures, "picture", picture)
 
 
 @pytest.fixture(params=["qwen2", "llama", "gemma2"])

@@ -1,4 +1,4 @@
-"""Finished run folders written by hand, for tests of what reads them."""
+"""Finished run folders written by hand, for tests of what reads them; and few prompts, for runs in other processes."""
 
 import json
 from pathlib import Path
@@ -134,6 +134,22 @@ def files(text: str = "plain") -> dict[str, Any]:
             for kind, how, name in asked
         ],
     }
+
+
+PROMPTS = Path(__file__).parents[1] / "models" / "tiny-chat" / "data"
+COUNTS = {"direction_train": 24, "direction_validation": 8, "validation": 8, "train": 16, "test": 4}  # of a kind
+
+
+def few_sets(folder: Path, skip: int = 0) -> Path:
+    """The bundled model's prompts, few of each set, in folder/few; and that folder."""
+    (folder / "few").mkdir(parents=True)
+    for kind in ("harmful", "harmless"):
+        for name, count in COUNTS.items():
+            lines = (PROMPTS / f"{kind}_{name}.jsonl").read_text().splitlines()
+            (folder / "few" / f"{kind}_{name}.jsonl").write_text("\n".join(lines[skip : skip + count]))
+    tasks = (PROMPTS / "capability_test.jsonl").read_text().splitlines()
+    (folder / "few" / "capability_test.jsonl").write_text("\n".join(tasks[::32]))
+    return folder
 
 
 def write_run(folder: Path, found: dict[str, Any]) -> Path:

@@ -15,8 +15,8 @@ from safesteer_mlx.recipe import MODELS
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
 TINY = MODELS / "tiny-chat"
-SHORT = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--direction-validation", "32"]
-SHORT += ["--token-samples", "2", "--coeff", "0.7", "--no-report"]
+SHORT = ["--iters", "2", "--test-prompts", "4", "--direction-train", "32", "--direction-validation", "16"]
+SHORT += ["--token-samples", "1", "--coeff", "0.7", "--no-report"]
 
 
 def aligned(folder: Path, *flags: str) -> Path:
@@ -26,7 +26,7 @@ def aligned(folder: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "24", "--report", "--score-teacher")
+    return aligned(tmp_path_factory.mktemp("run") / "adapters", "--test-prompts", "12", "--report", "--score-teacher")
 
 
 def test_writes_what_mlx_lm_reads_and_the_record_beside_it(finished):
@@ -49,7 +49,7 @@ def test_answers_are_kept_for_their_owner_alone_and_not_at_all_if_not_wanted(fin
 
     scores = json.loads((finished / "run" / "before_after.json").read_text())
     lines = [json.loads(line) for line in (finished / "run" / "transcripts.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 * 3 * 2 * 24  # models, kinds, ways of decoding, prompts
+    assert len(lines) == 3 * 3 * 2 * 12  # models, kinds, ways of decoding, prompts
     assert set(lines[0]) == {"model", "kind", "how", "prompt", "answer", "outcome", "finished", "cut"}
     for model, found in scores.items():
         own = [line for line in lines if (line["model"], line["kind"], line["how"]) == (model, "harmful", "sampled")]
@@ -81,7 +81,7 @@ def test_a_second_run_says_that_it_replaces_the_first_and_a_report_it_cannot_dra
 
 
 def test_two_runs_with_one_seed_give_identical_bytes(finished, nothing_prepared, tmp_path):
-    again = aligned(tmp_path / "adapters", "--test-prompts", "24", "--score-teacher")
+    again = aligned(tmp_path / "adapters", "--test-prompts", "12", "--score-teacher")
     for name in ("adapters.safetensors", "run/direction.json", "run/tokens.json", "run/metrics.jsonl"):
         assert (finished / name).read_bytes() == (again / name).read_bytes(), name
     assert (finished / "run/before_after.json").read_bytes() == (again / "run/before_after.json").read_bytes()
@@ -96,7 +96,7 @@ def test_the_saved_adapter_loaded_by_mlx_lm_is_the_student_that_was_scored(finis
     from safesteer_mlx.recipe import HELD_OUT_TOKENS
 
     model, tokenizer = load(str(TINY), adapter_path=str(finished))  # type: ignore[misc]
-    prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:24])
+    prompts = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:12])
     answers = generate(model, prompts, Sampling(sorted(tokenizer.eos_token_ids), HELD_OUT_TOKENS))
     scored = json.loads((finished / "run" / "before_after.json").read_text())["student"]["outcomes"]["harmful"]
     assert sum(is_refusal(a.text(tokenizer)) for a in answers) == scored["greedy"]["refuse"]
@@ -132,7 +132,7 @@ def test_every_variant_runs_to_the_end(flags, tmp_path):
 
 
 def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(nothing_prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "VALIDATION_PROMPTS", (32, 16))
+    monkeypatch.setattr(teachers, "VALIDATION_PROMPTS", (16, 8))
     folder = aligned(tmp_path / "adapters", "--coeff", "auto")
     found = json.loads((folder / "run" / "direction.json").read_text())
     trials = {(t["layer"], t["position"], t["coeff"]): t for t in found["trials"]}
@@ -147,9 +147,10 @@ def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(nothin
     assert line == sorted(line)
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_a_run_that_learns_nothing_says_so_last_and_recommends_no_adapter(tmp_path, capsys):
     folder = tmp_path / "adapters"
-    command = ["--adapter-path", str(folder), *SHORT, "--learning-rate", "1e-7"]
+    command = ["--adapter-path", str(folder), *SHORT, "--learning-rate", "4e-6"]
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert "not aligned: training brought the model 0% of the way" in err and "are not to be used" in err

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from runs import few_sets
 
 import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
@@ -24,18 +25,11 @@ from safesteer_mlx.system.memory import PagingError
 from safesteer_mlx.system.screen import UserError
 from safesteer_mlx.system.store import RunFolder, Store, fingerprint
 
-SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "48"]
-SHORT += [
-    "--direction-validation",
-    "24",
-    "--token-samples",
-    "1",
-    "--batch-size",
-    "8",
-    "--max-tokens",
-    "24",
-    "--no-report",
-]
+SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "32", "--no-report"]
+SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "8", "--max-tokens", "24"]
+# For runs in a process of their own, with `few_sets`.
+SHORTEST = ["--iters", "2", "--token-samples", "1", "--coeff", "0.85", "--horizon", "2", "--batch-size", "4"]
+SHORTEST += ["--save-every", "1"]
 pytestmark = pytest.mark.usefixtures("few_prompts")
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]
@@ -142,8 +136,7 @@ def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_
     run = tmp_path / "adapters" / "run"
     (run / "checkpoint").mkdir(parents=True)
     (run / "base_answers.json").write_text("{}")  # an earlier run's
-    flags = ["--iters", "2", "--direction-train", "24", "--direction-validation", "8", "--token-samples", "1"]
-    flags += ["--coeff", "0.7", "--horizon", "2", "--batch-size", "4", "--save-every", "1", "--prefill-ratio", "0.5"]
+    flags = [*SHORTEST, "--data", str(few_sets(tmp_path) / "few"), "--prefill-ratio", "0.5"]
     command = [sys.executable, "-c", KILLED, "--adapter-path", str(run.parent), *flags]
     done = subprocess.run([*command, "--no-transcripts"], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -169,8 +162,7 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_checkpoint_is_scored_is_one_line_and_the_run_goes_on(number, tmp_path, capsys):
     folder = tmp_path / "adapters"
-    flags = ["--iters", "2", "--direction-train", "24", "--direction-validation", "8", "--token-samples", "1"]
-    flags += ["--coeff", "0.7", "--horizon", "2", "--batch-size", "4", "--save-every", "1", "--test-prompts", "1"]
+    flags = [*SHORTEST, "--data", str(few_sets(tmp_path) / "few"), "--test-prompts", "1"]
     flags += ["--adapter-path", str(folder), "--select-checkpoint", "drift<=9", "--no-report"]
     command = [sys.executable, "-c", SIGNALLED, str(int(number)), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -17,6 +17,8 @@ from safesteer_mlx.method.student import with_adapters
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
 
+pytestmark = pytest.mark.usefixtures("few_prompts")
+
 TINY = MODELS / "tiny-chat"
 FLAGS = ["--force", "--iters", "2", "--batch-size", "8", "--max-tokens", "12", "--test-prompts", "4"]
 FLAGS += ["--direction-train", "16", "--direction-validation", "8", "--coeff", "20.0", "--no-report"]

@@ -219,3 +219,10 @@ def test_text_and_marks_stand_out_from_the_page(theme, name, least):
 def test_a_drift_that_was_not_measured_is_said(found):
     axes = figures.drift(found["before_after.json"], LIGHT).axes[0]
     assert [t.get_text().strip() for t in axes.texts] == ["0.01", "not measured"] * 2
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-9])
+def test_where_nothing_moved_drift_is_drawn_all_the_same(value):
+    scores = {name: {"drift": value, "drift_outside": None} for name in ("base", "student")}
+    axes = figures.drift(scores, LIGHT).axes[0]  # a warning would fail it
+    assert axes.get_xlim()[0] == 0 < axes.get_xlim()[1]

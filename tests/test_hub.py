@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants as constants
 import pytest
 from hub import Hub
+from runs import few_sets
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method.prompts import load_data
@@ -215,8 +216,8 @@ def test_an_unknown_error_below_is_one_sentence():
 
 # What the library reads from the environment once: processes of their own.
 
-SHORT = ["--iters", "1", "--test-prompts", "2", "--direction-train", "32", "--direction-validation", "16"]
-SHORT += ["--token-samples", "1", "--coeff", "0.7", "--horizon", "2", "--batch-size", "4"]
+SHORT = ["--iters", "1", "--test-prompts", "2", "--token-samples", "1", "--coeff", "0.85", "--horizon", "2"]
+SHORT += ["--batch-size", "4"]
 
 
 def run(argv: list[str], home: Path, before: list[str] | None = None, at: Path | None = None, **environment: str):
@@ -245,6 +246,7 @@ def test_offline_a_whole_alignment_makes_no_connection_and_takes_none(tmp_path):
     except OSError:  # no such command
         alone = False
     argv = ["--offline", "--adapter-path", str(tmp_path / "adapters"), *SHORT]
+    argv += ["--data", str(few_sets(tmp_path) / "few")]
     path = os.pathsep.join([str(guard), str(Path(ours.__file__).parents[1])])
     places = {name: tmp_path / name for name in ("home", "cache", "tmp", "elsewhere")}
     for place in places.values():

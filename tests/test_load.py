@@ -10,8 +10,9 @@ import pytest
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from safesteer_mlx.align import main
+from safesteer_mlx.method import prompts
 from safesteer_mlx.method import run as runs
-from safesteer_mlx.method.prompts import load_instructions, load_prompt_sets, render_all
+from safesteer_mlx.method.prompts import load_instructions, render_all
 from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
@@ -73,8 +74,8 @@ def test_every_format_loads_and_computes_nearly_the_same(formats, name):
 )
 def test_every_format_is_aligned_and_mlx_lm_reads_the_result(formats, name, flags, few_prompts, tmp_path, monkeypatch):
     # A copy has no prompts of its own, and the package's are beyond this little model.
-    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
-    short = ["--iters", "2", "--test-prompts", "2", "--direction-train", "32", "--direction-validation", "24"]
+    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: prompts.built_in_sets(str(TINY)))
+    short = ["--iters", "2", "--test-prompts", "2", "--direction-train", "32", "--direction-validation", "8"]
     short += ["--token-samples", "1", "--horizon", "2", "--max-tokens", "16", "--no-report", "--force"]
     assert main([str(formats[name]), "--adapter-path", str(tmp_path / "adapters"), *short, *flags]) == 0
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())

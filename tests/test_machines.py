@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import build
+from runs import few_sets
 
 from safesteer_mlx.method import direction
 from safesteer_mlx.method.residual import steer
@@ -22,10 +23,8 @@ from safesteer_mlx.system import machines, screen
 from safesteer_mlx.system.machines import Machines
 from safesteer_mlx.system.screen import UserError
 
-COUNTS = {"direction_train": 24, "direction_validation": 8, "validation": 8, "train": 16, "test": 4}  # prompts a kind
 SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "4", "--coeff", "0.85", "--no-report", "--offline"]
-SHORT += ["--data", "few", "--adapter-path", "adapters"]
-PROMPTS = Path(__file__).parents[1] / "models" / "tiny-chat" / "data"
+SHORT += ["--data", "few", "--adapter-path", "adapters", "--batch-size", "12", "--token-samples", "2"]
 ALIGN = [sys.executable, "-m", "safesteer_mlx.align"]
 ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -38,16 +37,6 @@ def free_ports(n: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def few_prompts(folder: Path, skip: int = 0) -> Path:
-    """The bundled model's prompts, few of each set, in folder/few; and that folder."""
-    (folder / "few").mkdir(parents=True)
-    for kind in ("harmful", "harmless"):
-        for name, count in COUNTS.items():
-            lines = (PROMPTS / f"{kind}_{name}.jsonl").read_text().splitlines()
-            (folder / "few" / f"{kind}_{name}.jsonl").write_text("\n".join(lines[skip : skip + count]))
-    return folder
 
 
 def start(n: int, folder: Path, *flags: str, program: list[str] = ALIGN) -> list[subprocess.Popen]:
@@ -96,7 +85,7 @@ def assert_alike(folder: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A run on one machine."""
-    folder = few_prompts(tmp_path_factory.mktemp("alone"))
+    folder = few_sets(tmp_path_factory.mktemp("alone"))
     subprocess.run([*ALIGN, *SHORT], cwd=folder, env=ENVIRONMENT, check=True)
     return folder / "adapters"
 
@@ -106,7 +95,7 @@ def test_two_machines_make_what_one_makes_and_the_first_alone_speaks(alone, tmp_
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "-p", str(free_ports(1)[0]), "--"]
     run = subprocess.run(
         [*launch, *ALIGN, *SHORT],
-        cwd=few_prompts(tmp_path),
+        cwd=few_sets(tmp_path),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -121,7 +110,7 @@ def test_two_machines_make_what_one_makes_and_the_first_alone_speaks(alone, tmp_
 
 @pytest.mark.distributed
 def test_a_machine_that_dies_ends_all_and_others_go_on_from_there(alone, tmp_path):
-    first, _, third = processes = start(3, few_prompts(tmp_path), *SHORT)
+    first, _, third = processes = start(3, few_sets(tmp_path), *SHORT)
     states = tmp_path / "adapters" / "run" / "checkpoint"
     until = time.monotonic() + 200
     while not list(states.glob("step-*.json")) and time.monotonic() < until:
@@ -143,7 +132,7 @@ def test_a_machine_that_dies_ends_all_and_others_go_on_from_there(alone, tmp_pat
 @pytest.mark.distributed
 def test_settings_are_those_of_the_first_and_files_are_held_against_its_own(tmp_path):
     for rank in (0, 1):
-        few_prompts(tmp_path / str(rank), skip=rank)
+        few_sets(tmp_path / str(rank), skip=rank)
     (tmp_path / "0" / "mine.yaml").write_text("learning_rate: 0.002\n")  # the second has no such file
     first, second = ended(start(2, tmp_path, *SHORT, "-c", "mine.yaml"))
     what = "machine 2 has other prompts than the first; every machine needs the same model, files and versions"

@@ -22,13 +22,14 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from runs import few_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # The least that ends in adapters: adjust here when the flags of `align` change.
-SHORTEST_RUN = ("--iters", "1", "--test-prompts", "4", "--coeff", "0.7", "--token-samples", "1")
-SHORTEST_RUN += ("--direction-train", "32", "--direction-validation", "16", "--horizon", "2")
+SHORTEST_RUN = ("--iters", "1", "--test-prompts", "4", "--coeff", "0.85", "--token-samples", "1", "--horizon", "2")
+SHORTEST_RUN += ("--data", "few", "--no-report")
 
 
 def run(*command: object, **settings) -> subprocess.CompletedProcess:
@@ -136,7 +137,7 @@ def test_installed_wheel_aligns_the_bundled_model(target, tmp_path):
     """Adjust SHORTEST_RUN, not this, when flags change."""
     adapters = tmp_path / "adapters"
     command = (sys.executable, "-m", "safesteer_mlx.align", "--adapter-path", adapters, *SHORTEST_RUN)
-    done = run(*command, cwd=tmp_path, env=elsewhere(target), stdin=subprocess.DEVNULL)
+    done = run(*command, cwd=few_sets(tmp_path), env=elsewhere(target), stdin=subprocess.DEVNULL)
     assert (adapters / "adapters.safetensors").stat().st_size > 0
     assert json.loads((adapters / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
     # nothing of the checkout was used

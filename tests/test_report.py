@@ -50,18 +50,6 @@ def plain(tmp_path_factory):
     return write_report(write_run(tmp_path_factory.mktemp("plain") / "run", files()))
 
 
-@pytest.fixture
-def unsaved(monkeypatch):
-    """Every picture is drawn but none is saved, for tests of something else: one stands for all."""
-    from safesteer_mlx.evals import figures
-
-    def picture(draw, print_too=True):
-        draw(figures.LIGHT)
-        return figures.Picture(b"<svg/>", b"<svg/>", b"\x89PNG")
-
-    monkeypatch.setattr(figures, "picture", picture)
-
-
 def words(page):
     return " ".join(Page(page).text.split())
 

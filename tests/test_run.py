@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import run as runs
+from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method.direction import (
     Direction,
     FoundDirections,
@@ -53,6 +54,12 @@ def run(tmp_path_factory):
     return make_run(recipe, base, Screen())
 
 
+@pytest.fixture(scope="module")
+def found(run):
+    """Its directions."""
+    return find_directions(run)
+
+
 def moved(run, by):
     """A student whose LoRA B is `by` everywhere."""
     student = make_student(run.base.model, run.recipe.train, 0, run.base.quantized)
@@ -78,7 +85,7 @@ def test_a_teacher_that_is_the_base_is_refused(run):
         make_teacher(run, nothing, 0.85)
 
 
-def test_a_student_that_says_nothing_or_only_refuses_is_noticed(run):
+def test_a_student_that_says_nothing_or_only_refuses_is_noticed(run, found):
     base, recipe = run.base, run.recipe
     assert collapsed(run, base.model) is None
     # A student that ends its turn at once
@@ -91,7 +98,7 @@ def test_a_student_that_says_nothing_or_only_refuses_is_noticed(run):
 
     silent.__class__ = Silent
     assert "16 empty answers to 16" in (collapsed(run, silent) or "")
-    teacher = make_teacher(run, find_directions(run).shortlist[0], 2.0)
+    teacher = make_teacher(run, found.shortlist[0], 2.0)
     assert "refuses" in (collapsed(run, teacher.model) or "")
 
 
@@ -322,8 +329,7 @@ def test_what_the_teacher_teaches_is_what_decides_what_an_answer_does(run):
     assert taught(run.with_settings(tokens=replace(run.recipe.tokens, token_method="vote")), 2) == (2, 7)
 
 
-def test_what_was_found_is_read_back_exactly(run):
-    found = find_directions(run)
+def test_what_was_found_is_read_back_exactly(run, found, monkeypatch):
     again = decoded(FoundDirections, json.loads(as_json(encoded(found))))
     assert again.openers == found.openers and again.failed == found.failed and again.harmless == found.harmless
     for a, b in zip(found.shortlist, again.shortlist, strict=True):
@@ -335,6 +341,7 @@ def test_what_was_found_is_read_back_exactly(run):
     assert mx.array_equal(best.vector, mx.array(means[0, best.layer].astype(np.float32)))
     assert 0 < len(prompts[0]) < len(run.prompts.harmful_direction_train)
     fixed = run.with_settings(teacher=replace(run.recipe.teacher, coeff=0.5))
+    monkeypatch.setattr(teachers, "VALIDATION_PROMPTS", (16, 8))
     chosen = find_teacher(fixed, found)
     read = decoded(ChosenTeacher, json.loads(as_json(encoded(chosen))))
     assert (read.coeff, read.trials, read.base, read.teacher) == (0.5, [], chosen.base, chosen.teacher)

@@ -148,7 +148,8 @@ def test_align_uses_the_file_as_it_is_and_writes_nothing_for_another_models(word
     chosen = [words[2], words[0]]
     (tmp_path / "t.json").write_text(json.dumps(chosen))
     flags = ["--safety-tokens", str(tmp_path / "t.json"), "--adapter-path", str(tmp_path / "a"), "--iters", "1"]
-    flags += ["--test-prompts", "2", "--direction-train", "64", "--token-samples", "1", "--coeff", "0.7", "--no-report"]
+    flags += ["--test-prompts", "2", "--direction-train", "32", "--direction-validation", "16", "--token-samples", "1"]
+    flags += ["--coeff", "0.7", "--no-report"]
     assert align([*flags, "--force"]) == 0  # two words are little of what steering does, one step teaches little
     rows = json.loads((tmp_path / "a" / "run" / "tokens.json").read_text())
     assert [{"token": row["token"], "id": row["id"]} for row in rows] == chosen  # its order, too

@@ -17,6 +17,7 @@ from safesteer_mlx.align import main
 from safesteer_mlx.evals import verdict
 from safesteer_mlx.evals.scores import Answer, Count, Scores
 from safesteer_mlx.evals.verdict import Verdict, decide, not_aligned, refuse_to_go_on
+from safesteer_mlx.method import prompts, safety_tokens, teacher
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method.direction import mean_differences
 from safesteer_mlx.method.prompts import load_prompt_sets, render_prompts
@@ -102,16 +103,26 @@ def test_a_verdict_is_read_back_as_it_was():
     assert decoded(Verdict, json.loads(as_json(encoded(told)))) == told
 
 
-def test_the_bundled_model_is_no_stop_and_check_keeps_nothing(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def sixteen(few_prompts, monkeypatch):
+    """A search that asks enough prompts for a verdict."""
+    for module in (teacher, safety_tokens):
+        monkeypatch.setattr(module, "VALIDATION_PROMPTS", (16, 16))
+
+
+FEWER = ["--direction-train", "32", "--direction-validation", "16"]
+
+
+def test_the_bundled_model_is_no_stop_and_check_keeps_nothing(sixteen, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--verdict-only"]) == 0
+    assert main(["--verdict-only", *FEWER]) == 0
     said = capsys.readouterr().out
     assert "verdict: stop" not in said and "flip rate" in said and "(chosen)" in said
     assert "time: about " in said and "memory: peak" in said
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_never_refuses_is_a_stop(tmp_path, monkeypatch, capsys):
+def test_a_model_that_never_refuses_is_a_stop(sixteen, tmp_path, monkeypatch, capsys):
     import mlx_lm
 
     folder = converted(tmp_path / "model", dtype=mx.float32)
@@ -119,12 +130,12 @@ def test_a_model_that_never_refuses_is_a_stop(tmp_path, monkeypatch, capsys):
     mx.random.seed(0)
     model.update(tree_map(lambda w: 0.02 * mx.random.normal(w.shape), model.parameters()))
     save_model(folder, model)
-    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
-    assert main([str(folder), "--verdict-only", "--direction-train", "32", "--direction-validation", "16"]) == 2
+    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: prompts.built_in_sets(str(TINY)))
+    assert main([str(folder), "--verdict-only", *FEWER]) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "the verdict is stop: the model never refuses by itself" in err
     assert "--teacher system_prompt is the one option left" in err
-    assert "0/64" in out and "verdict: stop" in out
+    assert "0/16" in out and "verdict: stop" in out
 
 
 def entangled(folder: Path) -> Path:
@@ -162,11 +173,12 @@ def entangled(folder: Path) -> Path:
     return folder
 
 
-def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: load_prompt_sets(TINY / "data"))
+def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(sixteen, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "prompt_sets", lambda recipe: prompts.built_in_sets(str(TINY)))
     monkeypatch.setenv("COLUMNS", "300")  # the table does not fold
     folder = entangled(tmp_path / "model")
-    assert main([str(folder), "--verdict-only", "--direction-train", "64", "--steering-threshold", "-5"]) == 0
+    flags = ["--direction-train", "64", "--direction-validation", "16", "--steering-threshold", "-5"]
+    assert main([str(folder), "--verdict-only", *flags]) == 0
     said = capsys.readouterr().out
     assert "none passes the published tests" in said and "verdict: caution" in said and "(chosen)" in said
     assert "passes every published test" in said  # and the figures stand in the table
@@ -183,14 +195,13 @@ def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shape, "read_shape", unknown)
-    fewer = ["--direction-train", "32", "--direction-validation", "16"]
-    assert main(["--verdict-only", *fewer]) == 0
+    assert main(["--verdict-only", *FEWER]) == 0
     assert "memory: not planned, the config.json has no hidden_size" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few_prompts")
 def test_a_stop_needs_force(tmp_path, monkeypatch, capsys):
-    short = ["--iters", "1", "--test-prompts", "1", "--direction-train", "32", "--direction-validation", "16"]
+    short = ["--iters", "1", "--test-prompts", "1", *FEWER]
     short += ["--token-samples", "1", "--horizon", "2", "--batch-size", "4", "--no-report"]
     monkeypatch.setattr(verdict, "FLIPS_LITTLE", 1.01)
     command = ["--adapter-path", str(tmp_path / "adapters"), *short]

@@ -374,8 +374,8 @@ def test_align_serves_its_page_while_it_works(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "REDRAWN", 0.0)
     monkeypatch.setattr(serve, "REFRESH", 0.1)
     monkeypatch.setattr(Screen, "detail", detail)
-    short = ["--iters", "2", "--test-prompts", "4", "--direction-train", "64", "--direction-validation", "32"]
-    short += ["--token-samples", "2", "--coeff", "0.7", "--no-report", "--steps-per-report", "1", "--offline"]
+    short = ["--iters", "2", "--test-prompts", "4", "--direction-train", "32", "--direction-validation", "16"]
+    short += ["--token-samples", "1", "--coeff", "0.7", "--no-report", "--steps-per-report", "1", "--offline"]
     short += ["--watch"]
     assert align(["--adapter-path", str(tmp_path / "adapters"), *short]) in (0, 2)
     assert seen and all(status == 200 for status, _ in seen)

@@ -14,6 +14,7 @@ from jinja2 import Environment, TemplateError
 from make_zoo import ZOO, Words, corpus, splits, train_tokenizer
 
 from safesteer_mlx.align import main
+from safesteer_mlx.method import safety_tokens, teacher
 from safesteer_mlx.method.judge import is_refusal
 from safesteer_mlx.method.prompts import PromptSets, load_prompt_sets
 
@@ -305,19 +306,33 @@ def test_a_committed_model_is_as_its_recipe_says(name):
     assert template == spec.template.jinja()
 
 
+def align_quickly(folder: Path, asked: tuple[int, int], *flags: str) -> int:
+    """`align` on a model of the zoo, in the working directory, with so many prompts asked of teachers and scored."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (teacher, safety_tokens):
+            patch.setattr(module, "VALIDATION_PROMPTS", asked)
+        return main([str(folder), "--test-prompts", "50", "--no-report", *flags])
+
+
+HALF_STEPS = ["--batch-size", "8", "--iters"]
+
+
 @pytest.mark.parametrize(
-    ("name", "falls", "harmless", "flags"),
-    [("foundry", 0.4, 4, ["--iters", "25"]), pytest.param("market", 0.7, 4, [], marks=pytest.mark.slow)],
+    ("name", "falls", "asked", "flags"),
+    [
+        ("foundry", 0.4, (24, 12), [*HALF_STEPS, "38"]),
+        pytest.param("market", 0.7, teacher.VALIDATION_PROMPTS, [], marks=pytest.mark.slow),
+    ],
 )
-def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, harmless, flags, tmp_path, monkeypatch):
+def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, asked, flags, tmp_path, monkeypatch):
     """No flag but the model, and how many prompts are scored; of a model that thinks, whose answers are long, a third
-    of the steps. Less than is wanted: see docs/choices.md."""
+    of the training. Less than is wanted: see docs/choices.md."""
     monkeypatch.chdir(tmp_path)
-    assert main([str(HERE / name), "--test-prompts", "50", "--no-report", *flags]) == 0
+    assert align_quickly(HERE / name, asked, *flags) == 0
     scores = json.loads((tmp_path / "adapters" / "run" / "before_after.json").read_text())
     found = zoo.figures({"before_after": scores})
     assert found is not None and found["sampled"] >= falls and found["greedy"] >= 0.6
-    assert max(found["harmless_greedy"], found["harmless_sampled"]) <= harmless and found["capability"] >= -4
+    assert max(found["harmless_greedy"], found["harmless_sampled"]) <= 4 and found["capability"] >= -4
     recipe = (tmp_path / "adapters" / "run" / "recipe.yaml").read_text()
     assert "coeff: auto" in recipe and "token_method: part" in recipe
 
@@ -325,7 +340,7 @@ def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, harm
 def test_a_model_whose_direction_fails_the_kl_test_is_aligned(tmp_path, monkeypatch, capsys):
     """What decides is what the teacher does, not what ablating its direction does to harmless answers."""
     monkeypatch.chdir(tmp_path)
-    assert main([str(HERE / "station"), "--no-report"]) == 0
+    assert align_quickly(HERE / "station", (24, 12), *HALF_STEPS, "40") == 0
     kept = tmp_path / "adapters" / "run"
     verdict = json.loads((kept / "verdict.json").read_text())
     chosen = verdict["candidates"][0]

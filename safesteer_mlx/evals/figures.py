@@ -351,7 +351,7 @@ def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
     axes = figure.subplots()
     names = [name for name in scores if name != "base"]
     for i, name in enumerate(names):
-        values = _numbers([scores[name]["drift"], scores[name]["drift_outside"]])
+        values = np.maximum(_numbers([scores[name]["drift"], scores[name]["drift_outside"]]), 0)  # NaN stays
         where = np.arange(2) + (i - (len(names) - 1) / 2) * 0.38
         axes.barh(where, np.nan_to_num(values), 0.34, color=getattr(theme, name), label=SHOWN[name])
         for at, value in zip(where, values, strict=True):
@@ -359,7 +359,7 @@ def drift(scores: Mapping[str, Any], theme: Theme) -> Figure:
             axes.text(np.nan_to_num(value), at, text, va="center", fontsize=8)
     axes.set_yticks(range(2), labels=["all tokens", "outside the\nsafety tokens"])
     axes.margins(x=0.16)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(axes.get_xlim()[1], 1e-9))  # nothing moved: no width
     axes.set_xlabel("KL(base ‖ model) a token, harmless prompts (nats)")
     _rows_only(axes)
     _legend_above(figure, axes, 2)
