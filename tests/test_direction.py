@@ -566,11 +566,13 @@ def test_a_thought_tells_by_words_that_come_before_refusals_alone():
     assert harmless == [[6, 1, 9, 1], [6, 4, 9, 4, 8], [6, 4, 9], [6, 1, 9]]
 
 
-def test_a_word_that_many_answers_have_too_does_not_tell():
-    common = [[*ids, 40] if refused else ids for ids, refused in zip(THOUGHTS, REFUSED, strict=True)]
-    assert read_thoughts(THOUGHT_ABOUT, common, REFUSED, 6, 6).telling == [40, 20]
-    in_one_more = [*common[:-1], [*common[-1], 40]]  # 1 of 7 beside 3 of 3
-    assert read_thoughts(THOUGHT_ABOUT, in_one_more, REFUSED, 6, 6).telling == [20]
+def test_a_word_that_others_have_too_is_no_sign_but_raises_the_odds_of_a_refusal_if_they_have_it_less_often():
+    """41, before all that tells: in 3 of 3 refusals, and in so many of 7 other answers."""
+    for others, leans, first in ((0, True, [41]), (1, True, [20]), (4, True, [20]), (5, False, [20])):
+        having = [i < 3 + others for i in range(10)]
+        thoughts = [[9, 41, *ids[1:]] if has else ids for ids, has in zip(THOUGHTS, having, strict=True)]
+        found = read_thoughts(THOUGHT_ABOUT, thoughts, REFUSED, 6, 5)
+        assert ((41 in found.telling), found.first) == (leans, first) and 20 in found.telling
 
 
 class Thinker(SimpleNamespace):

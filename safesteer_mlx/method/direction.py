@@ -54,6 +54,8 @@ PROMPT_BATCH = 32  # rows in one forward pass
 ASKED_AT_ONCE = 4  # prompts asked before candidates are dropped
 NEAREST = 3  # candidates that are measured in full where none passes the published tests
 SHORTLIST = 5  # candidates that are tried as teachers
+HARDLY_ELSE = 10.0  # times as often in refusals as in other answers
+LEANS = 1.5  # as many times: with which a thought may go either way, and goes to a refusal oftener
 SPREAD = 4  # blocks that are tried where there are no tests
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
@@ -505,8 +507,9 @@ def filter_by_refusal_score(
 @dataclass(frozen=True)
 class Thoughts:
     """How a model thinks before it answers, which begins alike for all prompts: in how many tokens, by the median; the
-    tokens that come before refusals alone, and those of them that are the first to tell; and harmful and harmless
-    prompts with so much of the thought as tells nothing yet. Of no `length`, if it does not think."""
+    tokens that come oftener before refusals; those that come before refusals alone and are the first that tell; and
+    harmful and harmless prompts with so much of the thought as tells nothing yet. Of no `length`, if it does not
+    think."""
 
     length: Annotated[int, "thought"] = 0
     telling: list[TokenId] = field(default_factory=list)
@@ -593,15 +596,17 @@ def _counts(
     return in_refusals, Counter(token for tokens, refusal in pairs if not refusal for token in tokens)
 
 
-def _telling(openings: Sequence[Set[int]], refusals: Sequence[bool], n_harmful: int) -> list[int]:
-    """The tokens that one refusal in fifty opens with, two at least, and hardly ever anything else, the commonest
-    first."""
+def _telling(
+    openings: Sequence[Set[int]], refusals: Sequence[bool], n_harmful: int, oftener: float = HARDLY_ELSE
+) -> list[int]:
+    """The tokens that one refusal in fifty opens with, two at least, and so many times as often as other answers, the
+    commonest first."""
     in_refusals, in_others = _counts(openings, refusals, n_harmful)
     n_refusals, n_others = sum(refusals[:n_harmful]), len(refusals) - sum(refusals)
     return [
         token
         for token, count in in_refusals.most_common()
-        if count >= max(2, n_refusals / 50) and in_others[token] / max(1, n_others) <= count / n_refusals / 10
+        if count >= max(2, n_refusals / 50) and in_others[token] / max(1, n_others) <= count / n_refusals / oftener
     ]
 
 
@@ -611,16 +616,16 @@ def read_thoughts(
     """What the first `length` tokens of answers tell, of which the first `n_harmful` are to harmful prompts."""
     # What is in the prompt is only taken up.
     words = [{*answer[:length]} - {*prompt} for prompt, answer in zip(prompts, answers, strict=True)]
-    telling = _telling(words, refusals, n_harmful)
+    sure, first = _telling(words, refusals, n_harmful), set[int]()
     others = _telling(words, [not refusal for refusal in refusals], n_harmful)
-    first: set[int] = set()
     undecided: list[list[list[int]]] = [[], []]
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tells = words[i] & {*telling, *others}
+        tells = words[i] & {*sure, *others}
         place = next((at for at, token in enumerate(answer[:length]) if token in tells), length - 1)
         first.update(answer[place : place + 1])
         undecided[i >= n_harmful].append([*prompt, *answer[:place]])
-    return Thoughts(max(1, length), telling, sorted(first & {*telling}), undecided)
+    leaning = _telling(words, refusals, n_harmful, LEANS)
+    return Thoughts(max(1, length), leaning, sorted(first & {*sure}), undecided)
 
 
 def _lengths(tokenizer: Any, answers: Sequence[tuple[Completion, str]]) -> list[int]:
