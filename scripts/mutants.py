@@ -119,6 +119,12 @@ MUTANTS = [
                 "test_how_far_guidance_goes_by_hand",
             ),
             (
+                "within a thought guidance goes nowhere that the teacher does not already",
+                "if thinks else (teacher > 0)",
+                "if False else (teacher > 0)",
+                "test_a_thought_may_turn_to_a_refusal_wherever_the_teacher_writes_a_safety_token_with_1_in_20",
+            ),
+            (
                 "chunks weighted by the first chunk's weights",
                 "chunks.append(one_chunk(h, target, w[part], added[part]))",
                 "chunks.append(one_chunk(h, target, w[: len(h)], added[part]))",
@@ -166,6 +172,18 @@ MUTANTS = [
         METHOD + "direction.py",
         "test_direction",
         [
+            (
+                "what a thought takes up from the prompt tells a refusal",
+                "words = [{*answer[:length]} - {*prompt}",
+                "words = [{*answer[:length]}",
+                "test_what_a_thought_takes_up_from_the_prompt_tells_nothing",
+            ),
+            (
+                "a model that could think and does not counts as one that does",
+                "return thoughts if 2 * len(thoughts) > len(answers) else []",
+                "return thoughts",
+                "test_a_model_that_could_think_and_mostly_does_not_is_none_that_thinks",
+            ),
             (
                 "direction from harmless minus harmful",
                 "return mean(harmful) - mean(harmless)",

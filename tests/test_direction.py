@@ -590,3 +590,10 @@ def test_a_model_that_could_think_and_mostly_does_not_is_none_that_thinks():
 
     assert lengths(thinks, thinks, cut, plain) == [2, 2, 3]
     assert lengths(thinks, cut, plain, plain) == []
+
+
+def test_what_a_thought_takes_up_from_the_prompt_tells_nothing():
+    thoughts = [[9, 7, *ids[1:]] if i < 2 else ids for i, ids in enumerate(THOUGHTS)]
+    asked = [[*ids, 7] if i < 2 else ids for i, ids in enumerate(THOUGHT_ABOUT)]
+    assert 7 in read_thoughts(THOUGHT_ABOUT, thoughts, REFUSED, 6, 5).telling
+    assert 7 not in read_thoughts(asked, thoughts, REFUSED, 6, 5).telling
