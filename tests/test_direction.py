@@ -564,6 +564,7 @@ def test_a_thought_tells_by_words_that_come_before_refusals_alone():
     assert harmful[:2] == [[5, 1, 9, 1], [5, 2, 9, 2]] and harmful[3:] == [[5, 1, 9, 1, 8], [5, 2, 9, 2], [5, 3, 9]]
     assert harmful[2] == [5, 3, 9, 3, 23]
     assert harmless == [[6, 1, 9, 1], [6, 4, 9, 4, 8], [6, 4, 9], [6, 1, 9]]
+    assert thoughts.turns_at == 2
 
 
 def test_a_word_that_others_have_too_is_no_sign_but_raises_the_odds_of_a_refusal_if_they_have_it_less_often():

@@ -295,9 +295,9 @@ def test_the_tokens_of_a_thought_are_those_that_the_models_own_thoughts_tell_ref
 
 def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):
     undecided = [[[1, 2]], [[3]]]
-    for length, opening in ((0, 2), (1, 2), (30, 30), (500, 64)):
-        asked = validation(run, SimpleNamespace(thoughts=Thoughts(length, [], [], undecided)))
-        assert (asked.opening, asked.undecided) == (opening, undecided)
+    for length, opening in ((0, 2), (1, 2), (30, 30), (500, 128)):
+        asked = validation(run, SimpleNamespace(thoughts=Thoughts(length, [], [], undecided, 5)))
+        assert (asked.opening, asked.undecided, asked.least_opening) == (opening, undecided, 6)
 
 
 def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monkeypatch):

@@ -352,6 +352,14 @@ def test_the_fewest_tokens_that_decide_what_answers_do(refused, most, expected, 
     assert asked == [n for n in (1, 4, 7) if n <= most]  # two were asked before
 
 
+def test_an_opening_goes_beyond_what_tells_nothing(monkeypatch):
+    """A teacher that writes less changes nothing: that as many answers refuse is chance."""
+    asked = []
+    monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(5, 0))
+    prompts = Validation([[1]], [], 0, 30, 40, 8, least_opening=6)
+    assert shortest_opening("base", "teacher", prompts, outcomes(5, 0), 30) == 7 and asked == [7, 16]
+
+
 # The teachers
 
 

@@ -507,14 +507,15 @@ def filter_by_refusal_score(
 @dataclass(frozen=True)
 class Thoughts:
     """How a model thinks before it answers, which begins alike for all prompts: in how many tokens, by the median; the
-    tokens that come oftener before refusals; those that come before refusals alone and are the first that tell; and
-    harmful and harmless prompts with so much of the thought as tells nothing yet. Of no `length`, if it does not
-    think."""
+    tokens that come oftener before refusals; those that come before refusals alone and are the first that tell; harmful
+    and harmless prompts with so much of the thought as tells nothing yet; and how many tokens of thoughts that is, by
+    the median. Of no `length`, if it does not think."""
 
     length: Annotated[int, "thought"] = 0
     telling: list[TokenId] = field(default_factory=list)
     first: list[TokenId] = field(default_factory=list)
     undecided: list[list[list[TokenId]]] = field(default_factory=list)
+    turns_at: Annotated[int, "thought"] = 0
 
 
 NONE = Thoughts()
@@ -619,13 +620,15 @@ def read_thoughts(
     sure, first = _telling(words, refusals, n_harmful), set[int]()
     others = _telling(words, [not refusal for refusal in refusals], n_harmful)
     undecided: list[list[list[int]]] = [[], []]
+    places: list[int] = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tells = words[i] & {*sure, *others}
         place = next((at for at, token in enumerate(answer[:length]) if token in tells), length - 1)
         first.update(answer[place : place + 1])
+        places.append(place)
         undecided[i >= n_harmful].append([*prompt, *answer[:place]])
     leaning = _telling(words, refusals, n_harmful, LEANS)
-    return Thoughts(max(1, length), leaning, sorted(first & {*sure}), undecided)
+    return Thoughts(max(1, length), leaning, sorted(first & {*sure}), undecided, int(np.median(places)))
 
 
 def _lengths(tokenizer: Any, answers: Sequence[tuple[Completion, str]]) -> list[int]:

@@ -41,7 +41,7 @@ Rows = Sequence[list[int]]
 VALIDATION_PROMPTS = 64, 32  # harmful and harmless ones that teachers are asked
 VALIDATION_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
-OPENINGS = 1, 2, 4, 7, 16, 32, 64  # tokens that it may take to decide what an answer does
+OPENINGS = 1, 2, 4, 7, 16, 32, 64, 128  # tokens that it may take to decide what an answer does
 NEARLY = 0.05  # of the answers: an opening that refuses so many fewer than the best is enough
 FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
@@ -160,8 +160,8 @@ class Validation:
 
     `opening` tokens of an answer are the teacher's, the rest, to `max_tokens`, the base's. Prompts are read
     `prompt_batch_size` at a time, answers drawn `batch_size`. `system_prompted` are the same prompts as a system-prompt
-    teacher reads them, harmful and harmless; `undecided` those of the forward passes, where answers begin alike, with
-    as much of an answer as tells nothing yet.
+    teacher reads them, harmful and harmless. Where answers begin alike, `undecided` are the prompts of the forward
+    passes, with as much of an answer as tells nothing yet, and `least_opening` is more than that.
     """
 
     harmful: Rows
@@ -173,6 +173,7 @@ class Validation:
     prompt_batch_size: int = PROMPT_BATCH
     system_prompted: tuple[Rows, Rows] | None = None
     undecided: Sequence[Rows] = ()
+    least_opening: int = 1
 
 
 def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> list[tuple[Completion, str]]:
@@ -292,7 +293,7 @@ def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, outc
     """
     refusals = {prompts.opening: outcomes.refused}
     for opening in OPENINGS:
-        if opening <= most and opening not in refusals:
+        if prompts.least_opening <= opening <= most and opening not in refusals:
             refusals[opening] = ask(base, teacher, replace(prompts, opening=opening)).refused
     return min(opening for opening, share in refusals.items() if share >= max(refusals.values()) - NEARLY - 1e-9)
 
@@ -349,6 +350,7 @@ def validation(run: Run, directions: FoundDirections) -> Validation:
         run.recipe.run.prompt_batch_size,
         system_prompted,
         directions.thoughts.undecided,
+        directions.thoughts.turns_at + 1,
     )
 
 
