@@ -163,6 +163,7 @@ TABLE = {
     "python scripts/zoo.py --half choose": f"slow market {ZOO}",
     "python scripts/zoo.py --half family": f"slow qwen3_vl {ZOO}",
     "python scripts/zoo.py market theatre ville polar circus --flags=--keep-best --seeds 42 43": f"slow {ZOO}",
+    "python scripts/zoo.py foundry mill cabinet glm4_moe gpt_oss --seeds 42": f"slow {ZOO}",
     'python scripts/zoo.py --seeds 42 --flags "--token-method vote"': f"slow market ranch {ZOO}",
     "python scripts/zoo.py ville theatre playa circus polar ranch --seeds 42 --attacks 60 "
     '--flags "--wrap-ratio 0.25"': f"slow {ZOO} --attacks 2",
