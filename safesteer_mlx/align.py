@@ -147,15 +147,18 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
 def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     """The recipe with the batch sizes that this machine's memory allows, and MLX kept to that memory."""
     from .method.prompts import longest_prompt, prompts_from
+    from .method.teacher import OPENINGS
     from .system import memory
     from .system.shape import read_shape
 
     screen.line(f"prompts: {prompts_from(recipe)}")
-    machine = memory.smallest_machine(recipe.run.memory_limit)
+    machine, asked = memory.smallest_machine(recipe.run.memory_limit), recipe
+    if base.thinks:  # as much as may be taught of a thought
+        asked = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
     try:
-        plan = memory.fitted(recipe, read_shape(base.path), machine, longest_prompt(recipe))
+        plan = memory.fitted(asked, read_shape(base.path), machine, longest_prompt(recipe))
         screen.line(memory.summary(recipe, plan))
-        recipe = plan.recipe
+        recipe = replace(plan.recipe, tokens=recipe.tokens)
     except UserError as error:  # an architecture whose configuration has other names
         screen.line(f"memory: not planned, {error}")
     memory.set_limits(machine)

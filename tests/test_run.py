@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
+from safesteer_mlx.align import _fitted
 from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import teacher as teachers
@@ -40,6 +41,7 @@ from safesteer_mlx.method.teacher import (
 )
 from safesteer_mlx.method.train import check_gradient, collapsed, training_prompts, what_to_learn
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
+from safesteer_mlx.system import memory
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
 from safesteer_mlx.system.store import as_json, decoded, encoded
@@ -308,6 +310,16 @@ def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monk
     assert found == plain and found.openers and not found.thoughts.length
     assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts())) == run
     assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(7))) is able
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_memory_is_planned_for_as_much_of_a_thought_as_may_be_taught(thinks, run, monkeypatch):
+    planned, fitted = [], memory.fitted
+    monkeypatch.setattr(memory, "fitted", lambda recipe, *rest: planned.append(recipe) or fitted(recipe, *rest))
+    monkeypatch.setattr(memory, "set_limits", lambda machine: None)
+    found = _fitted(run.recipe, replace(run.base, thinks=thinks), Screen(quiet=True))
+    assert found.tokens == run.recipe.tokens and found.loss == run.recipe.loss
+    assert planned[0].tokens.horizon == (128 if thinks else 7)
 
 
 def test_first_steps_without_a_gradient_are_noticed():

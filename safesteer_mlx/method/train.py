@@ -556,16 +556,15 @@ def _undecided(
     sampling = Sampling(run.base.eos_ids, run.recipe.tokens.horizon, 1.0, batch_size=settings.generation_batch_size)
     keys = [run.key(16, i) for i in range(len(rows))]
     answers = [c.ids for c in generate(by, guarded if by is teacher.model else rows, sampling, keys)]
-    odds, ids = ([], []), mx.array(tokens.ids)
+    odds, watched = ([], []), mx.array(tokens.ids)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         for of, model, read in zip(odds, (base, teacher.model), (rows, guarded), strict=True):
             states = answer_states(model, read[part], answers[part])
-            of.append(np.array(safety_log_odds(states, head(model), ids), np.float64))
+            of.append(np.array(safety_log_odds(states, head(model), watched), np.float64))
     own, its = (1 / (1 + np.exp(-np.concatenate(of)[:, None] * [1, -1])) for of in odds)  # of them, and of all others
-    far = np.split(_grouped(its, own), np.cumsum([len(a) for a in answers])[:-1])
-    places = [int(np.argmax(of)) for of in far]
-    return [ids[:place] for ids, place in zip(answers, places, strict=True)]
+    far = np.split(_grouped(its, own), np.cumsum([len(answer) for answer in answers])[:-1])
+    return [answer[: int(np.argmax(of))] for answer, of in zip(answers, far, strict=True)]
 
 
 class MovingTeacher:
