@@ -571,10 +571,8 @@ def bench_search(repeats: int) -> list[Row]:
 
 def trial_passes(run: Run, trials: list[teachers.TeacherTrial]) -> int:
     """Block passes of the trials' forward passes: those of the grid share what comes before the block they steer."""
-    n_layers, asked = len(run.base.model.layers), teachers.validation(run)
-    harmful, harmless = (
-        min(n, len(rows)) for n, rows in zip(teachers.FIRST_PASSES, (asked.harmful, asked.harmless), strict=True)
-    )
+    n_layers, rows = len(run.base.model.layers), (run.prompts.harmful_validation, run.prompts.harmless_validation)
+    harmful, harmless = (min(n, len(of)) for n, of in zip(teachers.FIRST_PASSES, rows, strict=True))
     grid, total = set(run.recipe.teacher.coeff_grid), 0
     by_direction: dict[tuple[int, int], list[float]] = {}
     for trial in trials:

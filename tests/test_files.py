@@ -257,7 +257,7 @@ def test_the_other_commands_read_a_run_as_strictly(how, tmp_path, capsys):
             chat.make_voices(model, tmp_path, 1.0)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"tokens\.json"):
         scorecard.safety_tokens(run, SimpleNamespace(tokenizer=None, vocabulary=1))  # type: ignore[arg-type]
-    assert recorded(SimpleNamespace(record=run), []) is None  # type: ignore[arg-type]
+    assert recorded(SimpleNamespace(folder=tmp_path), []) is None  # type: ignore[arg-type]
     assert align._last_seconds(tmp_path) is None
     write_run(run, {"manifest.json": manifest, "recipe.yaml": {"model": "tiny-chat"}})
     with pytest.raises(UserError, match=r"before_after\.json"):
