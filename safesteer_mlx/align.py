@@ -152,11 +152,11 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     from .system.shape import read_shape
 
     screen.line(f"prompts: {prompts_from(recipe)}")
-    machine, asked = memory.smallest_machine(recipe.run.memory_limit), recipe
+    machine, to_plan = memory.smallest_machine(recipe.run.memory_limit), recipe
     if base.thinks:  # as much as may be taught of a thought
-        asked = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
+        to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
     try:
-        plan = memory.fitted(asked, read_shape(base.path), machine, longest_prompt(recipe))
+        plan = memory.fitted(to_plan, read_shape(base.path), machine, longest_prompt(recipe))
         screen.line(memory.summary(recipe, plan))
         recipe = replace(plan.recipe, tokens=recipe.tokens)
     except UserError as error:  # an architecture whose configuration has other names
