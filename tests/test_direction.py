@@ -598,3 +598,9 @@ def test_what_a_thought_takes_up_from_the_prompt_tells_nothing():
     asked = [[*ids, 7] if i < 2 else ids for i, ids in enumerate(THOUGHT_ABOUT)]
     assert 7 in read_thoughts(THOUGHT_ABOUT, thoughts, REFUSED, 6, 5).telling
     assert 7 not in read_thoughts(asked, thoughts, REFUSED, 6, 5).telling
+
+
+def test_thoughts_that_are_empty_tell_nothing_and_leave_the_prompts_as_they_are():
+    found = read_thoughts(THOUGHT_ABOUT, THOUGHTS, REFUSED, 6, 0)
+    assert (found.length, found.telling, found.first, found.turns_at) == (1, [], [], 0)
+    assert [*found.undecided[0], *found.undecided[1]] == THOUGHT_ABOUT

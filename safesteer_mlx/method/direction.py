@@ -615,6 +615,7 @@ def read_thoughts(
     prompts: Rows, answers: Sequence[Ids], refusals: Sequence[bool], n_harmful: int, length: int
 ) -> Thoughts:
     """What the first `length` tokens of answers tell, of which the first `n_harmful` are to harmful prompts."""
+    length = max(1, length)
     # What is in the prompt is only taken up.
     words = [{*answer[:length]} - {*prompt} for prompt, answer in zip(prompts, answers, strict=True)]
     sure, first = _telling(words, refusals, n_harmful), set[int]()
@@ -628,7 +629,7 @@ def read_thoughts(
         places.append(place)
         undecided[i >= n_harmful].append([*prompt, *answer[:place]])
     leaning = _telling(words, refusals, n_harmful, LEANS)
-    return Thoughts(max(1, length), leaning, sorted(first & {*sure}), undecided, int(np.median(places)))
+    return Thoughts(length, leaning, sorted(first & {*sure}), undecided, int(np.median(places)))
 
 
 def _lengths(tokenizer: Any, answers: Sequence[tuple[Completion, str]]) -> list[int]:
