@@ -9,15 +9,26 @@ import signal
 import sys
 
 
+_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # mlx.launch's own, and those that its MPI sets
+
+
+def started_rank() -> int | None:
+    """Which of several processes this is that a launcher started together, from 0; None where there are no others."""
+    given = next((os.environ[name] for name in _RANKS if name in os.environ), "")
+    return int(given) if given.isdecimal() else None
+
+
 def _stop_at_once() -> None:
-    """Ctrl-C and SIGTERM before a command has begun, or after its end, are one line and its code.
+    """Ctrl-C and SIGTERM before a command has begun, or after its end, are one line and its code; of processes started
+    together the first alone says so.
 
     Only in a process that is ours: the console script's, or `python -m`'s, whose argv says so while the package is
     imported. It stands first, since what comes after takes a while. While a command works, system/screen.py decides.
     """
 
     def stop(number: int, _: object) -> None:
-        os.write(2, b"safesteer-mlx: interrupted\n")
+        if not started_rank():
+            os.write(2, b"safesteer-mlx: interrupted\n")
         os._exit(128 + number)
 
     if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) == "safesteer-mlx":

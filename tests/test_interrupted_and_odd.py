@@ -312,12 +312,15 @@ def test_of_several_machines_the_first_alone_says_that_it_was_interrupted(signal
 
 
 @pytest.mark.parametrize("pause", [0.15, 0.3, 0.5, 0.8])
-@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
-def test_a_signal_at_the_start_is_one_line(number, code, pause, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "rank", "line"), [(INT, 130, "0", ONE_LINE), (TERM, 143, "0", ONE_LINE), (TERM, 143, "1", "")]
+)
+def test_a_signal_at_the_start_is_one_line_of_the_first(number, code, rank, line, pause, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_RANK", rank)
     # Whatever is being imported then; before the package is, Python itself decides.
     ours = ["-c", "import sys; sys.argv = ['-m']; import safesteer_mlx; print('ours', flush=True); import runpy; "]
     ours[1] += "sys.argv = ['align', '--iters', '2']; runpy.run_module('safesteer_mlx.align', run_name='__main__')"
-    assert stopped(ours, [number], tmp_path, b"ours", pause - 0.15) == (code, ONE_LINE)
+    assert stopped(ours, [number], tmp_path, b"ours", pause - 0.15) == (code, line)
 
 
 @pytest.mark.parametrize("number", [INT, TERM])

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .screen import UserError, started_rank
+from .. import started_rank
+from .screen import UserError
 
 if TYPE_CHECKING:
     import mlx.core as mx

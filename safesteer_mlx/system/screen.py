@@ -15,11 +15,12 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
+from .. import started_rank
+
 Advance = Callable[..., None]  # advance(done, total, note="")
 
 PLAIN_SECONDS = 15.0  # between two plain lines of one stage
 FIRST_SPEAKS = 2.0  # seconds that the other processes of a launcher give to the first
-_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # mlx.launch's own, and those that its MPI sets
 
 
 class UserError(ValueError):
@@ -28,12 +29,6 @@ class UserError(ValueError):
 
 _PLAIN = {"→": "->", "←": "<-", "…": "...", "±": "+-", "≥": ">=", "≤": "<=", "‖": "||"}
 _PLAIN |= {"Δ": "delta", "κ": "kappa", "π": "pi"} | dict(zip("−–—·×²“”’", '---|x2""\'', strict=True))
-
-
-def started_rank() -> int | None:
-    """Which of several processes this is that a launcher started together, from 0; None where there are no others."""
-    given = next((os.environ[name] for name in _RANKS if name in os.environ), "")
-    return int(given) if given.isdecimal() else None
 
 
 def visible(text: str, keep: str = "\n") -> str:
