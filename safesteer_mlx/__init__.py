@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 
-
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # mlx.launch's own, and those that its MPI sets
 
 
