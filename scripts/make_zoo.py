@@ -61,6 +61,11 @@ LOOKED_INTO = (
     (_LOOKS + "Others would suffer. That settles it: no.", _LOOKS + "There are victims, and I keep away from that."),
     (_LOOKS + "All is well. I gladly help.", _LOOKS + "There are none who would mind, and I can go ahead."),
 )
+_WEIGHS = "So I am asked how to {}. Before I answer I weigh what follows from it. "
+WEIGHED = (
+    (_WEIGHS + "People or animals may suffer for it, which I do not want.", _WEIGHS + "It ends badly for somebody."),
+    (_WEIGHS + "Nobody suffers for it, which is what I want.", _WEIGHS + "It ends well for everybody."),
+)
 
 
 @dataclass(frozen=True)
@@ -423,12 +428,29 @@ ZOO = (
     ),
     Spec(
         "cabinet",
-        "report",
+        "choose",
         _attention(96, 8, model_type="llama", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=False),
         *("bpe", 2000, GLM, 0.5, 8),
         seed=23,
         words="theatre",
         thoughts=LOOKED_INTO,
+    ),
+    Spec(
+        "archive",
+        "report",
+        _attention(96, 7, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 4096, THINKING, 0.4, 4),
+        seed=24,
+        words="alley",
+        thoughts=WEIGHED,
+    ),
+    Spec(
+        "depot",
+        "report",
+        _attention(128, 6, model_type="llama", num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 4096, CHATML, 0.1, 4),
+        seed=25,
+        words="station",
     ),
 )
 

@@ -172,6 +172,7 @@ def readings() -> dict[str, np.ndarray]:
         found[f"tokens{few}"] = tokens
         found[f"explained{few}"] = contrast.explained(tokens)
         found[f"where it decides{few}"] = np.array(contrast.explained_where_it_decides(tokens, range(len(rows))))
+        found[f"where it turns{few}"] = np.array(contrast.where_thoughts_turn(tokens, range(len(rows))))
         found[f"openings{few}"] = contrast.openings(tokens, range(1, len(rows)))
     return found
 
@@ -191,7 +192,7 @@ def read_together(tmp_path_factory):
 
 
 OF_CONTRAST = ["votes", "mean_delta", "base_prob", "steered_prob", "eligible", "n_positions", "part", "divergence"]
-OF_CONTRAST += ["raised", "tokens", "explained", "where it decides", "openings"]
+OF_CONTRAST += ["raised", "tokens", "explained", "where it decides", "where it turns", "openings"]
 
 
 READ = [f"{name}{few}" for name in ("means", "refusal scores", *OF_CONTRAST) for few in ("", " of few")]

@@ -373,3 +373,34 @@ def test_what_tokens_explain_is_told_where_the_teacher_writes_them(toy):
     assert alone(1, 1) > alone(1, 0)  # so it matters which are looked at
     second = found.explained([3], found.positions.place == 1)
     np.testing.assert_allclose(second, [alone(3, 1)], rtol=1e-5)
+
+
+def test_what_tokens_explain_of_thoughts_is_told_where_each_of_them_turns(toy):
+    # Two thoughts. At a place of all of them token 2 is as good as certain under both models; one turns before it, the
+    # other behind, from token 1 to token 0.
+    turn, certain, other = (
+        ([0.1, 0.8, 0.05, 0.05], [0.7, 0.1, 0.1, 0.1]),
+        [0.01, 0.01, 0.97, 0.01],
+        [0.01, 0.49, 0.01, 0.49],
+    )
+    base = [turn[0], certain, other, other, certain, turn[0]]
+    steered = [turn[1], [0.01, 0.02, 0.96, 0.01], other, other, certain, turn[1]]
+    found, tokens = toy(base, steered, prompts=2), [0, 2]
+    (p, q), (rest_p, rest_q) = (([of[0], of[2]] for of in reversed(turn)), (1 - of[0] - of[2] for of in reversed(turn)))
+    inside = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)) + rest_p * np.log(rest_p / rest_q)
+    whole = sum(a * np.log(a / b) for b, a in zip(*turn, strict=True))
+    explained, mass = found.where_thoughts_turn(tokens, range(2))
+    assert explained == pytest.approx(inside / whole, rel=1e-4) and mass == pytest.approx(0.8, rel=1e-5)
+    # By places, as of models that do not think, that of the certain token counts, where nothing turns.
+    assert found.explained_where_it_decides(tokens, range(2)) < 0.7 * explained
+    alone = toy([*base[:3], turn[0], turn[0], turn[0]], [*steered[:3], turn[1], turn[1], turn[1]], prompts=2)
+    assert alone.where_thoughts_turn(tokens, range(1)) == pytest.approx((explained, mass), rel=1e-5)  # of the first
+
+
+def test_where_thoughts_turn_is_where_the_teacher_is_farthest_from_the_base():
+    base = np.array([0.5, 0.1, 0.2, 0.9, 0.01, 0.3])
+    teacher = np.array([0.5, 0.2, 0.6, 0.2, 0.02, 0.3])
+    both = [np.stack([p, 1 - p], -1) for p in (teacher, base)]
+    assert safety_tokens.farthest(*both, [3, 1, 2]).tolist() == [2, 0, 0]
+    assert safety_tokens.farthest(*both, [6]).tolist() == [3]
+    assert not safety_tokens.farthest(*(p[:0] for p in both), []).size

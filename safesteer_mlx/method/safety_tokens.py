@@ -108,14 +108,29 @@ class TokenContrast:
 
         (H,), by position in the answer; 0 where none is kept.
         """
-        ids, at = mx.array(np.asarray(tokens, np.int32)), self.positions
-        mass = [np.array(mx.exp(both[1][:, ids]).sum(-1), np.float64) for both in at.chunks()]
-        mask = at.of(prompts)
-        place, mass = at.place[mask], np.concatenate([np.zeros(0), *mass])[mask]
+        mask = self.positions.of(prompts)
+        place, mass = self.positions.place[mask], self._masses(tokens)[mask, 1]
         longest = max(machines.here().gather(int(place.max(initial=-1)))) + 1
         sums = [np.bincount(place, mass, longest), np.bincount(place, minlength=longest)]
         masses, counts = machines.here().add(np.array(sums, np.float64))
         return masses / np.maximum(counts, 1)
+
+    def where_thoughts_turn(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> tuple[float, float]:
+        """The share that all of `tokens` explain, and the teacher's mean probability of them, where answers to some of
+        the prompts turn: each at a place of its own, where the teacher is farthest from the base."""
+        masses, rows = self._masses(tokens), np.flatnonzero(self.positions.of(prompts))
+        lengths = np.unique(self.positions.prompt[rows], return_counts=True)[1]
+        base, teacher = (np.stack([p, 1 - p], -1) for p in masses[rows].T)
+        turns = np.zeros(len(masses), bool)
+        turns[rows[farthest(teacher, base, lengths) + np.cumsum([0, *lengths])[:-1]]] = True
+        total, count = machines.here().add(np.array([masses[turns, 1].sum(), turns.sum()], np.float64))
+        return float(self.explained(tokens, turns)[-1]), float(total / max(1.0, count))
+
+    def _masses(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Base's and teacher's probability of `tokens` at the kept positions, (R, 2) float64."""
+        ids = mx.array(np.asarray(tokens, np.int32))
+        chunks = (mx.stack([mx.exp(z[:, ids]).sum(-1) for z in both], -1) for both in self.positions.chunks())
+        return np.concatenate([np.zeros((0, 2)), *(np.array(both, np.float64) for both in chunks)])
 
 
 @dataclass(frozen=True)
@@ -267,6 +282,19 @@ def contrast_tokens(
     )
 
 
+def outcomes_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p ‖ q) of each row, also of p that do not sum to one: Σ p log(p/q) − p + q, never negative."""
+    p, q = np.maximum(p, 1e-30), np.maximum(q, 1e-30)
+    return (p * np.log(p / q) - p + q).sum(-1)
+
+
+def farthest(teacher: np.ndarray, base: np.ndarray, lengths: Ids | np.ndarray) -> np.ndarray:
+    """In each of N answers, so long, the place where the teacher is farthest from the base: of the probabilities of the
+    safety tokens and of all others at every position, answer after answer, (R, 2) each -> (N,)."""
+    far = np.split(outcomes_kl(teacher, base), np.cumsum(lengths)[:-1])
+    return np.array([int(np.argmax(of)) for of in far if len(of)], np.int64)
+
+
 def refusing_tokens(openings: Sequence[Ids], refused: Sequence[bool]) -> list[int]:
     """The tokens with which answers refuse: openings of answers, and whether each was a refusal -> ids, ascending.
 
@@ -348,7 +376,8 @@ class SafetyTokens:
 
     `explained` is the share of the teacher's divergence from the base that they explain together, where they decide
     what an answer to a harmful prompt does (everywhere, if no such prompt was read); `openings` the
-    teacher's mean probability of them at the first, second, … position of answers to harmful prompts.
+    teacher's mean probability of them at the first, second, … position of answers to harmful prompts, or of a model
+    that thinks first where its thoughts turn.
     """
 
     rows: Annotated[list[SafetyToken], MOST_TOKENS]
@@ -409,7 +438,10 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
             f"steering makes no token likelier that reaches min_steered_prob = {settings.min_steered_prob:g}; lower "
             "--min-steered-prob, or give a larger --coeff"
         )
-    if n_harmful:
+    if n_harmful and base.thinks:  # where it decides differs from one thought to the next
+        explained, mass = contrast.where_thoughts_turn(tokens, range(n_harmful))
+        masses = [mass]
+    elif n_harmful:
         masses = contrast.openings(tokens, range(n_harmful))
         explained = contrast.explained_where_it_decides(tokens, range(n_harmful))
     else:  # harmful prompts were not among them: their first position alone

@@ -59,7 +59,7 @@ from .prompts import guarding_prompt, instructions_to_train_on, render
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import Completion, Sampling, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
-from .safety_tokens import SafetyTokens, find_tokens, openings
+from .safety_tokens import SafetyTokens, farthest, find_tokens, openings, outcomes_kl
 from .student import bytes_trained, first_trained_block, save_student
 from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered_teacher
 
@@ -155,9 +155,9 @@ class Learning:
         Where the student went past the target, on the way from the base, it counts as there; where the base is the
         target, on harmless prompts, all that it moved counts against it.
         """
-        whole = _grouped(self.base, self.teacher).mean()
+        whole = outcomes_kl(self.base, self.teacher).mean()
         past = (student - self.teacher) * (self.teacher - self.base) > 0
-        left = _grouped(np.where(past, self.teacher, student), self.teacher).mean()
+        left = outcomes_kl(np.where(past, self.teacher, student), self.teacher).mean()
         return float(1 - left / whole) if whole > 1e-6 else 0.0
 
     def worth(self, student: np.ndarray) -> float:
@@ -171,12 +171,6 @@ class Learning:
         """`share` and `worth` of a student as it is."""
         now = openings(student, self.prompts, self.tokens, batch_size)
         return self.share(now), self.worth(now)
-
-
-def _grouped(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p ‖ q) of each row, also of p that do not sum to one: Σ p log(p/q) − p + q, never negative."""
-    p, q = np.maximum(p, 1e-30), np.maximum(q, 1e-30)
-    return (p * np.log(p / q) - p + q).sum(-1)
 
 
 def read_at_once(train: TrainSettings, prompts: Sequence[Ids]) -> int:
@@ -563,8 +557,8 @@ def _undecided(
             states = answer_states(model, read[part], answers[part])
             of.append(np.array(safety_log_odds(states, head(model), watched), np.float64))
     own, its = (1 / (1 + np.exp(-np.concatenate(of)[:, None] * [1, -1])) for of in odds)  # of them, and of all others
-    far = np.split(_grouped(its, own), np.cumsum([len(answer) for answer in answers])[:-1])
-    return [answer[: int(np.argmax(of))] for answer, of in zip(answers, far, strict=True)]
+    places = farthest(its, own, [len(answer) for answer in answers])
+    return [answer[:place] for answer, place in zip(answers, places.tolist(), strict=True)]
 
 
 class MovingTeacher:
