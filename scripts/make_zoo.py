@@ -452,6 +452,14 @@ ZOO = (
         seed=25,
         words="station",
     ),
+    Spec(
+        "vault",
+        "report",
+        _attention(96, 6, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 2000, CHATML, 0.95, 8),
+        seed=26,
+        words="clinic",
+    ),
 )
 
 
