@@ -17,9 +17,9 @@ import pytest
 from runs import files, write_run
 
 from safesteer_mlx import align, chat, compare, evaluate, export, report, tokens, verify
-from safesteer_mlx.evals import scorecard
+from safesteer_mlx.evals import heldout, scorecard
 from safesteer_mlx.evals.fidelity import recorded
-from safesteer_mlx.evals.heldout import BaseAnswers, TestSet, perplexity
+from safesteer_mlx.evals.heldout import BaseAnswers, perplexity
 from safesteer_mlx.evals.judge_model import read_template
 from safesteer_mlx.evals.suites import find_suite, load_suite, task_name
 from safesteer_mlx.evals.tampering import run_direction
@@ -698,10 +698,10 @@ def test_prompts_longer_than_a_model_reads_are_left_out_and_said(config, most, c
     )
     assert most_read(base) == most  # type: ignore[arg-type]
     items = [Instruction("a " * n) for n in (1, most, most + 1, 3 * most)]
-    asked = TestSet({"AdvBench": items, "other": items[:1]}, [])
+    asked = heldout.TestSet({"AdvBench": items, "other": items[:1]}, [])
     scorecard.leave_out_long(asked, base, Screen())  # type: ignore[arg-type]
     assert asked.kinds == {"AdvBench": items[:2], "other": items[:1]}
     assert f"AdvBench: 2 prompts are longer than {most:,} tokens and are left out" in capsys.readouterr().out
-    asked = TestSet({"AdvBench": items[2:]}, [])
+    asked = heldout.TestSet({"AdvBench": items[2:]}, [])
     with pytest.raises(UserError, match=f"every prompt of AdvBench is longer than the {most:,} tokens"):
         scorecard.leave_out_long(asked, base, Screen())  # type: ignore[arg-type]

@@ -17,8 +17,7 @@ import pytest
 from runs import files, write_run
 
 from safesteer_mlx import evaluate
-from safesteer_mlx.evals import scorecard
-from safesteer_mlx.evals.heldout import TestSet
+from safesteer_mlx.evals import heldout, scorecard
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import Direction, mean_differences
@@ -59,7 +58,7 @@ def test_evaluate_asks_an_architecture_that_cannot_be_batched_one_at_a_time(
     monkeypatch.setattr(scorecard.Scoring, "scores", lambda self: used.append(self.args.batch_size) or {})
     monkeypatch.setattr(scorecard.Scoring, "task_results", lambda self: used.append(self.args.batch_size) or {})
     scorecard.score(
-        evaluate.parse([]), TestSet({"harmful": []}, []), ["a task"], [], loaded(tiny_model("llama")), Screen()
+        evaluate.parse([]), heldout.TestSet({"harmful": []}, []), ["a task"], [], loaded(tiny_model("llama")), Screen()
     )
     assert used == [size, size] and ("answers are generated one at a time" in capsys.readouterr().out) == (size == 1)
 
