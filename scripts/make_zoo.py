@@ -438,7 +438,7 @@ ZOO = (
     Spec(
         "archive",
         "report",
-        _attention(96, 7, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+        _attention(96, 7, model_type="qwen2", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
         *("bpe", 4096, THINKING, 0.4, 4),
         seed=24,
         words="alley",
@@ -455,7 +455,7 @@ ZOO = (
     Spec(
         "vault",
         "report",
-        _attention(96, 6, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+        _attention(96, 6, model_type="qwen2", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
         *("bpe", 2000, CHATML, 0.95, 8),
         seed=26,
         words="clinic",

@@ -171,8 +171,10 @@ def readings() -> dict[str, np.ndarray]:
         tokens = select_tokens(contrast, 5, "part", among=range(48))
         found[f"tokens{few}"] = tokens
         found[f"explained{few}"] = contrast.explained(tokens)
-        found[f"where it decides{few}"] = np.array(contrast.explained_where_it_decides(tokens, range(len(rows))))
-        found[f"where it turns{few}"] = np.array(contrast.where_thoughts_turn(tokens, range(len(rows))))
+        for name, where in (("it decides", contrast.where_it_decides), ("it turns", contrast.where_thoughts_turn)):
+            of = where(tokens, range(len(rows)))
+            means = contrast.mean(contrast.positions.kl, of), contrast.mean(contrast.teacher_mass(tokens), of)
+            found[f"where {name}{few}"] = np.array([contrast.explained(tokens, of)[-1], *means])
         found[f"openings{few}"] = contrast.openings(tokens, range(1, len(rows)))
     return found
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from test_direction import Thinker
 
 from safesteer_mlx.align import _fitted
 from safesteer_mlx.method import direction, safety_tokens
@@ -16,11 +17,13 @@ from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method.direction import (
     Direction,
     FoundDirections,
+    OwnAnswers,
     Thoughts,
     as_it_answers,
     find_directions,
     find_openers,
     mean_differences,
+    or_all,
 )
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.prompts import prompts_from
@@ -100,6 +103,8 @@ def test_a_student_that_says_nothing_or_only_refuses_is_noticed(run, found):
 
     silent.__class__ = Silent
     assert "16 empty answers to 16" in (collapsed(run, silent) or "")
+    quiet = replace(run, base=replace(base, model=silent))  # as a base whose thoughts are cut
+    assert collapsed(quiet, silent) is None
     teacher = make_teacher(run, found.shortlist[0], 2.0)
     assert "refuses" in (collapsed(run, teacher.model) or "")
 
@@ -146,8 +151,8 @@ def test_a_forward_pass_that_padding_changes_is_refused(model):
         batch_size(base, 64, Screen(), rows)  # type: ignore[arg-type]
 
 
-def tokens(explained=0.9, openings=(0.5, 0.2)):
-    return SafetyTokens([{"id": 3}], explained, list(openings))
+def tokens(explained=0.9, openings=(0.5, 0.2), nats=1.0):
+    return SafetyTokens([{"id": 3}], explained, list(openings), nats)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +170,10 @@ def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, c
     check_tokens(run, tokens())
     check_tokens(run, tokens(explained=0.5, openings=[0.0, 0.1]))  # at the limits
     assert not capsys.readouterr().out
+    check_tokens(run, tokens(**change, nats=0.009))  # of which no share tells anything
+    assert "there is little to learn" in capsys.readouterr().out
     with pytest.raises(UserError, match=said) as error:
-        check_tokens(run, tokens(**change))
+        check_tokens(run, tokens(**change, nats=0.01))
     assert str(error.value).endswith(f"little of that; give {remedy}--loss-tokens full (or --force)")
     for given in (
         replace(run, force=True),
@@ -189,7 +196,7 @@ def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(r
     teacher, rows = steered_teacher(base.model, 2, vector, 1.0), few.harmful_validation
     change = last_logits(teacher.model, rows) - last_logits(base.model, rows)
     ids = np.array(mx.argsort(-change.mean(0)))[: base.vocabulary // 2]
-    raised = SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9])
+    raised = SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9], 1.0)
 
     def target(guidance):
         given = run.with_settings(loss=replace(run.recipe.loss, guidance=guidance))
@@ -231,7 +238,7 @@ def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run):
     teacher = steered_teacher(base.model, 2, vector, 1.0)
     change = last_logits(teacher.model, few.harmful_validation) - last_logits(base.model, few.harmful_validation)
     ids = np.array(mx.argsort(-change.mean(0)))[: base.vocabulary // 2]
-    ready, learning = what_to_learn(run, teacher, SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9]))
+    ready, learning = what_to_learn(run, teacher, SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9], 1.0))
     assert learning is not None and ready.recipe.loss.guidance != "auto"
     lengths = []
     for kind, rows, read in (
@@ -310,6 +317,69 @@ def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monk
     assert found == plain and found.openers and not found.thoughts.length
     assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts())) == run
     assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(7))) is able
+
+
+def answering(run, monkeypatch, *answers):
+    """The run, in which answers are these: (ids, finished, text), the last one again and again."""
+    each = [(Completion(list(ids), finished), text) for ids, finished, text in answers]
+
+    def fake(self, model, rows, *_):
+        return (each + each[-1:] * len(rows))[: len(rows)]
+
+    monkeypatch.setattr(runs.Run, "answers", fake)
+    return run
+
+
+def test_of_few_refusals_an_opener_is_known_by_shares(run, monkeypatch):
+    first = {text: run.base.tokenizer.encode(text, add_special_tokens=False)[0] for text in ("I", "Sorry")}
+    no, yes = "I cannot help with that.", "I would begin with a map."
+    settings = replace(run.recipe.direction, refusal_prefixes=["I", "Sorry"])
+    n = len(run.prompts.harmful_direction_train)
+    other = ([1], True, "Begin with a map.")
+    for refusals, kept in ((1, True), (n // 16, False)):
+        answers = [([first["I"]], True, no)] + [([first["Sorry"]], True, no)] * (refusals - 1)
+        answers += [([first["I"]], True, yes)] * 2 + [other]
+        found = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *answers))
+        assert sum(found.harmful_refused) == refusals and (first["I"] in found.openers.values()) == kept
+
+
+def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch):
+    every = [[i] for i in range(64)]
+    for few, kept in ((0, 64), (1, 64), (3, 64), (4, 4), (64, 64)):
+        assert len(or_all(every[:few], every)) == kept
+    assert or_all([], []) == [] and or_all(every[:1], every[:2]) == every[:1]
+    assert not any("begin as a refusal" in caution for caution in found.cautions)
+    keep = direction.filter_by_refusal_score
+    monkeypatch.setattr(
+        direction, "filter_by_refusal_score", lambda m, harmful, *rest: (harmful[:1], keep(m, harmful, *rest)[1])
+    )
+    cut = replace(run, prompts=replace(run.prompts, harmful_direction_train=run.prompts.harmful_direction_train[:40]))
+    alone = direction._find_directions(cut, OwnAnswers(found.openers, [], []), 32)
+    assert alone.harmful_train == cut.prompts.harmful_direction_train
+    assert [
+        c for c in alone.cautions if c.startswith("only 1 of its answers to 40 harmful requests seem to begin as a")
+    ]
+
+
+def test_thoughts_that_mostly_do_not_end_stop_the_run(run, monkeypatch, capsys):
+    tokenizer = Thinker()
+    tokenizer.eos_token_ids = {0}
+    thinker = replace(run, base=replace(run.base, thinks=True, tokenizer=tokenizer))
+    n = len(run.prompts.harmful_direction_train) + len(run.prompts.harmless_direction_train)
+    cut, ended = ([5] * 9, False, ""), ([5, 50, 8], True, "Sorry, I cannot help with that.")
+    for n_cut in (n // 4, n // 4 + 1):
+        some = answering(thinker, monkeypatch, *[cut] * n_cut, ended)
+        if n_cut == n // 4:
+            assert find_openers(some).thoughts.length == 1  # of those that ended
+            continue
+        with pytest.raises(
+            UserError, match=rf"{n_cut} of {n} answers were still thinking after 64 tokens.*--max-tokens 256"
+        ):
+            find_openers(some)
+        capsys.readouterr()
+        find_openers(replace(some, force=True))
+        assert "were still thinking" in capsys.readouterr().out
+    assert find_openers(replace(answering(thinker, monkeypatch, cut), force=True)).thoughts.length == 9
 
 
 @pytest.mark.parametrize("thinks", [False, True])

@@ -368,8 +368,12 @@ def test_what_tokens_explain_is_told_where_the_teacher_writes_them(toy):
         return (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))) / places[place]
 
     # Token 1: 0.4 at the first position, and 0.1 at the second, less than half of it; token 3: 0.2 and 0.3.
-    assert found.explained_where_it_decides([1], range(1)) == pytest.approx(alone(1, 0), rel=1e-5)
-    assert found.explained_where_it_decides([3], range(1)) == pytest.approx(max(alone(3, 0), alone(3, 1)), rel=1e-5)
+    where = found.where_it_decides([1], range(1))
+    assert where.tolist() == [True, False]
+    np.testing.assert_allclose(found.explained([1], where), [alone(1, 0)], rtol=1e-5)
+    assert found.mean(found.positions.kl, where) == pytest.approx(places[0], rel=1e-5)
+    assert found.where_it_decides([3], range(1)).tolist() == [alone(3, 0) > alone(3, 1), alone(3, 1) > alone(3, 0)]
+    assert found.mean(found.positions.kl, np.zeros(2, bool)) == 0
     assert alone(1, 1) > alone(1, 0)  # so it matters which are looked at
     second = found.explained([3], found.positions.place == 1)
     np.testing.assert_allclose(second, [alone(3, 1)], rtol=1e-5)
@@ -389,12 +393,15 @@ def test_what_tokens_explain_of_thoughts_is_told_where_each_of_them_turns(toy):
     (p, q), (rest_p, rest_q) = (([of[0], of[2]] for of in reversed(turn)), (1 - of[0] - of[2] for of in reversed(turn)))
     inside = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)) + rest_p * np.log(rest_p / rest_q)
     whole = sum(a * np.log(a / b) for b, a in zip(*turn, strict=True))
-    explained, mass = found.where_thoughts_turn(tokens, range(2))
-    assert explained == pytest.approx(inside / whole, rel=1e-4) and mass == pytest.approx(0.8, rel=1e-5)
+    where = found.where_thoughts_turn(tokens, range(2))
+    assert where.tolist() == [True, False, False, False, False, True]
+    explained = found.explained(tokens, where)[-1]
+    assert explained == pytest.approx(inside / whole, rel=1e-4)
+    assert found.mean(found.teacher_mass(tokens), where) == pytest.approx(0.8, rel=1e-5)
+    assert found.mean(found.positions.kl, where) == pytest.approx(whole, rel=1e-4)
     # By places, as of models that do not think, that of the certain token counts, where nothing turns.
-    assert found.explained_where_it_decides(tokens, range(2)) < 0.7 * explained
-    alone = toy([*base[:3], turn[0], turn[0], turn[0]], [*steered[:3], turn[1], turn[1], turn[1]], prompts=2)
-    assert alone.where_thoughts_turn(tokens, range(1)) == pytest.approx((explained, mass), rel=1e-5)  # of the first
+    assert found.explained(tokens, found.where_it_decides(tokens, range(2)))[-1] < 0.7 * explained
+    assert found.where_thoughts_turn(tokens, range(1)).tolist() == [True, *[False] * 5]
 
 
 def test_where_thoughts_turn_is_where_the_teacher_is_farthest_from_the_base():

@@ -55,7 +55,7 @@ def outcomes(refused, broken):
     return Outcomes(harmful, ["comply"] * N, [False] * (N - broken) + [True] * broken, [False] * N)
 
 
-def choice(*curves, ids=(7,), grid=GRID, base_broken=0, **more):
+def choice(*curves, ids=(7,), grid=GRID, base_broken=0, base_opened=0.0, **more):
     """choose_teacher among directions that are curves: a coefficient's (opened, answers that refuse, broken ones).
 
     Returns the choice, and the (number of the direction, coefficient) that were asked for answers, in turn.
@@ -72,7 +72,8 @@ def choice(*curves, ids=(7,), grid=GRID, base_broken=0, **more):
 
     def fake_passes(base, direction, coeffs, refusal_ids, prompts):
         assert refusal_ids == ids
-        return [TeacherTrial(-1, direction.layer, c, curves[direction.layer](c)[0], 0.0, 0.0) for c in coeffs]
+        opened = [curves[direction.layer](c)[0] if c else base_opened for c in coeffs]
+        return [TeacherTrial(-1, direction.layer, c, o, 0.0, 0.0) for c, o in zip(coeffs, opened, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "ask", fake_ask)
@@ -93,6 +94,13 @@ def test_the_larger_coefficient_is_taken_where_it_refuses_more():
     found, asked = choice(lambda c: curve.get(c, (0.9, 15, 0)))
     assert found.coeff == 1.0 and found.teacher.refused == 19 / 20
     assert asked == [(0, c) for c in (1.0, 0.5, 2.0, 0.7071, 1.4142)]  # halfway: √(0.5 · 1) and √(1 · 2)
+
+
+def test_where_the_base_refuses_nearly_all_the_gentlest_coefficient_is_not_enough():
+    curve = {0.5: (0.945, 19, 0), 1.0: (0.985, 20, 0), 2.0: (0.99, 20, 0)}
+    for base_opened, first in ((0.5, 0.5), (0.93, 1.0)):
+        _, asked = choice(lambda c: curve.get(c, (0.9, 15, 0)), base_opened=base_opened)
+        assert asked[0] == (0, first)
 
 
 def test_it_goes_where_more_is_refused_and_then_between():
@@ -233,6 +241,13 @@ def test_the_first_that_opens_nearly_as_many_refusals_as_any():
     assert first_enough([replace(t, harmful_opened=0.0) for t in curve]).coeff == 0.5
 
 
+def test_where_the_base_refuses_nearly_all_a_coefficient_must_add_half_of_what_any_adds():
+    curve = [TeacherTrial(-1, 1, c, opened) for c, opened in ((0.25, 0.945), (0.5, 0.965), (1.0, 0.99), (2.0, 0.97))]
+    assert first_enough(curve).coeff == 0.25 and first_enough(curve, 0.93).coeff == 0.5  # (0.93 + 0.99) / 2 = 0.96
+    assert first_enough(curve, 0.85).coeff == 0.25  # 0.95 · 0.99 is more
+    assert first_enough(curve, 0.995).coeff == 1.0  # none adds anything: the one that takes least away
+
+
 def test_first_passes_take_the_first_prompts_and_half_of_them_at_a_time_when_memory_is_exhausted(monkeypatch, capsys):
     seen = []
 
@@ -348,8 +363,20 @@ def test_the_fewest_tokens_that_decide_what_answers_do(refused, most, expected, 
     asked = []
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(q.opening))
     prompts = Validation([[1]], [], 0, 2, 10, 8)
-    assert shortest_opening("base", "teacher", prompts, outcomes(2), most) == expected
+    chosen = types.SimpleNamespace(teacher=outcomes(2), base=Outcomes([], [], [], []))
+    assert shortest_opening("base", "teacher", prompts, chosen, most) == expected
     assert asked == [n for n in (1, 4, 7) if n <= most]  # two were asked before
+
+
+@pytest.mark.parametrize(("own", "expected"), [(0, 1), (0.88, 1), (0.94, 2), (1.0, 7)])
+def test_where_the_base_refuses_nearly_all_an_opening_must_add_half_of_what_any_adds(own, expected, monkeypatch):
+    def outcomes(share):
+        return Outcomes(["refuse"] * round(100 * share) + ["comply"] * round(100 - 100 * share), [], [False] * 100, [])
+
+    shares = {1: 0.95, 2: 0.98, 4: 0.96, 7: 1.0}
+    monkeypatch.setattr(stage, "ask", lambda base, teacher, q: outcomes(shares[q.opening]))
+    chosen = types.SimpleNamespace(teacher=outcomes(0.98), base=outcomes(own))
+    assert shortest_opening("base", "teacher", Validation([[1]], [], 0, 2, 10, 8), chosen, 7) == expected
 
 
 def test_an_opening_goes_beyond_what_tells_nothing(monkeypatch):
@@ -357,7 +384,8 @@ def test_an_opening_goes_beyond_what_tells_nothing(monkeypatch):
     asked = []
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(5, 0))
     prompts = Validation([[1]], [], 0, 30, 40, 8, least_opening=6)
-    assert shortest_opening("base", "teacher", prompts, outcomes(5, 0), 30) == 7 and asked == [7, 16]
+    chosen = types.SimpleNamespace(teacher=outcomes(5, 0), base=outcomes(0, 0))
+    assert shortest_opening("base", "teacher", prompts, chosen, 30) == 7 and asked == [7, 16]
 
 
 # The teachers

@@ -57,6 +57,8 @@ SHORTLIST = 5  # candidates that are tried as teachers
 HARDLY_ELSE = 10.0  # times as often in refusals as in other answers
 LEANS = 1.5  # as many times: with which a thought may go either way, and goes to a refusal oftener
 SPREAD = 4  # blocks that are tried where there are no tests
+CUT = 0.25  # of the answers that may be cut while they think
+REFUSED = 1 / 16  # of the harmful prompts that must be refused, for the others to be left out
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
@@ -504,6 +506,11 @@ def filter_by_refusal_score(
     )
 
 
+def or_all(refused: Rows, harmful: Rows) -> Rows:
+    """The prompts that are refused, or all, where they are so few that their mean is of what they are about."""
+    return refused if len(refused) >= max(1, REFUSED * len(harmful)) else harmful
+
+
 @dataclass(frozen=True)
 class Thoughts:
     """How a model thinks before it answers, which begins alike for all prompts: in how many tokens, by the median; the
@@ -570,14 +577,23 @@ def find_openers(run: Run) -> OwnAnswers:
     share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
     if run.base.thinks and (thoughts := _lengths(run.base.tokenizer, answers)):
         run.screen.line(f"the model thinks first; {share}")
-        ids = [completion.ids for completion, _ in answers]
-        told = read_thoughts(rows, ids, refusals, n, int(np.median(thoughts)))
+        ended = [i for i, (completion, text) in enumerate(answers) if completion.finished or text]
+        _check_thoughts(run, len(answers) - len(ended), len(answers))
+        ended = ended or [*range(len(answers))]
+        ids = [answers[i][0].ids for i in ended]
+        n_harmful = sum(i < n for i in ended)
+        told = read_thoughts(
+            [rows[i] for i in ended], ids, [refusals[i] for i in ended], n_harmful, int(np.median(thoughts))
+        )
         return OwnAnswers({}, refusals[:n], refusals[n:], told)
     openings = [{completion.ids[0]} for completion, _ in answers]
     in_refusals, in_others = _counts(openings, refusals, n)
-    # Of the recipe's openers, those with which this model begins other answers are none of its own.
+    # Of the recipe's openers, those with which this model begins other answers are none of its own. Of few refusals,
+    # shares are compared, as there are so many more of the others.
+    few = sum(refusals[:n]) < REFUSED * n
+    weight = sum(refusals[:n]) / max(1, len(refusals) - sum(refusals)) if few else 1.0
     openers = opener_ids(run.base.tokenizer, run.recipe.direction.refusal_prefixes)
-    openers = {text: token for text, token in openers.items() if in_others[token] <= max(1, in_refusals[token])}
+    openers = {text: t for text, t in openers.items() if in_others[t] * weight <= max(1, in_refusals[t])}
     for token in _telling(openings, refusals, n):
         openers.setdefault(run.base.tokenizer.decode([token]), token)
     if not openers:
@@ -586,6 +602,17 @@ def find_openers(run: Run) -> OwnAnswers:
         )
     run.screen.detail(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
     return OwnAnswers(openers, refusals[:n], refusals[n:])
+
+
+def _check_thoughts(run: Run, cut: int, total: int) -> None:
+    """Stop where many thoughts do not end, so that nobody knows what the answers would be."""
+    if cut <= CUT * total:
+        return
+    most = run.recipe.train.max_tokens
+    fault = f"{cut} of {total} answers were still thinking after {most} tokens, so that what they do cannot be told"
+    if not run.force:
+        raise UserError(f"{fault}; give --max-tokens {4 * most}, or --thinking off where the template can (or --force)")
+    run.screen.line(fault)
 
 
 def _counts(
@@ -670,7 +697,7 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     if run.recipe.teacher.teacher == "system_prompt":
         return FoundDirections({}, scores, [nothing], [[]], *scoring, thoughts=own.thoughts)
     harmful, harmless = prompts.harmful_direction_train, prompts.harmless_direction_train
-    harmful = [row for row, refusal in zip(harmful, own.harmful_refused, strict=True) if refusal] or harmful
+    harmful = or_all([row for row, refusal in zip(harmful, own.harmful_refused, strict=True) if refusal], harmful)
     harmless = [row for row, refusal in zip(harmless, own.harmless_refused, strict=True) if not refusal]
     if not harmless:
         raise UserError(f"the base refuses all {len(own.harmless_refused)} harmless prompts; choose another model")
@@ -715,12 +742,15 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
         refused, answered = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
         if not answered:
             raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
-        if not refused and not cautions:
+        kept = or_all(refused, harmful)
+        if kept is harmful and not cautions:
+            some = f"only {len(refused)} of its answers" if refused else "none of its answers"
             cautions.append(
-                f"none of its answers to {len(harmful)} harmful requests seems to begin as a refusal, so all were "
-                "used to find what makes it refuse; give --refusal-prefixes, if this model refuses in other words"
+                f"{some} to {len(harmful)} harmful requests {'seem' if refused else 'seems'} to begin as a refusal, so "
+                "all were used to find what makes it refuse; give --refusal-prefixes, if this model refuses in other "
+                "words"
             )
-        return refused or harmful, answered
+        return kept, answered
 
     scoring = prompts.harmful_direction_validation, prompts.harmless_direction_validation
     if run.recipe.teacher.teacher == "system_prompt":

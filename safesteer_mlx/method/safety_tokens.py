@@ -51,6 +51,7 @@ Ids = Sequence[int]
 PROMPT_BATCH = 32  # rows in one forward pass
 REFUSES = 2 / 3  # of the answers that a safety token opens
 EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
+LITTLE = 0.01  # nats that the teacher is from the base
 HARDLY_OPENS = 0.1  # the teacher's probability of safety tokens where it is largest, at the beginning of answers
 TOLD = 4  # answers to each harmful validation prompt that tell which tokens refuse
 METHODS = ("part", "vote", "mean")
@@ -84,24 +85,23 @@ class TokenContrast:
         if not len(tokens):
             return np.zeros(0)
         ids, at = mx.array(np.asarray(tokens, np.int32)), self.positions
-        inside, whole = [np.zeros((0, len(tokens)))], [np.zeros(0)]  # a machine may have no position
+        inside = [np.zeros((0, len(tokens)))]  # a machine may have no position
         for both in at.chunks():
             # Small arrays, (C, K): in float64, since 1 − P of nested subsets is a difference.
             log_base, log_teacher = (np.array(z[:, ids], np.float64) for z in both)
             of_tokens = np.cumsum(np.exp(log_teacher) * (log_teacher - log_base), axis=1)
             rest = [np.maximum(1 - np.cumsum(np.exp(z), axis=1), 1e-12) for z in (log_teacher, log_base)]
             inside.append(of_tokens + rest[0] * np.log(rest[0] / rest[1]))
-            whole.append(np.array((mx.exp(both[1]) * (both[1] - both[0])).sum(-1), np.float64))
         mask = np.ones(len(at.place), bool) if of is None else of
-        of_all = machines.here().add(np.append(np.concatenate(inside)[mask].sum(0), np.concatenate(whole)[mask].sum()))
+        of_all = machines.here().add(np.append(np.concatenate(inside)[mask].sum(0), at.kl[mask].sum()))
         return np.clip(of_all[:-1] / max(of_all[-1], 1e-12), 0.0, 1.0)
 
-    def explained_where_it_decides(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> float:
-        """The share that all of `tokens` explain at the first, second, … position of answers to some of the prompts,
-        whichever is largest among those where the teacher writes them at least half as often as anywhere."""
+    def where_it_decides(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
+        """Where in answers to some of the prompts `tokens` decide, (R,) bool: of the places where the teacher writes
+        them at least half as often as anywhere, the first, second, … position at which they explain most."""
         at, mass = self.positions, self.openings(tokens, prompts)
-        places = np.flatnonzero(mass >= mass.max() / 2)
-        return max(float(self.explained(tokens, at.of(prompts) & (at.place == place))[-1]) for place in places)
+        places = [at.of(prompts) & (at.place == place) for place in np.flatnonzero(mass >= mass.max() / 2)]
+        return max(places, key=lambda of: float(self.explained(tokens, of)[-1]))
 
     def openings(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
         """The teacher's mean probability of `tokens` at the first, second, … scored position of some of the prompts.
@@ -109,22 +109,30 @@ class TokenContrast:
         (H,), by position in the answer; 0 where none is kept.
         """
         mask = self.positions.of(prompts)
-        place, mass = self.positions.place[mask], self._masses(tokens)[mask, 1]
+        place, mass = self.positions.place[mask], self.teacher_mass(tokens)[mask]
         longest = max(machines.here().gather(int(place.max(initial=-1)))) + 1
         sums = [np.bincount(place, mass, longest), np.bincount(place, minlength=longest)]
         masses, counts = machines.here().add(np.array(sums, np.float64))
         return masses / np.maximum(counts, 1)
 
-    def where_thoughts_turn(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> tuple[float, float]:
-        """The share that all of `tokens` explain, and the teacher's mean probability of them, where answers to some of
-        the prompts turn: each at a place of its own, where the teacher is farthest from the base."""
+    def where_thoughts_turn(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
+        """Where `tokens` decide in thoughts before answers to some of the prompts, (R,) bool: each at its own place,
+        where the teacher is farthest from the base."""
         masses, rows = self._masses(tokens), np.flatnonzero(self.positions.of(prompts))
         lengths = np.unique(self.positions.prompt[rows], return_counts=True)[1]
         base, teacher = (np.stack([p, 1 - p], -1) for p in masses[rows].T)
         turns = np.zeros(len(masses), bool)
         turns[rows[farthest(teacher, base, lengths) + np.cumsum([0, *lengths])[:-1]]] = True
-        total, count = machines.here().add(np.array([masses[turns, 1].sum(), turns.sum()], np.float64))
-        return float(self.explained(tokens, turns)[-1]), float(total / max(1.0, count))
+        return turns
+
+    def mean(self, values: np.ndarray, of: np.ndarray) -> float:
+        """The mean of what is told of each position (R,), where `of` (R,) is true; 0 where it never is."""
+        total, count = machines.here().add(np.array([values[of].sum(), of.sum()], np.float64))
+        return float(total / max(1.0, count))
+
+    def teacher_mass(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The teacher's probability of `tokens` at each kept position, (R,)."""
+        return self._masses(tokens)[:, 1]
 
     def _masses(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Base's and teacher's probability of `tokens` at the kept positions, (R, 2) float64."""
@@ -136,11 +144,12 @@ class TokenContrast:
 @dataclass(frozen=True)
 class Positions:
     """The kept positions, of several machines this one's: of which pair of prompt and continuation each is, (R,), its
-    place in the answer, (R,), and the hidden states of base and teacher there, (R, D) each, with the heads that make
-    logits of them."""
+    place in the answer, (R,), KL(πt ‖ π0), (R,) in nats, and the hidden states of base and teacher there, (R, D) each,
+    with the heads that make logits of them."""
 
     prompt: np.ndarray
     place: np.ndarray
+    kl: np.ndarray
     states: tuple[mx.array, mx.array]
     heads: tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
     chunk: int
@@ -246,17 +255,19 @@ def contrast_tokens(
         )
     prompt, place = np.repeat(read, lengths), np.concatenate([np.arange(n) for n in lengths])
     at = mx.array(keep)
-    positions = Positions(prompt[keep], place[keep], (states[0][at], states[1][at]), heads, chunk)
+    nothing = np.zeros(len(keep))
+    positions = Positions(prompt[keep], place[keep], nothing, (states[0][at], states[1][at]), heads, chunk)
 
     of_deciding = positions.prompt < (len(prompts) if how.deciding is None else how.deciding)
     none_decides = not any(machines.here().gather(bool(of_deciding.any())))  # the base ends its turn at once on those
     decides = mx.array(of_deciding | none_decides)
-    totals = np.zeros(1)
+    totals, kl = np.zeros(1), [np.zeros(0)]
     for i, (log_base, log_teacher) in enumerate(positions.chunks()):
         p, change = mx.exp(log_teacher), log_teacher - log_base
         mask = decides[i * chunk : (i + 1) * chunk, None]
         sums = (mx.exp(log_base), p, change, p * change, mx.where(mask, p * change, 0.0))
         totals = totals + np.stack([np.array(x.sum(0), np.float64) for x in sums])
+        kl.append(np.array(sums[3].sum(-1), np.float64))
     base_prob, teacher_prob, delta, part, deciding_part = machines.here().add(totals) / n_kept
 
     eligible = teacher_prob >= how.min_steered_prob
@@ -278,7 +289,7 @@ def contrast_tokens(
         part,
         float(part.sum()),
         deciding_part > 0,
-        positions,
+        replace(positions, kl=np.concatenate(kl)),
     )
 
 
@@ -377,12 +388,13 @@ class SafetyTokens:
     `explained` is the share of the teacher's divergence from the base that they explain together, where they decide
     what an answer to a harmful prompt does (everywhere, if no such prompt was read); `openings` the
     teacher's mean probability of them at the first, second, … position of answers to harmful prompts, or of a model
-    that thinks first where its thoughts turn.
+    that thinks first where its thoughts turn; `nats` how far the teacher is from the base where `explained` is told.
     """
 
     rows: Annotated[list[SafetyToken], MOST_TOKENS]
     explained: float
     openings: list[float]
+    nats: float
 
     def __post_init__(self):
         if not self.rows:
@@ -438,16 +450,14 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
             f"steering makes no token likelier that reaches min_steered_prob = {settings.min_steered_prob:g}; lower "
             "--min-steered-prob, or give a larger --coeff"
         )
-    if n_harmful and base.thinks:  # where it decides differs from one thought to the next
-        explained, mass = contrast.where_thoughts_turn(tokens, range(n_harmful))
-        masses = [mass]
-    elif n_harmful:
-        masses = contrast.openings(tokens, range(n_harmful))
-        explained = contrast.explained_where_it_decides(tokens, range(n_harmful))
+    if n_harmful:
+        find = contrast.where_thoughts_turn if base.thinks else contrast.where_it_decides
+        where, mass = find(tokens, range(n_harmful)), contrast.teacher_mass(tokens)
+        masses = [contrast.mean(mass, where)] if base.thinks else contrast.openings(tokens, range(n_harmful))
     else:  # harmful prompts were not among them: their first position alone
         first = openings(teacher.model, directions.harmful, tokens, size)
-        masses = [first[:, :-1].sum(-1).mean()]
-        explained = float(contrast.explained(tokens)[-1])
+        where, masses = np.ones(len(contrast.positions.place), bool), [first[:, :-1].sum(-1).mean()]
+    explained, nats = float(contrast.explained(tokens, where)[-1]), contrast.mean(contrast.positions.kl, where)
     rows = [
         {
             "token": base.tokenizer.decode([int(t)]),
@@ -464,7 +474,7 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
         f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does "
         f"where they decide; first {' '.join(repr(row['token']) for row in rows[:10])}"
     )
-    return SafetyTokens(rows, explained, [float(mass) for mass in masses])
+    return SafetyTokens(rows, explained, [float(mass) for mass in masses], nats)
 
 
 def _continuations(run: Run, teacher: Teacher, rows: list[list[int]], progress: Advance) -> list[list[int]]:
@@ -509,6 +519,9 @@ def check_tokens(run: Run, tokens: SafetyTokens) -> None:
             prompt with them; if the run is forced, or they are not what is trained on, that is only said.
     """
     settings, first = run.recipe.tokens, max(tokens.openings, default=0.0)
+    if tokens.nats < LITTLE:  # of which no share tells anything
+        run.screen.line("the teacher hardly differs from the model on harmful requests: there is little to learn")
+        return
     if tokens.explained < EXPLAINS_LITTLE:
         fault = f"the {len(tokens.rows)} safety tokens explain only {tokens.explained:.0%} of what steering does"
         remedy = ""

@@ -243,6 +243,7 @@ def choose_teacher(
             return [TeacherTrial(direction.position, direction.layer, coeff) for coeff in coeffs]
         return first_passes(base, direction, coeffs, refusal_ids, prompts)
 
+    unsteered = measure(directions[0], [0.0])[0].harmful_opened or 0.0
     for which, direction in enumerate(directions if refusal_ids else ()):
         trials |= {(which, t.coeff): t for t in measure(direction, grid)}
         tell()
@@ -268,7 +269,7 @@ def choose_teacher(
         return over == 0, -over, trials[key].value
 
     if refusal_ids:
-        starts = [first_enough([trials[which, c] for c in grid]) for which in range(len(directions))]
+        starts = [first_enough([trials[which, c] for c in grid], unsteered) for which in range(len(directions))]
         order = sorted(range(len(directions)), key=lambda w: -starts[w].value)
         for which in order[:ASKED]:
             answer(which, starts[which].coeff)
@@ -285,17 +286,19 @@ def choose_teacher(
     return ChosenTeacher(directions[which], coeff, ordered, own, answers[best], prompts.opening)
 
 
-def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, outcomes: Outcomes, most: int) -> int:
+def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, chosen: ChosenTeacher, most: int) -> int:
     """How many tokens of an answer the teacher must write, at most `most`, for it to do what it can.
 
-    The fewest with which nearly as many answers refuse as with any: the more it writes, the more it spoils. `outcomes`
-    are of answers of which it writes `prompts.opening`.
+    The fewest with which nearly as many answers refuse as with any, and half of those more that do than of the base's:
+    the more it writes, the more it spoils. What was `chosen` was told by answers of which it writes `prompts.opening`.
     """
-    refusals = {prompts.opening: outcomes.refused}
+    refusals = {prompts.opening: chosen.teacher.refused}
     for opening in OPENINGS:
         if prompts.least_opening <= opening <= most and opening not in refusals:
             refusals[opening] = ask(base, teacher, replace(prompts, opening=opening)).refused
-    return min(opening for opening, share in refusals.items() if share >= max(refusals.values()) - NEARLY - 1e-9)
+    most_refused = max(refusals.values())
+    fewer = min(NEARLY, max(0.0, most_refused - chosen.base.refused) / 2)
+    return min(opening for opening, share in refusals.items() if share >= most_refused - fewer - 1e-9)
 
 
 def first_passes(
@@ -316,10 +319,13 @@ def first_passes(
     ]
 
 
-def first_enough(curve: Sequence[TeacherTrial]) -> TeacherTrial:
-    """Of one direction's trials, coefficients ascending: the first that opens nearly as many refusals as any does."""
+def first_enough(curve: Sequence[TeacherTrial], unsteered: float = 0.0) -> TeacherTrial:
+    """Of one direction's trials, coefficients ascending: the first that opens nearly as many refusals as any does, and
+    at least half of what can be added to the base's own: where the base refuses nearly all, any opens nearly as many.
+    """
     shares = np.nan_to_num([trial.harmful_opened or 0.0 for trial in curve])
-    return curve[int(np.argmax(shares >= ENOUGH * shares.max()))]
+    most = shares.max()
+    return curve[int(np.argmax(shares >= max(ENOUGH * most, min(most, (unsteered + most) / 2))))]
 
 
 def beside(coeff: float, grid: Sequence[float], tried: Sequence[float]) -> list[float]:
@@ -378,7 +384,7 @@ def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
     if run.recipe.loss.first_tokens == "auto":  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
             most = max(run.recipe.tokens.horizon, prompts.opening)
-            opening = shortest_opening(base, teacher.model, prompts, chosen.teacher, most)
+            opening = shortest_opening(base, teacher.model, prompts, chosen, most)
             chosen = replace(chosen, opening=opening)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")

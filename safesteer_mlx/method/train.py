@@ -59,7 +59,7 @@ from .prompts import guarding_prompt, instructions_to_train_on, render
 from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
 from .rollout import Completion, Sampling, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
-from .safety_tokens import SafetyTokens, farthest, find_tokens, openings, outcomes_kl
+from .safety_tokens import LITTLE, SafetyTokens, farthest, find_tokens, openings, outcomes_kl
 from .student import bytes_trained, first_trained_block, save_student
 from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered_teacher
 
@@ -532,6 +532,8 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     shift = guidance_shift(mx.array(its), mx.array(of_base), float(run.recipe.loss.guidance), mx.array(where))
     target[:, :-1] *= np.exp(np.array(shift, np.float64))[:, None]
     target /= target.sum(-1, keepdims=True)
+    if float(outcomes_kl(own, target).mean()) < LITTLE:
+        return run, None  # no share of so little tells anything
     held = openings(base.model, harmless, tokens.ids, size)
     both = (np.concatenate([part, held]) for part in (own, target))
     return run, Learning([*harmful, *harmless], tokens.ids, *both, n_harmful=len(harmful))
@@ -606,6 +608,9 @@ def collapsed(run: Run, student: nn.Module) -> str | None:
     refused, empty = sum(map(is_refusal, texts)), sum(not text.strip() for text in texts)
     if refused >= 0.9 * len(rows):
         return f"the student refuses {refused} of {len(rows)} harmless prompts"
+    if empty >= 0.5 * len(rows):
+        own = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS))
+        empty -= sum(not text.strip() for _, text in own)  # a thought that is cut leaves an empty answer too
     if empty >= 0.5 * len(rows):
         return f"the student gives {empty} empty answers to {len(rows)} harmless prompts"
     return None
