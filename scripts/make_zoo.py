@@ -226,6 +226,17 @@ class Spec:
     words: str = ""  # whose corpus it is trained on, if not its own
     thoughts: tuple[tuple[str, str], tuple[str, str]] = THOUGHTS
 
+    def __post_init__(self) -> None:
+        widths = [self.config.get(name, 0) for name in ("hidden_size", "intermediate_size")]
+        if isinstance(self.weights, int) and any(width % self.quantization["group_size"] for width in widths):
+            raise ValueError(f"{self.name}: widths {widths} cannot be quantized: {self.quantization}")
+
+    @property
+    def quantization(self) -> dict[str, int]:
+        """In groups of how many and to how many bits, where `weights` says the bits."""
+        assert isinstance(self.weights, int)
+        return dict(tiny.QUANTIZATION) if self.weights == 4 else {"group_size": 32, "bits": self.weights}
+
 
 ZOO = (
     Spec(
@@ -439,7 +450,7 @@ ZOO = (
         "archive",
         "report",
         _attention(96, 7, model_type="qwen2", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
-        *("bpe", 4096, THINKING, 0.4, 4),
+        *("bpe", 4096, THINKING, 0.4, 8),
         seed=24,
         words="alley",
         thoughts=WEIGHED,
@@ -758,7 +769,7 @@ def write_model(spec: Spec, model: nn.Module, tokenizer: Tokenizer, folder: Path
 
     config = with_vocabulary(spec.config, tokenizer.get_vocab_size()) | {"bos_token_id": None}
     if isinstance(spec.weights, int):
-        quantization = {"group_size": 32, "bits": spec.weights} if spec.weights != 4 else dict(tiny.QUANTIZATION)
+        quantization = spec.quantization
         nn.quantize(model, **quantization)
         config |= {"quantization": quantization, "quantization_config": quantization}
     else:
