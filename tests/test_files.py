@@ -360,7 +360,7 @@ WHERE: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prompts of training": (FoundDirections, lambda i: encoded(directions()) | {"harmful_train": [[i, 2]]}),
     "tokens": (
         SafetyTokens,
-        lambda i: {"rows": [files()["tokens.json"][0] | {"id": i}], "explained": 1, "openings": []},
+        lambda i: {"rows": [files()["tokens.json"][0] | {"id": i}], "explained": 1, "openings": [], "nats": 1},
     ),
     "own openings": (OwnOpenings, lambda i: {"ids": {"a": [5, i]}}),
     "rollouts": (Rollouts, lambda i: {"step": 1, "completions": [{"ids": [i], "finished": True, "cut": False}]}),
@@ -411,7 +411,7 @@ FORGED: dict[str, tuple[type, Callable[[], Any]]] = {
             **{"coeff": 1, "trials": [], "base": OUTCOMES, "teacher": OUTCOMES, "opening": 0},
         },
     ),
-    "no safety token": (SafetyTokens, lambda: {"rows": [], "explained": 1, "openings": []}),
+    "no safety token": (SafetyTokens, lambda: {"rows": [], "explained": 1, "openings": [], "nats": 1}),
     "a long opening": (OwnOpenings, lambda: {"ids": {"a": [5] * 21}}),
     "no ids": (Rollouts, lambda: {"step": 1, "completions": [{"ids": None, "finished": True, "cut": False}]}),
 }

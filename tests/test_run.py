@@ -172,6 +172,11 @@ def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, c
     assert not capsys.readouterr().out
     check_tokens(run, tokens(**change, nats=0.009))  # of which no share tells anything
     assert "there is little to learn" in capsys.readouterr().out
+    thinker = replace(run, base=replace(run.base, thinks=True))
+    check_tokens(thinker, tokens(explained=0.25))  # of thoughts less is enough
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="explain only 24%"):
+        check_tokens(thinker, tokens(explained=0.24))
     with pytest.raises(UserError, match=said) as error:
         check_tokens(run, tokens(**change, nats=0.01))
     assert str(error.value).endswith(f"little of that; give {remedy}--loss-tokens full (or --force)")

@@ -241,9 +241,9 @@ def test_the_first_that_opens_nearly_as_many_refusals_as_any():
     assert first_enough([replace(t, harmful_opened=0.0) for t in curve]).coeff == 0.5
 
 
-def test_where_the_base_refuses_nearly_all_a_coefficient_must_add_half_of_what_any_adds():
+def test_where_the_base_refuses_nearly_all_a_coefficient_must_add_a_third_of_what_any_adds():
     curve = [TeacherTrial(-1, 1, c, opened) for c, opened in ((0.25, 0.945), (0.5, 0.965), (1.0, 0.99), (2.0, 0.97))]
-    assert first_enough(curve).coeff == 0.25 and first_enough(curve, 0.93).coeff == 0.5  # (0.93 + 0.99) / 2 = 0.96
+    assert first_enough(curve).coeff == 0.25 and first_enough(curve, 0.93).coeff == 0.5  # 0.93 + 0.06 / 3 = 0.95
     assert first_enough(curve, 0.85).coeff == 0.25  # 0.95 · 0.99 is more
     assert first_enough(curve, 0.995).coeff == 1.0  # none adds anything: the one that takes least away
 

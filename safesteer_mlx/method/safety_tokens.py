@@ -51,6 +51,7 @@ Ids = Sequence[int]
 PROMPT_BATCH = 32  # rows in one forward pass
 REFUSES = 2 / 3  # of the answers that a safety token opens
 EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
+THOUGHTS_EXPLAIN_LITTLE = 0.25  # the same of thoughts, of whose words most go with answers of all kinds
 LITTLE = 0.01  # nats that the teacher is from the base
 HARDLY_OPENS = 0.1  # the teacher's probability of safety tokens where it is largest, at the beginning of answers
 TOLD = 4  # answers to each harmful validation prompt that tell which tokens refuse
@@ -522,7 +523,7 @@ def check_tokens(run: Run, tokens: SafetyTokens) -> None:
     if tokens.nats < LITTLE:  # of which no share tells anything
         run.screen.line("the teacher hardly differs from the model on harmful requests: there is little to learn")
         return
-    if tokens.explained < EXPLAINS_LITTLE:
+    if tokens.explained < (THOUGHTS_EXPLAIN_LITTLE if run.base.thinks else EXPLAINS_LITTLE):
         fault = f"the {len(tokens.rows)} safety tokens explain only {tokens.explained:.0%} of what steering does"
         remedy = ""
         if settings.token_method != "part":

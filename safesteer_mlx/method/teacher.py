@@ -45,6 +45,7 @@ OPENINGS = 1, 2, 4, 7, 16, 32, 64, 128  # tokens that it may take to decide what
 NEARLY = 0.05  # of the answers: an opening that refuses so many fewer than the best is enough
 FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
+ADDS = 1 / 3  # of the refusals that a direction can add to the base's own
 ASKED = 3  # directions that are asked for answers
 ROUNDS = 2  # of refinement
 GENTLER = 0.2  # of a refusal for each nat that harmless prompts are moved
@@ -321,11 +322,11 @@ def first_passes(
 
 def first_enough(curve: Sequence[TeacherTrial], unsteered: float = 0.0) -> TeacherTrial:
     """Of one direction's trials, coefficients ascending: the first that opens nearly as many refusals as any does, and
-    at least half of what can be added to the base's own: where the base refuses nearly all, any opens nearly as many.
+    at least a third of what can be added to the base's own: where the base refuses nearly all, any does nearly as many.
     """
     shares = np.nan_to_num([trial.harmful_opened or 0.0 for trial in curve])
     most = shares.max()
-    return curve[int(np.argmax(shares >= max(ENOUGH * most, min(most, (unsteered + most) / 2))))]
+    return curve[int(np.argmax(shares >= max(ENOUGH * most, min(most, unsteered + ADDS * (most - unsteered)))))]
 
 
 def beside(coeff: float, grid: Sequence[float], tried: Sequence[float]) -> list[float]:
