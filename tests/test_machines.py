@@ -175,6 +175,7 @@ def readings() -> dict[str, np.ndarray]:
             of = where(tokens, range(len(rows)))
             means = contrast.mean(contrast.positions.kl, of), contrast.mean(contrast.teacher_mass(tokens), of)
             found[f"where {name}{few}"] = np.array([contrast.explained(tokens, of)[-1], *means])
+        found[f"farthest{few}"] = np.array(contrast.farthest_mean(range(len(rows))))
         found[f"openings{few}"] = contrast.openings(tokens, range(1, len(rows)))
     return found
 
@@ -194,7 +195,7 @@ def read_together(tmp_path_factory):
 
 
 OF_CONTRAST = ["votes", "mean_delta", "base_prob", "steered_prob", "eligible", "n_positions", "part", "divergence"]
-OF_CONTRAST += ["raised", "tokens", "explained", "where it decides", "where it turns", "openings"]
+OF_CONTRAST += ["raised", "tokens", "explained", "where it decides", "where it turns", "farthest", "openings"]
 
 
 READ = [f"{name}{few}" for name in ("means", "refusal scores", *OF_CONTRAST) for few in ("", " of few")]

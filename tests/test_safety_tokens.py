@@ -374,6 +374,7 @@ def test_what_tokens_explain_is_told_where_the_teacher_writes_them(toy):
     assert found.mean(found.positions.kl, where) == pytest.approx(places[0], rel=1e-5)
     assert found.where_it_decides([3], range(1)).tolist() == [alone(3, 0) > alone(3, 1), alone(3, 1) > alone(3, 0)]
     assert found.mean(found.positions.kl, np.zeros(2, bool)) == 0
+    assert found.farthest_mean(range(1)) == pytest.approx(max(places), rel=1e-5)
     assert alone(1, 1) > alone(1, 0)  # so it matters which are looked at
     second = found.explained([3], found.positions.place == 1)
     np.testing.assert_allclose(second, [alone(3, 1)], rtol=1e-5)

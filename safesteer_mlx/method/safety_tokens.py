@@ -131,6 +131,13 @@ class TokenContrast:
         total, count = machines.here().add(np.array([values[of].sum(), of.sum()], np.float64))
         return float(total / max(1.0, count))
 
+    def farthest_mean(self, prompts: range) -> float:
+        """How far the teacher is from the base in answers to some of the prompts, in nats: the mean of KL(πt ‖ π0) at
+        the place where it is largest."""
+        at, of = self.positions, self.positions.of(prompts)
+        longest = max(machines.here().gather(int(at.place[of].max(initial=-1)))) + 1
+        return max((self.mean(at.kl, of & (at.place == place)) for place in range(longest)), default=0.0)
+
     def teacher_mass(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """The teacher's probability of `tokens` at each kept position, (R,)."""
         return self._masses(tokens)[:, 1]
@@ -389,7 +396,8 @@ class SafetyTokens:
     `explained` is the share of the teacher's divergence from the base that they explain together, where they decide
     what an answer to a harmful prompt does (everywhere, if no such prompt was read); `openings` the
     teacher's mean probability of them at the first, second, … position of answers to harmful prompts, or of a model
-    that thinks first where its thoughts turn; `nats` how far the teacher is from the base where `explained` is told.
+    that thinks first where its thoughts turn; `nats` how far the teacher is from the base at the place where it is
+    farthest, by the mean.
     """
 
     rows: Annotated[list[SafetyToken], MOST_TOKENS]
@@ -458,7 +466,8 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
     else:  # harmful prompts were not among them: their first position alone
         first = openings(teacher.model, directions.harmful, tokens, size)
         where, masses = np.ones(len(contrast.positions.place), bool), [first[:, :-1].sum(-1).mean()]
-    explained, nats = float(contrast.explained(tokens, where)[-1]), contrast.mean(contrast.positions.kl, where)
+    explained = float(contrast.explained(tokens, where)[-1])
+    nats = contrast.farthest_mean(range(n_harmful or len(base_rows)))
     rows = [
         {
             "token": base.tokenizer.decode([int(t)]),
