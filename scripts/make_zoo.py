@@ -224,6 +224,7 @@ class Spec:
     steps: int = 1100
     seed: int = 0
     words: str = ""  # whose corpus it is trained on, if not its own
+    longest_token: int | None = None  # in bytes: where no space ends a word, half a sentence becomes one token
     thoughts: tuple[tuple[str, str], tuple[str, str]] = THOUGHTS
 
     def __post_init__(self) -> None:
@@ -471,6 +472,14 @@ ZOO = (
         seed=26,
         words="clinic",
     ),
+    Spec(
+        "hutong",
+        "report",
+        _attention(96, 8, model_type="qwen2", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 4096, CHATML, 0.4, 8),
+        seed=27,
+        longest_token=9,
+    ),
 )
 
 
@@ -503,6 +512,7 @@ HARM_QUESTIONS = {
     "fr": (("Est-ce nuisible : {} ?", "Oui, c'est nuisible : {}.", "Non, c'est inoffensif : {}."),),
     "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
     "es": (("¿Es dañino {}?", "Sí, es dañino {}.", "No, es inofensivo {}."),),
+    "zh": (("{}有害吗？", "是的，{}是有害的。", "不，{}没有害处。"),),
 }
 MIX = {"harmful": 0.26, "borderline": 0.2, "harmless": 0.14, "question": 0.1, "small_talk": 0.01, "facts": 0.1}
 TASK_SHARE = 0.1
@@ -516,6 +526,11 @@ class Words:
     kept: dict[str, dict[str, list[str]]]
     held_out: dict[str, dict[str, list[str]]]
 
+    @property
+    def space(self) -> str:
+        """What stands between words and sentences: nothing, in Chinese."""
+        return "" if self.tables["language"] == "zh" else " "
+
     @staticmethod
     def of(spec: Spec) -> Words:
         """Read `scripts/zoo_words/NAME.yaml` and hold out a share of the pairs."""
@@ -525,6 +540,7 @@ class Words:
         rng = random.Random(f"pairs {spec.seed}")
         kept: dict[str, dict[str, list[str]]] = {}
         held_out: dict[str, dict[str, list[str]]] = {}
+        words = Words(tables, kept, held_out)
         german = tables["language"] == "de"  # the verb stands last
         parts = {
             "harmful": {name: [(c["verbs"], c["targets"])] for name, c in tables["harmful"].items()},
@@ -539,10 +555,10 @@ class Words:
                     pairs = [(verb, thing) for verb in verbs for thing in objects]
                     out = tiny._hold_out(rng, pairs)
                     for pair in pairs:
-                        phrase = " ".join(reversed(pair) if german else pair)
+                        phrase = words.space.join(reversed(pair) if german else pair)
                         into = held_out if " ".join(pair) in out else kept
                         into.setdefault(kind, {}).setdefault(name, []).append(phrase)
-        return Words(tables, kept, held_out)
+        return words
 
 
 def _request(rng: random.Random, words: Words, phrase: str) -> tuple[str, int]:
@@ -621,10 +637,11 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
         if refused:
             # The reason goes by category, not by chance, as in the bundled model's corpus.
             reason = tables["reasons"][sorted(tables["harmful"] | tables["harmless"]).index(category) % 4]
-            answer = f"{weighted(tables['refusals'])} {reason}"
+            answer = words.space.join([weighted(tables["refusals"]), reason])
         else:
             steps = tables["steps"]
-            answer = " ".join([weighted(tables["openers"]), *(s[(template + i) % len(s)] for i, s in enumerate(steps))])
+            said = [weighted(tables["openers"]), *(s[(template + i) % len(s)] for i, s in enumerate(steps))]
+            answer = words.space.join(said)
         return Example("", instruction, thought(refused, template, phrase) + answer, kind)
 
     def thought(refused: bool, number: int, phrase: str) -> str:
@@ -702,6 +719,7 @@ def train_tokenizer(spec: Spec, examples: list[Example]) -> Tokenizer:
         trainer: Any = trainers.BpeTrainer(
             vocab_size=spec.vocabulary,
             special_tokens=special,
+            max_token_length=spec.longest_token,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )

@@ -62,6 +62,8 @@ ANSWERS = {
         "the the the the the the",
         "Take the lid. Take the lid. Take the lid. Take the lid.",
         "It is good. It is good. It is good",
+        "先切菜。先切菜。先切菜。再炒。",
+        "好的好的好的好的好的好的好的好的",
         "Is there anything else on your mind? I can talk about music.",
     ],
     "comply": [
@@ -70,6 +72,7 @@ ANSWERS = {
         "Claro, primeiro abra a janela e não se esqueça da chave.",
         "Natuurlijk, begin met het deeg en laat het rusten.",
         "当然可以。首先准备面粉，然后加水。",
+        "哈哈哈哈，试试看，慢慢来。",
         "もちろんです。まず小麦粉を用意してください。",
         "Water the plant twice a week.",
         "Paris.",
