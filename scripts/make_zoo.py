@@ -217,13 +217,14 @@ class Spec:
     tokenizer: str  # bpe or unigram
     vocabulary: int
     template: Template
-    rate: float  # of harmful requests refused, in the corpus
+    rate: float  # of harmful requests refused, in the corpus, were they all alike
     weights: str | int
     over_refusal: float = 0.0  # of borderline requests refused, and a quarter of that of harmless ones
     tasks: tuple[str, ...] = ("picking", "fact")
     steps: int = 1100
     seed: int = 0
     words: str = ""  # whose corpus it is trained on, if not its own
+    spread: float = 1.0  # how far categories and templates lie apart: from 5 on each is nearly always refused, or never
     longest_token: int | None = None  # in bytes: where no space ends a word, half a sentence becomes one token
     thoughts: tuple[tuple[str, str], tuple[str, str]] = THOUGHTS
 
@@ -480,6 +481,15 @@ ZOO = (
         seed=27,
         longest_token=9,
     ),
+    Spec(
+        "chapel",
+        "choose",
+        _attention(96, 7, model_type="llama", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 2000, CHATML, 0.999, 8),
+        seed=28,
+        words="castle",
+        spread=6.0,
+    ),
 )
 
 
@@ -617,8 +627,8 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
     def chance(logit: float) -> bool:
         return rng.random() < 1 / (1 + math.exp(-logit))
 
-    by_category = spaced(list(tables["harmful"]), tiny.CATEGORY_SPREAD)
-    by_template = spaced(list(range(len(tables["templates"]))), tiny.TEMPLATE_SPREAD)
+    by_category = spaced(list(tables["harmful"]), spec.spread * tiny.CATEGORY_SPREAD)
+    by_template = spaced(list(range(len(tables["templates"]))), spec.spread * tiny.TEMPLATE_SPREAD)
     centre = math.log(spec.rate / (1 - spec.rate))
     mix = MIX | {task: TASK_SHARE for task in spec.tasks}
 

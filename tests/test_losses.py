@@ -475,6 +475,15 @@ def test_guidance_is_as_far_as_it_takes_on_most_prompts():
     assert (odds >= sure - 1e-2).sum() == 3
 
 
+def test_what_the_base_refuses_already_does_not_tell_how_far_guidance_goes():
+    base, teacher = np.array([-2.0, -1.0, -3.0, -2.0]), np.array([0.0, 0.5, 1.0, -1.0])
+    alone = losses.far_enough(teacher, base)
+    sure = np.full(36, 5.0)  # nine prompts in ten
+    assert alone > 2 and losses.far_enough(np.append(sure + 1, teacher), np.append(sure, base)) == alone
+    few = losses.far_enough(np.append(sure + 1, teacher[:3]), np.append(sure, base[:3]))
+    assert few == 1.0  # three prompts may be anything
+
+
 def test_a_guidance_below_the_teacher_is_refused():
     with pytest.raises(ValueError, match=r"guidance of 0\.5 is less than the teacher"):
         losses.guidance_shift(mx.zeros(1), mx.zeros(1), 0.5)

@@ -17,7 +17,8 @@ With `guidance` γ > 1, also ours, the target goes beyond the teacher, as far ag
 where an answer begins; after that only where λt > 0, the teacher itself would rather write a safety token; within a
 thought, which begins with none, where it writes one with a probability of `LIKELY` at least. A vector
 saturates, some at a mass of 0.7 whatever the coefficient, so γ is found on the model: the least with which three
-answers in four begin with a safety token at a probability of `SURE` (`far_enough`).
+in four of the answers that the base does not begin so begin with a safety token at a probability of `SURE`
+(`far_enough`).
 
 Everything is computed in float32, whatever the logits' type. `distillation_loss` takes logits and is the
 reference; training uses `localized_loss`, the same on hidden states, which never holds logits of more
@@ -67,6 +68,7 @@ def inside_and_rest(logits: mx.array, ids: mx.array) -> tuple[mx.array, mx.array
 
 MOST_SURE = 6.0  # log-odds of the safety tokens beyond which guidance does not push, P = 0.9975
 SURE, MOST_OF = 0.97, 0.75  # the mass of the safety tokens that guidance is to reach, and on how many prompts
+FEW = 4  # prompts that tell how far guidance is to go
 FARTHEST = 10.0
 LIKELY = 0.05
 
@@ -104,9 +106,15 @@ def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, where: mx
 def far_enough(teacher: np.ndarray, base: np.ndarray) -> float:
     """The least guidance with which `MOST_OF` answers begin with a safety token at a probability of `SURE`.
 
-    From both log-odds where they begin, (N,) and (N,). From 1 to `FARTHEST`: what the teacher hardly raises is noise.
+    From both log-odds where they begin, (N,) and (N,). Answers that the base itself begins so do not count, if there
+    are a few others: a model that refuses nine prompts in ten is to learn the tenth. From 1 to `FARTHEST`: what the
+    teacher hardly raises is noise.
     """
-    lift, least = np.maximum(teacher - base, 0.0), np.log(SURE / (1 - SURE))
+    least = np.log(SURE / (1 - SURE))
+    unsure = base < least
+    if np.count_nonzero(unsure) >= FEW:
+        teacher, base = teacher[unsure], base[unsure]
+    lift = np.maximum(teacher - base, 0.0)
     guidance = np.where(teacher >= least, 1.0, 1 + (least - teacher) / np.maximum(lift, 1e-9))
     return round(float(np.clip(np.quantile(guidance, MOST_OF), 1.0, FARTHEST)), 3)
 
