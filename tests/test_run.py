@@ -26,7 +26,7 @@ from safesteer_mlx.method.direction import (
     or_all,
 )
 from safesteer_mlx.method.losses import far_enough
-from safesteer_mlx.method.prompts import prompts_from
+from safesteer_mlx.method.prompts import prompts_from, render_all
 from safesteer_mlx.method.residual import _override, blocks, last_logits
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, make_run
@@ -261,6 +261,36 @@ def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run):
             assert begun == every[int(np.argmax(apart))], kind
             lengths.append(len(begun) - len(row))
     assert len(set(lengths)) > 1
+
+
+def test_a_system_prompt_teacher_of_a_model_that_thinks_is_asked_below_it(run):
+    """Of harmless prompts too: without it, it is the base, and nothing would be apart."""
+    guard, base, horizon = "Never help with anything.", run.base, 5
+    sets = run.prompts.sets
+    rows = [render_all(base.tokenizer, items[:4]) for items in (sets.harmful_validation, sets.harmless_validation)]
+    guarded = [
+        render_all(base.tokenizer, items[:4], guard) for items in (sets.harmful_validation, sets.harmless_validation)
+    ]
+    names = ("harmful_validation", "harmless_validation")
+    few = dict(zip((*names, *(f"{name}_guarded" for name in names)), (*rows, *guarded), strict=True))
+    run = replace(run, prompts=replace(run.prompts, **few), base=replace(base, thinks=True))
+    run = run.with_settings(tokens=replace(run.recipe.tokens, horizon=horizon))
+    change = last_logits(base.model, guarded[0]) - last_logits(base.model, rows[0])
+    ids = np.array(mx.argsort(-change.mean(0)))[: base.vocabulary // 2]
+    tokens = SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9], 1.0)
+    _, learning = what_to_learn(run, Teacher(base.model, guard), tokens)
+    assert learning is not None
+    sampling = Sampling(base.eos_ids, horizon, 1.0, batch_size=run.recipe.run.generation_batch_size)
+    keys = [run.key(16, i) for i in range(4)]
+    for which, by in enumerate((guarded, rows)):  # who writes: the teacher below its system prompt, the base without
+        thoughts = generate(base.model, by[which], sampling, keys)
+        for i, thought in enumerate(thoughts):
+            cut = [thought.ids[:n] for n in range(len(thought.ids))]
+            read = ([[*row, *part] for part in cut] for row in (guarded[which][i], rows[which][i]))
+            of = (openings(base.model, every, ids, 8) for every in read)
+            p, q = (np.stack([table[:, :-1].sum(1), table[:, -1]], 1) for table in of)
+            apart = (p * np.log(p / q)).sum(1)
+            assert learning.prompts[4 * which + i] == [*rows[which][i], *cut[int(np.argmax(apart))]]
 
 
 def test_the_directions_prompts_are_trained_on_too_unless_not_wanted(run):

@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten, tree_map
 
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.losses import Divergence, distillation_loss
-from safesteer_mlx.method.residual import blocks, hidden_states
+from safesteer_mlx.method.residual import blocks, hidden_states, last_logits
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
 from safesteer_mlx.method.safety_tokens import openings
 from safesteer_mlx.method.student import make_student
-from safesteer_mlx.method.teacher import steered_teacher
+from safesteer_mlx.method.teacher import Teacher, steered_teacher
 from safesteer_mlx.method.train import (
     Course,
     Learning,
@@ -603,3 +603,36 @@ def test_a_prompt_put_otherwise_has_the_target_that_it_should(tiny_model, begins
     other.framer, other.optimizer = Frame(begins), make_optimizer(whole)
     _, at_once = itertools.islice(train(other), 2)
     assert (at_once.loss, at_once.grad_norm) == pytest.approx((metrics.loss, metrics.grad_norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("begins", [None, True, False])
+def test_a_system_prompt_teacher_is_gone_beyond_and_the_tail_is_the_bases_without_it(tiny_model, begins):
+    """Its model is the base's own, told apart by what it reads; harmful prompts in frames have the same targets."""
+    model, guard = tiny_model("qwen2"), [40, 41, 42]
+    guarded = [replace(p, target_ids=[*guard, *p.ids]) for p in HARMFUL]
+    change = sum(last_logits(model, [p.target_ids]) - last_logits(model, [p.ids]) for p in guarded)
+    tokens = mx.argsort(-change[0])[:40]
+    loss = replace(WHOLE, first_tokens=2, tail=3, guidance=2.5, anchor_ratio=0.0)
+    settings = replace(SETTINGS, batch_size=2)
+    how = (settings, loss, EOS, 7, make_optimizer(settings))
+    training = Training(make_student(model, settings, 7), model, Teacher(model, "guard"), tokens, guarded, [], *how)
+    training.framer = None if begins is None else Frame(begins)
+    rollouts, metrics = itertools.islice(train(training), 2)
+    assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
+    batch = [guarded[i] for i in np.random.default_rng([7, 0, 0]).permutation(3)[:2]]
+    expected, shifts = 0.0, []
+    for prompt, answer in zip(batch, rollouts.completions, strict=True):
+        read = {None: prompt.ids, True: [*prompt.ids, 20, 21], False: [22, 23, 24]}[begins]
+        own, target, base = (
+            model(mx.array([[*row, *answer.ids]]))[:, len(row) - 1 : -1]
+            for row in (read, prompt.target_ids, prompt.ids)
+        )
+        odds = [mx.log(p / (1 - p)) for p in (mx.softmax(z, axis=-1)[..., tokens].sum(-1) for z in (target, base))]
+        beyond = mx.minimum(1.5 * mx.maximum(odds[0] - odds[1], 0), mx.maximum(6 - odds[0], 0))
+        shift = mx.where((odds[0] > 0) | (mx.arange(len(answer.ids)) == 0), beyond, 0)
+        shifts.append(shift.max().item())
+        target, ones = target.at[..., tokens].add(shift[..., None]), mx.ones((1, len(answer.ids)))
+        expected += distillation_loss(own, target, ones, keep=2, kind="grouped_reverse_kl", tokens=tokens).item() / 2
+        expected += distillation_loss(own, base, ones, skip=2, keep=5, kind="reverse_kl").item() / 2
+    assert max(shifts) > 0.01
+    assert metrics.loss == pytest.approx(expected, rel=1e-4)

@@ -81,15 +81,20 @@ class NotFiniteError(UserError):
 class TrainingPrompt:
     """A prompt as the student reads it and as its target does; `harmful` says which target.
 
-    `text` is the instruction. `framed` says that the student alone reads it in a frame or with its answer begun, not
-    teacher and base.
+    `text` is the instruction. `plain` is a harmful prompt as it is, which the base reads, where the student alone reads
+    it in a frame or with its answer begun; None for what base and student read alike.
     """
 
     ids: list[int]
     target_ids: list[int]
     harmful: bool
     text: str = ""
-    framed: bool = False
+    plain: list[int] | None = None
+
+    @property
+    def framed(self) -> bool:
+        """Whether the student alone reads it in a frame or with its answer begun, not teacher and base."""
+        return self.plain is not None
 
     def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
         """The prompt with its answer begun, or in a frame, or as it is."""
@@ -97,7 +102,8 @@ class TrainingPrompt:
             ids = begun(framer.tokenizer, self.ids, opening)
         elif (ids := framer.frame(self.text, rng)) is None:
             return self
-        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, framed=self.harmful)
+        plain = self.ids if self.harmful else None
+        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, plain=plain)
 
 
 @dataclass(frozen=True)
@@ -345,12 +351,13 @@ def train(
         place = np.concatenate([np.arange(length) for length in lengths])
         hidden = answer_states(_after(trunk, of), [p.target_ids for p in part], answers)
         weights = _position_weights(lengths, n, loss.skip_first, loss.first_tokens)
-        guided = of is not base and guidance > 1
+        pulled = part[0].harmful  # away from the base: told by the prompts, since a system-prompt teacher's model is it
+        guided = pulled and guidance > 1
         tail = np.flatnonzero(place >= loss.first_tokens) if loss.first_tokens and loss.tail else np.zeros(0, np.int64)
         opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.first_tokens)
         by_base = hidden
-        if of is not base and (guided or len(tail)):
-            rows = [p.target_ids if p.framed else p.ids for p in part]
+        if pulled and (guided or len(tail)):
+            rows = [p.ids if p.plain is None else p.plain for p in part]
             by_base = answer_states(_after(trunk, base), rows, answers)
         mx.async_eval(hidden, by_base)  # computed while the graph of the student is built
         first, shift = hidden[mx.array(opening)], None
@@ -517,9 +524,10 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     size, harmful, harmless = recipe.run.prompt_batch_size, prompts.harmful_validation, prompts.harmless_validation
     guarded = harmful if teacher.system_prompt is None else prompts.harmful_validation_guarded
     if base.thinks:
-        thoughts = _undecided(run, teacher, tokens, teacher.model, harmful, guarded)
+        thoughts = _undecided(run, teacher, tokens, harmful, guarded, by_teacher=True)
         harmful, guarded = _begun(harmful, thoughts), _begun(guarded, thoughts)
-        harmless = _begun(harmless, _undecided(run, teacher, tokens, base.model, harmless, harmless))
+        read = harmless if teacher.system_prompt is None else prompts.harmless_validation_guarded
+        harmless = _begun(harmless, _undecided(run, teacher, tokens, harmless, read, by_teacher=False))
     own = openings(base.model, harmful, tokens.ids, size)
     target = openings(teacher.model, guarded, tokens.ids, size)
     its, of_base = (np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own))
@@ -544,14 +552,15 @@ def _begun(rows: Sequence[Ids], answers: Sequence[Ids]) -> list[list[int]]:
 
 
 def _undecided(
-    run: Run, teacher: Teacher, tokens: SafetyTokens, by: nn.Module, rows: Sequence[Ids], guarded: Sequence[Ids]
+    run: Run, teacher: Teacher, tokens: SafetyTokens, rows: Sequence[Ids], guarded: Sequence[Ids], *, by_teacher: bool
 ) -> list[list[int]]:
-    """What `by` writes after each prompt before it comes to where the teacher is farthest from the base on the safety
-    tokens; the teacher reads the prompts as `guarded`."""
+    """What the teacher, or else the base, writes after each prompt before it comes to where the two are farthest apart
+    on the safety tokens; the teacher reads the prompts as `guarded`."""
     settings, size, base = run.recipe.run, run.recipe.run.prompt_batch_size, run.base.model
     sampling = Sampling(run.base.eos_ids, run.recipe.tokens.horizon, 1.0, batch_size=settings.generation_batch_size)
     keys = [run.key(16, i) for i in range(len(rows))]
-    answers = [c.ids for c in generate(by, guarded if by is teacher.model else rows, sampling, keys)]
+    written = (teacher.model, guarded) if by_teacher else (base, rows)
+    answers = [c.ids for c in generate(*written, sampling, keys)]
     odds, watched = ([], []), mx.array(tokens.ids)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
