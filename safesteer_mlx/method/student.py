@@ -50,7 +50,7 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
         if not tree_flatten(student.trainable_parameters()):
             raise UserError(f"lora_parameters keys = {parameters.get('keys')} match no layer; leave keys out for all")
     if settings.resume_adapter_file is not None:
-        _load_adapters(student, user_path(settings.resume_adapter_file))
+        _load_adapters(student, user_path(settings.resume_adapter_file), settings)
     if settings.grad_checkpoint == "on":
         checkpoint_blocks(student)
     student.eval()
@@ -58,7 +58,9 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
     return student
 
 
-def _load_adapters(student: nn.Module, path: Path) -> None:
+def _load_adapters(student: nn.Module, path: Path, settings: TrainSettings) -> None:
+    """Give the student a file's weights, which then do what they did where they were made: mlx-lm's layers compute with
+    scale · B, so a file of another scale than the student's has its B multiplied by what the two differ."""
     file = read_header(path)
     own = dict(tree_flatten(student.trainable_parameters()))
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
@@ -73,7 +75,33 @@ def _load_adapters(student: nn.Module, path: Path) -> None:
                 f"not {list(shapes[name])}; {remedy}"
             )
     weights = mx.load(str(path), format="safetensors")
-    student.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
+    assert isinstance(weights, dict)
+    scale, its = settings.lora_parameters["scale"], _scale_beside(path)
+    if settings.fine_tune_type != "full" and its not in (None, scale):
+        if not scale:
+            raise UserError(
+                f"resume_adapter_file = {path} was made with scale = {its:g}, which lora_parameters scale = 0 cannot "
+                f"hold; give --lora-parameters with scale {its:g}"
+            )
+        # In float32: what is multiplied is rounded to no more than that.
+        scaled = {name: w.astype(mx.float32) * (its / scale) for name, w in weights.items() if name.endswith("lora_b")}
+        weights |= scaled
+    student.load_weights(list(weights.items()), strict=False)
+
+
+def _scale_beside(path: Path) -> float | None:
+    """The scale that adapters were made with, by the `adapter_config.json` beside them; None where it says none.
+
+    Raises:
+        UserError: the file cannot be read, or its scale is no number.
+    """
+    file = path.parent / "adapter_config.json"
+    if not file.exists():
+        return None
+    given = read_object(file, "mend it, or move the adapters elsewhere").get("lora_parameters")
+    if not isinstance(given, dict) or "scale" not in given:
+        return None
+    return check_lora_parameters({"scale": given["scale"]}, str(file))["scale"]
 
 
 def bytes_trained(student: nn.Module) -> int:
