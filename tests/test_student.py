@@ -4,13 +4,21 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from safesteer_mlx.method.prompts import built_in_sets
 from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.method.run import given_adapters, run_parts
-from safesteer_mlx.method.student import bytes_trained, first_trained_block, make_student, save_adapters
+from safesteer_mlx.method.student import (
+    RowDropout,
+    bytes_trained,
+    first_trained_block,
+    make_student,
+    row_dropouts,
+    save_adapters,
+)
 from safesteer_mlx.recipe import MODELS, TrainSettings, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import UserError
@@ -165,3 +173,32 @@ def test_other_adapters_at_the_same_path_are_another_run(tiny_model, tmp_path):
         assert given_adapters(recipe) == [] and "adapters to begin from" not in run_parts(
             recipe, base, built_in_sets(base.name)
         )
+
+
+def test_a_mask_is_told_by_row_position_and_module_alone():
+    keys = mx.array([[1, 2], [3, 4], [5, 6]], mx.uint32)
+    one, other = (RowDropout(0.25, number, keys) for number in (0, 1))
+    whole = one(mx.ones((3, 40, 64)))
+    assert set(np.unique(np.array(whole)).tolist()) == {0.0, np.float32(1 / 0.75)}
+    assert abs(whole.mean().item() - 1) < 0.05
+    for axis in range(3):
+        assert min(np.array(whole).mean((axis, 2 if axis != 2 else 1)).tolist()) > 0.7  # each its own share
+    one.draw_from(keys[1:])
+    assert mx.array_equal(one(mx.ones((2, 50, 64)))[:, :40], whole[1:])  # another batch, longer rows
+    assert all(
+        (one(mx.ones((2, 40, 64))) == x).mean().item() < 0.8 for x in (other(mx.ones((3, 40, 64)))[1:], whole[:2])
+    )
+    assert (whole[:, 1:] == whole[:, :-1]).mean().item() < 0.8  # where two masks are alike by chance: 0.625
+    mixed = one(mx.ones((30, 64)))  # of rows that are mixed, the same each time
+    assert mx.array_equal(mixed, one(mx.ones((30, 64)))) and abs(mixed.mean().item() - 1) < 0.1
+    one.eval()
+    assert mx.array_equal(one(mx.ones((3, 4, 5))), mx.ones((3, 4, 5)))
+
+
+def test_dropout_is_by_row_where_anything_is_dropped(tiny_model):
+    model = tiny_model("llama")
+    dropped = replace(SETTINGS, lora_parameters=SETTINGS.lora_parameters | {"dropout": 0.25})
+    assert row_dropouts(make_student(model, SETTINGS, 0)) == []
+    own = row_dropouts(make_student(model, dropped, 0))
+    assert [d._number for d in own] == list(range(3 * 7)) and {d._p_1 for d in own} == {0.75}
+    assert names(make_student(model, dropped, 0)) == names(make_student(model, SETTINGS, 0))

@@ -16,7 +16,7 @@ from safesteer_mlx.method.losses import Divergence, distillation_loss
 from safesteer_mlx.method.residual import blocks, hidden_states, last_logits
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
 from safesteer_mlx.method.safety_tokens import openings
-from safesteer_mlx.method.student import make_student
+from safesteer_mlx.method.student import make_student, row_dropouts
 from safesteer_mlx.method.teacher import Teacher, steered_teacher
 from safesteer_mlx.method.train import (
     Course,
@@ -480,9 +480,11 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(model, monkeypatch, begi
         np.testing.assert_equal(vars(found), vars(expected))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_checkpointed_blocks_give_the_same_gradients_and_leave_the_base_as_it_is(model, kind):
-    settings = replace(SETTINGS, fine_tune_type=kind, num_layers=2)
+def test_checkpointed_blocks_give_the_same_gradients_and_leave_the_base_as_it_is(model, kind, dropout):
+    parameters = SETTINGS.lora_parameters | {"dropout": dropout}
+    settings = replace(SETTINGS, fine_tune_type=kind, num_layers=2, lora_parameters=parameters)
     tokens = mx.array([[1, 2, 3, 4, 5]])
     found = []
     for grad_checkpoint in ("off", "on"):
@@ -496,6 +498,54 @@ def test_checkpointed_blocks_give_the_same_gradients_and_leave_the_base_as_it_is
     assert found[0].keys() == found[1].keys() and any(g.any() for g in found[0].values())
     for name, gradient in found[0].items():
         np.testing.assert_allclose(found[1][name], gradient, atol=1e-6 * np.abs(gradient).max(), err_msg=name)
+
+
+DROPPED = replace(SETTINGS, lora_parameters=SETTINGS.lora_parameters | {"dropout": 0.5})
+
+
+@pytest.mark.parametrize("grad_checkpoint", ["off", "on"])
+@pytest.mark.parametrize("keys", [[[1, 2], [3, 4]], [[5, 6]]])
+def test_with_dropout_the_gradient_is_that_of_the_loss(tiny_model, grad_checkpoint, keys):
+    """By differences along one direction: a checkpointed block that is computed again drops what it dropped before."""
+    student = make_student(tiny_model("llama"), replace(DROPPED, grad_checkpoint=grad_checkpoint), 3)
+    mx.random.seed(5)
+    weights = tree_map(lambda w: w + 0.3 * mx.random.normal(w.shape), student.trainable_parameters())
+    along = tree_map(lambda w: mx.random.normal(w.shape), weights)
+    student.train()
+    for dropout in row_dropouts(student):
+        dropout.draw_from(mx.array(keys, mx.uint32))
+
+    def objective(student):
+        return (student(mx.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])) ** 2).mean()
+
+    def loss(at):
+        student.update(tree_map(lambda w, d: w + at * d, weights, along))
+        return objective(student).item()
+
+    by_differences = (loss(5e-4) - loss(-5e-4)) / 1e-3
+    loss(0.0)
+    _, gradient = nn.value_and_grad(student, objective)(student)
+    by_gradient = sum((g * dict(tree_flatten(along))[name]).sum().item() for name, g in tree_flatten(gradient))
+    assert abs(by_differences) > 0.05 and by_gradient == pytest.approx(by_differences, rel=0.03)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_tokens": 9}, {"grad_checkpoint": "on"}])
+def test_what_is_dropped_does_not_depend_on_what_memory_has_room_for(model, changes):
+    _, _, plain = one_step(model)
+    whole, _, expected = one_step(model, DROPPED)
+    cut, _, found = one_step(model, replace(DROPPED, **changes))
+    assert expected.grad_norm != pytest.approx(plain.grad_norm, rel=0.05)  # something is dropped
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name, weight in whole.items():
+        np.testing.assert_allclose(np.array(cut[name]), np.array(weight), atol=2e-4)
+
+
+def test_a_step_drops_the_same_again_when_it_is_resumed(model):
+    settings = replace(EIGHT, lora_parameters=DROPPED.lora_parameters, until_learned=False)
+    whole, states = run(model, settings)
+    after, _ = run(model, settings, first=states[5][:3])
+    assert [vars(m) for m in after] == [vars(m) for m in whole[5:]]
 
 
 def test_a_step_goes_on_with_half_when_memory_is_exhausted(model, monkeypatch, capsys):

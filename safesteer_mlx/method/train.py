@@ -60,7 +60,7 @@ from .residual import answer_states, block_inputs, head, pad_right, resume, resu
 from .rollout import Completion, Sampling, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import LITTLE, SafetyTokens, farthest, find_tokens, openings, outcomes_kl
-from .student import bytes_trained, first_trained_block, save_student
+from .student import bytes_trained, first_trained_block, row_dropouts, save_student
 from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered_teacher
 
 Ids = Sequence[int]
@@ -327,6 +327,7 @@ def train(
         next(islice(order, skipped * each, skipped * each), None)
     guidance = float(loss.guidance)
     first_trained = first_trained_block(student)
+    dropouts = row_dropouts(student)
     can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
 
     def objective(model, batch, answers, trunk, targets: list[Target]):
@@ -387,7 +388,6 @@ def train(
         order = sorted(range(len(batch)), key=lambda i: (not batch[i].harmful, not batch[i].framed, length[i]))
         order = order[of.rank :: of.size]
         tokens = settings.micro_batch_tokens and settings.micro_batch_tokens * size // settings.micro_batch_size
-        mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
         for (harmful_ones, in_frame), group in groupby(order, lambda i: (batch[i].harmful, batch[i].framed)):
             of_kind = list(group)
@@ -400,6 +400,8 @@ def train(
                 layer = min(teacher.shared_blocks, first_trained) if can_resume and not in_frame else 0
                 trunk = shared_prefix(base, layer, [p.ids for p in part], answers)
                 targets = targets_of(part, answers, trunk, teacher.model, len(batch))
+                for dropout in dropouts:
+                    dropout.draw_from(mx.stack([stream_key(seed, 17, step, i) for i in index]))
                 try:
                     (_, each, mass), grad = loss_and_grad(student, part, answers, trunk, targets)
                 except ValueError as error:
