@@ -42,7 +42,7 @@ from safesteer_mlx.method.teacher import (
     steered_teacher,
     validation,
 )
-from safesteer_mlx.method.train import check_gradient, collapsed, training_prompts, what_to_learn
+from safesteer_mlx.method.train import check_gradient, collapsed, make_training, training_prompts, what_to_learn
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
 from safesteer_mlx.system import memory
 from safesteer_mlx.system.load import load
@@ -291,6 +291,25 @@ def test_a_system_prompt_teacher_of_a_model_that_thinks_is_asked_below_it(run):
             p, q = (np.stack([table[:, :-1].sum(1), table[:, -1]], 1) for table in of)
             apart = (p * np.log(p / q)).sum(1)
             assert learning.prompts[4 * which + i] == [*rows[which][i], *cut[int(np.argmax(apart))]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rate", "told"),
+    [
+        ("full", mx.bfloat16, 1e-5, True),
+        ("full", mx.float16, 1e-6, True),
+        ("full", mx.bfloat16, 1e-4, False),
+        ("full", mx.float32, 1e-6, False),
+        ("lora", mx.bfloat16, 1e-6, False),
+    ],
+)
+def test_a_rate_that_half_precision_rounds_away_is_said(run, tiny_model, capsys, kind, dtype, rate, told):
+    model = tiny_model("qwen2")
+    model.set_dtype(dtype)
+    run = run.with_settings(train=replace(run.recipe.train, fine_tune_type=kind, learning_rate=rate))
+    student = make_student(model, run.recipe.train, 0)
+    make_training(run, student, Teacher(model), SafetyTokens([{"id": 5}], 0.9, [0.9], 1.0), ([], []), None)
+    assert (f"learning_rate = {rate:g} is small for weights in half precision" in capsys.readouterr().out) is told
 
 
 def test_the_directions_prompts_are_trained_on_too_unless_not_wanted(run):

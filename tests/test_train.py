@@ -219,6 +219,25 @@ def test_the_gradient_is_clipped_to_its_largest_norm(model, share):
     assert found.grad_norm == pytest.approx(free.grad_norm, rel=1e-4)  # what is reported is not clipped
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("full", (1.0, 1.0)),  # of a constant gradient each step is the rate, as torch's
+        # (1 − 0.9) g / √((1 − 0.999) g²), and after two steps (1 − 0.9²) g / √((1 − 0.999²) g²)
+        ("lora", (0.1 / 0.001**0.5, 0.19 / 0.001999**0.5)),
+        ("dora", (0.1 / 0.001**0.5, 0.19 / 0.001999**0.5)),
+    ],
+)
+def test_the_first_steps_of_adamw_by_hand(kind, sizes):
+    optimizer = make_optimizer(replace(SETTINGS, fine_tune_type=kind, learning_rate=1e-3))
+    weights = {"w": mx.array([5.0, -5.0])}
+    for size in sizes:
+        new = optimizer.apply_gradients({"w": mx.array([0.3, -0.02])}, weights)
+        change = np.array(new["w"] - weights["w"])
+        np.testing.assert_allclose(change, [-1e-3 * size, 1e-3 * size], rtol=1e-3)
+        weights = new
+
+
 @pytest.fixture
 def given_answers(monkeypatch):
     """Nothing is sampled: each prompt has its answer."""

@@ -66,6 +66,7 @@ from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered
 Ids = Sequence[int]
 
 FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
+LOST = 3e-5  # a rate below which weights in half precision mostly stay as they are (docs/how-it-works.md)
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
@@ -138,8 +139,10 @@ class Rollouts:
 
 
 def make_optimizer(train: TrainSettings) -> optim.Optimizer:
-    """AdamW, as published; `train` sets its rate step by step."""
-    return optim.AdamW(learning_rate=train.learning_rate, weight_decay=train.weight_decay)
+    """AdamW; `train` sets its rate step by step. Where all weights are trained, as published, its moments are corrected
+    for beginning at zero, as torch's are; LoRA's rate was found without, where the first steps are larger."""
+    corrected = train.fine_tune_type == "full"
+    return optim.AdamW(train.learning_rate, weight_decay=train.weight_decay, bias_correction=corrected)
 
 
 @dataclass(frozen=True)
@@ -652,6 +655,7 @@ def make_training(
 ) -> Training:
     """What training reads, with a fresh optimizer."""
     recipe, base = run.recipe, run.base
+    _tell_what_is_lost(run, student)
     return Training(
         student,
         base.model,
@@ -668,6 +672,16 @@ def make_training(
         make_framer(run, prompts),
         base.thinks,
     )
+
+
+def _tell_what_is_lost(run: Run, student: nn.Module) -> None:
+    """Say that half precision rounds updates away, if it does: LoRA's weights are float32."""
+    rate, half = run.recipe.train.learning_rate, (mx.bfloat16, mx.float16)
+    if rate < LOST and any(w.dtype in half for _, w in tree_flatten(student.trainable_parameters())):  # pyright: ignore
+        run.screen.line(
+            f"learning_rate = {rate:g} is small for weights in half precision, where most of its updates are rounded "
+            "away; a model in float32 keeps them, and so does --fine-tune-type lora"
+        )
 
 
 @dataclass(frozen=True)
