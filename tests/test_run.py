@@ -14,6 +14,7 @@ from safesteer_mlx.align import _fitted
 from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import teacher as teachers
+from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import (
     Direction,
     FoundDirections,
@@ -229,8 +230,18 @@ def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(r
     np.testing.assert_allclose(found.teacher, target(guidance)[1].teacher)
 
 
-def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run):
-    """Both kinds of prompts are read with what is thought before the teacher is farthest from the base."""
+@pytest.mark.parametrize("most", [99, 1])
+def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run, monkeypatch, capsys, most):
+    """Both kinds of prompts are read with what is thought before the teacher is farthest from the base, as many at a
+    time as memory has room for."""
+    whole = stage.answer_states
+
+    def answer_states(model, prompts, answers):
+        if len(prompts) > most:
+            raise RuntimeError("[metal::malloc] Unable to allocate 123 bytes")
+        return whole(model, prompts, answers)
+
+    monkeypatch.setattr(stage, "answer_states", answer_states)
     base, horizon = run.base, 5
     few = replace(
         run.prompts,
@@ -261,6 +272,7 @@ def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run):
             assert begun == every[int(np.argmax(apart))], kind
             lengths.append(len(begun) - len(row))
     assert len(set(lengths)) > 1
+    assert ("in reading thoughts: going on with 1 at a time" in capsys.readouterr().err) is (most == 1)
 
 
 def test_a_system_prompt_teacher_of_a_model_that_thinks_is_asked_below_it(run):

@@ -566,13 +566,19 @@ def _undecided(
     keys = [run.key(16, i) for i in range(len(rows))]
     written = (teacher.model, guarded) if by_teacher else (base, rows)
     answers = [c.ids for c in generate(*written, sampling, keys)]
-    odds, watched = ([], []), mx.array(tokens.ids)
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        for of, model, read in zip(odds, (base, teacher.model), (rows, guarded), strict=True):
-            states = answer_states(model, read[part], answers[part])
-            of.append(np.array(safety_log_odds(states, head(model), watched), np.float64))
-    own, its = (1 / (1 + np.exp(-np.concatenate(of)[:, None] * [1, -1])) for of in odds)  # of them, and of all others
+
+    def read(model: nn.Module, prompts: Sequence[Ids], size: int) -> np.ndarray:
+        """Probabilities of them, and of all others, at every position, (R, 2)."""
+        odds = []
+        for start in range(0, len(prompts), size):
+            states = answer_states(model, prompts[start : start + size], answers[start : start + size])
+            odds.append(np.array(safety_log_odds(states, head(model), mx.array(tokens.ids)), np.float64))
+        return 1 / (1 + np.exp(-np.concatenate(odds)[:, None] * [1, -1]))
+
+    own, its = (
+        with_smaller_batches(size, partial(read, model, prompts), "reading thoughts")[0]
+        for model, prompts in ((base, rows), (teacher.model, guarded))
+    )
     places = farthest(its, own, [len(answer) for answer in answers])
     return [answer[:place] for answer, place in zip(answers, places.tolist(), strict=True)]
 
