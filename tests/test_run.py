@@ -324,6 +324,18 @@ def test_a_rate_that_half_precision_rounds_away_is_said(run, tiny_model, capsys,
     assert (f"learning_rate = {rate:g} is small for weights in half precision" in capsys.readouterr().out) is told
 
 
+@pytest.mark.parametrize(("keep_best", "measured"), [(True, False), (True, True), (False, False)])
+def test_that_nothing_tells_the_best_step_is_said(run, capsys, keep_best, measured):
+    run = run.with_settings(train=replace(run.recipe.train, keep_best=keep_best))
+    table = np.array([[0.1, 0.9]])
+    learning = stage.Learning([[1]], np.array([5]), table, table, 1) if measured else None
+    student = make_student(run.base.model, run.recipe.train, 0)
+    tokens = SafetyTokens([{"id": 5}], 0.9, [0.9], 1.0)
+    make_training(run, student, Teacher(run.base.model), tokens, ([], []), learning)
+    told = "--keep-best does nothing here" in capsys.readouterr().out
+    assert told is (keep_best and not measured)
+
+
 def test_the_directions_prompts_are_trained_on_too_unless_not_wanted(run):
     recipe, sets = run.recipe, run.prompts.sets
     harmful, anchors = training_prompts(run)

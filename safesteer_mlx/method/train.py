@@ -662,6 +662,11 @@ def make_training(
     """What training reads, with a fresh optimizer."""
     recipe, base = run.recipe, run.base
     _tell_what_is_lost(run, student)
+    if recipe.train.keep_best and learning is None:
+        run.screen.line(
+            "--keep-best does nothing here: with this teacher, or so little to learn, nothing tells the best step, and "
+            "the last one is kept"
+        )
     return Training(
         student,
         base.model,
@@ -714,6 +719,8 @@ def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingProm
     """
     settings, tokenizer = run.recipe.train, run.base.tokenizer
     prefill = 0.0 if run.base.thinks else settings.prefill_ratio
+    if prefill < settings.prefill_ratio:
+        run.screen.line("--prefill-ratio does nothing here: the answers of a model that thinks first are not begun")
     if not prefill and not settings.wrap_ratio:
         return None
     find = run.once if run.recipe.run.transcripts else lambda stage, of: stage(run, of)
