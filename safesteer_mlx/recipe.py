@@ -636,7 +636,7 @@ def resolve(
         flags: settings given on the command line, by key.
 
     Raises:
-        UserError: an unknown key, preset or value, with the nearest known one.
+        UserError: an unknown key, preset or value, with the nearest known one, or two settings that exclude each other.
     """
     settings = Recipe(**{section: cls() for section, cls in SECTIONS.items()}).flat()
     name, model_settings = model_recipe(config, flags.get("model", settings["model"]))
@@ -653,6 +653,8 @@ def resolve(
     if yaml_file is not None:
         _merge(settings, read_yaml(yaml_file), str(yaml_file))
     _merge(settings, flags, "flag")
+    if settings["keep_best"] and settings["select_checkpoint"] is not None:
+        raise UserError("keep_best and select_checkpoint both say which step is kept; leave one of them out")
     sections = {s: cls(**{f.name: settings[f.name] for f in fields(cls)}) for s, cls in SECTIONS.items()}
     return Recipe(**sections), name
 

@@ -296,7 +296,12 @@ MUTANTS = [
                 "pass",
                 RESUMED,
             ),
-            ("random state not restored", "mx.random.seed(seed ^ (step + 1) << 32)", "pass", RESUMED),
+            (
+                "dropout begins anew after a resume",
+                "stream_key(seed, 17, step, i)",
+                "stream_key(seed, 17, step - first_step, i)",
+                RESUMED,
+            ),
             (
                 "prompts begin anew after a resume",
                 "skipped = first_step * settings.grad_accumulation_steps",

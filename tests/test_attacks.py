@@ -522,6 +522,17 @@ def test_half_of_the_answers_are_begun_as_the_base_itself_begins_them(base):
     assert not any(set(other.put(framer, rng).ids[len(other.ids) :]) == {7} for _ in range(50))
 
 
+class RecordingScreen(Screen):
+    """A screen that keeps its lines."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def line(self, text, whole=False):
+        self.lines.append(text)
+
+
 def test_the_bases_own_beginnings_are_those_that_comply_and_go_on(base, tmp_path):
     from safesteer_mlx.method.run import make_run
     from safesteer_mlx.method.train import find_own_openings, make_framer, training_prompts
@@ -538,4 +549,9 @@ def test_the_bases_own_beginnings_are_those_that_comply_and_go_on(base, tmp_path
     framed = run.with_settings(train=replace(run.recipe.train, prefill_ratio=0.2, wrap_ratio=0.1))
     framer = make_framer(framed, prompts)
     assert (framer.prefill, framer.wrap, framer.systems, framer.own) == (0.2, 0.1, True, own)
-    assert make_framer(replace(framed, base=replace(base, thinks=True)), prompts).prefill == 0
+    screen = RecordingScreen()
+    thinking = replace(framed, base=replace(base, thinks=True), screen=screen)
+    assert make_framer(thinking, prompts).prefill == 0
+    assert [line.split(":")[0] for line in screen.lines] == ["--prefill-ratio does nothing here"]
+    plain = thinking.with_settings(train=replace(run.recipe.train, wrap_ratio=0.1))
+    assert make_framer(plain, prompts).wrap == 0.1 and len(screen.lines) == 1

@@ -241,6 +241,15 @@ def test_later_sources_win(tmp_path):
     assert resolve(LLAMA, OTHER, "paper", tmp_path / "h.yaml")[0].tokens.horizon == 3
 
 
+def test_two_ways_to_choose_the_step_exclude_each_other(tmp_path):
+    (tmp_path / "own.yaml").write_text("keep_best: true\n")
+    select = {"select_checkpoint": "drift<=1"}
+    for flags, file in (({**select, "keep_best": True}, None), (select, tmp_path / "own.yaml")):
+        with pytest.raises(UserError, match=r"^keep_best and select_checkpoint both .* leave one of them out$"):
+            resolve({}, flags, yaml_file=file)
+    assert resolve({}, {**select, "keep_best": False}, yaml_file=tmp_path / "own.yaml")[0].run.select_checkpoint
+
+
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match=r"learning_rat.*learning_rate"):
         resolve({}, {"learning_rat": 1e-4})

@@ -14,6 +14,7 @@ from safesteer_mlx.align import _fitted
 from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import teacher as teachers
+from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import (
     Direction,
     FoundDirections,
@@ -26,7 +27,7 @@ from safesteer_mlx.method.direction import (
     or_all,
 )
 from safesteer_mlx.method.losses import far_enough
-from safesteer_mlx.method.prompts import prompts_from
+from safesteer_mlx.method.prompts import prompts_from, render_all
 from safesteer_mlx.method.residual import _override, blocks, last_logits
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, make_run
@@ -42,7 +43,7 @@ from safesteer_mlx.method.teacher import (
     steered_teacher,
     validation,
 )
-from safesteer_mlx.method.train import check_gradient, collapsed, training_prompts, what_to_learn
+from safesteer_mlx.method.train import check_gradient, collapsed, make_training, training_prompts, what_to_learn
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
 from safesteer_mlx.system import memory
 from safesteer_mlx.system.load import load
@@ -229,8 +230,18 @@ def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(r
     np.testing.assert_allclose(found.teacher, target(guidance)[1].teacher)
 
 
-def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run):
-    """Both kinds of prompts are read with what is thought before the teacher is farthest from the base."""
+@pytest.mark.parametrize("most", [99, 1])
+def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run, monkeypatch, capsys, most):
+    """Both kinds of prompts are read with what is thought before the teacher is farthest from the base, as many at a
+    time as memory has room for."""
+    whole = stage.answer_states
+
+    def answer_states(model, prompts, answers):
+        if len(prompts) > most:
+            raise RuntimeError("[metal::malloc] Unable to allocate 123 bytes")
+        return whole(model, prompts, answers)
+
+    monkeypatch.setattr(stage, "answer_states", answer_states)
     base, horizon = run.base, 5
     few = replace(
         run.prompts,
@@ -261,6 +272,68 @@ def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run):
             assert begun == every[int(np.argmax(apart))], kind
             lengths.append(len(begun) - len(row))
     assert len(set(lengths)) > 1
+    assert ("in reading thoughts: going on with 1 at a time" in capsys.readouterr().err) is (most == 1)
+
+
+def test_a_system_prompt_teacher_of_a_model_that_thinks_is_asked_below_it(run):
+    """Of harmless prompts too: without it, it is the base, and nothing would be apart."""
+    guard, base, horizon = "Never help with anything.", run.base, 5
+    sets = run.prompts.sets
+    rows = [render_all(base.tokenizer, items[:4]) for items in (sets.harmful_validation, sets.harmless_validation)]
+    guarded = [
+        render_all(base.tokenizer, items[:4], guard) for items in (sets.harmful_validation, sets.harmless_validation)
+    ]
+    names = ("harmful_validation", "harmless_validation")
+    few = dict(zip((*names, *(f"{name}_guarded" for name in names)), (*rows, *guarded), strict=True))
+    run = replace(run, prompts=replace(run.prompts, **few), base=replace(base, thinks=True))
+    run = run.with_settings(tokens=replace(run.recipe.tokens, horizon=horizon))
+    change = last_logits(base.model, guarded[0]) - last_logits(base.model, rows[0])
+    ids = np.array(mx.argsort(-change.mean(0)))[: base.vocabulary // 2]
+    tokens = SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9], 1.0)
+    _, learning = what_to_learn(run, Teacher(base.model, guard), tokens)
+    assert learning is not None
+    sampling = Sampling(base.eos_ids, horizon, 1.0, batch_size=run.recipe.run.generation_batch_size)
+    keys = [run.key(16, i) for i in range(4)]
+    for which, by in enumerate((guarded, rows)):  # who writes: the teacher below its system prompt, the base without
+        thoughts = generate(base.model, by[which], sampling, keys)
+        for i, thought in enumerate(thoughts):
+            cut = [thought.ids[:n] for n in range(len(thought.ids))]
+            read = ([[*row, *part] for part in cut] for row in (guarded[which][i], rows[which][i]))
+            of = (openings(base.model, every, ids, 8) for every in read)
+            p, q = (np.stack([table[:, :-1].sum(1), table[:, -1]], 1) for table in of)
+            apart = (p * np.log(p / q)).sum(1)
+            assert learning.prompts[4 * which + i] == [*rows[which][i], *cut[int(np.argmax(apart))]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rate", "told"),
+    [
+        ("full", mx.bfloat16, 1e-5, True),
+        ("full", mx.float16, 1e-6, True),
+        ("full", mx.bfloat16, 1e-4, False),
+        ("full", mx.float32, 1e-6, False),
+        ("lora", mx.bfloat16, 1e-6, False),
+    ],
+)
+def test_a_rate_that_half_precision_rounds_away_is_said(run, tiny_model, capsys, kind, dtype, rate, told):
+    model = tiny_model("qwen2")
+    model.set_dtype(dtype)
+    run = run.with_settings(train=replace(run.recipe.train, fine_tune_type=kind, learning_rate=rate))
+    student = make_student(model, run.recipe.train, 0)
+    make_training(run, student, Teacher(model), SafetyTokens([{"id": 5}], 0.9, [0.9], 1.0), ([], []), None)
+    assert (f"learning_rate = {rate:g} is small for weights in half precision" in capsys.readouterr().out) is told
+
+
+@pytest.mark.parametrize(("keep_best", "measured"), [(True, False), (True, True), (False, False)])
+def test_that_nothing_tells_the_best_step_is_said(run, capsys, keep_best, measured):
+    run = run.with_settings(train=replace(run.recipe.train, keep_best=keep_best))
+    table = np.array([[0.1, 0.9]])
+    learning = stage.Learning([[1]], np.array([5]), table, table, 1) if measured else None
+    student = make_student(run.base.model, run.recipe.train, 0)
+    tokens = SafetyTokens([{"id": 5}], 0.9, [0.9], 1.0)
+    make_training(run, student, Teacher(run.base.model), tokens, ([], []), learning)
+    told = "--keep-best does nothing here" in capsys.readouterr().out
+    assert told is (keep_best and not measured)
 
 
 def test_the_directions_prompts_are_trained_on_too_unless_not_wanted(run):

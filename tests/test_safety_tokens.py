@@ -262,6 +262,21 @@ def test_openings_are_the_models_own_probabilities(any_model, batch_size):
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
 
 
+def test_openings_are_read_fewer_at_a_time_where_memory_is_exhausted(model, monkeypatch, capsys):
+    expected, sizes, whole = openings(model, PROMPTS, [30, 4, 17], 4), [], safety_tokens.last_logits
+
+    def short(model, rows):
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            raise RuntimeError("[metal::malloc] Unable to allocate 123 bytes")
+        return whole(model, rows)
+
+    monkeypatch.setattr(safety_tokens, "last_logits", short)
+    np.testing.assert_allclose(openings(model, PROMPTS, [30, 4, 17], 4), expected, atol=1e-6)
+    assert sizes == [4, 2, 1, 1, 1, 1]
+    assert "in reading how answers begin: going on with 1 at a time" in capsys.readouterr().err
+
+
 def test_a_teacher_with_a_system_prompt_is_scored_at_the_same_continuation(model):
     seen = [[40, 41, *prompt] for prompt in PROMPTS]
     options = {"eot_ids": [], "banned_ids": [], "inner_top_k": 4, "min_steered_prob": 0.0}

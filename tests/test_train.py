@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten, tree_map
 
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.losses import Divergence, distillation_loss
-from safesteer_mlx.method.residual import blocks, hidden_states
+from safesteer_mlx.method.residual import blocks, hidden_states, last_logits
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
 from safesteer_mlx.method.safety_tokens import openings
-from safesteer_mlx.method.student import make_student
-from safesteer_mlx.method.teacher import steered_teacher
+from safesteer_mlx.method.student import make_student, row_dropouts
+from safesteer_mlx.method.teacher import Teacher, steered_teacher
 from safesteer_mlx.method.train import (
     Course,
     Learning,
@@ -217,6 +217,25 @@ def test_the_gradient_is_clipped_to_its_largest_norm(model, share):
     change = sum(((after[name] - value) ** 2).sum().item() for name, value in before.items()) ** 0.5
     assert change == pytest.approx(rate * min(free.grad_norm, largest), rel=1e-4)
     assert found.grad_norm == pytest.approx(free.grad_norm, rel=1e-4)  # what is reported is not clipped
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("full", (1.0, 1.0)),  # of a constant gradient each step is the rate, as torch's
+        # (1 − 0.9) g / √((1 − 0.999) g²), and after two steps (1 − 0.9²) g / √((1 − 0.999²) g²)
+        ("lora", (0.1 / 0.001**0.5, 0.19 / 0.001999**0.5)),
+        ("dora", (0.1 / 0.001**0.5, 0.19 / 0.001999**0.5)),
+    ],
+)
+def test_the_first_steps_of_adamw_by_hand(kind, sizes):
+    optimizer = make_optimizer(replace(SETTINGS, fine_tune_type=kind, learning_rate=1e-3))
+    weights = {"w": mx.array([5.0, -5.0])}
+    for size in sizes:
+        new = optimizer.apply_gradients({"w": mx.array([0.3, -0.02])}, weights)
+        change = np.array(new["w"] - weights["w"])
+        np.testing.assert_allclose(change, [-1e-3 * size, 1e-3 * size], rtol=1e-3)
+        weights = new
 
 
 @pytest.fixture
@@ -480,9 +499,11 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(model, monkeypatch, begi
         np.testing.assert_equal(vars(found), vars(expected))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_checkpointed_blocks_give_the_same_gradients_and_leave_the_base_as_it_is(model, kind):
-    settings = replace(SETTINGS, fine_tune_type=kind, num_layers=2)
+def test_checkpointed_blocks_give_the_same_gradients_and_leave_the_base_as_it_is(model, kind, dropout):
+    parameters = SETTINGS.lora_parameters | {"dropout": dropout}
+    settings = replace(SETTINGS, fine_tune_type=kind, num_layers=2, lora_parameters=parameters)
     tokens = mx.array([[1, 2, 3, 4, 5]])
     found = []
     for grad_checkpoint in ("off", "on"):
@@ -496,6 +517,54 @@ def test_checkpointed_blocks_give_the_same_gradients_and_leave_the_base_as_it_is
     assert found[0].keys() == found[1].keys() and any(g.any() for g in found[0].values())
     for name, gradient in found[0].items():
         np.testing.assert_allclose(found[1][name], gradient, atol=1e-6 * np.abs(gradient).max(), err_msg=name)
+
+
+DROPPED = replace(SETTINGS, lora_parameters=SETTINGS.lora_parameters | {"dropout": 0.5})
+
+
+@pytest.mark.parametrize("grad_checkpoint", ["off", "on"])
+@pytest.mark.parametrize("keys", [[[1, 2], [3, 4]], [[5, 6]]])
+def test_with_dropout_the_gradient_is_that_of_the_loss(tiny_model, grad_checkpoint, keys):
+    """By differences along one direction: a checkpointed block that is computed again drops what it dropped before."""
+    student = make_student(tiny_model("llama"), replace(DROPPED, grad_checkpoint=grad_checkpoint), 3)
+    mx.random.seed(5)
+    weights = tree_map(lambda w: w + 0.3 * mx.random.normal(w.shape), student.trainable_parameters())
+    along = tree_map(lambda w: mx.random.normal(w.shape), weights)
+    student.train()
+    for dropout in row_dropouts(student):
+        dropout.draw_from(mx.array(keys, mx.uint32))
+
+    def objective(student):
+        return (student(mx.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])) ** 2).mean()
+
+    def loss(at):
+        student.update(tree_map(lambda w, d: w + at * d, weights, along))
+        return objective(student).item()
+
+    by_differences = (loss(5e-4) - loss(-5e-4)) / 1e-3
+    loss(0.0)
+    _, gradient = nn.value_and_grad(student, objective)(student)
+    by_gradient = sum((g * dict(tree_flatten(along))[name]).sum().item() for name, g in tree_flatten(gradient))
+    assert abs(by_differences) > 0.05 and by_gradient == pytest.approx(by_differences, rel=0.03)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_tokens": 9}, {"grad_checkpoint": "on"}])
+def test_what_is_dropped_does_not_depend_on_what_memory_has_room_for(model, changes):
+    _, _, plain = one_step(model)
+    whole, _, expected = one_step(model, DROPPED)
+    cut, _, found = one_step(model, replace(DROPPED, **changes))
+    assert expected.grad_norm != pytest.approx(plain.grad_norm, rel=0.05)  # something is dropped
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name, weight in whole.items():
+        np.testing.assert_allclose(np.array(cut[name]), np.array(weight), atol=2e-4)
+
+
+def test_a_step_drops_the_same_again_when_it_is_resumed(model):
+    settings = replace(EIGHT, lora_parameters=DROPPED.lora_parameters, until_learned=False)
+    whole, states = run(model, settings)
+    after, _ = run(model, settings, first=states[5][:3])
+    assert [vars(m) for m in after] == [vars(m) for m in whole[5:]]
 
 
 def test_a_step_goes_on_with_half_when_memory_is_exhausted(model, monkeypatch, capsys):
@@ -603,3 +672,36 @@ def test_a_prompt_put_otherwise_has_the_target_that_it_should(tiny_model, begins
     other.framer, other.optimizer = Frame(begins), make_optimizer(whole)
     _, at_once = itertools.islice(train(other), 2)
     assert (at_once.loss, at_once.grad_norm) == pytest.approx((metrics.loss, metrics.grad_norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("begins", [None, True, False])
+def test_a_system_prompt_teacher_is_gone_beyond_and_the_tail_is_the_bases_without_it(tiny_model, begins):
+    """Its model is the base's own, told apart by what it reads; harmful prompts in frames have the same targets."""
+    model, guard = tiny_model("qwen2"), [40, 41, 42]
+    guarded = [replace(p, target_ids=[*guard, *p.ids]) for p in HARMFUL]
+    change = sum(last_logits(model, [p.target_ids]) - last_logits(model, [p.ids]) for p in guarded)
+    tokens = mx.argsort(-change[0])[:40]
+    loss = replace(WHOLE, first_tokens=2, tail=3, guidance=2.5, anchor_ratio=0.0)
+    settings = replace(SETTINGS, batch_size=2)
+    how = (settings, loss, EOS, 7, make_optimizer(settings))
+    training = Training(make_student(model, settings, 7), model, Teacher(model, "guard"), tokens, guarded, [], *how)
+    training.framer = None if begins is None else Frame(begins)
+    rollouts, metrics = itertools.islice(train(training), 2)
+    assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
+    batch = [guarded[i] for i in np.random.default_rng([7, 0, 0]).permutation(3)[:2]]
+    expected, shifts = 0.0, []
+    for prompt, answer in zip(batch, rollouts.completions, strict=True):
+        read = {None: prompt.ids, True: [*prompt.ids, 20, 21], False: [22, 23, 24]}[begins]
+        own, target, base = (
+            model(mx.array([[*row, *answer.ids]]))[:, len(row) - 1 : -1]
+            for row in (read, prompt.target_ids, prompt.ids)
+        )
+        odds = [mx.log(p / (1 - p)) for p in (mx.softmax(z, axis=-1)[..., tokens].sum(-1) for z in (target, base))]
+        beyond = mx.minimum(1.5 * mx.maximum(odds[0] - odds[1], 0), mx.maximum(6 - odds[0], 0))
+        shift = mx.where((odds[0] > 0) | (mx.arange(len(answer.ids)) == 0), beyond, 0)
+        shifts.append(shift.max().item())
+        target, ones = target.at[..., tokens].add(shift[..., None]), mx.ones((1, len(answer.ids)))
+        expected += distillation_loss(own, target, ones, keep=2, kind="grouped_reverse_kl", tokens=tokens).item() / 2
+        expected += distillation_loss(own, base, ones, skip=2, keep=5, kind="reverse_kl").item() / 2
+    assert max(shifts) > 0.01
+    assert metrics.loss == pytest.approx(expected, rel=1e-4)

@@ -15,9 +15,11 @@ import numpy as np
 from .. import __version__
 from ..recipe import MOST_LENGTH, Recipe, result_settings
 from ..system import machines
+from ..system.files import user_path
 from ..system.load import Loaded
+from ..system.model_files import read_header
 from ..system.screen import Advance, Screen, UserError, silent
-from ..system.store import Known, Store, fingerprint
+from ..system.store import Known, Store, fingerprint, sha256_of
 from .judge import own_phrases, use_refusal_phrases
 from .prompts import Prompts, PromptSets, Rows, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import block_inputs, check_stream, last_logits, view
@@ -121,6 +123,8 @@ def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
     parts = {"weights": base.weights_hash, "settings": result_settings(recipe), "prompts": asdict(sets)}
     parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base)}
+    if adapters := given_adapters(recipe):
+        parts["adapters to begin from"] = adapters
     return parts | ({"refusal phrases": phrases} if (phrases := own_phrases()) else {})
 
 
@@ -147,6 +151,22 @@ def given_tokens(recipe: Recipe, base: Loaded) -> np.ndarray | None:
     """
     file = recipe.tokens.safety_tokens
     return np.array(read_token_file(Path(file), base.tokenizer, base.vocabulary)) if isinstance(file, str) else None
+
+
+def given_adapters(recipe: Recipe) -> list[str]:
+    """The hashes of the adapters to begin from and of the file beside them, which says their scale; none of any, or of
+    those in the run's own folder, which the run writes over.
+
+    Raises:
+        UserError: the adapters cannot be read.
+    """
+    if recipe.train.resume_adapter_file is None:
+        return []
+    file = user_path(recipe.train.resume_adapter_file)
+    read_header(file)
+    if file.resolve().parent == Path(recipe.run.adapter_path).resolve():
+        return []
+    return [sha256_of(path) for path in (file, file.with_name("adapter_config.json")) if path.is_file()]
 
 
 def batch_size(base: Loaded, wanted: int, screen: Screen, prompts: Rows | None = None) -> int:

@@ -361,18 +361,22 @@ def openings(
 ) -> np.ndarray:
     """Where answers to the prompts begin: the probability of each token, and of all others together, (N, K + 1).
 
-    float64; the others' from the logsumexp of their logits, so that it keeps its digits near 0.
+    float64; the others' from the logsumexp of their logits, so that it keeps its digits near 0. Where memory is
+    exhausted, fewer than `batch_size` are read at a time.
     """
     ids = mx.array(np.asarray(tokens, np.int32))
 
-    def part(rows: list[Ids]) -> list[list[float]]:
+    def read(rows: list[Ids], size: int) -> list[list[float]]:
         probabilities: list[list[float]] = []
-        for start in range(0, len(rows), batch_size):
-            logits = last_logits(model, rows[start : start + batch_size])
+        for start in range(0, len(rows), size):
+            logits = last_logits(model, rows[start : start + size])
             inside, rest = inside_and_rest(logits, ids)
             outcomes = mx.concatenate([inside, rest[:, None]], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
             probabilities += np.exp(np.array(outcomes, np.float64)).tolist()
         return probabilities
+
+    def part(rows: list[Ids]) -> list[list[float]]:
+        return with_smaller_batches(batch_size, partial(read, rows), "reading how answers begin")[0]
 
     return np.array(machines.here().each(prompts, part))
 

@@ -49,8 +49,9 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
         linear_to_lora_layers(student, settings.num_layers, parameters, use_dora=settings.fine_tune_type == "dora")
         if not tree_flatten(student.trainable_parameters()):
             raise UserError(f"lora_parameters keys = {parameters.get('keys')} match no layer; leave keys out for all")
+        _drop_by_row(student, seed)
     if settings.resume_adapter_file is not None:
-        _load_adapters(student, user_path(settings.resume_adapter_file))
+        _load_adapters(student, user_path(settings.resume_adapter_file), settings)
     if settings.grad_checkpoint == "on":
         checkpoint_blocks(student)
     student.eval()
@@ -58,7 +59,55 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
     return student
 
 
-def _load_adapters(student: nn.Module, path: Path) -> None:
+class RowDropout(nn.Dropout):
+    """Dropout whose mask at a row's position is told by the row's key, the position and the module's number alone:
+    however a batch is cut and padded, and where a checkpointed block is computed again, it is the same.
+
+    nn.Dropout draws from one stream in the order of calls, which differs in each of these, and there the gradient was
+    of another mask than the loss. Of rows that a layer mixes first, as experts do, the mask is told by the first key.
+    """
+
+    def __init__(self, p: float, number: int, keys: mx.array):
+        super().__init__(p)
+        self._number, self._keys = number, keys
+
+    def draw_from(self, keys: mx.array) -> None:
+        """What the next passes are drawn from, a key a row of the batch: (B, 2) uint32."""
+        self._keys = keys
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._p_1 == 1 or not self.training:
+            return x
+        keep, first, second = self._p_1, self._keys[:, 0] ^ self._number, self._keys[:, 1]
+        if x.ndim == 3 and len(x) == len(self._keys):
+            places = second[:, None] ^ mx.arange(x.shape[1], dtype=mx.uint32)
+            keys = mx.stack([mx.broadcast_to(first[:, None], places.shape), places], axis=-1)
+            mask = mx.vmap(mx.vmap(lambda key: mx.random.bernoulli(keep, x.shape[2:], key=key)))(keys)
+        else:
+            mask = mx.random.bernoulli(keep, x.shape, key=mx.stack([first[0], second[0]]))
+        return (mask * x) * (1 / keep)
+
+
+def _drop_by_row(student: nn.Module, seed: int) -> None:
+    """Put `RowDropout` in the place of each dropout that drops anything."""
+    own = [
+        (module, name, child)
+        for _, module in student.named_modules()
+        for name, child in module.items()
+        if type(child) is nn.Dropout and child._p_1 < 1
+    ]
+    for number, (module, name, child) in enumerate(own):
+        module[name] = RowDropout(1 - child._p_1, number, mx.random.key(seed)[None])
+
+
+def row_dropouts(student: nn.Module) -> list[RowDropout]:
+    """The student's dropouts, none where nothing is dropped."""
+    return [module for module in student.modules() if isinstance(module, RowDropout)]
+
+
+def _load_adapters(student: nn.Module, path: Path, settings: TrainSettings) -> None:
+    """Give the student a file's weights, which then do what they did where they were made: mlx-lm's layers compute with
+    scale · B, so a file of another scale than the student's has its B multiplied by what the two differ."""
     file = read_header(path)
     own = dict(tree_flatten(student.trainable_parameters()))
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
@@ -73,7 +122,33 @@ def _load_adapters(student: nn.Module, path: Path) -> None:
                 f"not {list(shapes[name])}; {remedy}"
             )
     weights = mx.load(str(path), format="safetensors")
-    student.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
+    assert isinstance(weights, dict)
+    scale, its = settings.lora_parameters["scale"], _scale_beside(path)
+    if settings.fine_tune_type != "full" and its not in (None, scale):
+        if not scale:
+            raise UserError(
+                f"resume_adapter_file = {path} was made with scale = {its:g}, which lora_parameters scale = 0 cannot "
+                f"hold; give --lora-parameters with scale {its:g}"
+            )
+        # In float32: what is multiplied is rounded to no more than that.
+        scaled = {name: w.astype(mx.float32) * (its / scale) for name, w in weights.items() if name.endswith("lora_b")}
+        weights |= scaled
+    student.load_weights(list(weights.items()), strict=False)
+
+
+def _scale_beside(path: Path) -> float | None:
+    """The scale that adapters were made with, by the `adapter_config.json` beside them; None where it says none.
+
+    Raises:
+        UserError: the file cannot be read, or its scale is no number.
+    """
+    file = path.parent / "adapter_config.json"
+    if not file.exists():
+        return None
+    given = read_object(file, "mend it, or move the adapters elsewhere").get("lora_parameters")
+    if not isinstance(given, dict) or "scale" not in given:
+        return None
+    return check_lora_parameters({"scale": given["scale"]}, str(file))["scale"]
 
 
 def bytes_trained(student: nn.Module) -> int:

@@ -60,12 +60,13 @@ from .residual import answer_states, block_inputs, head, pad_right, resume, resu
 from .rollout import Completion, Sampling, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import LITTLE, SafetyTokens, farthest, find_tokens, openings, outcomes_kl
-from .student import bytes_trained, first_trained_block, save_student
+from .student import bytes_trained, first_trained_block, row_dropouts, save_student
 from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered_teacher
 
 Ids = Sequence[int]
 
 FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
+LOST = 3e-5  # a rate below which weights in half precision mostly stay as they are (docs/how-it-works.md)
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
@@ -81,15 +82,20 @@ class NotFiniteError(UserError):
 class TrainingPrompt:
     """A prompt as the student reads it and as its target does; `harmful` says which target.
 
-    `text` is the instruction. `framed` says that the student alone reads it in a frame or with its answer begun, not
-    teacher and base.
+    `text` is the instruction. `plain` is a harmful prompt as it is, which the base reads, where the student alone reads
+    it in a frame or with its answer begun; None for what base and student read alike.
     """
 
     ids: list[int]
     target_ids: list[int]
     harmful: bool
     text: str = ""
-    framed: bool = False
+    plain: list[int] | None = None
+
+    @property
+    def framed(self) -> bool:
+        """Whether the student alone reads it in a frame or with its answer begun, not teacher and base."""
+        return self.plain is not None
 
     def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
         """The prompt with its answer begun, or in a frame, or as it is."""
@@ -97,7 +103,8 @@ class TrainingPrompt:
             ids = begun(framer.tokenizer, self.ids, opening)
         elif (ids := framer.frame(self.text, rng)) is None:
             return self
-        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, framed=self.harmful)
+        plain = self.ids if self.harmful else None
+        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, plain=plain)
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,10 @@ class Rollouts:
 
 
 def make_optimizer(train: TrainSettings) -> optim.Optimizer:
-    """AdamW, as published; `train` sets its rate step by step."""
-    return optim.AdamW(learning_rate=train.learning_rate, weight_decay=train.weight_decay)
+    """AdamW; `train` sets its rate step by step. Where all weights are trained, as published, its moments are corrected
+    for beginning at zero, as torch's are; LoRA's rate was found without, where the first steps are larger."""
+    corrected = train.fine_tune_type == "full"
+    return optim.AdamW(train.learning_rate, weight_decay=train.weight_decay, bias_correction=corrected)
 
 
 @dataclass(frozen=True)
@@ -321,6 +330,7 @@ def train(
         next(islice(order, skipped * each, skipped * each), None)
     guidance = float(loss.guidance)
     first_trained = first_trained_block(student)
+    dropouts = row_dropouts(student)
     can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
 
     def objective(model, batch, answers, trunk, targets: list[Target]):
@@ -345,12 +355,13 @@ def train(
         place = np.concatenate([np.arange(length) for length in lengths])
         hidden = answer_states(_after(trunk, of), [p.target_ids for p in part], answers)
         weights = _position_weights(lengths, n, loss.skip_first, loss.first_tokens)
-        guided = of is not base and guidance > 1
+        pulled = part[0].harmful  # away from the base: told by the prompts, since a system-prompt teacher's model is it
+        guided = pulled and guidance > 1
         tail = np.flatnonzero(place >= loss.first_tokens) if loss.first_tokens and loss.tail else np.zeros(0, np.int64)
         opening = np.arange(len(place)) if not len(tail) else np.flatnonzero(place < loss.first_tokens)
         by_base = hidden
-        if of is not base and (guided or len(tail)):
-            rows = [p.target_ids if p.framed else p.ids for p in part]
+        if pulled and (guided or len(tail)):
+            rows = [p.ids if p.plain is None else p.plain for p in part]
             by_base = answer_states(_after(trunk, base), rows, answers)
         mx.async_eval(hidden, by_base)  # computed while the graph of the student is built
         first, shift = hidden[mx.array(opening)], None
@@ -380,7 +391,6 @@ def train(
         order = sorted(range(len(batch)), key=lambda i: (not batch[i].harmful, not batch[i].framed, length[i]))
         order = order[of.rank :: of.size]
         tokens = settings.micro_batch_tokens and settings.micro_batch_tokens * size // settings.micro_batch_size
-        mx.random.seed(seed ^ (step + 1) << 32)  # for LoRA's dropout: each step its own, resumed or not
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
         for (harmful_ones, in_frame), group in groupby(order, lambda i: (batch[i].harmful, batch[i].framed)):
             of_kind = list(group)
@@ -393,6 +403,8 @@ def train(
                 layer = min(teacher.shared_blocks, first_trained) if can_resume and not in_frame else 0
                 trunk = shared_prefix(base, layer, [p.ids for p in part], answers)
                 targets = targets_of(part, answers, trunk, teacher.model, len(batch))
+                for dropout in dropouts:
+                    dropout.draw_from(mx.stack([stream_key(seed, 17, step, i) for i in index]))
                 try:
                     (_, each, mass), grad = loss_and_grad(student, part, answers, trunk, targets)
                 except ValueError as error:
@@ -517,9 +529,10 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     size, harmful, harmless = recipe.run.prompt_batch_size, prompts.harmful_validation, prompts.harmless_validation
     guarded = harmful if teacher.system_prompt is None else prompts.harmful_validation_guarded
     if base.thinks:
-        thoughts = _undecided(run, teacher, tokens, teacher.model, harmful, guarded)
+        thoughts = _undecided(run, teacher, tokens, harmful, guarded, by_teacher=True)
         harmful, guarded = _begun(harmful, thoughts), _begun(guarded, thoughts)
-        harmless = _begun(harmless, _undecided(run, teacher, tokens, base.model, harmless, harmless))
+        read = harmless if teacher.system_prompt is None else prompts.harmless_validation_guarded
+        harmless = _begun(harmless, _undecided(run, teacher, tokens, harmless, read, by_teacher=False))
     own = openings(base.model, harmful, tokens.ids, size)
     target = openings(teacher.model, guarded, tokens.ids, size)
     its, of_base = (np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own))
@@ -544,21 +557,28 @@ def _begun(rows: Sequence[Ids], answers: Sequence[Ids]) -> list[list[int]]:
 
 
 def _undecided(
-    run: Run, teacher: Teacher, tokens: SafetyTokens, by: nn.Module, rows: Sequence[Ids], guarded: Sequence[Ids]
+    run: Run, teacher: Teacher, tokens: SafetyTokens, rows: Sequence[Ids], guarded: Sequence[Ids], *, by_teacher: bool
 ) -> list[list[int]]:
-    """What `by` writes after each prompt before it comes to where the teacher is farthest from the base on the safety
-    tokens; the teacher reads the prompts as `guarded`."""
+    """What the teacher, or else the base, writes after each prompt before it comes to where the two are farthest apart
+    on the safety tokens; the teacher reads the prompts as `guarded`."""
     settings, size, base = run.recipe.run, run.recipe.run.prompt_batch_size, run.base.model
     sampling = Sampling(run.base.eos_ids, run.recipe.tokens.horizon, 1.0, batch_size=settings.generation_batch_size)
     keys = [run.key(16, i) for i in range(len(rows))]
-    answers = [c.ids for c in generate(by, guarded if by is teacher.model else rows, sampling, keys)]
-    odds, watched = ([], []), mx.array(tokens.ids)
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        for of, model, read in zip(odds, (base, teacher.model), (rows, guarded), strict=True):
-            states = answer_states(model, read[part], answers[part])
-            of.append(np.array(safety_log_odds(states, head(model), watched), np.float64))
-    own, its = (1 / (1 + np.exp(-np.concatenate(of)[:, None] * [1, -1])) for of in odds)  # of them, and of all others
+    written = (teacher.model, guarded) if by_teacher else (base, rows)
+    answers = [c.ids for c in generate(*written, sampling, keys)]
+
+    def read(model: nn.Module, prompts: Sequence[Ids], size: int) -> np.ndarray:
+        """Probabilities of them, and of all others, at every position, (R, 2)."""
+        odds = []
+        for start in range(0, len(prompts), size):
+            states = answer_states(model, prompts[start : start + size], answers[start : start + size])
+            odds.append(np.array(safety_log_odds(states, head(model), mx.array(tokens.ids)), np.float64))
+        return 1 / (1 + np.exp(-np.concatenate(odds)[:, None] * [1, -1]))
+
+    own, its = (
+        with_smaller_batches(size, partial(read, model, prompts), "reading thoughts")[0]
+        for model, prompts in ((base, rows), (teacher.model, guarded))
+    )
     places = farthest(its, own, [len(answer) for answer in answers])
     return [answer[:place] for answer, place in zip(answers, places.tolist(), strict=True)]
 
@@ -641,6 +661,12 @@ def make_training(
 ) -> Training:
     """What training reads, with a fresh optimizer."""
     recipe, base = run.recipe, run.base
+    _tell_what_is_lost(run, student)
+    if recipe.train.keep_best and learning is None:
+        run.screen.line(
+            "--keep-best does nothing here: with this teacher, or so little to learn, nothing tells the best step, and "
+            "the last one is kept"
+        )
     return Training(
         student,
         base.model,
@@ -657,6 +683,16 @@ def make_training(
         make_framer(run, prompts),
         base.thinks,
     )
+
+
+def _tell_what_is_lost(run: Run, student: nn.Module) -> None:
+    """Say that half precision rounds updates away, if it does: LoRA's weights are float32."""
+    rate, half = run.recipe.train.learning_rate, (mx.bfloat16, mx.float16)
+    if rate < LOST and any(w.dtype in half for _, w in tree_flatten(student.trainable_parameters())):  # pyright: ignore
+        run.screen.line(
+            f"learning_rate = {rate:g} is small for weights in half precision, where most of its updates are rounded "
+            "away; a model in float32 keeps them, and so does --fine-tune-type lora"
+        )
 
 
 @dataclass(frozen=True)
@@ -683,6 +719,8 @@ def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingProm
     """
     settings, tokenizer = run.recipe.train, run.base.tokenizer
     prefill = 0.0 if run.base.thinks else settings.prefill_ratio
+    if prefill < settings.prefill_ratio:
+        run.screen.line("--prefill-ratio does nothing here: the answers of a model that thinks first are not begun")
     if not prefill and not settings.wrap_ratio:
         return None
     find = run.once if run.recipe.run.transcripts else lambda stage, of: stage(run, of)
