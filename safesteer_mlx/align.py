@@ -40,18 +40,32 @@ class Aligned:
     not_aligned: str | None = None
 
 
-def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
+def align_model(
+    recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False, go_on: bool = True
+) -> Aligned:
     """Align `base`; adapters are written to the recipe's folder, with the run's record in `run/` beside them, and the
     run's page is served while it works, if the recipe says so.
 
-    `check` ends with the verdict, before anything is trained; `force` goes on past every alarm.
+    `check` ends with the verdict, before anything is trained, and leaves a run that is in the folder as it is; `force`
+    goes on past every alarm.
 
-    Goes on where an earlier run in that folder left off, if it had the same weights, prompts and settings.
+    Goes on where an earlier run in that folder left off, if it had the same weights, prompts and settings, and after a
+    question without `go_on`; a finished run is replaced.
 
     Raises:
         UserError: what a user can mend, in one sentence.
     """
-    settings = recipe.run
+    settings, folder = recipe.run, Path(recipe.run.adapter_path)
+    if machines.here().first:
+        from .system.store import check_output
+
+        check_output(folder)
+        if check and _state_of(folder) is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                apart = replace(recipe, run=replace(settings, adapter_path=f"{scratch}/check"))
+                return replace(_align(apart, base, screen, check, force), folder=folder)
+        if not check:
+            _earlier_run(folder, recipe, go_on, screen)
     if check or not settings.watch or not machines.here().first:
         return _align(recipe, base, screen, check, force)
     from .report import watching
@@ -74,11 +88,8 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .method.student import check_saved, make_student, save_student
     from .method.teacher import find_teacher, make_teacher, settled
     from .method.train import MovingTeacher, check_space, make_training, train_student, training_prompts, what_to_learn
-    from .system.store import check_output
 
     start, folder = time.time(), Path(recipe.run.adapter_path)
-    if machines.here().first:
-        check_output(folder)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
     if not recipe.run.transcripts:
@@ -327,9 +338,7 @@ def main(argv: list[str]) -> None:
             recipe = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))
             align_model(recipe, base, screen, check=True)
         return
-    if first:
-        _earlier_run(folder, recipe, resume is not None or yes, screen)
-    reason = align_model(recipe, base, screen, force=force).not_aligned
+    reason = align_model(recipe, base, screen, force=force, go_on=resume is not None or yes).not_aligned
     if reason is not None:
         warning = f"not aligned: {reason}; the adapters in {folder} are not to be used"
         if not force:
@@ -393,6 +402,16 @@ def _settings_of(folder: Path, preset: str | None, yaml_file: Path | None) -> Pa
     return settings
 
 
+def _state_of(folder: Path) -> str | None:
+    """Whether a run that is in `folder` already is finished, or has trained a step and is not; None for neither."""
+    record = folder / "run"
+    if not (record / "recipe.yaml").is_file():
+        return None
+    if (record / "manifest.json").is_file():
+        return "finished"
+    return "unfinished" if any((record / "checkpoint").glob("step-*")) else None  # else what its stages found is used
+
+
 def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> None:
     """Clear a finished run's record; go on with an unfinished one only if it was this one, and was asked for.
 
@@ -402,16 +421,13 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
     from .recipe import current_names, result_settings
     from .system.store import RunFolder
 
-    settings = folder / "run" / "recipe.yaml"
-    if not settings.is_file():
+    if (state := _state_of(folder)) is None:
         return
-    if (folder / "run" / "manifest.json").is_file():
+    if state == "finished":
         screen.line(f"{folder} holds an earlier run, which this one replaces")
         RunFolder(folder).clear()
         return
-    if not any((folder / "run" / "checkpoint").glob("step-*")):
-        return  # nothing was trained yet; what its stages found is used if it still holds
-    earlier, now = current_names(read_yaml(settings)), result_settings(recipe)
+    earlier, now = current_names(read_yaml(folder / "run" / "recipe.yaml")), result_settings(recipe)
     changed = [
         f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value
     ]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from runs import few_sets
 
+import safesteer_mlx as safesteer
 import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
 from safesteer_mlx.method import direction
@@ -202,6 +203,31 @@ def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_p
         assert before == {p: p.read_bytes() for p in (tmp_path / "adapters").rglob("*") if p.is_file()}
     # What changes no result may change: here, how often the state is kept.
     assert main([*command, "--yes", "--save-every", "1"]) == 0
+
+
+QUICK = {"iters": 2, "save_every": 1, "test_prompts": 2, "direction_train": 32, "direction_validation": 16}
+QUICK |= {"token_samples": 1, "batch_size": 4, "max_tokens": 24, "report": False}
+
+
+def test_the_library_too_replaces_a_finished_run_and_goes_on_with_a_stopped_one(tmp_path, monkeypatch, capsys):
+    base, folder = safesteer.load("tiny-chat"), tmp_path / "adapters"
+    safesteer.align(base, folder, force=True, **QUICK)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert folder / "run" / "manifest.json" in before
+    checked = safesteer.align(base, folder, check=True, **QUICK, seed=2)
+    assert checked.folder == folder and not checked.scores
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        safesteer.align(base, folder, force=True, **QUICK, learning_rate=1e-3)
+    monkeypatch.undo()
+    record = {p.name for p in (folder / "run").iterdir()}
+    assert "checkpoint" in record and not record & {"manifest.json", "before_after.json", "transcripts.jsonl"}
+    with pytest.raises(UserError, match=r"other settings: seed \(42, now 1\)"):
+        safesteer.align(base, folder, **QUICK, learning_rate=1e-3, seed=1)
+    capsys.readouterr()
+    assert main(["--resume", str(folder), "--force"]) == 0
+    assert "going on after step 1 of 2" in capsys.readouterr().out
 
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys):
