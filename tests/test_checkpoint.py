@@ -21,6 +21,7 @@ import safesteer_mlx as safesteer
 import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
 from safesteer_mlx.method import direction
+from safesteer_mlx.method import run as runs
 from safesteer_mlx.system import store as stores
 from safesteer_mlx.system.memory import PagingError
 from safesteer_mlx.system.screen import UserError
@@ -205,6 +206,38 @@ def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_p
     assert main([*command, "--yes", "--save-every", "1"]) == 0
 
 
+def test_a_stopped_run_whose_files_or_versions_are_others_is_named_and_left_alone(tmp_path, monkeypatch, capsys):
+    folder, data, phrases = tmp_path / "adapters", few_sets(tmp_path) / "few", tmp_path / "phrases.txt"
+    phrases.write_text("that is not for me\n")
+    command = ["--adapter-path", str(folder), *SHORTEST, "--data", str(data), "--refusal-phrases", str(phrases)]
+    command += ["--no-report", "--force"]
+    stop_after(monkeypatch, 3)
+    assert main(command) == 130
+    monkeypatch.undo()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def refused(flags, what):
+        capsys.readouterr()
+        assert main(flags) == 2
+        said = capsys.readouterr().err
+        assert f"{folder} holds an unfinished run with other {what}; give them as they were" in said, said
+        assert said.count("\n") == 1 and before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    phrases.write_text("that is not for us\n")
+    refused(["--resume", str(folder)], "refusal phrases")
+    edited = data / "harmless_train.jsonl"
+    text = edited.read_text()
+    edited.write_text(text[: text.rstrip().rindex("\n") + 1])
+    refused([*command, "--yes"], "prompts and other refusal phrases")
+    edited.write_text(text)
+    phrases.write_text("that is not for me\n")
+    monkeypatch.setattr(runs, "version", lambda name: "0.0.1")
+    refused(["--resume", str(folder)], "versions")
+    monkeypatch.undo()
+    assert main(["--resume", str(folder), "--force"]) == 0
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+
+
 QUICK = {"iters": 2, "save_every": 1, "test_prompts": 2, "direction_train": 32, "direction_validation": 16}
 QUICK |= {"token_samples": 1, "batch_size": 4, "max_tokens": 24, "report": False}
 
@@ -338,6 +371,25 @@ def test_what_another_run_kept_is_not_found(store, tmp_path):
     assert other.found("direction") is None and store.found("tokens") is None and not other.damaged
     envelope = json.loads((store.states / "direction.json").read_text())
     assert envelope["made_by"] != fingerprint("model", {"seed": 2})
+
+
+def test_what_made_a_step_is_told_part_by_part(tmp_path):
+    now = {"weights": "a", "prompts": "b", "versions": "c"}
+    store = Store(tmp_path, now)
+    assert store.other_parts() == []
+    for before, other in (
+        (now, []),
+        (now | {"prompts": "d"}, ["prompts"]),
+        ({"weights": "e", "versions": "c", "\x1b": "f"}, ["weights", "prompts"]),
+        ("of an earlier version", ["versions"]),
+    ):
+        store._fingerprint = before
+        for step in (10, 20):
+            store.save(step, {"w": mx.zeros(3)}, {})
+        store._fingerprint = now
+        assert store.other_parts() == other
+        (store.states / "step-000020.json").write_text("{")  # damaged: the one before it tells
+        assert store.other_parts() == other
 
 
 def test_states_of_another_run_do_not_push_out_this_ones(store):

@@ -8,8 +8,8 @@ state is written whole or not at all, read back exactly, or said to be damaged:
         rollouts.json                       what the student answered in the step under way
         step-000010.safetensors and .json   weights, optimizer and metrics after step 10; the last two are kept
 
-Every file of it carries the fingerprint of what made it (model, prompts, settings, versions) and a hash of its
-content: what was made otherwise, or was damaged, is not used.
+Every file of it carries fingerprints of what made it (model, prompts, settings, versions) and a hash of its content:
+what was made otherwise, or was damaged, is not used.
 """
 
 import errno
@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, NotRequired, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import mlx.core as mx
 import numpy as np
@@ -275,18 +275,40 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(as_json(list(parts))).hexdigest()
 
 
+class Envelope(TypedDict):
+    """What `keep` writes: who made it, JSON in a text, and the hash of that."""
+
+    made_by: str | dict[str, str]
+    sha256: str
+    content: str
+
+
 class Store(RunFolder):
     """A run's folder with the state of the run, whose tokens, blocks, prompts and shapes are `known`; `damaged` names
-    the files that were found unfit for use."""
+    the files that were found unfit for use. What made the state is told by one fingerprint, or one of each part."""
 
-    def __init__(self, adapters: Path, fingerprint: str, known: Known = NOTHING):
+    def __init__(self, adapters: Path, fingerprint: str | dict[str, str], known: Known = NOTHING):
         super().__init__(adapters)
         self._fingerprint, self._known = fingerprint, known
         self.states = self.path / "checkpoint"
         self.damaged: list[str] = []
 
+    def other_parts(self) -> list[str]:
+        """Which parts of what made the last saved step are others than this run's; none without such a step."""
+        own = self._fingerprint
+        for name in self._steps() if self.ours else []:
+            file = self.states / f"{name}.json"
+            try:
+                made_by = decoded(Envelope, read_json(file, str(file), "make the run again"))["made_by"]
+            except ValueError:
+                continue
+            if isinstance(made_by, dict) and isinstance(own, dict):
+                return [part for part in own if made_by.get(part) != own[part]]
+            return [] if made_by == own else ["versions"]
+        return []
+
     def keep(self, name: str, content: Any) -> None:
-        """Keep plain data and numpy arrays under a name: who made it, JSON in a text, and the hash of that."""
+        """Keep plain data and numpy arrays under a name, in an `Envelope`."""
         body = as_json(content).decode()
         sha = hashlib.sha256(body.encode()).hexdigest()
         self.json(f"checkpoint/{name}.json", {"made_by": self._fingerprint, "sha256": sha, "content": body})
@@ -300,7 +322,7 @@ class Store(RunFolder):
         if not file.exists():
             return None
         try:
-            envelope = decoded(dict[str, str], read_json(file, str(file), "make the run again"))
+            envelope = decoded(Envelope, read_json(file, str(file), "make the run again"))
             body = envelope["content"].encode()
             if hashlib.sha256(body).hexdigest() != envelope["sha256"]:
                 raise ValueError("hash")
