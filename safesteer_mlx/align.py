@@ -224,6 +224,7 @@ def _record(
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
         "model": run.base.name,
         "model_sha256": run.base.weights_hash,
+        "model_settings_sha256": run.base.settings_hash,
         "adapters_sha256": hashlib.sha256(adapters).hexdigest(),
         "own_sets": sorted(given_files(run.recipe.run.data)),
         "not_aligned": not_aligned,

@@ -459,7 +459,7 @@ def test_a_step_with_other_tokens_or_arrays_is_damaged(case, tmp_path):
 
 @pytest.mark.parametrize("i", IDS)
 def test_kept_answers_with_ids_that_the_model_does_not_have_are_drawn_again(i, tmp_path):
-    base = SimpleNamespace(weights_hash="a", vocabulary=1856)
+    base = SimpleNamespace(weights_hash="a", settings_hash="b", vocabulary=1856)
     sampling = Sampling([1], 4)
     answers = BaseAnswers(base, sampling, None)  # type: ignore[arg-type]
     for ids, kept in (([5, 1855], True), ([5, IDS[i]], False), ([5] * 5, False), (5, False)):

@@ -78,7 +78,9 @@ class BaseAnswers:
     def _made_by(self) -> str:
         how = self._sampling
         versions = [version(name) for name in ("mlx", "mlx-lm", "transformers")]
-        return fingerprint(self._base.weights_hash, how.max_tokens, sorted(how.eos_ids), versions)
+        return fingerprint(
+            self._base.weights_hash, self._base.settings_hash, how.max_tokens, sorted(how.eos_ids), versions
+        )
 
     def _read(self, file: Path) -> dict[str, Completion]:
         try:

@@ -124,7 +124,8 @@ def known_of(recipe: Recipe, base: Loaded, prompts: Prompts) -> Known:
 def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:
     """All that decides a run's result, by what a user would call it."""
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
-    parts = {"weights": base.weights_hash, "settings": result_settings(recipe), "prompts": asdict(sets)}
+    parts = {"weights": base.weights_hash, "configuration, tokenizer or chat template": base.settings_hash}
+    parts |= {"settings": result_settings(recipe), "prompts": asdict(sets)}
     parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base), "refusal phrases": own_phrases()}
     return parts
 
