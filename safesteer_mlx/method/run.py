@@ -18,7 +18,7 @@ from ..system import machines
 from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Known, Store, fingerprint
-from .judge import own_phrases, use_refusal_phrases
+from .judge import judge_hash, own_phrases, use_refusal_phrases
 from .prompts import Prompts, PromptSets, Rows, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import block_inputs, check_stream, last_logits, view
 from .rollout import Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
@@ -123,7 +123,8 @@ def known_of(recipe: Recipe, base: Loaded, prompts: Prompts) -> Known:
 
 def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:
     """All that decides a run's result, by what a user would call it."""
-    versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
+    versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")}
+    versions |= {"safesteer-mlx": __version__, "judge": judge_hash()}
     parts = {"weights": base.weights_hash, "configuration, tokenizer or chat template": base.settings_hash}
     parts |= {"settings": result_settings(recipe), "prompts": asdict(sets)}
     parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base), "refusal phrases": own_phrases()}
