@@ -93,7 +93,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
     if not recipe.run.transcripts:
-        run.store.forget_answers()
+        run.store.forget_answers(["directions"] if base.thinks else [])  # which hold thoughts
     prompts = training_prompts(run)
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
     check_space(run, student, prompts)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -145,6 +146,22 @@ def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_
     left = {p.name for p in run.rglob("*") if p.is_file()}
     assert {"step-000001.json", "teacher.json"} <= left
     assert not left & {"base_answers.json", "rollouts.json", "own_openings.json", "transcripts.jsonl"}
+
+
+def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path):
+    base, folder = safesteer.load("tiny-chat"), tmp_path / "adapters"
+    tokenizer = copy.copy(base.tokenizer)
+    vars(tokenizer)["rfind_think_end"] = lambda ids: 1  # its first two tokens pass for a thought
+    thinking = replace(base, thinks=True, tokenizer=tokenizer)
+    settings = {"direction_train": 32, "direction_validation": 16, "max_tokens": 32, "report": False}
+    states = folder / "run" / "checkpoint"
+    safesteer.align(thinking, folder, check=True, force=True, **settings)
+    kept = json.loads(json.loads((states / "directions.json").read_text())["content"])
+    assert len(kept["thoughts"]["undecided"][0]) == 32
+    safesteer.align(thinking, folder, check=True, force=True, transcripts=False, **settings)
+    assert [p.name for p in states.iterdir()] == ["teacher.json"]
+    safesteer.align(base, folder, check=True, force=True, transcripts=False, **settings)  # has none
+    assert sorted(p.name for p in states.iterdir()) == ["directions.json", "teacher.json"]
 
 
 # A run that gets a signal while it scores the step that it has saved.

@@ -50,7 +50,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 KEPT = 2  # states of steps
 BASE_ANSWERS = "base_answers.json"  # what the base answered to held-out prompts, whichever run asked
-ANSWERS = ("rollouts.json", "own_openings.json")  # of the state, what holds answers
+ANSWERS = ("rollouts", "own_openings")  # of the state, what holds answers
 _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 
 
@@ -292,6 +292,7 @@ class Store(RunFolder):
         self._fingerprint, self._known = fingerprint, known
         self.states = self.path / "checkpoint"
         self.damaged: list[str] = []
+        self._not_kept: set[str] = set()
 
     def other_parts(self) -> list[str]:
         """Which parts of what made the last saved step are others than this run's; none without such a step."""
@@ -308,7 +309,9 @@ class Store(RunFolder):
         return []
 
     def keep(self, name: str, content: Any) -> None:
-        """Keep plain data and numpy arrays under a name, in an `Envelope`."""
+        """Keep plain data and numpy arrays under a name, in an `Envelope`, unless it is to be forgotten."""
+        if name in self._not_kept:
+            return
         body = as_json(content).decode()
         sha = hashlib.sha256(body.encode()).hexdigest()
         self.json(f"checkpoint/{name}.json", {"made_by": self._fingerprint, "sha256": sha, "content": body})
@@ -422,11 +425,14 @@ class Store(RunFolder):
     def _steps(self) -> list[str]:
         return sorted({f.stem for f in self.states.glob("step-*.json")}, reverse=True)
 
-    def forget_answers(self) -> None:
-        """Nothing stays of what a model said, in this run or in one before it here."""
+    def forget_answers(self, more: Iterable[str] = ()) -> None:
+        """Nothing stays of what a model said, in this run or in one before it here; `more` are names of what holds some
+        of it too, beside `ANSWERS`."""
         if not self.ours:
             return
-        for file in (self.path / BASE_ANSWERS, self.path / "transcripts.jsonl", *map(self.states.joinpath, ANSWERS)):
+        self._not_kept = {*ANSWERS, *more}
+        states = [self.states / f"{name}.json" for name in sorted(self._not_kept)]
+        for file in (self.path / BASE_ANSWERS, self.path / "transcripts.jsonl", *states):
             file.unlink(missing_ok=True)
 
     def forget_states(self) -> None:
