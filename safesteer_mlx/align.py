@@ -232,7 +232,7 @@ def _record(
         "tokens_open": tokens.openings,
     }
     store.json("manifest.json", manifest)
-    store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})
+    store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})  # last: the end of the run, to who watches
     store.forget_states()
 
 
@@ -398,7 +398,7 @@ def _settings_of(folder: Path, preset: str | None, yaml_file: Path | None) -> Pa
         raise UserError("--resume takes its settings from the run; leave --config and --preset out")
     if not settings.is_file():
         raise UserError(f"--resume {folder} holds no run; give the --adapter-path of one that was interrupted")
-    if (folder / "run" / "manifest.json").is_file():
+    if _state_of(folder) == "finished":
         raise UserError(f"--resume {folder} is a finished run; there is nothing left to do")
     return settings
 
@@ -408,9 +408,10 @@ def _state_of(folder: Path) -> str | None:
     record = folder / "run"
     if not (record / "recipe.yaml").is_file():
         return None
-    if (record / "manifest.json").is_file():
+    trained = any((record / "checkpoint").glob("step-*"))
+    if (record / "manifest.json").is_file() and ((record / "timing.json").is_file() or not trained):
         return "finished"
-    return "unfinished" if any((record / "checkpoint").glob("step-*")) else None  # else what its stages found is used
+    return "unfinished" if trained else None  # else what its stages found is used
 
 
 def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> None:

@@ -280,6 +280,28 @@ def test_the_library_too_replaces_a_finished_run_and_goes_on_with_a_stopped_one(
     assert "going on after step 1 of 2" in capsys.readouterr().out
 
 
+def test_a_run_that_was_stopped_before_its_last_file_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    base, folder, names, whole = safesteer.load("tiny-chat"), tmp_path / "adapters", [], RunFolder.json
+
+    def writes(self, name, content):
+        names.append(name)
+        if names.count("timing.json") == 1:  # the first time
+            raise KeyboardInterrupt
+        whole(self, name, content)
+
+    monkeypatch.setattr(RunFolder, "json", writes)
+    with pytest.raises(KeyboardInterrupt):
+        safesteer.align(base, folder, force=True, **QUICK)
+    manifest = json.loads((folder / "run" / "manifest.json").read_text())
+    assert manifest["model_settings_sha256"] == base.settings_hash
+    names.append("timing.json")
+    assert main(["--resume", str(folder), "--force", "--report"]) == 0
+    assert "going on after step 2 of 2" in capsys.readouterr().out
+    assert names[-1] == "timing.json" and (folder / "run" / "report.html").is_file()
+    assert main(["--resume", str(folder)]) == 2
+    assert "is a finished run; there is nothing left to do" in capsys.readouterr().err
+
+
 def test_a_folder_in_use_is_refused(tmp_path, capsys):
     folder = tmp_path / "adapters"
     code = "import sys, time; from pathlib import Path; from safesteer_mlx.system.store import RunFolder\n"
