@@ -226,6 +226,7 @@ def _record(
         "model_sha256": run.base.weights_hash,
         "model_settings_sha256": run.base.settings_hash,
         "adapters_sha256": hashlib.sha256(adapters).hexdigest(),
+        "thinks": run.base.thinks,  # and does, so that longer answers were scored
         "own_sets": sorted(given_files(run.recipe.run.data)),
         "not_aligned": not_aligned,
         "tokens_explain": tokens.explained,

@@ -293,7 +293,7 @@ def test_a_run_that_was_stopped_before_its_last_file_is_gone_on_with(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         safesteer.align(base, folder, force=True, **QUICK)
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
-    assert manifest["model_settings_sha256"] == base.settings_hash
+    assert manifest["thinks"] is False and manifest["model_settings_sha256"] == base.settings_hash
     names.append("timing.json")
     assert main(["--resume", str(folder), "--force", "--report"]) == 0
     assert "going on after step 2 of 2" in capsys.readouterr().out

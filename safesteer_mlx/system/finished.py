@@ -159,6 +159,7 @@ class Manifest(TypedDict):
     model_sha256: NotRequired[str]
     model_settings_sha256: NotRequired[str]  # of its configuration, tokenizer and chat template
     adapters_sha256: NotRequired[str]
+    thinks: NotRequired[bool]  # whether the base thought before it answered
     not_aligned: NotRequired[str | None]
     tokens_explain: NotRequired[float]  # the share of what steering does that the safety tokens explain
     tokens_open: NotRequired[Annotated[list[float], 1000]]  # the teacher's probability of them, by place in the answer
