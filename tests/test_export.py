@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -208,6 +209,19 @@ def test_a_run_that_made_nothing_safer_is_exported_by_force_alone(copied, tmp_pa
     words = [copied, "--to", "adapter", "--no-verify", "--out", tmp_path / "out"]
     assert "is not aligned (too few)" in refused(capsys, *words)
     assert main([*map(str, words), "--force"]) == 0
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize("to", ["adapter", "peft"])
+def test_all_files_of_an_export_are_for_the_same_readers(finished, tmp_path, to, umask):
+    before = os.umask(umask)
+    try:
+        assert main([str(finished), "--to", to, "--no-verify", "--out", str(tmp_path)]) == 0
+    finally:
+        os.umask(before)
+    [folder] = (tmp_path / "safesteer").iterdir()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 3 and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_a_folder_that_exists_is_left_alone(finished, tmp_path, capsys):

@@ -31,7 +31,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import machines
-from .files import parse_json, read_json
+from .files import open_new, parse_json, read_json
 from .model_files import read_header
 from .screen import UserError
 
@@ -94,7 +94,7 @@ def write(path: Path, content: bytes) -> None:
     """Replace a file in one step, readable by its owner only: after a crash it is the old one or the new one."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        with open_new(part, 0o600) as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
