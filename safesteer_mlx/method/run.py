@@ -135,7 +135,7 @@ def check_alike(parts: dict[str, str]) -> None:
     """Refuse a run on several machines that are not about to do the same, told by the fingerprints of its parts.
 
     Raises:
-        UserError: on one of them, other weights, prompts, settings or versions are found than on the first.
+        UserError: on one of them, another model, other prompts, settings or versions are found than on the first.
     """
     first, *others = machines.here().gather(parts)
     for number, own in enumerate(others, start=2):
