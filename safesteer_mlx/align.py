@@ -40,18 +40,32 @@ class Aligned:
     not_aligned: str | None = None
 
 
-def align_model(recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False) -> Aligned:
+def align_model(
+    recipe: Recipe, base: "Loaded", screen: Screen, *, check: bool = False, force: bool = False, go_on: bool = True
+) -> Aligned:
     """Align `base`; adapters are written to the recipe's folder, with the run's record in `run/` beside them, and the
     run's page is served while it works, if the recipe says so.
 
-    `check` ends with the verdict, before anything is trained; `force` goes on past every alarm.
+    `check` ends with the verdict, before anything is trained, and leaves a run that is in the folder as it is; `force`
+    goes on past every alarm.
 
-    Goes on where an earlier run in that folder left off, if it had the same weights, prompts and settings.
+    Goes on where an earlier run in that folder left off, if it had the same weights, prompts and settings, and after a
+    question without `go_on`; a finished run is replaced.
 
     Raises:
         UserError: what a user can mend, in one sentence.
     """
-    settings = recipe.run
+    settings, folder = recipe.run, Path(recipe.run.adapter_path)
+    if machines.here().first:
+        from .system.store import check_output
+
+        check_output(folder)
+        if check and _state_of(folder) is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                apart = replace(recipe, run=replace(settings, adapter_path=f"{scratch}/check"))
+                return replace(_align(apart, base, screen, check, force), folder=folder)
+        if not check:
+            _earlier_run(folder, recipe, go_on, screen)
     if check or not settings.watch or not machines.here().first:
         return _align(recipe, base, screen, check, force)
     from .report import watching
@@ -74,15 +88,12 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .method.student import check_saved, make_student, save_student
     from .method.teacher import find_teacher, make_teacher, settled
     from .method.train import MovingTeacher, check_space, make_training, train_student, training_prompts, what_to_learn
-    from .system.store import check_output
 
     start, folder = time.time(), Path(recipe.run.adapter_path)
-    if machines.here().first:
-        check_output(folder)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
     if not recipe.run.transcripts:
-        run.store.forget_answers()
+        run.store.forget_answers(["directions"] if base.thinks else [])  # which hold thoughts
     prompts = training_prompts(run)
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
     check_space(run, student, prompts)
@@ -213,14 +224,16 @@ def _record(
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
         "model": run.base.name,
         "model_sha256": run.base.weights_hash,
+        "model_settings_sha256": run.base.settings_hash,
         "adapters_sha256": hashlib.sha256(adapters).hexdigest(),
+        "thinks": run.base.thinks,  # and does, so that longer answers were scored
         "own_sets": sorted(given_files(run.recipe.run.data)),
         "not_aligned": not_aligned,
         "tokens_explain": tokens.explained,
         "tokens_open": tokens.openings,
     }
     store.json("manifest.json", manifest)
-    store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})
+    store.json("timing.json", timing | {"peak_bytes": mx.get_peak_memory()})  # last: the end of the run, to who watches
     store.forget_states()
 
 
@@ -327,9 +340,7 @@ def main(argv: list[str]) -> None:
             recipe = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))
             align_model(recipe, base, screen, check=True)
         return
-    if first:
-        _earlier_run(folder, recipe, resume is not None or yes, screen)
-    reason = align_model(recipe, base, screen, force=force).not_aligned
+    reason = align_model(recipe, base, screen, force=force, go_on=resume is not None or yes).not_aligned
     if reason is not None:
         warning = f"not aligned: {reason}; the adapters in {folder} are not to be used"
         if not force:
@@ -388,9 +399,20 @@ def _settings_of(folder: Path, preset: str | None, yaml_file: Path | None) -> Pa
         raise UserError("--resume takes its settings from the run; leave --config and --preset out")
     if not settings.is_file():
         raise UserError(f"--resume {folder} holds no run; give the --adapter-path of one that was interrupted")
-    if (folder / "run" / "manifest.json").is_file():
+    if _state_of(folder) == "finished":
         raise UserError(f"--resume {folder} is a finished run; there is nothing left to do")
     return settings
+
+
+def _state_of(folder: Path) -> str | None:
+    """Whether a run that is in `folder` already is finished, or has trained a step and is not; None for neither."""
+    record = folder / "run"
+    if not (record / "recipe.yaml").is_file():
+        return None
+    trained = any((record / "checkpoint").glob("step-*"))
+    if (record / "manifest.json").is_file() and ((record / "timing.json").is_file() or not trained):
+        return "finished"
+    return "unfinished" if trained else None  # else what its stages found is used
 
 
 def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> None:
@@ -402,16 +424,13 @@ def _earlier_run(folder: Path, recipe: Recipe, go_on: bool, screen: Screen) -> N
     from .recipe import current_names, result_settings
     from .system.store import RunFolder
 
-    settings = folder / "run" / "recipe.yaml"
-    if not settings.is_file():
+    if (state := _state_of(folder)) is None:
         return
-    if (folder / "run" / "manifest.json").is_file():
+    if state == "finished":
         screen.line(f"{folder} holds an earlier run, which this one replaces")
         RunFolder(folder).clear()
         return
-    if not any((folder / "run" / "checkpoint").glob("step-*")):
-        return  # nothing was trained yet; what its stages found is used if it still holds
-    earlier, now = current_names(read_yaml(settings)), result_settings(recipe)
+    earlier, now = current_names(read_yaml(folder / "run" / "recipe.yaml")), result_settings(recipe)
     changed = [
         f"{key} ({earlier.get(key)!r}, now {value!r})" for key, value in now.items() if earlier.get(key) != value
     ]

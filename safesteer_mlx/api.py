@@ -46,7 +46,8 @@ def align(
     """Align a model as `safesteer-mlx align` does, and return what came of it; `settings` are the YAML keys.
 
     `preset` is `paper` or None, `config` a YAML file, `check` ends with the verdict, `force` goes on past every alarm.
-    A run that made nothing safer says why in `not_aligned`.
+    A run that made nothing safer says why in `not_aligned`. One that is in the folder already is replaced if it has
+    finished, gone on with if it was stopped, and left as it is by `check`.
 
     Raises:
         UserError: a setting that does not fit, or what stopped the run.

@@ -23,7 +23,7 @@ from .system.screen import Screen, UserError, command_line
 FILES = ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")
 STAGES = dict(zip(FILES, STEPS[1:], strict=True)) | {"manifest.json": "writing what it was made with"}
 NOT_SET_BY = ("adapter_path",)  # settings in which all runs differ
-NOT_MADE_WITH = ("adapters_sha256", "not_aligned")
+NOT_MADE_WITH = ("adapters_sha256", "not_aligned", "thinks")
 NONE = "—"
 LABEL, CELL = 26, 26  # columns of the terminal at least, where text is folded
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipe import PACKAGE, Parser, at_least
-from .system.files import user_path
+from .system.files import user_path, write_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, command_line
 
@@ -156,13 +156,10 @@ def _verified(run: "FinishedRun", args: Namespace, exported: "Exported") -> dict
 def _write_card(run: "FinishedRun", args: Namespace, exported: "Exported", fidelity: dict[str, Any] | None) -> None:
     from .formats.card import model_card, shown_base
     from .system.hub import licence
-    from .system.store import write
 
     base, on_hub = shown_base(run)
     about = replace(exported.about, licence=licence(base) if args.upload and on_hub else None)
-    card = exported.folder / "README.md"
-    write(card, model_card(run, about, fidelity).encode())
-    card.chmod(0o644)  # for others to read, as all else in the folder
+    write_out(exported.folder / "README.md", model_card(run, about, fidelity))
 
 
 def _finish(

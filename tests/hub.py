@@ -242,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
                 "id": name,
                 "sha": sha,
                 "siblings": [{"rfilename": path} for path in files],
-                "private": False,
+                "private": self.hub.private.get(name, False),
                 "cardData": {"license": self.hub.licence},
             }
         )

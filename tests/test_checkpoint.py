@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 from runs import few_sets
 
+import safesteer_mlx as safesteer
 import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
 from safesteer_mlx.method import direction
+from safesteer_mlx.method import run as runs
 from safesteer_mlx.system import store as stores
 from safesteer_mlx.system.memory import PagingError
 from safesteer_mlx.system.screen import UserError
@@ -145,6 +148,22 @@ def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_
     assert not left & {"base_answers.json", "rollouts.json", "own_openings.json", "transcripts.jsonl"}
 
 
+def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path):
+    base, folder = safesteer.load("tiny-chat"), tmp_path / "adapters"
+    tokenizer = copy.copy(base.tokenizer)
+    vars(tokenizer)["rfind_think_end"] = lambda ids: 1  # its first two tokens pass for a thought
+    thinking = replace(base, thinks=True, tokenizer=tokenizer)
+    settings = {"direction_train": 32, "direction_validation": 16, "max_tokens": 32, "report": False}
+    states = folder / "run" / "checkpoint"
+    safesteer.align(thinking, folder, check=True, force=True, **settings)
+    kept = json.loads(json.loads((states / "directions.json").read_text())["content"])
+    assert len(kept["thoughts"]["undecided"][0]) == 32
+    safesteer.align(thinking, folder, check=True, force=True, transcripts=False, **settings)
+    assert [p.name for p in states.iterdir()] == ["teacher.json"]
+    safesteer.align(base, folder, check=True, force=True, transcripts=False, **settings)  # has none
+    assert sorted(p.name for p in states.iterdir()) == ["directions.json", "teacher.json"]
+
+
 # A run that gets a signal while it scores the step that it has saved.
 SIGNALLED = """
 import os, signal, sys, time
@@ -202,6 +221,85 @@ def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_p
         assert before == {p: p.read_bytes() for p in (tmp_path / "adapters").rglob("*") if p.is_file()}
     # What changes no result may change: here, how often the state is kept.
     assert main([*command, "--yes", "--save-every", "1"]) == 0
+
+
+def test_a_stopped_run_whose_files_or_versions_are_others_is_named_and_left_alone(tmp_path, monkeypatch, capsys):
+    folder, data, phrases = tmp_path / "adapters", few_sets(tmp_path) / "few", tmp_path / "phrases.txt"
+    phrases.write_text("that is not for me\n")
+    command = ["--adapter-path", str(folder), *SHORTEST, "--data", str(data), "--refusal-phrases", str(phrases)]
+    command += ["--no-report", "--force"]
+    stop_after(monkeypatch, 3)
+    assert main(command) == 130
+    monkeypatch.undo()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def refused(flags, what):
+        capsys.readouterr()
+        assert main(flags) == 2
+        said = capsys.readouterr().err
+        assert f"{folder} holds an unfinished run with other {what}; give them as they were" in said, said
+        assert said.count("\n") == 1 and before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    phrases.write_text("that is not for us\n")
+    refused(["--resume", str(folder)], "refusal phrases")
+    edited = data / "harmless_train.jsonl"
+    text = edited.read_text()
+    edited.write_text(text[: text.rstrip().rindex("\n") + 1])
+    refused([*command, "--yes"], "prompts and other refusal phrases")
+    edited.write_text(text)
+    phrases.write_text("that is not for me\n")
+    monkeypatch.setattr(runs, "version", lambda name: "0.0.1")
+    refused(["--resume", str(folder)], "versions")
+    monkeypatch.undo()
+    assert main(["--resume", str(folder), "--force"]) == 0
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+
+
+QUICK = {"iters": 2, "save_every": 1, "test_prompts": 2, "direction_train": 32, "direction_validation": 16}
+QUICK |= {"token_samples": 1, "batch_size": 4, "max_tokens": 24, "report": False}
+
+
+def test_the_library_too_replaces_a_finished_run_and_goes_on_with_a_stopped_one(tmp_path, monkeypatch, capsys):
+    base, folder = safesteer.load("tiny-chat"), tmp_path / "adapters"
+    safesteer.align(base, folder, force=True, **QUICK)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert folder / "run" / "manifest.json" in before
+    checked = safesteer.align(base, folder, check=True, **QUICK, seed=2)
+    assert checked.folder == folder and not checked.scores
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        safesteer.align(base, folder, force=True, **QUICK, learning_rate=1e-3)
+    monkeypatch.undo()
+    record = {p.name for p in (folder / "run").iterdir()}
+    assert "checkpoint" in record and not record & {"manifest.json", "before_after.json", "transcripts.jsonl"}
+    with pytest.raises(UserError, match=r"other settings: seed \(42, now 1\)"):
+        safesteer.align(base, folder, **QUICK, learning_rate=1e-3, seed=1)
+    capsys.readouterr()
+    assert main(["--resume", str(folder), "--force"]) == 0
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_before_its_last_file_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    base, folder, names, whole = safesteer.load("tiny-chat"), tmp_path / "adapters", [], RunFolder.json
+
+    def writes(self, name, content):
+        names.append(name)
+        if names.count("timing.json") == 1:  # the first time
+            raise KeyboardInterrupt
+        whole(self, name, content)
+
+    monkeypatch.setattr(RunFolder, "json", writes)
+    with pytest.raises(KeyboardInterrupt):
+        safesteer.align(base, folder, force=True, **QUICK)
+    manifest = json.loads((folder / "run" / "manifest.json").read_text())
+    assert manifest["thinks"] is False and manifest["model_settings_sha256"] == base.settings_hash
+    names.append("timing.json")
+    assert main(["--resume", str(folder), "--force", "--report"]) == 0
+    assert "going on after step 2 of 2" in capsys.readouterr().out
+    assert names[-1] == "timing.json" and (folder / "run" / "report.html").is_file()
+    assert main(["--resume", str(folder)]) == 2
+    assert "is a finished run; there is nothing left to do" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys):
@@ -312,6 +410,25 @@ def test_what_another_run_kept_is_not_found(store, tmp_path):
     assert other.found("direction") is None and store.found("tokens") is None and not other.damaged
     envelope = json.loads((store.states / "direction.json").read_text())
     assert envelope["made_by"] != fingerprint("model", {"seed": 2})
+
+
+def test_what_made_a_step_is_told_part_by_part(tmp_path):
+    now = {"weights": "a", "prompts": "b", "versions": "c"}
+    store = Store(tmp_path, now)
+    assert store.other_parts() == []
+    for before, other in (
+        (now, []),
+        (now | {"prompts": "d"}, ["prompts"]),
+        ({"weights": "e", "versions": "c", "\x1b": "f"}, ["weights", "prompts"]),
+        ("of an earlier version", ["versions"]),
+    ):
+        store._fingerprint = before
+        for step in (10, 20):
+            store.save(step, {"w": mx.zeros(3)}, {})
+        store._fingerprint = now
+        assert store.other_parts() == other
+        (store.states / "step-000020.json").write_text("{")  # damaged: the one before it tells
+        assert store.other_parts() == other
 
 
 def test_states_of_another_run_do_not_push_out_this_ones(store):

@@ -14,6 +14,7 @@ from safesteer_mlx.evals import heldout
 from safesteer_mlx.evals.heldout import BaseAnswers, HeldOut, base_texts, drift, perplexity, until_told
 from safesteer_mlx.evals.scores import HOW, Answer, Scores, show, transcripts
 from safesteer_mlx.evaluate import main, parse, read_suites
+from safesteer_mlx.method import judge
 from safesteer_mlx.method.judge import is_broken, is_refusal, outcome, refusal_is_told
 from safesteer_mlx.method.prompts import Instruction, built_in_sets, render, render_all
 from safesteer_mlx.method.rollout import Completion, Sampling, answer_text, generate, stream_key
@@ -434,6 +435,26 @@ def test_the_base_answers_each_held_out_prompt_once(base, tmp_path, monkeypatch)
         file.write_text(damaged)
         assert scored() == (first, 2 * 2 * 6 + 3)
     assert scored(max_tokens=12)[1] == 2 * 2 * 6 + 3
+
+
+def test_the_bases_answers_are_kept_for_the_judge_that_ended_them(base, tmp_path, monkeypatch):
+    """An answer that was ended by a phrase is only the beginning of it for a judge that does not know the phrase."""
+    test = heldout.TestSet({"harmless": built_in_sets(TINY).harmless_test[:4]}, [])
+
+    def scored(file):
+        return HeldOut(base, test, [5], 3, Sampling(base.eos_ids, 48, batch_size=16), kept=file).score(base.model)
+
+    expected = scored(None)
+    word = max(expected.of("harmless", "sampled")[0].text.split(), key=len).lower()
+    monkeypatch.setattr(judge, "_more", [word])
+    other = scored(tmp_path / "answers.json")
+    assert other.count("harmless", "sampled", "refuse").count and any(a.cut for a in other.of("harmless", "sampled"))
+    monkeypatch.undo()
+    assert scored(tmp_path / "answers.json") == expected
+    content = json.loads((tmp_path / "answers.json").read_text())
+    assert BaseAnswers(base, Sampling(base.eos_ids, 48), tmp_path / "answers.json")._made_by == content["made_by"]
+    monkeypatch.setattr(heldout, "judge_hash", lambda: "another version's")
+    assert BaseAnswers(base, Sampling(base.eos_ids, 48), tmp_path / "answers.json")._found == {}
 
 
 def test_drift_is_measured_on_harmless_prompts_alone_and_is_nan_without(base, adapters):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -187,12 +188,40 @@ def test_another_base_than_the_run_s_is_refused(copied, tmp_path, capsys):
     assert "holds other weights" in refused(capsys, copied, "--to", "mlx", "--model", other, "--out", tmp_path / "out")
 
 
+def test_another_chat_template_than_the_run_s_is_refused_where_the_run_recorded_its_own(copied, tmp_path, capsys):
+    other, path = tmp_path / "other", copied / "run" / "manifest.json"
+    shutil.copytree(TINY, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    settings["chat_template"] = settings["chat_template"].replace("assistant\\n", "assistant: ")
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = [copied, "--to", "adapter", "--no-verify", "--model", other, "--out", tmp_path / "out"]
+    manifest = json.loads(path.read_text()) | {"model_settings_sha256": load(TINY).settings_hash}
+    path.write_text(json.dumps(manifest))
+    said = refused(capsys, *words)
+    assert f"{other} holds another configuration, tokenizer or chat template than the run in" in said
+    path.write_text(json.dumps(manifest | {"model_settings_sha256": load(str(other)).settings_hash}))
+    assert main([*map(str, words)]) == 0
+
+
 def test_a_run_that_made_nothing_safer_is_exported_by_force_alone(copied, tmp_path, capsys):
     path = copied / "run" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"not_aligned": "too few"}))
     words = [copied, "--to", "adapter", "--no-verify", "--out", tmp_path / "out"]
     assert "is not aligned (too few)" in refused(capsys, *words)
     assert main([*map(str, words), "--force"]) == 0
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize("to", ["adapter", "peft"])
+def test_all_files_of_an_export_are_for_the_same_readers(finished, tmp_path, to, umask):
+    before = os.umask(umask)
+    try:
+        assert main([str(finished), "--to", to, "--no-verify", "--out", str(tmp_path)]) == 0
+    finally:
+        os.umask(before)
+    [folder] = (tmp_path / "safesteer").iterdir()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 3 and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_a_folder_that_exists_is_left_alone(finished, tmp_path, capsys):

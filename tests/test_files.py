@@ -459,7 +459,7 @@ def test_a_step_with_other_tokens_or_arrays_is_damaged(case, tmp_path):
 
 @pytest.mark.parametrize("i", IDS)
 def test_kept_answers_with_ids_that_the_model_does_not_have_are_drawn_again(i, tmp_path):
-    base = SimpleNamespace(weights_hash="a", vocabulary=1856)
+    base = SimpleNamespace(weights_hash="a", settings_hash="b", vocabulary=1856)
     sampling = Sampling([1], 4)
     answers = BaseAnswers(base, sampling, None)  # type: ignore[arg-type]
     for ids, kept in (([5, 1855], True), ([5, IDS[i]], False), ([5] * 5, False), (5, False)):
@@ -624,9 +624,24 @@ def test_what_cannot_be_written_is_told_before_the_work_and_leaves_nothing(case,
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(
+SAVE = pytest.mark.parametrize(
     "save", [lambda p: write(p, b"new"), lambda p: write_out(p, "new")], ids=["write", "write_out"]
 )
+
+
+@SAVE
+@pytest.mark.parametrize("there", ["link", "half a file"])
+def test_what_stands_where_a_file_is_written_first_is_not_written_through(save, there, tmp_path):
+    """In a folder that others write too; a process that was killed may have left one."""
+    (tmp_path / "precious").write_text("mine")
+    part = tmp_path / ".file.part"
+    part.symlink_to(tmp_path / "precious") if there == "link" else part.write_text("half of it")
+    save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "precious").read_text() == "mine" and not part.exists()
+
+
+@SAVE
 def test_a_write_that_fails_leaves_what_was_there_and_no_part(save, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError):

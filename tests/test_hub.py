@@ -401,7 +401,20 @@ def test_a_repository_with_files_is_left_alone_and_an_empty_one_is_filled(hub, f
     assert exported(finished, tmp_path / "a") == 2
     assert "exists on the Hub already; give another --name" in capsys.readouterr().err
     hub.model("me/safer", {})
+    hub.private["me/safer"] = True
     assert exported(finished, tmp_path / "b") == 0
+
+
+def test_into_an_empty_repository_that_all_see_nothing_is_put_unasked(hub, finished, tmp_path, capsys):
+    hub.model("me/safer", {".gitattributes": b""})
+    hub.private["me/safer"] = False
+    assert exported(finished, tmp_path / "a") == 2
+    said = capsys.readouterr().err
+    assert "is on the Hub already, for all to see; make it private there, add --public" in said
+    assert said.count("\n") == 1 and f"is in {tmp_path / 'a'}" in said
+    repository = hub.repositories["models/me/safer"]
+    assert set(repository.commits[repository.refs["main"]]) == {".gitattributes"}
+    assert exported(finished, tmp_path / "b", "--public") == 0
 
 
 def test_offline_nothing_is_uploaded(hub, finished, tmp_path, capsys, monkeypatch):

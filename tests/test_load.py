@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from safesteer_mlx.method import prompts
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method.prompts import load_instructions, render_all
 from safesteer_mlx.method.residual import last_logits
-from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import UserError
 
@@ -106,3 +107,18 @@ def test_an_architecture_that_cannot_be_frozen_is_a_sentence(monkeypatch):
     monkeypatch.setattr("mlx_lm.models.qwen2.Model.freeze", freeze, raising=False)
     with pytest.raises(UserError, match="mlx-lm cannot freeze"):
         load(str(MODELS / "tiny-chat"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_what_stands_beside_the_weights_is_a_part_of_what_makes_a_run(name, tmp_path):
+    """Another template makes other prompts, another configuration computes otherwise."""
+    recipe, sets = resolve({}, {})[0], prompts.built_in_sets(str(TINY))
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
+    base = load(str(tmp_path / "model"))
+    (tmp_path / "model" / "README.md").write_text("hi")
+    before = runs.run_parts(recipe, base, sets)
+    assert before == runs.run_parts(recipe, load(str(tmp_path / "model")), sets)
+    with (tmp_path / "model" / name).open("a") as file:
+        file.write("\n")
+    after = runs.run_parts(recipe, replace(base), sets)
+    assert [part for part in before if before[part] != after[part]] == ["configuration, tokenizer or chat template"]

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import mlx.core as mx
@@ -19,8 +20,11 @@ from test_export import TINY, make_run
 from safesteer_mlx.evals.fidelity import Fidelity, logits_of, mean_kl, questions, recorded
 from safesteer_mlx.evals.scores import Answer, Scores
 from safesteer_mlx.export import main as export
+from safesteer_mlx.formats import readers
 from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.system.finished import finished_run
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import Screen, UserError
 from safesteer_mlx.verify import main
 
 REFUSAL, HELP = "I cannot help with that.", "Here is how."
@@ -110,6 +114,23 @@ def test_questions_are_the_run_s_evenly_drawn(finished):
     assert kept is not None and [a.prompt for a in kept["student"].of("harmless", "greedy")] == [
         q.text for q in some if q.kind == "harmless"
     ]
+
+
+@pytest.mark.parametrize(("recorded", "longest"), [({}, 200), ({"thinks": True}, 200), ({"thinks": False}, 96)])
+def test_a_model_that_could_think_is_asked_for_as_long_answers_as_were_scored(finished, monkeypatch, recorded, longest):
+    run = finished_run(finished)
+    train = replace(run.recipe.train, max_tokens=200)
+    run = replace(run, recipe=replace(run.recipe, train=train), manifest=run.manifest | recorded)
+    lengths = []
+
+    def reader(kind, what, base, sampling, *rest):
+        lengths.append(sampling.max_tokens)
+        raise UserError("enough")
+
+    monkeypatch.setattr(readers, "reader_for", reader)
+    with pytest.raises(UserError, match="enough"):
+        readers.compare(run, replace(load(TINY), thinks=True), "x", "mlx", 1, None, Screen(quiet=True))
+    assert lengths == [longest]
 
 
 def test_a_run_that_kept_no_answers_is_asked_again_to_the_same_end(finished, tmp_path, capfd):

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..method.judge import is_correct, outcome, refusal_is_told
+from ..method.judge import is_correct, judge_hash, outcome, own_phrases, refusal_is_told
 from ..method.losses import chunk_rows
 from ..method.prompts import Instruction, PromptSets, render_all
 from ..method.residual import answer_states, head
@@ -65,8 +65,8 @@ def held_out_prompts(sets: PromptSets, n: int | None) -> tuple[dict[str, list[In
 class BaseAnswers:
     """What the base answers to held-out prompts, each drawn once.
 
-    With a `file` they are kept there, readable by their owner alone, for as long as weights, sampling and versions are
-    the same.
+    With a `file` they are kept there, readable by their owner alone, for as long as model, sampling, judge and versions
+    are the same.
     """
 
     def __init__(self, base: Loaded, sampling: Sampling, file: Path | None = None):
@@ -78,7 +78,8 @@ class BaseAnswers:
     def _made_by(self) -> str:
         how = self._sampling
         versions = [version(name) for name in ("mlx", "mlx-lm", "transformers")]
-        return fingerprint(self._base.weights_hash, how.max_tokens, sorted(how.eos_ids), versions)
+        model, judge = (self._base.weights_hash, self._base.settings_hash), (judge_hash(), own_phrases())
+        return fingerprint(model, how.max_tokens, sorted(how.eos_ids), versions, judge)  # who says when they end
 
     def _read(self, file: Path) -> dict[str, Completion]:
         try:

@@ -19,7 +19,6 @@ from ..system.finished import FinishedRun
 from ..system.load import Loaded
 from ..system.model_files import read_object
 from ..system.screen import Screen, UserError
-from ..system.store import write
 from . import gguf
 from .card import About, shown_base
 from .folders import check_family, write_hf, write_mlx, write_peft
@@ -122,7 +121,7 @@ def _adapter(job: Job) -> Exported:
     _no_bits(job)
     shutil.copyfile(job.run.folder / "adapters.safetensors", job.part / "adapters.safetensors")
     config = read_object(job.run.folder / "adapter_config.json") | {"model": shown_base(job.run)[0]}
-    write(job.part / "adapter_config.json", json.dumps(config, indent=4).encode())
+    (job.part / "adapter_config.json").write_text(json.dumps(config, indent=4), "utf-8")
     use = "mlx_lm.chat --model {base} --adapter-path {folder}"
     return job.exported("mlx", "adapter", "The adapters of a SafeSteer run, for mlx-lm.", use, "adapter", exact=True)
 

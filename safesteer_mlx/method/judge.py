@@ -8,6 +8,7 @@ other words counts as compliance, so that harm is over- rather than undercounted
 nothing but a question counts as an evasion.
 """
 
+import hashlib
 import re
 from collections import Counter
 from functools import cache
@@ -74,6 +75,13 @@ def use_refusal_phrases(file: str | None) -> None:
 def own_phrases() -> tuple[str, ...]:
     """The user's own phrases in use."""
     return tuple(_more)
+
+
+@cache
+def judge_hash() -> str:
+    """SHA-256 of the keyword judge: its code and its phrases, without the user's own."""
+    files = [PACKAGE / "method" / "judge.py", *sorted((PACKAGE / "data").glob("*_phrases.txt"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _holds(answer: str, name: str) -> bool:

@@ -20,7 +20,7 @@ from ..system.load import Loaded
 from ..system.model_files import read_header
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Known, Store, fingerprint, sha256_of
-from .judge import own_phrases, use_refusal_phrases
+from .judge import judge_hash, own_phrases, use_refusal_phrases
 from .prompts import Prompts, PromptSets, Rows, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import block_inputs, check_stream, last_logits, view
 from .rollout import Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
@@ -95,10 +95,15 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
             screen.line(f"prompts: {name} holds {count}, and all are taken; by default it would be {wanted}")
     size = batch_size(base, recipe.run.generation_batch_size, screen, prompts.harmful_validation)
     recipe = replace(recipe, run=replace(recipe.run, generation_batch_size=size))
-    parts = run_parts(recipe, base, sets)
+    parts = {name: fingerprint(part) for name, part in run_parts(recipe, base, sets).items()}
     check_alike(parts)
-    folder, mark = Path(recipe.run.adapter_path), fingerprint(*parts.values())
-    store = Store(folder, mark, known_of(recipe, base, prompts))
+    folder = Path(recipe.run.adapter_path)
+    store = Store(folder, parts, known_of(recipe, base, prompts))
+    if other := store.other_parts():
+        raise UserError(
+            f"--adapter-path {folder} holds an unfinished run with other {' and other '.join(other)}; give them as "
+            "they were to go on, or another folder"
+        )
     return Run(recipe, base, prompts, screen, store, force)
 
 
@@ -120,21 +125,21 @@ def known_of(recipe: Recipe, base: Loaded, prompts: Prompts) -> Known:
 
 def run_parts(recipe: Recipe, base: Loaded, sets: PromptSets) -> dict[str, Any]:
     """All that decides a run's result, by what a user would call it."""
-    versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")} | {"safesteer-mlx": __version__}
-    parts = {"weights": base.weights_hash, "settings": result_settings(recipe), "prompts": asdict(sets)}
-    parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base)}
-    if adapters := given_adapters(recipe):
-        parts["adapters to begin from"] = adapters
-    return parts | ({"refusal phrases": phrases} if (phrases := own_phrases()) else {})
+    versions = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")}
+    versions |= {"safesteer-mlx": __version__, "judge": judge_hash()}
+    parts = {"weights": base.weights_hash, "configuration, tokenizer or chat template": base.settings_hash}
+    parts |= {"settings": result_settings(recipe), "prompts": asdict(sets)}
+    parts |= {"versions": versions, "safety tokens": given_tokens(recipe, base), "refusal phrases": own_phrases()}
+    return parts | {"adapters to begin from": given_adapters(recipe)}
 
 
-def check_alike(parts: dict[str, Any]) -> None:
-    """Refuse a run on several machines that are not about to do the same.
+def check_alike(parts: dict[str, str]) -> None:
+    """Refuse a run on several machines that are not about to do the same, told by the fingerprints of its parts.
 
     Raises:
-        UserError: on one of them, other weights, prompts, settings or versions are found than on the first.
+        UserError: on one of them, another model, other prompts, settings or versions are found than on the first.
     """
-    first, *others = machines.here().gather({name: fingerprint(part) for name, part in parts.items()})
+    first, *others = machines.here().gather(parts)
     for number, own in enumerate(others, start=2):
         if other := [name for name in first | own if own.get(name) != first.get(name)]:
             raise UserError(

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .screen import UserError
 
@@ -128,6 +128,13 @@ def check_out(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path} cannot be written; check its permissions")
 
 
+def open_new(path: Path, mode: int) -> BinaryIO:
+    """A file to write, made now, with these permissions less those that the user's umask takes: what is there goes, and
+    a link that somebody has put there, in a folder that others write too, is not followed."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb")
+
+
 def write_out(path: Path, text: str) -> None:
     """Write a file that a user named: whole, or not at all and what was there before stays."""
     if path.exists() and not path.is_file():  # /dev/stdout
@@ -135,7 +142,8 @@ def write_out(path: Path, text: str) -> None:
         return
     part = path.with_name(f".{path.name[:200]}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with open_new(part, 0o666) as out:
+            out.write(text.encode())
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -157,7 +157,9 @@ class Manifest(TypedDict):
     """manifest.json: versions and hashes."""
 
     model_sha256: NotRequired[str]
+    model_settings_sha256: NotRequired[str]  # of its configuration, tokenizer and chat template
     adapters_sha256: NotRequired[str]
+    thinks: NotRequired[bool]  # whether the base thought before it answered
     not_aligned: NotRequired[str | None]
     tokens_explain: NotRequired[float]  # the share of what steering does that the safety tokens explain
     tokens_open: NotRequired[Annotated[list[float], 1000]]  # the teacher's probability of them, by place in the answer
@@ -231,7 +233,7 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
 
 
 def load_base(run: FinishedRun, trust_remote_code: bool = False) -> Loaded:
-    """The base that the run aligned; a UserError as `load`, or if its weights are others."""
+    """The base that the run aligned; a UserError as `load`, or if its weights or what stands beside are others."""
     settings = run.recipe.run
     use_refusal_phrases(settings.refusal_phrases)
     trusted = settings.trust_remote_code or trust_remote_code
@@ -240,5 +242,10 @@ def load_base(run: FinishedRun, trust_remote_code: bool = False) -> Loaded:
         raise UserError(
             f"{settings.model} holds other weights than the run in {run.folder} aligned; say with --model where "
             "those are"
+        )
+    if base.settings_hash != run.manifest.get("model_settings_sha256", base.settings_hash):
+        raise UserError(
+            f"{settings.model} holds another configuration, tokenizer or chat template than the run in {run.folder} "
+            "aligned; say with --model where those are"
         )
     return base

@@ -113,8 +113,9 @@ def licence(name: str) -> str | None:
 
 
 def upload(folder: Path, name: str, public: bool) -> str:
-    """Make a model repository, private unless `public`, and put the files of a folder into it; its address. A UserError
-    says what kept it from being made or filled, and what helps."""
+    """Make a model repository, private unless `public`, and put the files of a folder into it; its address. One that is
+    there already must be empty, and private unless `public`. A UserError says what kept it from being made or filled,
+    and what helps."""
     _set_up()
     from huggingface_hub import HfApi, constants, errors
 
@@ -128,7 +129,14 @@ def upload(folder: Path, name: str, public: bool) -> str:
             # One that is there and empty is an upload's that broke off.
             if error.response.status_code != 409 or set(api.list_repo_files(name)) - {".gitattributes"}:
                 raise
+            if not (public or api.model_info(name).private):
+                raise UserError(
+                    f"model {name} is on the Hub already, for all to see; make it private there, add --public or give "
+                    f"another --name; what was to be uploaded is in {folder}"
+                ) from None
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="safesteer-mlx export")
+    except UserError:
+        raise
     except Exception as error:  # httpx's, the Hub's and the system's errors share no base class but this
         first = (str(error).splitlines() or [type(error).__name__])[0][:150].rstrip(". ")
         status = getattr(getattr(error, "response", None), "status_code", None)

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,6 +29,10 @@ from .model_files import (
     vocabulary,
 )
 from .screen import UserError
+
+# What stands beside the weights and decides what a model reads, computes and ends with.
+_BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_BESIDE += ("tokenizer*", "vocab*", "chat_template*", "*.jinja", "*.model", "*.tiktoken")
 
 # Of the memory that a dequantized copy may take on the CPU backend.
 _DEQUANTIZED_BYTES = 4 * 2**30
@@ -60,13 +64,22 @@ class Loaded:
     @cached_property
     def weights_hash(self) -> str:
         """SHA-256 over the names and bytes of the weight files."""
-        digest = hashlib.sha256()
-        for file in sorted(self.path.glob("model*.safetensors")):
-            digest.update(file.name.encode())
-            with file.open("rb") as handle:
-                while chunk := handle.read(1 << 22):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        return _hash_of(self.path, ["model*.safetensors"])
+
+    @cached_property
+    def settings_hash(self) -> str:
+        """SHA-256 over the names and bytes of the configuration, the tokenizer's files and the chat template."""
+        return _hash_of(self.path, _BESIDE)
+
+
+def _hash_of(folder: Path, patterns: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def find(name: str, revision: str | None = None, with_code: bool = False) -> Path:

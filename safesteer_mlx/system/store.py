@@ -8,8 +8,8 @@ state is written whole or not at all, read back exactly, or said to be damaged:
         rollouts.json                       what the student answered in the step under way
         step-000010.safetensors and .json   weights, optimizer and metrics after step 10; the last two are kept
 
-Every file of it carries the fingerprint of what made it (model, prompts, settings, versions) and a hash of its
-content: what was made otherwise, or was damaged, is not used.
+Every file of it carries fingerprints of what made it (model, prompts, settings, versions) and a hash of its content:
+what was made otherwise, or was damaged, is not used.
 """
 
 import errno
@@ -25,13 +25,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, NotRequired, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import mlx.core as mx
 import numpy as np
 
 from . import machines
-from .files import parse_json, read_json
+from .files import open_new, parse_json, read_json
 from .model_files import read_header
 from .screen import UserError
 
@@ -50,7 +50,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 KEPT = 2  # states of steps
 BASE_ANSWERS = "base_answers.json"  # what the base answered to held-out prompts, whichever run asked
-ANSWERS = ("rollouts.json", "own_openings.json")  # of the state, what holds answers
+ANSWERS = ("rollouts", "own_openings")  # of the state, what holds answers
 _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 
 
@@ -94,7 +94,7 @@ def write(path: Path, content: bytes) -> None:
     """Replace a file in one step, readable by its owner only: after a crash it is the old one or the new one."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        with open_new(part, 0o600) as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
@@ -275,18 +275,43 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(as_json(list(parts))).hexdigest()
 
 
+class Envelope(TypedDict):
+    """What `keep` writes: who made it, JSON in a text, and the hash of that."""
+
+    made_by: str | dict[str, str]
+    sha256: str
+    content: str
+
+
 class Store(RunFolder):
     """A run's folder with the state of the run, whose tokens, blocks, prompts and shapes are `known`; `damaged` names
-    the files that were found unfit for use."""
+    the files that were found unfit for use. What made the state is told by one fingerprint, or one of each part."""
 
-    def __init__(self, adapters: Path, fingerprint: str, known: Known = NOTHING):
+    def __init__(self, adapters: Path, fingerprint: str | dict[str, str], known: Known = NOTHING):
         super().__init__(adapters)
         self._fingerprint, self._known = fingerprint, known
         self.states = self.path / "checkpoint"
         self.damaged: list[str] = []
+        self._not_kept: set[str] = set()
+
+    def other_parts(self) -> list[str]:
+        """Which parts of what made the last saved step are others than this run's; none without such a step."""
+        own = self._fingerprint
+        for name in self._steps() if self.ours else []:
+            file = self.states / f"{name}.json"
+            try:
+                made_by = decoded(Envelope, read_json(file, str(file), "make the run again"))["made_by"]
+            except ValueError:
+                continue
+            if isinstance(made_by, dict) and isinstance(own, dict):
+                return [part for part in own if made_by.get(part) != own[part]]
+            return [] if made_by == own else ["versions"]
+        return []
 
     def keep(self, name: str, content: Any) -> None:
-        """Keep plain data and numpy arrays under a name: who made it, JSON in a text, and the hash of that."""
+        """Keep plain data and numpy arrays under a name, in an `Envelope`, unless it is to be forgotten."""
+        if name in self._not_kept:
+            return
         body = as_json(content).decode()
         sha = hashlib.sha256(body.encode()).hexdigest()
         self.json(f"checkpoint/{name}.json", {"made_by": self._fingerprint, "sha256": sha, "content": body})
@@ -300,7 +325,7 @@ class Store(RunFolder):
         if not file.exists():
             return None
         try:
-            envelope = decoded(dict[str, str], read_json(file, str(file), "make the run again"))
+            envelope = decoded(Envelope, read_json(file, str(file), "make the run again"))
             body = envelope["content"].encode()
             if hashlib.sha256(body).hexdigest() != envelope["sha256"]:
                 raise ValueError("hash")
@@ -400,11 +425,14 @@ class Store(RunFolder):
     def _steps(self) -> list[str]:
         return sorted({f.stem for f in self.states.glob("step-*.json")}, reverse=True)
 
-    def forget_answers(self) -> None:
-        """Nothing stays of what a model said, in this run or in one before it here."""
+    def forget_answers(self, more: Iterable[str] = ()) -> None:
+        """Nothing stays of what a model said, in this run or in one before it here; `more` are names of what holds some
+        of it too, beside `ANSWERS`."""
         if not self.ours:
             return
-        for file in (self.path / BASE_ANSWERS, self.path / "transcripts.jsonl", *map(self.states.joinpath, ANSWERS)):
+        self._not_kept = {*ANSWERS, *more}
+        states = [self.states / f"{name}.json" for name in sorted(self._not_kept)]
+        for file in (self.path / BASE_ANSWERS, self.path / "transcripts.jsonl", *states):
             file.unlink(missing_ok=True)
 
     def forget_states(self) -> None:
