@@ -4,6 +4,7 @@ mlx-lm opens `model*.safetensors` and ignores the index; MLX believes a file's h
 when they are used. So headers are read here first, by the format's own library, which believes none.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _NUMBERS = {
     "num_kv_reuse_layers": (0, 1000, True),  # AFM builds as many
     "altup_active_idx": (0, 0, True),  # Gemma 3n's is 0; any other may be read beyond an array's end
 }
+HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")  # how families name the number of heads
+_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _SHORTEST = 16  # tokens that a tokenizer must take: no conversation is shorter
 
@@ -146,6 +149,28 @@ def _check_files(folder: Path) -> None:
         if not path.is_dir():
             most = None if path.suffix in (".safetensors", ".jsonl") else _MOST_BYTES
             check_regular(path, str(path), "fetch the model again", most)
+
+
+def with_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose text part has the sizes that it leaves to mlx-lm (Gemma 3's heads and vocabulary)."""
+    text = config.get("text_config") or config
+    if isinstance(text.get("vocab_size"), int) and any(isinstance(text.get(key), int) for key in HEADS):
+        return config
+    made = _made(config)
+    inner = made.get("text_config")
+    made = made if inner is None else _made(inner) if isinstance(inner, dict) else vars(inner)
+    left = {key: made[key] for key in _SIZES if text.get(key) is None and isinstance(made.get(key), int)}
+    return config | ({"text_config": text | left} if text is not config else left)
+
+
+def _made(config: dict[str, Any]) -> dict[str, Any]:
+    """What mlx-lm makes of a configuration; the same if it makes nothing of it, which loading it will tell."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        return vars(_get_classes(config)[1].from_dict(copy.deepcopy(config)))
+    except Exception:  # a stranger's values, which can raise anything
+        return config
 
 
 def vocabulary(name: str, config: dict[str, Any]) -> int:
