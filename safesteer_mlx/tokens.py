@@ -84,13 +84,13 @@ def added(rows: "Sequence[Row]", texts: "Sequence[str]", tokenizer: Any, vocabul
 def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
     """The tokenizer of the run's model, and its V."""
     from .system.load import find, read_tokenizer
-    from .system.model_files import check_model_folder, read_object, vocabulary
+    from .system.model_files import check_model_folder, read_object, vocabulary, with_sizes
 
     recipe = read_yaml(run / "recipe.yaml")
     name = str(recipe.get("model"))
     path = find(name, recipe.get("revision"))
     check_model_folder(path, trust_remote_code)
-    config = read_object(path / "config.json")
+    config = with_sizes(read_object(path / "config.json"))
     return read_tokenizer(name, path, config, trust_remote_code), vocabulary(name, config)
 
 

@@ -9,7 +9,9 @@ import safesteer_mlx  # isort: skip  # noqa: F401  before MLX, so that OpenBLAS 
 
 import importlib
 import inspect
+import json
 import resource
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +22,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.base import create_causal_mask
+from safetensors.numpy import save_file
+
+from safesteer_mlx.recipe import MODELS
 
 
 def build(name: str, seed: int = 0):
@@ -81,7 +86,6 @@ def _processor() -> float:
 
 @cache
 def _all_imported() -> None:
-    from safesteer_mlx.recipe import MODELS
     from safesteer_mlx.system.load import load
 
     load(str(MODELS / "tiny-chat"))
@@ -295,3 +299,20 @@ def walk(model, row, add=None, without=None):
     if gemma:
         logits = 30.0 * mx.tanh(logits / 30.0)
     return np.array(mx.stack(seen))[:, 0], np.array(logits)[0]
+
+
+@pytest.fixture
+def gemma_folder(tmp_path):
+    """The configuration of Gemma 3's 4B as it is published, which leaves heads and vocabulary to the library, beside
+    weights of as many blocks (no more than their names are meant) and the bundled model's tokenizer."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    folder = tmp_path / "gemma-3-4b-it"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, 106]}))
+    names = [f"language_model.model.layers.{i}.self_attn.q_proj.weight" for i in range(34)]
+    save_file({name: np.zeros((2, 2560), np.float16) for name in names}, folder / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODELS / "tiny-chat" / name, folder)
+    return folder

@@ -19,18 +19,21 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from judges import make_judge
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from runs import files
 
 from safesteer_mlx.align import main
 from safesteer_mlx.evals import suites
+from safesteer_mlx.formats.readers import reader_for
 from safesteer_mlx.method import prompts
 from safesteer_mlx.method.prompts import load_instructions
+from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.token_file import read_token_file
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
 from safesteer_mlx.system.chat_template import check_template, template_of
 from safesteer_mlx.system.finished import RECORD, read_record
-from safesteer_mlx.system.load import _guarded, read_tokenizer
+from safesteer_mlx.system.load import _guarded, load, read_tokenizer
 from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, check_weights, read_header
 from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
 from safesteer_mlx.system.shape import shape_of
@@ -401,6 +404,8 @@ def huge(folder: Path, name: str) -> None:
     os.truncate(folder / name, 10**12)  # takes no room on the disk
 
 
+# As Phi-4-mini has it, for transformers.
+MAPPED = {"AutoConfig": "m.M", "AutoModelForCausalLM": "m.M", "AutoTokenizer": "m.M"}
 MODELS_BAD = {
     "no configuration": (lambda f: (f / "config.json").unlink(), "config.json"),
     "configuration not JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
@@ -412,8 +417,20 @@ MODELS_BAD = {
         "model_file = 'm.py' in config",
     ),
     "code by auto_map": (
-        lambda f: (python(f, "m.py"), change(f, auto_map={"AutoModel": "m.M"})),
+        lambda f: (python(f, "m.py"), change(f, auto_map={"AutoModel": "m.M"}, model_type="qwen99")),
         "auto_map = {'AutoModel': 'm.M'} in config.json",
+    ),
+    "code by an auto_map that is none": (
+        lambda f: (python(f, "m.py"), change(f, auto_map=["m.M", None])),
+        "auto_map = ['m.M', None] in config.json",
+    ),
+    "code for the tokenizer, whose class only config.json names": (
+        lambda f: (python(f, "m.py"), change(f, auto_map=MAPPED), settings_of(f, tokenizer_class=...)),
+        "auto_map = {'AutoConfig': 'm.M'",
+    ),
+    "code for the tokenizer, beside a class": (
+        lambda f: (python(f, "m.py"), change(f, auto_map=MAPPED), settings_of(f, auto_map=MAPPED)),
+        "in tokenizer_config.json",
     ),
     "code for the tokenizer": (
         lambda f: (python(f, "t.py"), change(f, "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]})),
@@ -1066,6 +1083,20 @@ def test_code_of_a_model_would_run_if_it_were_trusted(copied, tmp_path):
     change(copied, model_file="m.py")
     assert main([str(copied), "--trust-remote-code", "--adapter-path", str(tmp_path / "out")]) == 2  # defines no Model
     assert (tmp_path / "ran").read_text() == "code ran"
+
+
+@pytest.mark.parametrize("kind", ["llama", "xverse"])
+def test_code_that_mlx_lm_has_no_need_of_is_neither_run_nor_asked_about(kind, tmp_path, monkeypatch):
+    """Loaded, and read as an export is, whether transformers knows the architecture too or only mlx-lm does."""
+    folder = make_judge(tmp_path / "model", "safe", ("safe", "unsafe"), (1.0, 0.0))
+    python(folder, "m.py")
+    change(folder, model_type=kind, auto_map=MAPPED)
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *words: questions.append(words) or "y")
+    base = load(str(folder))
+    read = reader_for("mlx", str(folder), base, Sampling(base.eos_ids, 4), 0)
+    assert base.tokenizer.encode("Sorry") and read.name == "mlx-lm"
+    assert not (tmp_path / "ran").exists() and questions == []
 
 
 def test_a_link_within_the_cache_of_the_hub_is_fine(copied, tmp_path):

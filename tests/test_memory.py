@@ -26,9 +26,9 @@ from safesteer_mlx.system.memory import (
     trained_values,
     with_smaller_batches,
 )
-from safesteer_mlx.system.model_files import Tensor
+from safesteer_mlx.system.model_files import Tensor, with_sizes
 from safesteer_mlx.system.screen import UserError
-from safesteer_mlx.system.shape import Block, shape_of
+from safesteer_mlx.system.shape import Block, read_shape, shape_of
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -333,6 +333,27 @@ def test_a_dry_run_reads_headers_alone_and_writes_nothing(tmp_path, monkeypatch,
     (tmp_path / "adapters" / "run" / "timing.json").write_text(json.dumps({"seconds": 90}))
     assert main([str(tmp_path / "model"), "--dry-run"]) == 0
     assert "time: 1.5 minutes" in capsys.readouterr().out
+
+
+def test_sizes_that_a_configuration_leaves_to_mlx_lm_are_planned_with(gemma_folder, monkeypatch, capsys):
+    """Gemma 3's 4B: 8 heads, 4 of keys and values, 256 wide, and a vocabulary of 262208."""
+    shape = read_shape(gemma_folder)
+    assert (shape.heads, shape.kv, shape.vocabulary, shape.n_layers) == (8, 4 * 256, 262208, 34)
+    monkeypatch.chdir(gemma_folder.parent)
+    assert main([str(gemma_folder), "--dry-run", "--memory-limit", "64GB"]) == 0
+    assert "fits" in capsys.readouterr().out
+
+
+def test_what_a_configuration_says_itself_is_never_filled_in():
+    text = {"model_type": "gemma3_text", "hidden_size": 5376, "num_attention_heads": 32, "head_dim": 128}
+    config = {"model_type": "gemma3", "text_config": text}  # as the 27B's, without its vocabulary
+    more = {"num_key_value_heads": 4, "vocab_size": 262208}
+    assert with_sizes(config) == {"model_type": "gemma3", "text_config": text | more}
+    flat = {"model_type": "gemma3_text", "num_attention_heads": 4, "vocab_size": 50}
+    assert with_sizes(flat) is flat and "text_config" not in with_sizes({"model_type": "gemma3_text"})
+    assert with_sizes({"model_type": "gemma3_text"})["vocab_size"] == 262144
+    for odd in ({"model_type": "no_such"}, {"model_type": "qwen2"}, {}, {"model_type": "gemma3", "text_config": {}}):
+        assert with_sizes(odd).get("hidden_size") is None
 
 
 def test_the_work_is_halved_until_it_fits_and_that_is_said(capsys):

@@ -13,7 +13,7 @@ from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.screen import UserError
 from safesteer_mlx.system.store import fingerprint
-from safesteer_mlx.tokens import main
+from safesteer_mlx.tokens import _tokenizer, main
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -106,6 +106,12 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(flags, expected, run_of, t
     out = tmp_path / "mine.json"
     assert expected in refused(capsys, run_of, *flags, "--out", out)
     assert not out.exists()
+
+
+def test_a_vocabulary_that_is_left_to_mlx_lm_is_known(gemma_folder, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"model: {gemma_folder}\n")
+    tokenizer, vocabulary = _tokenizer(tmp_path, False)
+    assert vocabulary == 262208 and tokenizer.encode("Sorry", add_special_tokens=False)
 
 
 def test_a_folder_without_tokens_or_room_is_one_sentence(run_of, tmp_path, capsys):

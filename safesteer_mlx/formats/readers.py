@@ -46,6 +46,7 @@ from ..system.screen import Advance, Screen, UserError
 
 SERVER_SECONDS = 300  # for one answer
 MOST_REPLY = 10_000_000  # bytes of it
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # said, since transformers asks the user where nobody says
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, with_adapter: 
     if not with_adapter:
         check_model_folder(path)
     with _reading("mlx_lm.load", path):
-        model, tokenizer = (load(str(base.path), adapter_path=str(path)) if with_adapter else load(str(path)))[:2]
+        folder, adapter = (base.path, str(path)) if with_adapter else (path, None)
+        model, tokenizer = load(str(folder), adapter_path=adapter, tokenizer_config=_NO_CODE)[:2]
     model.eval()
     if (vocabulary := len(tokenizer.get_vocab())) != len(base.tokenizer.get_vocab()):
         raise UserError(f"{path} has a vocabulary of {vocabulary}, another than the run's model; give an export of it")
@@ -195,7 +197,7 @@ def _transformers(path: Path, base: Loaded, sampling: Sampling) -> Reader:
 
     with _reading("transformers", path):
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True, output_loading_info=True, device_map=None
+            path, dtype="auto", local_files_only=True, output_loading_info=True, device_map=None, **_NO_CODE
         )
     missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if missing:
@@ -217,7 +219,9 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
 
     with tempfile.TemporaryDirectory() as scratch, _reading("PEFT", path):
         write_hf(base, base.model, mx.float32, Path(scratch) / "base")
-        model = AutoModelForCausalLM.from_pretrained(Path(scratch) / "base", dtype="auto", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            Path(scratch) / "base", dtype="auto", local_files_only=True, **_NO_CODE
+        )
         model = peft.PeftModel.from_pretrained(model, str(path))
     return _torch_reader("PEFT", model, base, sampling)
 

@@ -27,6 +27,7 @@ from .model_files import (
     check_weights,
     read_object,
     vocabulary,
+    with_sizes,
 )
 from .screen import UserError
 
@@ -105,8 +106,8 @@ def _is_path(name: str) -> bool:
 
 
 def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model's configuration and its tensors' types and shapes; of a model on the Hub, no weights are fetched. A
-    UserError as `find`, or if a file cannot be believed."""
+    """A model's configuration, with the sizes that mlx-lm fills in, and its tensors' types and shapes; of a model on
+    the Hub, no weights are fetched. A UserError as `find`, or if a file cannot be believed."""
     if user_path(name).exists() or _is_path(name) or is_offline():
         path = find(name, revision)
         config, tensors = read_object(path / "config.json"), check_weights(path)
@@ -114,7 +115,7 @@ def config_and_headers(name: str, revision: str | None = None) -> tuple[dict[str
         config, entries = headers(name, revision)
         tensors = {tensor: Tensor(dtype, shape) for tensor, (dtype, shape) in entries.items()}
     check_config(name, config, tensors)
-    return config, tensors
+    return with_sizes(config), tensors
 
 
 def load(

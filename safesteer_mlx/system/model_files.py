@@ -4,6 +4,7 @@ mlx-lm opens `model*.safetensors` and ignores the index; MLX believes a file's h
 when they are used. So headers are read here first, by the format's own library, which believes none.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _NUMBERS = {
     "num_kv_reuse_layers": (0, 1000, True),  # AFM builds as many
     "altup_active_idx": (0, 0, True),  # Gemma 3n's is 0; any other may be read beyond an array's end
 }
+HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")  # how families name the number of heads
+_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _SHORTEST = 16  # tokens that a tokenizer must take: no conversation is shorter
 
@@ -66,7 +69,7 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
     of_tokenizer = folder / "tokenizer_config.json"
     config, settings = read_object(folder / "config.json"), read_object(of_tokenizer) if of_tokenizer.exists() else {}
     if not trust_remote_code:
-        _check_code(folder, {"config.json": config, "tokenizer_config.json": settings})
+        _check_code(folder, config, settings)
     longest = settings.get("model_max_length")
     if longest is not None and (type(longest) not in (int, float) or not longest >= _SHORTEST):
         raise UserError(
@@ -148,6 +151,36 @@ def _check_files(folder: Path) -> None:
             check_regular(path, str(path), "fetch the model again", most)
 
 
+def with_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose text part has the sizes that it leaves to mlx-lm (Gemma 3's heads and vocabulary)."""
+    text = config.get("text_config") or config
+    if isinstance(text.get("vocab_size"), int) and any(isinstance(text.get(key), int) for key in HEADS):
+        return config
+    made = _made(config)
+    inner = made.get("text_config")
+    made = made if inner is None else _made(inner) if isinstance(inner, dict) else vars(inner)
+    left = {key: made[key] for key in _SIZES if text.get(key) is None and isinstance(made.get(key), int)}
+    return config | ({"text_config": text | left} if text is not config else left)
+
+
+def _made(config: dict[str, Any]) -> dict[str, Any]:
+    """What mlx-lm makes of a configuration; the same if it makes nothing of it, which loading it will tell."""
+    try:
+        return vars(_arguments(config).from_dict(copy.deepcopy(config)))
+    except Exception:  # a stranger's values, which can raise anything; or no architecture
+        return config
+
+
+def _arguments(config: dict[str, Any]) -> Any:
+    """mlx-lm's own class of a configuration's architecture; None if it has none."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        return _get_classes(config)[1]
+    except Exception:  # as above: a name that is no text, say
+        return None
+
+
 def vocabulary(name: str, config: dict[str, Any]) -> int:
     """V, the rows of the embedding, from a model's configuration; a UserError if it does not say."""
     text = config.get("text_config") or config
@@ -156,15 +189,26 @@ def vocabulary(name: str, config: dict[str, Any]) -> int:
     return size
 
 
-def _check_code(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
+def _check_code(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
     """Neither the model nor its tokenizer may ask for code of its own."""
-    for file, content in configs.items():
-        for key in ("model_file", "auto_map"):
-            if content.get(key):
-                raise UserError(
-                    f"model {folder} wants to run code of its own ({key} = {content[key]!r:.100} in {file}); "
-                    "if you trust it, pass --trust-remote-code, else choose another model"
-                )
+    wants = [("config.json", "model_file", config)]
+    if not _is_idle(config.get("auto_map"), config, settings):
+        wants.append(("config.json", "auto_map", config))
+    wants += [("tokenizer_config.json", key, settings) for key in ("model_file", "auto_map")]
+    for file, key, content in wants:
+        if content.get(key):
+            raise UserError(
+                f"model {folder} wants to run code of its own ({key} = {content[key]!r:.100} in {file}); "
+                "if you trust it, pass --trust-remote-code, else choose another model"
+            )
+
+
+def _is_idle(auto_map: Any, config: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether nothing runs of what a config.json maps for transformers: mlx-lm has the architecture itself, and the
+    tokenizer is of a class that its own file names."""
+    if not isinstance(auto_map, dict) or ("AutoTokenizer" in auto_map and not settings.get("tokenizer_class")):
+        return False
+    return _arguments(config) is not None
 
 
 def check_weights(folder: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .model_files import Tensor, bytes_of, check_weights, read_object
+from .model_files import HEADS, Tensor, bytes_of, check_weights, read_object, with_sizes
 from .screen import UserError
 
 # Keys that say how many experts a token passes.
@@ -78,7 +78,7 @@ class ModelShape:
 
 def read_shape(path: Path) -> ModelShape:
     """The shape of a model in a folder, from its configuration and headers; a UserError if they cannot be believed."""
-    return shape_of(read_object(path / "config.json"), check_weights(path))
+    return shape_of(with_sizes(read_object(path / "config.json")), check_weights(path))
 
 
 def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
@@ -104,7 +104,7 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
 
     n_layers = size("num_hidden_layers", "n_layers", "num_layers", "n_layer")
     hidden = size("hidden_size", "dim", "d_model", "n_embd")
-    heads = size("num_attention_heads", "n_heads", "n_head", "num_heads")
+    heads = size(*HEADS)
     linears: list[list[tuple[int, int]]] = [[] for _ in range(n_layers)]
     # Of blocks, by part: inner and outer width, and how many weights make the inner one.
     widths = [{part: [0.0, 0.0, 0.0] for part in ("attention", "dense", "experts")} for _ in range(n_layers)]
