@@ -241,7 +241,7 @@ def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> N
             screen.line(f"no report: {error}")
     show_last(scores, not_aligned, screen)
     if not_aligned is None:
-        show_next(next_steps(settings.model, Path(settings.adapter_path), report), screen)
+        show_next(next_steps(vars(settings), Path(settings.adapter_path), report), screen)
     elif report is not None:
         screen.line(f"report: {shown_path(report)}")
 
@@ -336,8 +336,7 @@ def main(argv: list[str]) -> None:
             raise UserError(warning)
         screen.line(warning)
     elif not yes and screen.console.is_terminal and sys.stdin.isatty():
-        more = {"--offline": run.offline, "--trust-remote-code": run.trust_remote_code}
-        chosen = ask_what_next(run.model, folder, [flag for flag, given in more.items() if given])
+        chosen = ask_what_next(vars(run), folder)
         if chosen is not None:  # its model takes the place of this one in memory
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", __package__, *chosen])

@@ -10,7 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import MOST_FACTOR, MOST_LENGTH, MOST_SEED, Parser, adapter_folder, add_model_flags, at_least, model_name
+from .recipe import (
+    MOST_FACTOR,
+    MOST_LENGTH,
+    MOST_SEED,
+    Parser,
+    adapter_folder,
+    add_model_flags,
+    at_least,
+    model_name,
+    thinking_of,
+)
 from .system.hub import prepare
 from .system.screen import UserError, command_line, visible
 
@@ -190,6 +200,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if not fits:
             raise UserError(f"{flag} {value} does not fit; it must be {least}")
     args.adapter_path = adapter_folder(args.adapter_path)
+    args.thinking = args.thinking or thinking_of(args.adapter_path)
     return args
 
 
