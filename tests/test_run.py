@@ -28,7 +28,7 @@ from safesteer_mlx.method.direction import (
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.prompts import prompts_from
 from safesteer_mlx.method.residual import _override, blocks, last_logits
-from safesteer_mlx.method.rollout import Completion, Sampling, generate, has_equal_batches
+from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, make_run
 from safesteer_mlx.method.safety_tokens import SafetyTokens, check_tokens, openings
 from safesteer_mlx.method.student import check_saved, make_student, save_student
@@ -312,6 +312,18 @@ def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):
     for length, opening in ((0, 2), (1, 2), (30, 30), (500, 128)):
         asked = validation(run, SimpleNamespace(thoughts=Thoughts(length, [], [], undecided, 5)))
         assert (asked.opening, asked.undecided, asked.least_opening) == (opening, undecided, 6)
+
+
+def test_answers_that_are_thought_about_end_as_soon_as_others_do(run):
+    """Behind their thought, wherever a few tokens tell what an answer does: for the search, the teacher, the scores."""
+    tokenizer = SimpleNamespace(think_end_tokens=(50, 51), eos_token_ids={0})
+    thinker = replace(run, base=replace(run.base, thinks=True, tokenizer=tokenizer))
+    how = thinker.sampling(96)
+    assert how.max_tokens == max(96, run.recipe.train.max_tokens) and how.after == AfterThought((50, 51), 96)
+    asked = validation(thinker, SimpleNamespace(thoughts=Thoughts(30)))
+    assert asked.after == AfterThought((50, 51), teachers.VALIDATION_TOKENS)
+    assert run.sampling(96).max_tokens == 96 and run.sampling(96).after is None
+    assert validation(run, SimpleNamespace(thoughts=Thoughts())).after is None
 
 
 def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monkeypatch):

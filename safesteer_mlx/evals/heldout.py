@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -78,7 +78,8 @@ class BaseAnswers:
     def _made_by(self) -> str:
         how = self._sampling
         versions = [version(name) for name in ("mlx", "mlx-lm", "transformers")]
-        return fingerprint(self._base.weights_hash, how.max_tokens, sorted(how.eos_ids), versions)
+        after = () if how.after is None else (asdict(how.after),)
+        return fingerprint(self._base.weights_hash, how.max_tokens, sorted(how.eos_ids), versions, *after)
 
     def _read(self, file: Path) -> dict[str, Completion]:
         try:

@@ -21,7 +21,7 @@ from ..system.store import Known, Store, fingerprint
 from .judge import own_phrases, use_refusal_phrases
 from .prompts import Prompts, PromptSets, Rows, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
 from .residual import block_inputs, check_stream, last_logits, view
-from .rollout import Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
+from .rollout import AfterThought, Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
 from .token_file import read_token_file
 
 T = TypeVar("T")
@@ -47,10 +47,9 @@ class Run:
         return max(enough, self.recipe.train.max_tokens) if self.base.thinks else enough
 
     def sampling(self, enough: int, temp: float = 0.0) -> Sampling:
-        """How answers are drawn of which `enough` tokens tell what they do."""
-        return Sampling(
-            self.base.eos_ids, self.answer_tokens(enough), temp, batch_size=self.recipe.run.generation_batch_size
-        )
+        """How answers are drawn of which `enough` tokens tell what they do, behind the thought if there is one."""
+        size, after = self.recipe.run.generation_batch_size, after_thought(self.base, enough)
+        return Sampling(self.base.eos_ids, self.answer_tokens(enough), temp, batch_size=size, after=after)
 
     def key(self, *which: int) -> mx.array:
         """The run's random key for something that is drawn."""
@@ -77,6 +76,12 @@ class Run:
     def with_settings(self, **sections: Any) -> "Run":
         """The run with sections of its recipe replaced."""
         return replace(self, recipe=replace(self.recipe, **sections))
+
+
+def after_thought(base: Loaded, enough: int) -> AfterThought | None:
+    """Where the answers of a model end that thinks first: `enough` tokens behind the thought; None for any other."""
+    end = base.tokenizer.think_end_tokens if base.thinks else None
+    return AfterThought(end, enough) if end else None
 
 
 def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) -> Run:
