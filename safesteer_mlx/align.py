@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .method.safety_tokens import SafetyTokens
     from .method.teacher import ChosenTeacher, Teacher
     from .system.load import Loaded
+    from .system.memory import Machine, Plan
+    from .system.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -146,23 +148,34 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
 
 def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     """The recipe with the batch sizes that this machine's memory allows, and MLX kept to that memory."""
-    from .method.prompts import longest_prompt, prompts_from
-    from .method.teacher import OPENINGS
+    from .method.prompts import prompts_from
     from .system import memory
     from .system.shape import read_shape
 
     screen.line(f"prompts: {prompts_from(recipe)}")
-    machine, to_plan = memory.smallest_machine(recipe.run.memory_limit), recipe
-    if base.thinks:  # as much as may be taught of a thought
-        to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
+    machine = memory.smallest_machine(recipe.run.memory_limit)
     try:
-        plan = memory.fitted(to_plan, read_shape(base.path), machine, longest_prompt(recipe))
+        plan = _planned(recipe, read_shape(base.path), machine, base.thinks)
         screen.line(memory.summary(recipe, plan))
-        recipe = replace(plan.recipe, tokens=recipe.tokens)
+        recipe = plan.recipe
     except UserError as error:  # an architecture whose configuration has other names
         screen.line(f"memory: not planned, {error}")
     memory.set_limits(machine)
     return recipe
+
+
+def _planned(recipe: Recipe, shape: "ModelShape", machine: "Machine", thinks: bool) -> "Plan":
+    """The memory of a run of a model that may think first, or does not."""
+    from .method.prompts import longest_prompt
+    from .method.teacher import OPENINGS
+    from .system import memory
+
+    to_plan, judged = recipe, HELD_OUT_TOKENS
+    if thinks:  # as much as may be taught of a thought, and all of it before the answer that is judged
+        to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
+        judged = max(judged, recipe.train.max_tokens)
+    plan = memory.fitted(to_plan, shape, machine, longest_prompt(recipe), judged)
+    return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens))
 
 
 def _before_and_after(
@@ -299,14 +312,14 @@ def main(argv: list[str]) -> None:
 
     check_report_to(run)
     if dry_run:
-        from .method.prompts import longest_prompt
         from .system import memory
+        from .system.load import may_think
         from .system.shape import shape_of
 
         machine = memory.this_machine(run.memory_limit)
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
-        plan = memory.fitted(recipe, shape_of(config, headers), machine, longest_prompt(recipe))
+        plan = _planned(recipe, shape_of(config, headers), machine, may_think(recipe.run, config))
         screen = Screen(quiet=not first)
         memory.show(recipe, plan, machine, screen)
         if first:

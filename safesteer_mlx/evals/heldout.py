@@ -20,6 +20,7 @@ from ..method.rollout import Completion, Ids, Sampling, answer_text, generate, s
 from ..system import machines
 from ..system.files import read_json, read_text
 from ..system.load import Loaded
+from ..system.memory import READ_BACK
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import as_json, decoded, encoded, fingerprint, write
 from .scores import HOW, Answer, Scores
@@ -28,7 +29,7 @@ Stream = Sequence[int] | None  # the numbers that make a random key; None is gre
 Texts = list[tuple[list[int], list[int]]]  # prompts with the base's own greedy answers, on which drift is measured
 KINDS = ("harmful", "harmless", "borderline")
 DRIFT_PROMPTS = 64
-DRIFT_BATCH = 16
+DRIFT_BATCH = READ_BACK
 PERPLEXITY_TOKENS = 512  # in one piece of a text
 
 
