@@ -155,7 +155,7 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     screen.line(f"prompts: {prompts_from(recipe)}")
     machine = memory.smallest_machine(recipe.run.memory_limit)
     try:
-        plan = _planned(recipe, read_shape(base.path), machine, base.thinks)
+        plan = _planned(recipe, base.config, read_shape(base.path), machine, base.thinks)
         screen.line(memory.summary(recipe, plan))
         recipe = plan.recipe
     except UserError as error:  # an architecture whose configuration has other names
@@ -164,9 +164,10 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     return recipe
 
 
-def _planned(recipe: Recipe, shape: "ModelShape", machine: "Machine", thinks: bool) -> "Plan":
+def _planned(recipe: Recipe, config: dict[str, Any], shape: "ModelShape", machine: "Machine", thinks: bool) -> "Plan":
     """The memory of a run of a model that may think first, or does not."""
     from .method.prompts import longest_prompt
+    from .method.run import most_read
     from .method.teacher import OPENINGS
     from .system import memory
 
@@ -174,7 +175,8 @@ def _planned(recipe: Recipe, shape: "ModelShape", machine: "Machine", thinks: bo
     if thinks:  # as much as may be taught of a thought, and all of it before the answer that is judged
         to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
         judged = max(judged, recipe.train.max_tokens)
-    plan = memory.fitted(to_plan, shape, machine, longest_prompt(recipe), judged)
+    longest = min(longest_prompt(recipe), most_read(config))  # of longer ones none is read
+    plan = memory.fitted(to_plan, shape, machine, longest, judged)
     return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens))
 
 
@@ -319,7 +321,7 @@ def main(argv: list[str]) -> None:
         machine = memory.this_machine(run.memory_limit)
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
-        plan = _planned(recipe, shape_of(config, headers), machine, may_think(recipe.run, config))
+        plan = _planned(recipe, config, shape_of(config, headers), machine, may_think(recipe.run, config))
         screen = Screen(quiet=not first)
         memory.show(recipe, plan, machine, screen)
         if first:

@@ -231,8 +231,8 @@ def main(argv: list[str]) -> None:
             continue
         pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
         prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
-        if (length := max(map(len, prompts.values()))) > most_read(loaded):
-            print(f"{length:,} tokens, and {most_read(loaded):,} are read: left out; /reset begins anew", flush=True)
+        if (length := max(map(len, prompts.values()))) > (most := most_read(loaded.config)):
+            print(f"{length:,} tokens, and {most:,} are read: left out; /reset begins anew", flush=True)
             continue
         answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
         turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}

@@ -349,6 +349,20 @@ def test_answers_that_are_thought_about_are_planned_as_long_as_they_may_be():
     assert "lower --max-tokens" in memory.summary(RECIPE, fitted(RECIPE, BIG, machine, 128, 32_768))
 
 
+def test_prompts_are_planned_as_long_as_they_are_where_they_are_read_uncut():
+    """Only training leaves out those beyond --max-prompt-length."""
+    short, long = (memory.plan(RECIPE, BIG, AMPLE, n) for n in (512, 4096))
+    assert short.stages["training"] == long.stages["training"]
+    rows = RECIPE.run.prompt_batch_size
+    read = [memory.forward_bytes(BIG, rows, n) for n in (512, 4096)]
+    assert long.stages["direction"] - short.stages["direction"] == read[1] - read[0]
+    assert long.stages["safety tokens"] - short.stages["safety tokens"] > 7 * read[0]
+    rows = RECIPE.run.generation_batch_size
+    assert long.stages["sampling"] == memory.sampling_bytes(BIG, rows, 4096, 96)
+    long = fitted(RECIPE, BIG, Machine(12 * 10**9, "--memory-limit", False), 4096)
+    assert long.fits and long.recipe.run.prompt_batch_size < RECIPE.run.prompt_batch_size
+
+
 def test_a_dry_run_knows_by_the_tokenizer_that_a_model_may_think(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"

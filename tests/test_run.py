@@ -399,6 +399,28 @@ def test_thoughts_that_mostly_do_not_end_stop_the_run(run, monkeypatch, capsys):
     assert find_openers(replace(answering(thinker, monkeypatch, cut), force=True)).thoughts.length == 9
 
 
+def test_prompts_that_are_longer_than_the_model_reads_are_left_out_of_every_set(tmp_path, run, monkeypatch, capsys):
+    (tmp_path / "own").mkdir()
+    sets = {"harmless_validation": 9, "harmful_direction_train": 9, "borderline_test": 1, "harmless_train": 1}
+    for name, count in sets.items():
+        texts = [f"Why is {name} number {i}?" for i in range(count)] + [f"{name} " * 9000]
+        (tmp_path / "own" / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    settings = {"model": run.base.name, "data": str(tmp_path / "own"), "adapter_path": str(tmp_path / "adapters")}
+    recipe = resolve(run.base.config, settings)[0]
+    mine = make_run(recipe, run.base, Screen())
+    said = " ".join(capsys.readouterr().out.split())
+    for name, count in sets.items():
+        assert f"{name}: 1 prompts are longer than 4,096 tokens and are left out" in said
+        assert len(getattr(mine.prompts.sets, name)) == count
+    assert max(len(row) for rows in vars(mine.prompts).values() if isinstance(rows, list) for row in rows) < 100
+    # Nor is memory planned for them.
+    planned, fitted = [], memory.fitted
+    monkeypatch.setattr(memory, "fitted", lambda *given: planned.append(given[3]) or fitted(*given))
+    monkeypatch.setattr(memory, "set_limits", lambda machine: None)
+    _fitted(recipe, run.base, Screen(quiet=True))
+    assert planned == [4096]
+
+
 @pytest.mark.parametrize("thinks", [False, True])
 def test_memory_is_planned_for_as_much_of_a_thought_as_may_be_taught(thinks, run, monkeypatch):
     planned, fitted = [], memory.fitted

@@ -324,7 +324,7 @@ def compare(
     longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
     size = batch_size(base, recipe.run.generation_batch_size, screen)
     sampling = Sampling(base.eos_ids, longest, batch_size=size, after=after_thought(base, HELD_OUT_TOKENS))
-    student, prompts = with_adapters(base.model, run.folder), questions(run, n)
+    student, prompts = with_adapters(base.model, run.folder), questions(run, base, n)
     if (scores := recorded(run, prompts)) is None:
         scores = {}
         for name, model in (("base", base.model), ("student", student)):

@@ -19,7 +19,18 @@ from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Known, Store, fingerprint
 from .judge import own_phrases, use_refusal_phrases
-from .prompts import Prompts, PromptSets, Rows, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
+from .prompts import (
+    Instruction,
+    Prompts,
+    PromptSets,
+    Rows,
+    built_in_sets,
+    direction_counts,
+    prompt_sets,
+    render,
+    render_all,
+    render_prompts,
+)
 from .residual import block_inputs, check_stream, last_logits, view
 from .rollout import AfterThought, Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
 from .token_file import read_token_file
@@ -91,7 +102,7 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
         UserError: what a user can mend, in one sentence.
     """
     use_refusal_phrases(recipe.run.refusal_phrases)
-    sets = prompt_sets(recipe)
+    sets = sets_read(base, prompt_sets(recipe), screen)
     prompts = render_prompts(recipe, sets, base.tokenizer)
     for name, count in direction_counts(recipe, sets).items():
         if count < (wanted := getattr(recipe.direction, name.split("_", 1)[1])):
@@ -174,11 +185,32 @@ def batch_size(base: Loaded, wanted: int, screen: Screen, prompts: Rows | None =
     return 1
 
 
-def most_read(base: Loaded) -> int:
+def most_read(config: dict[str, Any]) -> int:
     """Ids of a prompt at most: what the model was made for, within what a machine can read in reasonable time."""
-    text = base.config.get("text_config") or base.config
+    text = config.get("text_config") or config
     made_for = text.get("max_position_embeddings")
     return min(max(made_for, READ[0]), READ[1]) if type(made_for) is int else READ[1]
+
+
+def not_too_long(base: Loaded, name: str, items: list[Instruction], screen: Screen) -> list[Instruction]:
+    """The prompts of a set that are read, of no more than `most_read` tokens; how many are not is said.
+
+    Raises:
+        UserError: none of them is.
+    """
+    most = most_read(base.config)
+    # A token is a byte at least, so that hardly any prompt need be rendered for this.
+    fit = [i for i in items if len(i.text.encode()) < most / 2 or len(render(base.tokenizer, i.text)) <= most]
+    if items and not fit:
+        raise UserError(f"every prompt of {name} is longer than the {most:,} tokens that are read; give others")
+    if len(fit) < len(items):
+        screen.line(f"{name}: {len(items) - len(fit)} prompts are longer than {most:,} tokens and are left out")
+    return fit
+
+
+def sets_read(base: Loaded, sets: PromptSets, screen: Screen) -> PromptSets:
+    """A run's sets, as far as they are read; a UserError as `not_too_long`."""
+    return PromptSets(**{name: not_too_long(base, name, items, screen) for name, items in vars(sets).items()})
 
 
 def can_batch(base: Loaded, prompts: Sequence[Sequence[int]]) -> bool:

@@ -218,7 +218,7 @@ def _longest(recipe: Recipe, longest_prompt: int) -> tuple[int, int]:
     """Tokens of the longest prompt that is trained on, and of the longest completion."""
     keep = recipe.tokens.horizon if recipe.loss.first_tokens == "auto" else int(recipe.loss.first_tokens)
     answer = rollout_tokens(recipe.train, replace(recipe.loss, first_tokens=keep))
-    return min(longest_prompt, recipe.train.max_prompt_length), answer
+    return min(longest_prompt, recipe.train.max_prompt_length), answer  # of longer ones none is trained on
 
 
 def _rollouts(train: TrainSettings) -> int:
@@ -249,29 +249,32 @@ def plan(
     trained = 8 * width * trained_values(shape, train)
     vocabulary = 4 * shape.vocabulary
     rows = run.generation_batch_size
-    scored = prompt + recipe.tokens.horizon
+    scored = longest_prompt + recipe.tokens.horizon
     read_for_tokens = recipe.direction.direction_validation * (2 if recipe.tokens.token_method == "part" else 1)
     positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
-    read = forward_bytes(shape, run.prompt_batch_size, prompt)
-    # Continuations, rollouts, held-out answers: how many at a time and how long; the largest counts.
-    samplings = ((rows, recipe.tokens.horizon), (min(rows, rollouts), answer), (rows, judged))
-    answers, length = max(samplings, key=lambda a: sampling_bytes(shape, a[0], prompt, a[1]))
+    read = forward_bytes(shape, run.prompt_batch_size, longest_prompt)
+    # Continuations, rollouts, held-out answers: how many at a time, to what and how long; the largest counts.
+    samplings = (
+        *((rows, longest_prompt, recipe.tokens.horizon), (min(rows, rollouts), prompt, answer)),
+        (rows, longest_prompt, judged),
+    )
+    answers, request, length = max(samplings, key=lambda a: sampling_bytes(shape, *a))
     activations = gradient_bytes(shape, train, micro, prompt + answer, train.grad_checkpoint == "on")
     stages = {
         "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": forward_bytes(shape, run.prompt_batch_size, scored)
         + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
         + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary)),
-        "sampling": sampling_bytes(shape, answers, prompt, length),
+        "sampling": sampling_bytes(shape, answers, request, length),
         "training": activations + loss_bytes(shape, learned),
     }
     if judged > HELD_OUT_TOKENS:  # else far less than what tokens are found on
         states = 2 * shape.activation_bytes * shape.hidden * READ_BACK * judged
-        stages["scoring"] = forward_bytes(shape, READ_BACK, prompt + judged) + states
+        stages["scoring"] = forward_bytes(shape, READ_BACK, longest_prompt + judged) + states
     together = f"{train.micro_batch_tokens:,} tokens" if train.micro_batch_tokens else f"{micro} completions"
     parts = {
         "direction": {f"activations of {run.prompt_batch_size} prompts": read},
-        "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, prompt + length)},
+        "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, request + length)},
         "training": {f"activations of {together}": activations, "loss": loss_bytes(shape, learned)},
     }
     share = 1.0 if machine.source == "--memory-limit" else ROOM
@@ -354,7 +357,7 @@ def _knob(plan: Plan) -> str:
     if plan.weights > plan.budget:
         return "the weights alone are too large; choose a smaller or a 4-bit model"
     if worst == "direction":
-        return "leave out the longest prompts with a smaller --max-prompt-length"
+        return "take the longest prompts out of --data"
     if worst == "safety tokens":
         return f"lower --token-samples (now {plan.recipe.tokens.token_samples})"
     if worst == "training" and train.grad_checkpoint == "off":
