@@ -69,7 +69,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
-    from .method.direction import as_it_answers, find_directions
+    from .method.direction import as_it_answers, as_it_begins, find_directions
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .method.safety_tokens import check_tokens, find_tokens
@@ -81,6 +81,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     start, folder = time.time(), Path(recipe.run.adapter_path)
     if machines.here().first:
         check_output(folder)
+    base = as_it_begins(base, recipe.run.seed)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
     if not recipe.run.transcripts:
@@ -360,6 +361,7 @@ def main(argv: list[str]) -> None:
 def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
     """How long a run will take: as long as the one in `folder` did, or by what is measured, if the model fits and its
     weights are on this machine."""
+    from .method.direction import as_it_begins
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .system.hub import is_here
@@ -376,7 +378,7 @@ def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
         base = load(settings.model, settings.trust_remote_code, settings.thinking, settings.revision)
         with tempfile.TemporaryDirectory() as scratch:
             recipe = replace(recipe, run=replace(settings, adapter_path=f"{scratch}/none"))
-            run = make_run(recipe, base, Screen(quiet=True))
+            run = make_run(recipe, as_it_begins(base, settings.seed), Screen(quiet=True))
             planned = plan_seconds(run, measure_rates(run))
     except UserError as error:
         screen.line(f"time: not measured, {error}")

@@ -1,5 +1,6 @@
 """The checks a run makes of itself."""
 
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from test_direction import Thinker
 
+from safesteer_mlx import align
 from safesteer_mlx.align import _fitted
 from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import run as runs
@@ -20,13 +22,14 @@ from safesteer_mlx.method.direction import (
     OwnAnswers,
     Thoughts,
     as_it_answers,
+    as_it_begins,
     find_directions,
     find_openers,
     mean_differences,
     or_all,
 )
 from safesteer_mlx.method.losses import far_enough
-from safesteer_mlx.method.prompts import prompts_from
+from safesteer_mlx.method.prompts import built_in_sets, prompts_from, render_all
 from safesteer_mlx.method.residual import _override, blocks, last_logits
 from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, make_run
@@ -324,6 +327,44 @@ def test_answers_that_are_thought_about_end_as_soon_as_others_do(run):
     assert asked.after == AfterThought((50, 51), teachers.VALIDATION_TOKENS)
     assert run.sampling(96).max_tokens == 96 and run.sampling(96).after is None
     assert validation(run, SimpleNamespace(thoughts=Thoughts())).after is None
+
+
+@pytest.mark.parametrize(
+    ("which", "opened", "thinks"),
+    [
+        (None, "", False),
+        (None, "<", True),  # the template begins the thought
+        (None, "<>", False),  # and ends it
+        (0, "", True),  # the model begins an answer so
+        (3, "", True),
+    ],
+)
+def test_a_few_answers_tell_that_a_model_does_not_begin_to_think(which, opened, thinks, run, monkeypatch):
+    """Before 256 are drawn, as long as a thought may be."""
+    base, requests = run.base, []
+    assert as_it_begins(base, 42) is base
+    rows = render_all(base.tokenizer, built_in_sets(base.name).harmless_validation[:8])
+    first = generate(base.model, rows[3:4], Sampling(base.eos_ids, 8, 1.0), [runs.stream_key(42, 17, 3)])[0].ids
+    marks = {"<": (500, 501) if which is None else (first[which],), ">": (502,)}
+    tokenizer = copy.copy(base.tokenizer)
+    tokenizer._think_start, tokenizer._think_end = marks
+    tokenizer._think_start_tokens, tokenizer._think_end_tokens = marks.values()
+    header = [token for mark in opened for token in marks[mark]]
+    monkeypatch.setattr(direction, "render_all", lambda *_: [[*row, *header] for row in rows])
+    monkeypatch.setattr(
+        direction, "generate", lambda m, r, how, keys: requests.append(how) or generate(m, r, how, keys)
+    )
+    able = replace(base, thinks=True, tokenizer=tokenizer)
+    assert as_it_begins(able, 42) == (able if thinks else replace(able, thinks=False))
+    assert [how.max_tokens for how in requests] == [16]
+
+    def plan_memory(_, model, __):
+        assert model.thinks is thinks
+        raise UserError("memory is planned by it")
+
+    monkeypatch.setattr(align, "_fitted", plan_memory)
+    with pytest.raises(UserError, match="by it"):
+        align.align_model(run.recipe, able, Screen(quiet=True))
 
 
 def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monkeypatch):
