@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .method.safety_tokens import SafetyTokens
     from .method.teacher import ChosenTeacher, Teacher
     from .system.load import Loaded
+    from .system.memory import Machine, Plan
+    from .system.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
-    from .method.direction import as_it_answers, find_directions
+    from .method.direction import as_it_answers, as_it_begins, find_directions
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .method.safety_tokens import check_tokens, find_tokens
@@ -90,6 +92,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .method.train import MovingTeacher, check_space, make_training, train_student, training_prompts, what_to_learn
 
     start, folder = time.time(), Path(recipe.run.adapter_path)
+    base = as_it_begins(base, recipe.run.seed)
     recipe = _fitted(recipe, base, screen)
     run = make_run(recipe, base, screen, force)
     if not recipe.run.transcripts:
@@ -157,23 +160,36 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
 
 def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     """The recipe with the batch sizes that this machine's memory allows, and MLX kept to that memory."""
-    from .method.prompts import longest_prompt, prompts_from
-    from .method.teacher import OPENINGS
+    from .method.prompts import prompts_from
     from .system import memory
     from .system.shape import read_shape
 
     screen.line(f"prompts: {prompts_from(recipe)}")
-    machine, to_plan = memory.smallest_machine(recipe.run.memory_limit), recipe
-    if base.thinks:  # as much as may be taught of a thought
-        to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
+    machine = memory.smallest_machine(recipe.run.memory_limit)
     try:
-        plan = memory.fitted(to_plan, read_shape(base.path), machine, longest_prompt(recipe))
+        plan = _planned(recipe, base.config, read_shape(base.path), machine, base.thinks)
         screen.line(memory.summary(recipe, plan))
-        recipe = replace(plan.recipe, tokens=recipe.tokens)
+        recipe = plan.recipe
     except UserError as error:  # an architecture whose configuration has other names
         screen.line(f"memory: not planned, {error}")
     memory.set_limits(machine)
     return recipe
+
+
+def _planned(recipe: Recipe, config: dict[str, Any], shape: "ModelShape", machine: "Machine", thinks: bool) -> "Plan":
+    """The memory of a run of a model that may think first, or does not."""
+    from .method.prompts import longest_prompt
+    from .method.run import most_read
+    from .method.teacher import OPENINGS
+    from .system import memory
+
+    to_plan, judged = recipe, HELD_OUT_TOKENS
+    if thinks:  # as much as may be taught of a thought, and all of it before the answer that is judged
+        to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
+        judged = max(judged, recipe.train.max_tokens)
+    longest = min(longest_prompt(recipe), most_read(config))  # of longer ones none is read
+    plan = memory.fitted(to_plan, shape, machine, longest, judged)
+    return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens))
 
 
 def _before_and_after(
@@ -254,7 +270,7 @@ def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> N
             screen.line(f"no report: {error}")
     show_last(scores, not_aligned, screen)
     if not_aligned is None:
-        show_next(next_steps(settings.model, Path(settings.adapter_path), report), screen)
+        show_next(next_steps(vars(settings), Path(settings.adapter_path), report), screen)
     elif report is not None:
         screen.line(f"report: {shown_path(report)}")
 
@@ -312,14 +328,14 @@ def main(argv: list[str]) -> None:
 
     check_report_to(run)
     if dry_run:
-        from .method.prompts import longest_prompt
         from .system import memory
+        from .system.load import may_think
         from .system.shape import shape_of
 
         machine = memory.this_machine(run.memory_limit)
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
-        plan = memory.fitted(recipe, shape_of(config, headers), machine, longest_prompt(recipe))
+        plan = _planned(recipe, config, shape_of(config, headers), machine, may_think(recipe.run, config))
         screen = Screen(quiet=not first)
         memory.show(recipe, plan, machine, screen)
         if first:
@@ -347,8 +363,7 @@ def main(argv: list[str]) -> None:
             raise UserError(warning)
         screen.line(warning)
     elif not yes and screen.console.is_terminal and sys.stdin.isatty():
-        more = {"--offline": run.offline, "--trust-remote-code": run.trust_remote_code}
-        chosen = ask_what_next(run.model, folder, [flag for flag, given in more.items() if given])
+        chosen = ask_what_next(vars(run), folder)
         if chosen is not None:  # its model takes the place of this one in memory
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", __package__, *chosen])
@@ -357,6 +372,7 @@ def main(argv: list[str]) -> None:
 def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
     """How long a run will take: as long as the one in `folder` did, or by what is measured, if the model fits and its
     weights are on this machine."""
+    from .method.direction import as_it_begins
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .system.hub import is_here
@@ -373,7 +389,7 @@ def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
         base = load(settings.model, settings.trust_remote_code, settings.thinking, settings.revision)
         with tempfile.TemporaryDirectory() as scratch:
             recipe = replace(recipe, run=replace(settings, adapter_path=f"{scratch}/none"))
-            run = make_run(recipe, base, Screen(quiet=True))
+            run = make_run(recipe, as_it_begins(base, settings.seed), Screen(quiet=True))
             planned = plan_seconds(run, measure_rates(run))
     except UserError as error:
         screen.line(f"time: not measured, {error}")

@@ -10,7 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import MOST_FACTOR, MOST_LENGTH, MOST_SEED, Parser, adapter_folder, add_model_flags, at_least, model_name
+from .recipe import (
+    MOST_FACTOR,
+    MOST_LENGTH,
+    MOST_SEED,
+    Parser,
+    adapter_folder,
+    add_model_flags,
+    at_least,
+    model_name,
+    thinking_of,
+)
 from .system.hub import prepare
 from .system.screen import UserError, command_line, visible
 
@@ -190,6 +200,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if not fits:
             raise UserError(f"{flag} {value} does not fit; it must be {least}")
     args.adapter_path = adapter_folder(args.adapter_path)
+    args.thinking = args.thinking or thinking_of(args.adapter_path)
     return args
 
 
@@ -220,8 +231,8 @@ def main(argv: list[str]) -> None:
             continue
         pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
         prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
-        if (length := max(map(len, prompts.values()))) > most_read(loaded):
-            print(f"{length:,} tokens, and {most_read(loaded):,} are read: left out; /reset begins anew", flush=True)
+        if (length := max(map(len, prompts.values()))) > (most := most_read(loaded.config)):
+            print(f"{length:,} tokens, and {most:,} are read: left out; /reset begins anew", flush=True)
             continue
         answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
         turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}

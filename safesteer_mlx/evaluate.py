@@ -24,6 +24,7 @@ from .recipe import (
     model_name,
     nearest,
     one_model,
+    thinking_of,
 )
 from .system.files import MOST_TEXT, check_out, check_regular, user_path, write_out
 from .system.hub import prepare
@@ -102,6 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--data {args.data} is for the suite {BUILT_IN}; add it to --suite, or leave --data out")
     if args.adapter_path is not None:
         args.adapter_path = adapter_folder(args.adapter_path)
+    args.thinking = args.thinking or thinking_of(args.adapter_path)
     if args.against is not None and model_name(args.against) == args.model:
         raise UserError(f"--against {args.against} is the model itself; give the one that it was quantized from")
     for family in args.attacks or []:

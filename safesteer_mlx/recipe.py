@@ -566,6 +566,17 @@ def adapter_folder(folder: Path) -> Path:
     return path
 
 
+def thinking_of(adapters: Path | None) -> str:
+    """The thinking switch of the run that wrote these adapters, which learned in no other; auto where none is known.
+
+    Raises:
+        UserError: as `read_yaml`.
+    """
+    file = None if adapters is None else adapters / "run" / "recipe.yaml"
+    switch = read_yaml(file).get("thinking") if file is not None and file.is_file() else None
+    return switch if switch in THINKING else "auto"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, numbers like 3e-4 included.
 
@@ -701,7 +712,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--revision", metavar="REVISION", help="branch, tag or commit of the model on the Hub")
     add("--offline", action="store_true", help="make no connection, as HF_HUB_OFFLINE=1")
-    add("--thinking", choices=THINKING, default="auto", help="the chat template's switch (default: auto)")
+    add(
+        "--thinking",
+        choices=THINKING,
+        help="the chat template's switch (default: as the run with the adapters, or auto)",
+    )
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
 
 

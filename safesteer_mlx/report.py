@@ -238,7 +238,7 @@ def _page(
     if going is None:
         command = ["python", "-m", "safesteer_mlx.align", "--config", str(run.folder / "recipe.yaml")]
         command += ["--adapter-path", f"{run.recipe['adapter_path']}-again"]
-        steps = next_steps(run.recipe["model"], run.folder.parent, None)
+        steps = next_steps(run.recipe, run.folder.parent, None)
     return rendered(
         "report.html",
         **vars(run),

@@ -579,6 +579,8 @@ def test_a_word_that_others_have_too_is_no_sign_but_raises_the_odds_of_a_refusal
 class Thinker(SimpleNamespace):
     """As much of a tokenizer as tells thoughts: 50 ends one."""
 
+    think_end_tokens = (50,)
+
     def rfind_think_end(self, ids):
         return len(ids) - 1 - ids[::-1].index(50) if 50 in ids else -1
 

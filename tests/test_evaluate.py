@@ -17,7 +17,8 @@ from safesteer_mlx.evaluate import main, parse, read_suites
 from safesteer_mlx.method import judge
 from safesteer_mlx.method.judge import is_broken, is_refusal, outcome, refusal_is_told
 from safesteer_mlx.method.prompts import Instruction, built_in_sets, render, render_all
-from safesteer_mlx.method.rollout import Completion, Sampling, answer_text, generate, stream_key
+from safesteer_mlx.method.residual import view
+from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, answer_text, generate, stream_key
 from safesteer_mlx.method.run import make_run
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.method.train import training_prompts
@@ -406,6 +407,19 @@ def test_the_thoughts_of_a_model_are_not_taken_for_its_refusal(base):
     enough = until_told(Sampling([9], 8), Thinking()).enough
     assert enough is not None
     assert not enough([1], [3, 3]) and not enough([1], [3, 2, 4]) and enough([1], [4, 2, 3])
+
+
+def test_answers_that_are_thought_about_are_scored_as_far_for_base_and_student(base):
+    """Also where the base's were drawn before, for drift."""
+    kinds = {kind: getattr(built_in_sets(TINY), f"{kind}_test")[:6] for kind in ("harmful", "harmless")}
+    test, plain = heldout.TestSet(kinds, []), Sampling(base.eos_ids, 24, batch_size=16)
+    [(_, ids), *_] = HeldOut(base, test, [], 3, plain).texts
+    held_out = HeldOut(base, test, [], 3, replace(plain, after=AfterThought(ids[2:3], 2)))
+    own, other = (held_out.score(model) for model in (base.model, view(base.model)))
+    assert [(a.text, a.finished, a.cut) for a in own.answers] == [(a.text, a.finished, a.cut) for a in other.answers]
+    assert held_out.texts[0][1] == ids[:5] and other.drift == pytest.approx(0, abs=1e-6)
+    others = HeldOut(base, test, [], 3, plain).score(base.model).answers
+    assert sum(a.cut for a in own.answers) > sum(a.cut for a in others)
 
 
 def test_the_base_answers_each_held_out_prompt_once(base, tmp_path, monkeypatch):

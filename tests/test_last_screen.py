@@ -9,10 +9,12 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlx_lm import server
 
-from safesteer_mlx import cli
+from safesteer_mlx import chat, cli, evaluate
 from safesteer_mlx.evals import last_screen
 from safesteer_mlx.evals.last_screen import in_words, next_steps, outcome, show_last, shown_path
 from safesteer_mlx.evals.scores import HOW, Answer, Scores
@@ -108,7 +110,7 @@ def test_what_to_do_now_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, folder = tmp_path / "my model", tmp_path / "it's here"
     model.mkdir()
-    steps = next_steps(str(model), folder, folder / "run" / "report.html")
+    steps = next_steps({"model": str(model)}, folder, folder / "run" / "report.html")
     assert [what for what, _ in steps] == ["talk to it", "serve it", "export it", "see the report"]
     for _, command in steps[:3]:
         words = shlex.split(command)
@@ -117,10 +119,58 @@ def test_what_to_do_now_can_be_pasted(tmp_path, monkeypatch):
         assert named or Path(words[0]).resolve() == Path(sys.executable).resolve()
     assert "my model" in shlex.split(steps[0][1]) and "my model" in shlex.split(steps[1][1])
     assert shlex.split(steps[3][1])[1] == "it's here/run/report.html"
-    assert "org/model" in shlex.split(next_steps("org/model", folder, None)[0][1])
-    assert [what for what, _ in next_steps("org/model", folder, None)] == ["talk to it", "serve it", "export it"]
+    plain = next_steps({"model": "org/model"}, folder, None)
+    assert "org/model" in shlex.split(plain[0][1])
+    assert [what for what, _ in plain] == ["talk to it", "serve it", "export it"]
     monkeypatch.chdir("/")
     assert shown_path(Path("/tmp")) == "tmp"
+
+
+@pytest.mark.parametrize("thinking", ["auto", "on", "off"])
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("revision", [None, "v 2"])
+def test_what_to_do_now_reads_the_model_as_the_run_did(thinking, trusted, revision, tmp_path, monkeypatch):
+    """The student learned in one state of the template's switch: in the other it is the base, more or less."""
+    settings = {"model": "org/m", "thinking": thinking, "trust_remote_code": trusted, "revision": revision}
+    steps = {what: shlex.split(command) for what, command in next_steps(settings, tmp_path, None)}
+    talk = steps["talk to it"][steps["talk to it"].index("chat") + 1 :]
+    monkeypatch.setattr(chat, "adapter_folder", lambda folder: folder)
+    monkeypatch.setattr("builtins.input", lambda _: "chat")
+    for argv in (talk, last_screen.ask_what_next(settings | {"offline": True}, tmp_path)[1:]):
+        args = chat.parse(argv)
+        assert (args.model, args.thinking, args.trust_remote_code) == ("org/m", thinking, trusted)
+        assert args.revision == revision
+    assert ("serve it" in steps) is (revision is None)  # of which mlx-lm's server knows none
+    if revision is None:
+        monkeypatch.setattr(server, "run", lambda _, __, provider: served.append(provider.cli_args))
+        monkeypatch.setattr(server, "ModelProvider", lambda cli_args: SimpleNamespace(cli_args=cli_args))
+        served = []
+        monkeypatch.setattr(sys, "argv", ["server", *steps["serve it"][steps["serve it"].index("--model") :]])
+        server.main()
+        expected = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
+        assert served[0].chat_template_args == expected and served[0].trust_remote_code is trusted
+
+
+@pytest.mark.parametrize(
+    ("kept", "flag", "used"),
+    [
+        ("thinking: 'off'", [], "off"),
+        ("thinking: 'off'", ["--thinking", "on"], "on"),
+        ("thinking: 'off'", ["--thinking", "auto"], "auto"),
+        ("seed: 1", [], "auto"),
+        ("thinking: [x]", [], "auto"),
+        (None, [], "auto"),
+    ],
+)
+def test_adapters_are_used_as_their_run_was_made(kept, flag, used, tmp_path):
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        (tmp_path / name).touch()
+    if kept is not None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "recipe.yaml").write_text(kept)
+    for command in (chat, evaluate):
+        assert command.parse(["org/m", "--adapter-path", str(tmp_path), *flag]).thinking == used
+    assert evaluate.parse(["org/m", *flag]).thinking == (flag[1] if flag else "auto")
 
 
 def test_a_program_is_named_only_where_the_shell_finds_this_one(tmp_path, monkeypatch):
@@ -172,7 +222,7 @@ def test_the_menu_gives_the_command_that_was_meant(typed, arguments, monkeypatch
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", ask)
-    assert last_screen.ask_what_next("org/m", Path("ad"), ["--offline"]) == arguments
+    assert last_screen.ask_what_next({"model": "org/m", "offline": True}, Path("ad")) == arguments
     if arguments is not None:  # its program takes it so
         assert arguments[0] in cli.COMMANDS
 

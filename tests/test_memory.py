@@ -1,6 +1,7 @@
 """The memory plan: by hand, against measured peaks, what is lowered to fit; one copy of the weights; backing off."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import fit_memory
@@ -317,8 +318,6 @@ def test_what_is_no_amount_of_memory_is_a_sentence(text):
 
 
 def test_a_dry_run_reads_headers_alone_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(MODELS / "tiny-chat", tmp_path / "model", ignore=shutil.ignore_patterns("data", "tokenizer*"))
     monkeypatch.setattr(mx, "load", None)  # no weights are read
@@ -354,6 +353,58 @@ def test_what_a_configuration_says_itself_is_never_filled_in():
     assert with_sizes({"model_type": "gemma3_text"})["vocab_size"] == 262144
     for odd in ({"model_type": "no_such"}, {"model_type": "qwen2"}, {}, {"model_type": "gemma3", "text_config": {}}):
         assert with_sizes(odd).get("hidden_size") is None
+
+
+def test_answers_that_are_thought_about_are_planned_as_long_as_they_may_be():
+    machine = Machine(8 * 10**9, "--memory-limit", False)
+    plain, told = (fitted(RECIPE, BIG, machine, 128, *judged) for judged in ((), (96,)))
+    assert plain == told and "scoring" not in plain.stages
+    for judged in (512, 2048):
+        found = fitted(RECIPE, BIG, machine, 128, judged)
+        rows = found.recipe.run.generation_batch_size
+        assert rows < plain.recipe.run.generation_batch_size or judged == 512
+        assert found.stages["sampling"] == memory.sampling_bytes(BIG, rows, 128, judged)
+        assert found.stages["scoring"] > memory.forward_bytes(BIG, 16, 128 + judged)
+        same = ("direction", "safety tokens", "training")
+        assert [found.stages[name] for name in same] == [plain.stages[name] for name in same]
+    assert "lower --max-tokens" in memory.summary(RECIPE, fitted(RECIPE, BIG, machine, 128, 32_768))
+
+
+def test_prompts_are_planned_as_long_as_they_are_where_they_are_read_uncut():
+    """Only training leaves out those beyond --max-prompt-length."""
+    short, long = (memory.plan(RECIPE, BIG, AMPLE, n) for n in (512, 4096))
+    assert short.stages["training"] == long.stages["training"]
+    rows = RECIPE.run.prompt_batch_size
+    read = [memory.forward_bytes(BIG, rows, n) for n in (512, 4096)]
+    assert long.stages["direction"] - short.stages["direction"] == read[1] - read[0]
+    assert long.stages["safety tokens"] - short.stages["safety tokens"] > 7 * read[0]
+    rows = RECIPE.run.generation_batch_size
+    assert long.stages["sampling"] == memory.sampling_bytes(BIG, rows, 4096, 96)
+    long = fitted(RECIPE, BIG, Machine(12 * 10**9, "--memory-limit", False), 4096)
+    assert long.fits and long.recipe.run.prompt_batch_size < RECIPE.run.prompt_batch_size
+
+
+def test_a_dry_run_knows_by_the_tokenizer_that_a_model_may_think(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    shutil.copytree(MODELS / "tiny-chat", folder, ignore=shutil.ignore_patterns("data"))
+
+    def planned(*flags):
+        assert main([str(folder), "--dry-run", "--memory-limit", "12GB", *flags]) == 0
+        said = capsys.readouterr().out
+        return "scoring, while it runs" in said, said[said.index("keys and values of") :].split("│")[1].strip()
+
+    plain = planned()
+    assert not plain[0] and plain == planned("--max-tokens", "2048") == planned("--thinking", "off")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for i, mark in enumerate(("<think>", "</think>")):
+        added = {"id": 100_000 + i, "content": mark, "special": False, "normalized": False, "single_word": False}
+        tokenizer["added_tokens"].append(added | {"lstrip": False, "rstrip": False})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert planned("--thinking", "off") == plain
+    assert planned()[0] and planned()[1] != plain[1] != planned("--max-tokens", "2048")[1]
+    (folder / "tokenizer.json").unlink()  # of a model that is not here nothing is fetched for it
+    assert planned() == plain and planned("--thinking", "on")[0]
 
 
 def test_the_work_is_halved_until_it_fits_and_that_is_said(capsys):

@@ -1,12 +1,14 @@
 """How long a run will take: rates that are measured, the plan by hand, and what is left as a run goes on."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method import pace
 from safesteer_mlx.method.pace import Rates, measure_rates, plan_seconds
+from safesteer_mlx.method.rollout import Completion
 from safesteer_mlx.method.run import make_run
 from safesteer_mlx.recipe import BUNDLED, model_name, resolve
 from safesteer_mlx.recipe import STEPS as STEPS_SAID
@@ -60,6 +62,26 @@ def test_answers_that_are_cut_by_the_clock_count_as_long_as_they_would_have_been
     cut = measure_rates(run_with()).lengths
     whole = [8] * len(cut)
     assert all(a >= 1 for a in cut) and max(cut) > max(whole)
+
+
+def test_answers_that_are_thought_about_take_as_long_as_they_are(run_with, monkeypatch):
+    run = run_with(test_prompts=20, iters=10, max_tokens=400)
+    thinker = replace(run, base=replace(run.base, thinks=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(pace, "SECONDS", 0.0)  # none has ended when the clock cuts them
+        assert max(measure_rates(run).lengths) == 96 < max(measure_rates(thinker).lengths) <= 400
+    # Those that ended behind their thought would have gone on for nobody.
+    tokenizer = SimpleNamespace(think_end_tokens=(50,), eos_token_ids={0})
+    thinker = replace(thinker, base=replace(thinker.base, tokenizer=tokenizer))
+    answers = [Completion([7] * 10 + [50] + [7] * 96, False, True), Completion([7] * 20, True)]
+    monkeypatch.setattr(pace, "generate_here", lambda _, rows, *__: [answers[i % 2] for i in range(len(rows))])
+    assert {*measure_rates(thinker).lengths} == {107, 20}
+    # The search, the teacher and the scores wait for the longest, training for as much as is taught.
+    short, long = (replace(DRAWING, lengths=[n]) for n in (96, 400))
+    for own, factor in ((run, 1), (thinker, 400 / 96)):
+        few, many = (dict(zip(STEPS, plan_seconds(own, rates), strict=True)) for rates in (short, long))
+        for step in ("directions", "scoring"):
+            assert many[step] == pytest.approx(factor * few[step], rel=0.01)
 
 
 @pytest.mark.parametrize(

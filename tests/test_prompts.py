@@ -350,6 +350,9 @@ def test_the_longest_prompt_and_the_fingerprint_are_those_of_the_policy(tmp_path
     first = run_parts(recipe(folder), base, prompts_of(recipe(folder)))
     policy(tmp_path / "p", borderline_test=["long " * 300])
     assert longest_prompt(recipe(folder)) >= small + 400
+    policy(tmp_path / "p", borderline_test=["short"], harmless_train=["long " * 3000])  # of which none is trained on
+    assert longest_prompt(recipe(folder, max_prompt_length=400)) == 400
+    policy(tmp_path / "p", borderline_test=["long " * 300], harmless_train=["short one"])
     again = run_parts(recipe(folder), base, prompts_of(recipe(folder)))
     assert fingerprint(*again.values()) != fingerprint(*first.values())
 

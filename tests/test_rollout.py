@@ -8,7 +8,15 @@ import pytest
 
 from safesteer_mlx.method import rollout
 from safesteer_mlx.method.residual import _override, blocks, view
-from safesteer_mlx.method.rollout import Sampling, _points, draw, generate, set_equal_batches, stream_key
+from safesteer_mlx.method.rollout import (
+    AfterThought,
+    Sampling,
+    _points,
+    draw,
+    generate,
+    set_equal_batches,
+    stream_key,
+)
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 4, 5], [1, 2, 7, 8], [1, 2, 3, 4, 5], [1, 2, 6]]
 EOS = [49]
@@ -77,6 +85,48 @@ def test_the_points_of_a_stream_are_spread_evenly_and_its_own():
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_the_batch_size_changes_no_sample(model, batch_size):
     assert drawn(model, batch_size=batch_size) == drawn(model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+@pytest.mark.parametrize("end", [1, 2])
+def test_an_answer_ends_so_many_ids_behind_its_thought(model, end, batch_size):
+    """Nothing else is drawn than without it, and less of it."""
+    whole = drawn(model)
+    marks = {tuple(ids[i : i + end]) for ids, _ in whole for i in range(2, 7) if i + end <= len(ids)}
+    for mark in sorted(marks):
+        after = AfterThought(mark, 3)
+        keys = [stream_key(3, i) for i in range(len(PROMPTS))]
+        cut = generate(model, PROMPTS, Sampling(EOS, 12, 1.0, batch_size=batch_size, after=after), keys)
+        for (ids, finished), answer in zip(whole, cut, strict=True):
+            most = len(ids)
+            for i in range(end, len(ids) + 1):
+                if i <= most and tuple(ids[i - end : i]) == mark:
+                    most = i + 3
+            assert answer.ids == ids[:most]
+            ended = finished and most >= len(ids)
+            assert (answer.finished, answer.cut) == (ended, not ended and most < 12)
+
+
+def test_a_thought_that_ended_where_another_began_the_answer_counts(model):
+    """Of an answer in two parts, whose mark stands in the first, or in both."""
+    prompt, key, plain = PROMPTS[0], [stream_key(3, 0)], Sampling(EOS, 12, 1.0)
+
+    def drawn_behind(begun, after=None):
+        return generate(model, [[*prompt, *begun]], replace(plain, after=after), key)[0].ids
+
+    for begun, mark in (([20, 21, 22], 21), ([20, 21, 22], 22), ([21, 20], 21), ([20], 20), ([20], 40)):
+        whole = drawn_behind(begun)
+        every = [*begun, *whole]  # until the mark is the fifth from the end
+        ends = [n for n in range(len(begun) + 1, len(every)) if mark in every[:n] and every[:n][::-1].index(mark) == 4]
+        most = ends[0] - len(begun) if ends else len(whole)
+        after = AfterThought((mark,), 4, len(begun))
+        assert drawn_behind(begun, after) == whole[:most]
+        # What is no part of the answer is none of its thought, such as one that the template closed.
+        assert drawn_behind(begun, replace(after, begun=0))[:4] == whole[:4]
+    whole = drawn_behind([20, 21])
+    assert len(whole) > 3 and drawn_behind([20, 21], AfterThought((21, whole[0]), 2, 2)) == whole[:3]
+    after = AfterThought((1, 2), 5)
+    assert [after.enough(ids) for ids in ([], [2, 1], [0, 1, 2], [1, 2, 3, 1, 2, 3])] == [None, None, 8, 10]
 
 
 def test_the_samples_of_a_prompt_differ_and_its_reading_is_shared(model):

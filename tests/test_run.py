@@ -1,5 +1,6 @@
 """The checks a run makes of itself."""
 
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from test_direction import Thinker
 
+from safesteer_mlx import align
 from safesteer_mlx.align import _fitted
 from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import run as runs
@@ -21,15 +23,16 @@ from safesteer_mlx.method.direction import (
     OwnAnswers,
     Thoughts,
     as_it_answers,
+    as_it_begins,
     find_directions,
     find_openers,
     mean_differences,
     or_all,
 )
 from safesteer_mlx.method.losses import far_enough
-from safesteer_mlx.method.prompts import prompts_from, render_all
+from safesteer_mlx.method.prompts import built_in_sets, prompts_from, render_all
 from safesteer_mlx.method.residual import _override, blocks, last_logits
-from safesteer_mlx.method.rollout import Completion, Sampling, generate, has_equal_batches
+from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, make_run
 from safesteer_mlx.method.safety_tokens import SafetyTokens, check_tokens, openings
 from safesteer_mlx.method.student import check_saved, make_student, save_student
@@ -387,6 +390,56 @@ def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):
         assert (asked.opening, asked.undecided, asked.least_opening) == (opening, undecided, 6)
 
 
+def test_answers_that_are_thought_about_end_as_soon_as_others_do(run):
+    """Behind their thought, wherever a few tokens tell what an answer does: for the search, the teacher, the scores."""
+    tokenizer = SimpleNamespace(think_end_tokens=(50, 51), eos_token_ids={0})
+    thinker = replace(run, base=replace(run.base, thinks=True, tokenizer=tokenizer))
+    how = thinker.sampling(96)
+    assert how.max_tokens == max(96, run.recipe.train.max_tokens) and how.after == AfterThought((50, 51), 96)
+    asked = validation(thinker, SimpleNamespace(thoughts=Thoughts(30)))
+    assert asked.after == AfterThought((50, 51), teachers.VALIDATION_TOKENS)
+    assert run.sampling(96).max_tokens == 96 and run.sampling(96).after is None
+    assert validation(run, SimpleNamespace(thoughts=Thoughts())).after is None
+
+
+@pytest.mark.parametrize(
+    ("which", "opened", "thinks"),
+    [
+        (None, "", False),
+        (None, "<", True),  # the template begins the thought
+        (None, "<>", False),  # and ends it
+        (0, "", True),  # the model begins an answer so
+        (3, "", True),
+    ],
+)
+def test_a_few_answers_tell_that_a_model_does_not_begin_to_think(which, opened, thinks, run, monkeypatch):
+    """Before 256 are drawn, as long as a thought may be."""
+    base, requests = run.base, []
+    assert as_it_begins(base, 42) is base
+    rows = render_all(base.tokenizer, built_in_sets(base.name).harmless_validation[:8])
+    first = generate(base.model, rows[3:4], Sampling(base.eos_ids, 8, 1.0), [runs.stream_key(42, 17, 3)])[0].ids
+    marks = {"<": (500, 501) if which is None else (first[which],), ">": (502,)}
+    tokenizer = copy.copy(base.tokenizer)
+    tokenizer._think_start, tokenizer._think_end = marks
+    tokenizer._think_start_tokens, tokenizer._think_end_tokens = marks.values()
+    header = [token for mark in opened for token in marks[mark]]
+    monkeypatch.setattr(direction, "render_all", lambda *_: [[*row, *header] for row in rows])
+    monkeypatch.setattr(
+        direction, "generate", lambda m, r, how, keys: requests.append(how) or generate(m, r, how, keys)
+    )
+    able = replace(base, thinks=True, tokenizer=tokenizer)
+    assert as_it_begins(able, 42) == (able if thinks else replace(able, thinks=False))
+    assert [how.max_tokens for how in requests] == [16]
+
+    def plan_memory(_, model, __):
+        assert model.thinks is thinks
+        raise UserError("memory is planned by it")
+
+    monkeypatch.setattr(align, "_fitted", plan_memory)
+    with pytest.raises(UserError, match="by it"):
+        align.align_model(run.recipe, able, Screen(quiet=True))
+
+
 def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monkeypatch):
     able = replace(run, base=replace(run.base, thinks=True))
     monkeypatch.setattr(direction, "_lengths", lambda *_: [])
@@ -458,6 +511,28 @@ def test_thoughts_that_mostly_do_not_end_stop_the_run(run, monkeypatch, capsys):
         find_openers(replace(some, force=True))
         assert "were still thinking" in capsys.readouterr().out
     assert find_openers(replace(answering(thinker, monkeypatch, cut), force=True)).thoughts.length == 9
+
+
+def test_prompts_that_are_longer_than_the_model_reads_are_left_out_of_every_set(tmp_path, run, monkeypatch, capsys):
+    (tmp_path / "own").mkdir()
+    sets = {"harmless_validation": 9, "harmful_direction_train": 9, "borderline_test": 1, "harmless_train": 1}
+    for name, count in sets.items():
+        texts = [f"Why is {name} number {i}?" for i in range(count)] + [f"{name} " * 9000]
+        (tmp_path / "own" / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    settings = {"model": run.base.name, "data": str(tmp_path / "own"), "adapter_path": str(tmp_path / "adapters")}
+    recipe = resolve(run.base.config, settings)[0]
+    mine = make_run(recipe, run.base, Screen())
+    said = " ".join(capsys.readouterr().out.split())
+    for name, count in sets.items():
+        assert f"{name}: 1 prompts are longer than 4,096 tokens and are left out" in said
+        assert len(getattr(mine.prompts.sets, name)) == count
+    assert max(len(row) for rows in vars(mine.prompts).values() if isinstance(rows, list) for row in rows) < 100
+    # Nor is memory planned for them.
+    planned, fitted = [], memory.fitted
+    monkeypatch.setattr(memory, "fitted", lambda *given: planned.append(given[3]) or fitted(*given))
+    monkeypatch.setattr(memory, "set_limits", lambda machine: None)
+    _fitted(recipe, run.base, Screen(quiet=True))
+    assert planned == [4096]
 
 
 @pytest.mark.parametrize("thinks", [False, True])

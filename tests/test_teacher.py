@@ -16,7 +16,7 @@ from safesteer_mlx.method import teacher as stage
 from safesteer_mlx.method.direction import Direction, opening_probabilities
 from safesteer_mlx.method.judge import is_broken, outcome
 from safesteer_mlx.method.prompts import built_in_sets, render_all
-from safesteer_mlx.method.rollout import Completion, Sampling, answer_text, generate, stream_key
+from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, answer_text, generate, stream_key
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import (
     Outcomes,
@@ -29,6 +29,7 @@ from safesteer_mlx.method.teacher import (
     first_enough,
     first_passes,
     moving_average,
+    opened_answers,
     shortest_opening,
     steered_teacher,
 )
@@ -342,6 +343,23 @@ def test_the_teacher_opens_an_answer_and_the_base_goes_on(monkeypatch, guarded):
     # The third has ended; the base never sees the system prompt.
     assert calls == [("teacher", read, first, 3, 1.0), ("base", [[1, 0], [2, 2]], then[:2], 7, 1.0)]
     assert found == Outcomes(["refuse", "comply"], ["comply"], [True, False], [False])
+
+
+@pytest.mark.parametrize("opening", [1, 3, 4, 8, 16])
+def test_an_answer_in_two_parts_is_no_longer_behind_its_thought_than_in_one(opening, tiny, validation, monkeypatch):
+    """Wherever the thought ended, as much of the answer is read."""
+    monkeypatch.setattr(stage, "answer_text", lambda _, __, answer: answer.ids)
+    asked = replace(validation, opening=opening)
+    whole = [ids for _, ids in opened_answers(tiny, tiny.model, asked)]
+    ends = set[int]()
+    for mark in {(ids[i],) for ids in whole for i in (0, 2, 4, 9) if i < len(ids)}:
+        after = AfterThought(mark, 3)
+        answers = opened_answers(tiny, tiny.model, replace(asked, after=after))
+        for ids, (opened, cut) in zip(whole, answers, strict=True):
+            ends |= {at for at in range(len(ids)) if tuple(ids[at : at + 1]) == mark}
+            most = next((n for n in range(len(ids)) if after.enough(ids[:n]) == n), len(ids))
+            assert cut == ids[:most] and opened.ids == cut[:opening]
+    assert min(ends) < 2 and max(ends) > 8
 
 
 @pytest.mark.parametrize(

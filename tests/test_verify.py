@@ -22,7 +22,7 @@ from safesteer_mlx.evals.scores import Answer, Scores
 from safesteer_mlx.export import main as export
 from safesteer_mlx.formats import readers
 from safesteer_mlx.method.residual import last_logits
-from safesteer_mlx.system.finished import finished_run
+from safesteer_mlx.system.finished import finished_run, load_base
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
 from safesteer_mlx.verify import main
@@ -107,7 +107,8 @@ def test_kl_by_hand_and_none_for_the_same_model(tiny_model):
 
 def test_questions_are_the_run_s_evenly_drawn(finished):
     run = finished_run(finished)
-    every, some = questions(run, None), questions(run, 4)
+    base = load_base(run)
+    every, some = questions(run, base, None), questions(run, base, 4)
     assert [q.place for q in some if q.kind == "harmful"] == [(0, 0), (0, 2), (0, 4), (0, 6)]
     assert set(some) < set(every) and len(every) == 24
     kept = recorded(run, some)

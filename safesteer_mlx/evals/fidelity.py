@@ -13,7 +13,9 @@ from ..method.losses import chunk_rows
 from ..method.prompts import prompt_sets, render
 from ..method.residual import answer_states, head
 from ..method.rollout import Ids, Sampling, answers, stream_key
+from ..method.run import sets_read
 from ..system.finished import FinishedRun, read_record
+from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError
 from .heldout import held_out_prompts, summed_kl
 from .scores import HOW, Answer, Count, Scores
@@ -120,9 +122,10 @@ class Question:
     place: tuple[int, int]
 
 
-def questions(run: FinishedRun, n: int | None) -> list[Question]:
+def questions(run: FinishedRun, base: Loaded, n: int | None) -> list[Question]:
     """What the run asked, or `n` prompts of each kind, evenly drawn from it."""
-    kinds, _ = held_out_prompts(prompt_sets(run.recipe), run.recipe.run.test_prompts)
+    sets = sets_read(base, prompt_sets(run.recipe), Screen(quiet=True))
+    kinds, _ = held_out_prompts(sets, run.recipe.run.test_prompts)
     prompts = []
     for which, (kind, items) in enumerate(kinds.items()):
         count = len(items) if n is None else min(n, len(items))

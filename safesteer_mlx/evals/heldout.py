@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..method.rollout import Completion, Ids, Sampling, answer_text, generate, s
 from ..system import machines
 from ..system.files import read_json, read_text
 from ..system.load import Loaded
+from ..system.memory import READ_BACK
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import as_json, decoded, encoded, fingerprint, write
 from .scores import HOW, Answer, Scores
@@ -28,7 +29,7 @@ Stream = Sequence[int] | None  # the numbers that make a random key; None is gre
 Texts = list[tuple[list[int], list[int]]]  # prompts with the base's own greedy answers, on which drift is measured
 KINDS = ("harmful", "harmless", "borderline")
 DRIFT_PROMPTS = 64
-DRIFT_BATCH = 16
+DRIFT_BATCH = READ_BACK
 PERPLEXITY_TOKENS = 512  # in one piece of a text
 
 
@@ -79,7 +80,8 @@ class BaseAnswers:
         how = self._sampling
         versions = [version(name) for name in ("mlx", "mlx-lm", "transformers")]
         model, judge = (self._base.weights_hash, self._base.settings_hash), (judge_hash(), own_phrases())
-        return fingerprint(model, how.max_tokens, sorted(how.eos_ids), versions, judge)  # who says when they end
+        ends = how.max_tokens, sorted(how.eos_ids), how.after and asdict(how.after), judge  # who says when they end
+        return fingerprint(model, versions, *ends)
 
     def _read(self, file: Path) -> dict[str, Completion]:
         try:

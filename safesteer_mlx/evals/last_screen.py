@@ -3,6 +3,7 @@
 All else, every count with its interval, is in the report, and on the screen with `--verbose`.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -115,15 +116,29 @@ def _program(name: str, module: str) -> str:
     return f"{shown_path(Path(sys.executable))} -m {module}"
 
 
-def next_steps(model: str, folder: Path, report: Path | None) -> list[tuple[str, str]]:
-    """(what, command) to go on with the adapters in `folder`."""
-    ours, adapters = _program("safesteer-mlx", "safesteer_mlx"), shown_path(folder)
+def model_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The flags with which a command reads a model as the run of these settings did."""
+    revision, thinking = settings.get("revision"), settings.get("thinking", "auto")
+    flags = [] if revision is None else ["--revision", str(revision)]
+    flags += [] if thinking == "auto" else ["--thinking", str(thinking)]
+    return [*flags, "--trust-remote-code"] if settings.get("trust_remote_code") else flags
+
+
+def next_steps(settings: Mapping[str, Any], folder: Path, report: Path | None) -> list[tuple[str, str]]:
+    """(what, command) to go on with the adapters in `folder`, of a run of these settings."""
+    ours, adapters, model = _program("safesteer-mlx", "safesteer_mlx"), shown_path(folder), settings["model"]
     name = shown_path(Path(model)) if Path(model).is_dir() else shlex.quote(model)
-    steps = [
-        ("talk to it", f"{ours} chat {name} --adapter-path {adapters}"),
-        ("serve it", f"{_program('mlx_lm.server', 'mlx_lm server')} --model {name} --adapter-path {adapters}"),
-        ("export it", f"{ours} export {adapters} --to mlx"),
-    ]
+    chat = f"{ours} chat {name} --adapter-path {adapters}"
+    serve = f"{_program('mlx_lm.server', 'mlx_lm server')} --model {name} --adapter-path {adapters}"
+    of_server = []
+    if (thinking := settings.get("thinking", "auto")) != "auto":
+        of_server += ["--chat-template-args", json.dumps({"enable_thinking": thinking == "on"})]
+    if settings.get("trust_remote_code"):
+        of_server.append("--trust-remote-code")
+    steps = [("talk to it", " ".join([chat, *map(shlex.quote, model_flags(settings))]))]
+    if settings.get("revision") is None:  # of which mlx-lm's server knows none: it would serve another
+        steps.append(("serve it", " ".join([serve, *map(shlex.quote, of_server)])))
+    steps.append(("export it", f"{ours} export {adapters} --to mlx"))
     if report is not None:
         opener = "open" if sys.platform == "darwin" else "xdg-open"
         steps.append(("see the report", f"{opener} {shown_path(report)}"))
@@ -133,12 +148,14 @@ def next_steps(model: str, folder: Path, report: Path | None) -> list[tuple[str,
 CHOICES = ("chat", "compare", "export", "upload", "quit")
 
 
-def ask_what_next(model: str, folder: Path, more: list[str]) -> list[str] | None:
-    """The program's own arguments for what a person at a terminal wants to do with the adapters now; None for nothing.
+def ask_what_next(settings: Mapping[str, Any], folder: Path) -> list[str] | None:
+    """The program's own arguments for what a person at a terminal wants to do with the adapters of a run of these
+    settings now; None for nothing.
 
-    A word may be cut short; what is no choice is asked again. `more` are flags of a command that loads the model.
+    A word may be cut short; what is no choice is asked again.
     """
     adapters = str(folder)
+    more = [f"--{name.replace('_', '-')}" for name in ("offline", "trust_remote_code") if settings.get(name)]
     while True:
         try:
             word = input(f"what now?  {' · '.join(CHOICES)}: ").strip().lower()
@@ -146,7 +163,8 @@ def ask_what_next(model: str, folder: Path, more: list[str]) -> list[str] | None
             if not word or choice == "quit":
                 return None
             if choice == "chat":
-                return ["chat", model, "--adapter-path", adapters, *more]
+                offline = ["--offline"] if settings.get("offline") else []
+                return ["chat", settings["model"], "--adapter-path", adapters, *model_flags(settings), *offline]
             if choice == "export":
                 return ["export", adapters, "--to", "mlx", *more]
             if choice == "compare" and (other := input("with the run in the folder: ").strip()):

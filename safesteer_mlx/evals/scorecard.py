@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..method.prompts import render, sets_to_score
 from ..method.rollout import Sampling
-from ..method.run import batch_size, most_read
+from ..method.run import batch_size, not_too_long
 from ..method.student import with_adapters
 from ..method.token_file import read_token_file
 from ..recipe import model_name
@@ -136,15 +136,8 @@ def score(
 
 def leave_out_long(test: TestSet, base: Loaded, screen: Screen) -> None:
     """Take out prompts of more tokens than are read, and say how many; a UserError if none of a suite is left."""
-    most = most_read(base)
     for name, items in test.kinds.items():
-        # A token is a byte at least, so that hardly any prompt need be rendered for this.
-        fit = [i for i in items if len(i.text.encode()) < most / 2 or len(render(base.tokenizer, i.text)) <= most]
-        if items and not fit:
-            raise UserError(f"every prompt of {name} is longer than the {most:,} tokens that are read; give others")
-        if len(fit) < len(items):
-            screen.line(f"{name}: {len(items) - len(fit)} prompts are longer than {most:,} tokens and are left out")
-        test.kinds[name] = fit
+        test.kinds[name] = not_too_long(base, name, items, screen)
 
 
 def _original(args: Namespace, base: Loaded) -> nn.Module:

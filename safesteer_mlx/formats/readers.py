@@ -36,7 +36,7 @@ from ..evals.scores import HOW
 from ..method.prompts import render
 from ..method.residual import hidden_states
 from ..method.rollout import Completion, Ids, Sampling, answer_text, generate, has_equal_batches, set_equal_batches
-from ..method.run import batch_size
+from ..method.run import after_thought, batch_size
 from ..method.student import with_adapters
 from ..recipe import HELD_OUT_TOKENS
 from ..system.files import MOST_TEMPLATE, parse_json, read_text, user_path
@@ -130,6 +130,7 @@ def _by_ids(
     def reply(question: Question, sampled: bool) -> tuple[str, bool]:
         prompt = render(base.tokenizer, question.text)
         ids = greedy(prompt, sampling.max_tokens)
+        ids = ids[: sampling.most(prompt, ids)]
         end = next((i for i, token in enumerate(ids) if token in sampling.eos_ids), None)
         completion = Completion(ids if end is None else ids[: end + 1], end is not None)
         return answer_text(base.tokenizer, prompt, completion), completion.finished
@@ -327,8 +328,8 @@ def compare(
     thinks = run.manifest.get("thinks", base.thinks)  # as it was scored: one that could think may not have
     longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if thinks else HELD_OUT_TOKENS
     size = batch_size(base, recipe.run.generation_batch_size, screen)
-    sampling = Sampling(base.eos_ids, longest, batch_size=size)
-    student, prompts = with_adapters(base.model, run.folder), questions(run, n)
+    sampling = Sampling(base.eos_ids, longest, batch_size=size, after=after_thought(base, HELD_OUT_TOKENS))
+    student, prompts = with_adapters(base.model, run.folder), questions(run, base, n)
     if (scores := recorded(run, prompts)) is None:
         scores = {}
         for name, model in (("base", base.model), ("student", student)):

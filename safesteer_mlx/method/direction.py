@@ -25,12 +25,13 @@ import mlx.nn as nn
 import numpy as np
 
 from ..system import machines
+from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError, silent
 from ..system.store import Block, Position, Prompt, Scores, StreamVector, TokenId
 from .judge import is_refusal
 from .losses import inside_and_rest
-from .prompts import Rows, opener_ids
+from .prompts import Rows, built_in_sets, opener_ids, render_all
 from .residual import (
     ablate,
     block_inputs,
@@ -43,7 +44,7 @@ from .residual import (
     steer,
     take_positions,
 )
-from .rollout import Completion
+from .rollout import Completion, Sampling, answer_text, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
 
 Ids = Sequence[int]
@@ -60,6 +61,7 @@ SPREAD = 4  # blocks that are tried where there are no tests
 CUT = 0.25  # of the answers that may be cut while they think
 REFUSED = 1 / 16  # of the harmful prompts that must be refused, for the others to be left out
 A_BLOCK = 2  # of one block: neighbouring positions differ little
+PROBES, PROBE_TOKENS = 8, 16  # answers, and tokens of each, that tell whether a model begins to think
 LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
 SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
@@ -662,10 +664,27 @@ def read_thoughts(
 def _lengths(tokenizer: Any, answers: Sequence[tuple[Completion, str]]) -> list[int]:
     """How many tokens were thought before each answer, or until the length ran out; none for a model that could think
     and mostly does not."""
+    thoughts = _thoughts(tokenizer, answers)
+    return thoughts if 2 * len(thoughts) > len(answers) else []
+
+
+def _thoughts(tokenizer: Any, answers: Sequence[tuple[Completion, str]]) -> list[int]:
+    """How many tokens were thought before those of the answers that were thought about, or until the length ran out."""
     ends = [tokenizer.rfind_think_end(completion.ids) for completion, _ in answers]
     pairs = zip(answers, ends, strict=True)
-    thoughts = [len(c.ids) if end < 0 else end for (c, text), end in pairs if end >= 0 or not text]
-    return thoughts if 2 * len(thoughts) > len(answers) else []
+    return [len(c.ids) if end < 0 else end for (c, text), end in pairs if end >= 0 or not text]
+
+
+def as_it_begins(base: Loaded, seed: int) -> Loaded:
+    """A model that could think first and begins none of a few answers with a thought, as one that cannot: else 256
+    answers would be waited for as long as a thought may be, before it is told."""
+    if not base.thinks:
+        return base
+    rows = render_all(base.tokenizer, built_in_sets(base.name).harmless_validation[:PROBES])
+    sampling = Sampling(base.eos_ids, PROBE_TOKENS, 1.0, batch_size=1)  # how batches work here is not known yet
+    completions = generate(base.model, rows, sampling, [stream_key(seed, 17, i) for i in range(len(rows))])
+    answers = [(c, answer_text(base.tokenizer, row, c)) for row, c in zip(rows, completions, strict=True)]
+    return base if _thoughts(base.tokenizer, answers) else replace(base, thinks=False)
 
 
 def find_directions(run: Run) -> FoundDirections:

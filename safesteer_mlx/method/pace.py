@@ -17,7 +17,7 @@ from ..system import machines
 from .direction import SHORTLIST, pruned_from
 from .prompts import instructions_to_train_on
 from .residual import blocks, last_logits
-from .rollout import Sampling, generate_here
+from .rollout import generate_here
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import TOLD
 from .teacher import ASKED, FIRST_PASSES, OPENING, OPENINGS, ROUNDS, VALIDATION_PROMPTS, VALIDATION_TOKENS
@@ -37,7 +37,7 @@ KEPT_BUSY = 0.85  # of a batch's rows, while those that have finished wait to be
 @dataclass(frozen=True)
 class Rates:
     """Seconds to read a token of a batch of prompts, and to feed a batch of one row and of `batch` rows a token each;
-    and how many tokens answers have, those that were longer counted as `HELD_OUT_TOKENS`."""
+    and how many tokens answers have, those that were longer counted as long as one that is scored may be."""
 
     reading: float
     feeding: tuple[float, float]
@@ -55,7 +55,7 @@ class Rates:
 
 def measure_rates(run: Run) -> Rates:
     """The rates of this machine with this model, from answers of the base to validation prompts."""
-    base, settings = run.base, run.recipe.run
+    base, settings, scored = run.base, run.recipe.run, run.sampling(HELD_OUT_TOKENS, 1.0)
     rows = [*run.prompts.harmful_validation, *run.prompts.harmless_validation]
     batch = min(settings.generation_batch_size, len(rows))
     sample = [rows[i * len(rows) // batch] for i in range(batch)]
@@ -74,16 +74,21 @@ def measure_rates(run: Run) -> Rates:
             return time.monotonic() - start > SECONDS
 
         keys = [run.key(15, i) for i in range(len(prompts))]
-        answers = generate_here(base.model, prompts, Sampling(base.eos_ids, most, 1.0, 1.0, batch, enough), keys)
+        how = replace(scored, max_tokens=most, batch_size=batch, enough=enough)
+        answers = generate_here(base.model, prompts, how, keys)
         read = reading * len(prompts) * max(map(len, prompts))
         fed = max(len(answer.ids) for answer in answers)
+        ended = [a.finished or bool(scored.after and scored.after.enough(a.ids) == len(a.ids)) for a in answers]
         # One that was cut would have gone on for as long as answers of a constant chance to end do.
-        more = sum(len(answer.ids) for answer in answers) / max(1, sum(answer.finished for answer in answers))
-        lengths = [min(HELD_OUT_TOKENS, len(a.ids) + (0 if a.finished else int(more))) for a in answers]
+        more = sum(len(answer.ids) for answer in answers) / max(1, sum(ended))
+        lengths = [
+            min(scored.max_tokens, len(a.ids) + (0 if whole else int(more)))
+            for a, whole in zip(answers, ended, strict=True)
+        ]
         return max(1e-6, time.monotonic() - start - read) / fed, lengths
 
     alone, _ = measure(sample[:1], 8)
-    side_by_side, lengths = measure(sample, HELD_OUT_TOKENS)
+    side_by_side, lengths = measure(sample, scored.max_tokens)
     return Rates(reading, (alone, side_by_side), batch, lengths)
 
 
@@ -132,13 +137,14 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
     rows = train.batch_size * train.num_generations * train.grad_accumulation_steps
     length = prompt + float(np.mean([min(n, most) for n in rates.lengths]))
     a_step = answer(rows, most) + read(PASSES * rows, length) + read(sum(map(len, both)) / MEASURED_EVERY)
-    a_step += answer(COLLAPSE_PROMPTS, REFUSAL_TOKENS) / train.save_every
+    a_step += answer(COLLAPSE_PROMPTS, run.answer_tokens(REFUSAL_TOKENS)) / train.save_every
     training = steps * a_step
 
     few, capability = recipe.run.test_prompts, sets.capability_test
     n_tests = sum(len(kind[:few]) for kind in (sets.harmful_test, sets.harmless_test, sets.borderline_test))
     n_tasks = min(len(capability), len({item.category for item in capability}) * (few or len(capability)))
-    scored = answer(2 * n_tests, run.answer_tokens(HELD_OUT_TOKENS), 2) + answer(n_tasks, TASK_TOKENS)
+    judged = run.answer_tokens(HELD_OUT_TOKENS)
+    scored = answer(2 * n_tests, judged, 2) + answer(n_tasks, judged if thinks else TASK_TOKENS)
     scored += 2 * read(DRIFT_PROMPTS, prompt + float(np.mean(rates.lengths)))
     scoring = (2 + recipe.run.score_teacher) * scored
     size = machines.here().size

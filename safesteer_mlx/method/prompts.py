@@ -394,10 +394,13 @@ def sources(model: str, data: str | None, given: Iterable[str]) -> str:
 
 
 def longest_prompt(recipe: Recipe) -> int:
-    """Tokens of the longest prompt of the run, estimated before there is a tokenizer."""
-    sets = vars(prompt_sets(recipe)).values()
+    """Tokens of the longest prompt of the run, estimated before there is a tokenizer; of sets that are only trained on,
+    none is longer than is allowed there."""
+    sets = vars(prompt_sets(recipe))
     around = TEMPLATE_TOKENS + (FRAME_TOKENS if recipe.train.prefill_ratio or recipe.train.wrap_ratio else 0)
-    return max(len(item.text) for items in sets for item in items) // CHARACTERS_A_TOKEN + around
+    longest = {name: max(len(item.text) for item in items) // CHARACTERS_A_TOKEN for name, items in sets.items()}
+    most = {name: recipe.train.max_prompt_length for name in ("harmful_train", "harmless_train")}
+    return max(min(own + around, most.get(name, own + around)) for name, own in longest.items())
 
 
 def direction_counts(recipe: Recipe, sets: PromptSets) -> dict[str, int]:

@@ -150,11 +150,27 @@ class _AlikeReader:
 
 
 @dataclass(frozen=True)
+class AfterThought:
+    """Where thinking comes first: how many `tokens` of an answer are enough behind the last `end` of its thought, whose
+    ids these are. The last `begun` ids of its prompt belong to the answer already."""
+
+    end: Ids
+    tokens: int
+    begun: int = 0
+
+    def enough(self, answer: Ids) -> int | None:
+        """Ids of the whole answer that are enough, by what is written of it; None before its thought has ended."""
+        size = len(self.end)
+        ends = [i for i in range(size, len(answer) + 1) if [*answer[i - size : i]] == [*self.end]]
+        return ends[-1] + self.tokens if ends else None
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How answers are drawn: greedy at `temp` 0, `max_tokens` at most, `batch_size` of them at a time.
 
     `enough`, asked of a prompt and what was answered so far every `ASKED_EVERY` ids, says that the rest of an answer
-    makes no difference.
+    makes no difference; `after` says so of answers that were thought about.
     """
 
     eos_ids: Ids
@@ -163,6 +179,15 @@ class Sampling:
     top_p: float = 1.0
     batch_size: int = 32
     enough: Callable[[Ids, Ids], bool] | None = None
+    after: AfterThought | None = None
+
+    def most(self, prompt: Ids, ids: Ids) -> int:
+        """Ids that an answer may have, by what is written of it."""
+        if self.after is None:
+            return self.max_tokens
+        begun = self.after.begun
+        enough = self.after.enough([*prompt[len(prompt) - begun :], *ids])
+        return self.max_tokens if enough is None else min(self.max_tokens, enough - begun)
 
 
 def generate(
@@ -272,6 +297,7 @@ def _decode(
     has finished goes on unheard until there are enough of them to be worth taking out of the caches and replacing.
     """
     ids: list[list[int]] = [[] for _ in prompts]
+    most = [sampling.most(prompt, []) for prompt in prompts]
     completions: dict[int, Completion] = {}
     together = isinstance(read, _Reader)
     rows: list[int] = []  # in the batch
@@ -308,8 +334,11 @@ def _decode(
                 unread.discard(row)
                 continue
             ids[row].append(token)
-            if token in sampling.eos_ids or len(ids[row]) == sampling.max_tokens:
-                completions[row] = Completion(ids[row], token in sampling.eos_ids)
+            if sampling.after and token == sampling.after.end[-1]:
+                most[row] = sampling.most(prompts[row], ids[row])
+            if token in sampling.eos_ids or len(ids[row]) >= most[row]:
+                finished = token in sampling.eos_ids
+                completions[row] = Completion(ids[row], finished, not finished and most[row] < sampling.max_tokens)
             elif len(ids[row]) % ASKED_EVERY == 0 and sampling.enough and sampling.enough(prompts[row], ids[row]):
                 completions[row] = Completion(ids[row], False, cut=True)
         progress(len(completions), len(prompts))

@@ -21,9 +21,20 @@ from ..system.model_files import read_header
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Known, Store, fingerprint, sha256_of
 from .judge import judge_hash, own_phrases, use_refusal_phrases
-from .prompts import Prompts, PromptSets, Rows, built_in_sets, direction_counts, prompt_sets, render_all, render_prompts
+from .prompts import (
+    Instruction,
+    Prompts,
+    PromptSets,
+    Rows,
+    built_in_sets,
+    direction_counts,
+    prompt_sets,
+    render,
+    render_all,
+    render_prompts,
+)
 from .residual import block_inputs, check_stream, last_logits, view
-from .rollout import Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
+from .rollout import AfterThought, Completion, Sampling, answers, generate_here, set_equal_batches, stream_key
 from .token_file import read_token_file
 
 T = TypeVar("T")
@@ -49,10 +60,9 @@ class Run:
         return max(enough, self.recipe.train.max_tokens) if self.base.thinks else enough
 
     def sampling(self, enough: int, temp: float = 0.0) -> Sampling:
-        """How answers are drawn of which `enough` tokens tell what they do."""
-        return Sampling(
-            self.base.eos_ids, self.answer_tokens(enough), temp, batch_size=self.recipe.run.generation_batch_size
-        )
+        """How answers are drawn of which `enough` tokens tell what they do, behind the thought if there is one."""
+        size, after = self.recipe.run.generation_batch_size, after_thought(self.base, enough)
+        return Sampling(self.base.eos_ids, self.answer_tokens(enough), temp, batch_size=size, after=after)
 
     def key(self, *which: int) -> mx.array:
         """The run's random key for something that is drawn."""
@@ -81,6 +91,12 @@ class Run:
         return replace(self, recipe=replace(self.recipe, **sections))
 
 
+def after_thought(base: Loaded, enough: int) -> AfterThought | None:
+    """Where the answers of a model end that thinks first: `enough` tokens behind the thought; None for any other."""
+    end = base.tokenizer.think_end_tokens if base.thinks else None
+    return AfterThought(end, enough) if end else None
+
+
 def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) -> Run:
     """Render the prompts, check how this architecture batches, open the run's folder.
 
@@ -88,7 +104,7 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
         UserError: what a user can mend, in one sentence.
     """
     use_refusal_phrases(recipe.run.refusal_phrases)
-    sets = prompt_sets(recipe)
+    sets = sets_read(base, prompt_sets(recipe), screen)
     prompts = render_prompts(recipe, sets, base.tokenizer)
     for name, count in direction_counts(recipe, sets).items():
         if count < (wanted := getattr(recipe.direction, name.split("_", 1)[1])):
@@ -194,11 +210,32 @@ def batch_size(base: Loaded, wanted: int, screen: Screen, prompts: Rows | None =
     return 1
 
 
-def most_read(base: Loaded) -> int:
+def most_read(config: dict[str, Any]) -> int:
     """Ids of a prompt at most: what the model was made for, within what a machine can read in reasonable time."""
-    text = base.config.get("text_config") or base.config
+    text = config.get("text_config") or config
     made_for = text.get("max_position_embeddings")
     return min(max(made_for, READ[0]), READ[1]) if type(made_for) is int else READ[1]
+
+
+def not_too_long(base: Loaded, name: str, items: list[Instruction], screen: Screen) -> list[Instruction]:
+    """The prompts of a set that are read, of no more than `most_read` tokens; how many are not is said.
+
+    Raises:
+        UserError: none of them is.
+    """
+    most = most_read(base.config)
+    # A token is a byte at least, so that hardly any prompt need be rendered for this.
+    fit = [i for i in items if len(i.text.encode()) < most / 2 or len(render(base.tokenizer, i.text)) <= most]
+    if items and not fit:
+        raise UserError(f"every prompt of {name} is longer than the {most:,} tokens that are read; give others")
+    if len(fit) < len(items):
+        screen.line(f"{name}: {len(items) - len(fit)} prompts are longer than {most:,} tokens and are left out")
+    return fit
+
+
+def sets_read(base: Loaded, sets: PromptSets, screen: Screen) -> PromptSets:
+    """A run's sets, as far as they are read; a UserError as `not_too_long`."""
+    return PromptSets(**{name: not_too_long(base, name, items, screen) for name, items in vars(sets).items()})
 
 
 def can_batch(base: Loaded, prompts: Sequence[Sequence[int]]) -> bool:

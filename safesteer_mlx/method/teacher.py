@@ -33,8 +33,8 @@ from ..system.screen import Advance, UserError, silent
 from .direction import PROMPT_BATCH, Direction, FoundDirections, opening_probabilities
 from .judge import is_broken, outcome
 from .residual import last_logits, steer, view
-from .rollout import Completion, Sampling, answer_text, generate, stream_key
-from .run import Run
+from .rollout import AfterThought, Completion, Sampling, answer_text, generate, stream_key
+from .run import Run, after_thought
 
 Rows = Sequence[list[int]]
 
@@ -162,7 +162,8 @@ class Validation:
     `opening` tokens of an answer are the teacher's, the rest, to `max_tokens`, the base's. Prompts are read
     `prompt_batch_size` at a time, answers drawn `batch_size`. `system_prompted` are the same prompts as a system-prompt
     teacher reads them, harmful and harmless. Where answers begin alike, `undecided` are the prompts of the forward
-    passes, with as much of an answer as tells nothing yet, and `least_opening` is more than that.
+    passes, with as much of an answer as tells nothing yet, and `least_opening` is more than that. `after` is
+    `Sampling`'s.
     """
 
     harmful: Rows
@@ -175,6 +176,7 @@ class Validation:
     system_prompted: tuple[Rows, Rows] | None = None
     undecided: Sequence[Rows] = ()
     least_opening: int = 1
+    after: AfterThought | None = None
 
 
 def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> list[tuple[Completion, str]]:
@@ -186,16 +188,20 @@ def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> lis
     rows = [*q.harmful, *q.harmless]
     teacher_rows = rows if q.system_prompted is None else [*q.system_prompted[0], *q.system_prompted[1]]
 
-    def draw(model: nn.Module, rows: Rows, indices: Sequence[int], max_tokens: int, part: int) -> list[Completion]:
-        keys = [stream_key(q.seed, 3, part, i) for i in indices]
-        return generate(model, rows, Sampling(base.eos_ids, max_tokens, 1.0, batch_size=q.batch_size), keys)
+    def draw(model: nn.Module, rows: Rows, indices: Sequence[int], begun: int, end: int) -> list[Completion]:
+        """Answers from place `begun` to `end`, in two parts, each with streams of its own."""
+        keys = [stream_key(q.seed, 3, int(begun > 0), i) for i in indices]
+        after = q.after and replace(q.after, begun=begun)
+        how = Sampling(base.eos_ids, end - begun, 1.0, batch_size=q.batch_size, after=after)
+        return generate(model, rows, how, keys)
 
     opening = min(q.opening, q.max_tokens)
-    openings = draw(teacher, teacher_rows, range(len(rows)), opening, 0)
+    openings = draw(teacher, teacher_rows, range(len(rows)), 0, opening)
     answers = list(openings)
-    open_ended = [i for i, a in enumerate(answers) if not a.finished and opening < q.max_tokens]
+    most = [(q.after and q.after.enough(a.ids)) or q.max_tokens for a in answers]
+    open_ended = [i for i, a in enumerate(answers) if not a.finished and opening < min(q.max_tokens, most[i])]
     prefixes = [[*rows[i], *answers[i].ids] for i in open_ended]
-    for i, rest in zip(open_ended, draw(base.model, prefixes, open_ended, q.max_tokens - opening, 1), strict=True):
+    for i, rest in zip(open_ended, draw(base.model, prefixes, open_ended, opening, q.max_tokens), strict=True):
         answers[i] = Completion([*answers[i].ids, *rest.ids], rest.finished)
     texts = [answer_text(base.tokenizer, row, a) for row, a in zip(rows, answers, strict=True)]
     return list(zip(openings, texts, strict=True))
@@ -358,6 +364,7 @@ def validation(run: Run, directions: FoundDirections) -> Validation:
         system_prompted,
         directions.thoughts.undecided,
         directions.thoughts.turns_at + 1,
+        after_thought(run.base, VALIDATION_TOKENS),
     )
 
 

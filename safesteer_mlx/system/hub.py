@@ -53,19 +53,29 @@ def model_folder(name: str, revision: str | None = None, with_code: bool = False
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
-def is_here(name: str, revision: str | None = None) -> bool:
-    """Whether all weights of a model are on this machine: in its folder, or in the Hub's cache."""
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """A model's folder, or what the Hub's cache holds of it, perhaps not all; None if it is not on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if (folder := user_path(name)).is_dir():
+        return folder
     try:
-        if not (folder := user_path(name)).is_dir():
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+
+
+def is_here(name: str, revision: str | None = None) -> bool:
+    """Whether all weights of a model are on this machine: in its folder, or in the Hub's cache."""
+    if (folder := local_folder(name, revision)) is None:
+        return False
+    try:
         shards = {*folder.glob("*.safetensors")}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             shards = {folder / shard for shard in read_json(index, str(index), "")["weight_map"].values()}
-    except (LocalEntryNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(shards) and all(shard.is_file() for shard in shards)
 

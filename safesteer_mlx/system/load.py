@@ -15,9 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..recipe import RunSettings
 from .chat_template import check_template, rendered_elsewhere
 from .files import user_path
-from .hub import headers, is_offline, model_folder
+from .hub import headers, is_offline, local_folder, model_folder
 from .model_files import (
     Tensor,
     check_config,
@@ -165,6 +166,19 @@ def load(
         mx.eval(model.parameters())
     thinks = tokenizer.has_thinking and thinking != "off"
     return Loaded(name, path, model, tokenizer, config, bool(sizes), dequantize, thinks)
+
+
+def may_think(settings: RunSettings, config: dict[str, Any]) -> bool:
+    """Whether the model of a run may think before it answers: as `--thinking` says, else by its tokenizer, if that is
+    on this machine; no weights are read."""
+    if settings.thinking != "auto" or (folder := local_folder(settings.model, settings.revision)) is None:
+        return settings.thinking == "on"
+    try:
+        tokenizer = read_tokenizer(settings.model, folder, config, settings.trust_remote_code)
+    except UserError:  # which is told when the model is loaded
+        return False
+    _read_channels(tokenizer)
+    return tokenizer.has_thinking
 
 
 def read_tokenizer(

@@ -31,6 +31,7 @@ PAGES = 0.95  # of the physical memory, beyond which a machine runs on its disk
 DISPLAY = "it helps to let the display sleep, or to start with AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 set"
 # Of a gradient's activations, where experts are asked one token after another; and again where they are checkpointed.
 IN_TURN, KEPT_TWICE = 2.4, 1.7
+READ_BACK = 16  # answers that base and student read at a time, for drift
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
 # Values a token by bytes of a value, of each feature below, in its order (scripts/fit_memory.py): kept for a gradient
@@ -217,7 +218,7 @@ def _longest(recipe: Recipe, longest_prompt: int) -> tuple[int, int]:
     """Tokens of the longest prompt that is trained on, and of the longest completion."""
     keep = recipe.tokens.horizon if recipe.loss.first_tokens == "auto" else int(recipe.loss.first_tokens)
     answer = rollout_tokens(recipe.train, replace(recipe.loss, first_tokens=keep))
-    return min(longest_prompt, recipe.train.max_prompt_length), answer
+    return min(longest_prompt, recipe.train.max_prompt_length), answer  # of longer ones none is trained on
 
 
 def _rollouts(train: TrainSettings) -> int:
@@ -230,8 +231,11 @@ def _of_the_longest(train: TrainSettings, length: int) -> float:
     return rows if train.micro_batch_tokens is None else max(1.0, min(rows, train.micro_batch_tokens / length))
 
 
-def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: int) -> Plan:
-    """The bytes of each stage, for prompts of up to `longest_prompt` tokens."""
+def plan(
+    recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: int, judged: int = HELD_OUT_TOKENS
+) -> Plan:
+    """The bytes of each stage, for prompts of up to `longest_prompt` tokens, and up to `judged` tokens of an answer
+    that is judged."""
     train, run = recipe.train, recipe.run
     dequantizes = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
     weights = shape.dequantized_bytes if dequantizes else shape.weight_bytes
@@ -245,33 +249,41 @@ def plan(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: in
     trained = 8 * width * trained_values(shape, train)
     vocabulary = 4 * shape.vocabulary
     rows = run.generation_batch_size
-    scored = prompt + recipe.tokens.horizon
+    scored = longest_prompt + recipe.tokens.horizon
     read_for_tokens = recipe.direction.direction_validation * (2 if recipe.tokens.token_method == "part" else 1)
     positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
-    read = forward_bytes(shape, run.prompt_batch_size, prompt)
-    # Continuations, rollouts, held-out answers: how many at a time and how long; the largest counts.
-    samplings = ((rows, recipe.tokens.horizon), (min(rows, rollouts), answer), (rows, HELD_OUT_TOKENS))
-    answers, length = max(samplings, key=lambda a: sampling_bytes(shape, a[0], prompt, a[1]))
+    read = forward_bytes(shape, run.prompt_batch_size, longest_prompt)
+    # Continuations, rollouts, held-out answers: how many at a time, to what and how long; the largest counts.
+    samplings = (
+        *((rows, longest_prompt, recipe.tokens.horizon), (min(rows, rollouts), prompt, answer)),
+        (rows, longest_prompt, judged),
+    )
+    answers, request, length = max(samplings, key=lambda a: sampling_bytes(shape, *a))
     activations = gradient_bytes(shape, train, micro, prompt + answer, train.grad_checkpoint == "on")
     stages = {
         "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": forward_bytes(shape, run.prompt_batch_size, scored)
         + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
         + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary)),
-        "sampling": sampling_bytes(shape, answers, prompt, length),
+        "sampling": sampling_bytes(shape, answers, request, length),
         "training": activations + loss_bytes(shape, learned),
     }
+    if judged > HELD_OUT_TOKENS:  # else far less than what tokens are found on
+        states = 2 * shape.activation_bytes * shape.hidden * READ_BACK * judged
+        stages["scoring"] = forward_bytes(shape, READ_BACK, longest_prompt + judged) + states
     together = f"{train.micro_batch_tokens:,} tokens" if train.micro_batch_tokens else f"{micro} completions"
     parts = {
         "direction": {f"activations of {run.prompt_batch_size} prompts": read},
-        "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, prompt + length)},
+        "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, request + length)},
         "training": {f"activations of {together}": activations, "loss": loss_bytes(shape, learned)},
     }
     share = 1.0 if machine.source == "--memory-limit" else ROOM
     return Plan(recipe, weights, trained, stages, parts, int(share * machine.memory))
 
 
-def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: int) -> Plan:
+def fitted(
+    recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: int, judged: int = HELD_OUT_TOKENS
+) -> Plan:
     """The plan whose batches fit, if any do: prompts read at a time, answers generated, completions trained on.
 
     `grad_checkpoint: auto` becomes on where training would not fit without it, before its batch is cut.
@@ -281,7 +293,7 @@ def fitted(recipe: Recipe, shape: ModelShape, machine: Machine, longest_prompt: 
         return replace(recipe, train=replace(recipe.train, **changes))
 
     def now() -> Plan:
-        return plan(recipe, shape, machine, longest_prompt)
+        return plan(recipe, shape, machine, longest_prompt, judged)
 
     def over(*names: str) -> bool:
         p = now()
@@ -345,7 +357,7 @@ def _knob(plan: Plan) -> str:
     if plan.weights > plan.budget:
         return "the weights alone are too large; choose a smaller or a 4-bit model"
     if worst == "direction":
-        return "leave out the longest prompts with a smaller --max-prompt-length"
+        return "take the longest prompts out of --data"
     if worst == "safety tokens":
         return f"lower --token-samples (now {plan.recipe.tokens.token_samples})"
     if worst == "training" and train.grad_checkpoint == "off":
