@@ -325,8 +325,8 @@ def compare(
     in what is returned says that the student computes in float32, so that its like can be told from it by a hair.
     """
     recipe, seed = run.recipe, run.recipe.run.seed
-    thinks = run.manifest.get("thinks", base.thinks)  # as it was scored: one that could think may not have
-    longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if thinks else HELD_OUT_TOKENS
+    base = replace(base, thinks=run.manifest.get("thinks", base.thinks))  # as scored: one that could may not have
+    longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
     size = batch_size(base, recipe.run.generation_batch_size, screen)
     sampling = Sampling(base.eos_ids, longest, batch_size=size, after=after_thought(base, HELD_OUT_TOKENS))
     student, prompts = with_adapters(base.model, run.folder), questions(run, base, n)
