@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, command_module
-from .recipe import HELD_OUT_TOKENS, STEPS, Recipe, model_name, parse, read_yaml, recipe_note, resolve
+from .recipe import HELD_OUT_TOKENS, STEPS, Recipe, idle, model_name, parse, read_yaml, recipe_note, resolve
 from .system import machines
 from .system.files import user_path
 from .system.hub import prepare
@@ -351,6 +351,8 @@ def main(argv: list[str]) -> None:
     screen.line(f"model: {name}" + (f", recipe {recipe_name}" if recipe_name else ""))
     if note := recipe_note(recipe_name):
         screen.line(f"  {note}")
+    for line in idle(recipe, flags):
+        screen.line(line)
     if verdict_only:
         with tempfile.TemporaryDirectory() as scratch:  # what is found for it is not kept
             recipe = replace(recipe, run=replace(recipe.run, adapter_path=f"{scratch}/check"))

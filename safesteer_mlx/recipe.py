@@ -8,7 +8,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -289,6 +289,15 @@ RENAMED = {
     "check": "verdict_only",
 }
 RENAMED_VALUES = {("loss", "mixture"): "jsd"}
+
+# What a setting does nothing without.
+NEEDS = {
+    "system_prompt": ("teacher", "system_prompt"),
+    "ema_rate": ("teacher", "ema"),
+    "refresh_every": ("teacher", "ema"),
+    "top_k": ("loss_tokens", "top_k"),
+    "jsd_alpha": ("loss", "jsd"),
+}
 
 # The published method as it is. Horizon, p_min and rate are published by model: models/*.yaml hold them.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -635,6 +644,17 @@ def model_recipe(config: Mapping[str, Any], name: str = "") -> tuple[str | None,
 def recipe_note(name: str | None) -> str | None:
     """What a user should know of the family that a model recipe is for, if its file says so."""
     return None if name is None else read_yaml(MODELS / f"{name}.yaml").get("note")
+
+
+def idle(recipe: Recipe, flags: Iterable[str]) -> list[str]:
+    """A line for each of the settings given on the command line that does nothing in this recipe."""
+    settings = recipe.flat()
+    needs = {name: NEEDS[name] for name in flags if name in NEEDS}
+    return [
+        f"--{name.replace('_', '-')} does nothing without --{other.replace('_', '-')} {value}"
+        for name, (other, value) in needs.items()
+        if settings[other] != value
+    ]
 
 
 def resolve(

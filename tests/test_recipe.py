@@ -2,13 +2,17 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
+from safesteer_mlx import align
 from safesteer_mlx.recipe import (
     MODELS,
+    NEEDS,
     RENAMED,
     TrainSettings,
+    idle,
     model_name,
     model_recipe,
     parse,
@@ -248,6 +252,23 @@ def test_two_ways_to_choose_the_step_exclude_each_other(tmp_path):
         with pytest.raises(UserError, match=r"^keep_best and select_checkpoint both .* leave one of them out$"):
             resolve({}, flags, yaml_file=file)
     assert resolve({}, {**select, "keep_best": False}, yaml_file=tmp_path / "own.yaml")[0].run.select_checkpoint
+
+
+def test_a_flag_that_does_nothing_is_named(tmp_path, monkeypatch, capsys):
+    flags = {"top_k": 20, "refresh_every": 5, "jsd_alpha": 0.3, "loss": "jsd", "seed": 3}
+    expected = [
+        "--top-k does nothing without --loss-tokens top_k",
+        "--refresh-every does nothing without --teacher ema",
+    ]
+    assert idle(resolve({}, flags)[0], flags) == expected
+    partners = {"loss_tokens": "top_k", "teacher": "ema"}
+    assert idle(resolve({}, flags | partners)[0], flags) == []
+    for other, (name, value) in NEEDS.items():  # of names and values that there are
+        assert idle(resolve({}, {name: value})[0], [other]) == []
+    monkeypatch.setattr(align, "align_model", lambda *_, **__: SimpleNamespace(not_aligned=None))
+    monkeypatch.chdir(tmp_path)
+    assert align.main(["--ema-rate", "0.5", "--yes"]) == 0
+    assert "--ema-rate does nothing without --teacher ema\n" in capsys.readouterr().out
 
 
 def test_an_unknown_key_names_the_nearest():
