@@ -66,7 +66,7 @@ from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered
 Ids = Sequence[int]
 
 FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
-LOST = 3e-5  # a rate below which weights in half precision mostly stay as they are (docs/how-it-works.md)
+LOST = 3e-5  # half of what lies between two bfloat16 weights near 0.01: a smaller step mostly leaves them as they are
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
