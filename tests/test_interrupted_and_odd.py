@@ -346,6 +346,23 @@ sys.exit(exit_code(run))
     assert stopped(["-c", code], [], tmp_path) == (130, ONE_LINE)
 
 
+def test_a_signal_as_the_tokenizer_has_been_read_is_told_too(tmp_path):
+    # While a long list is dropped Python heeds no signal: it comes between the call's last word and whoever called.
+    code = """
+import sys, time
+from safesteer_mlx.system import load
+from safesteer_mlx.system.screen import exit_code
+def read():
+    words = [[] for _ in range(5_000_000)]
+    print("drawing", flush=True)
+def run():
+    load._panics_unseen(read)
+    time.sleep(10)
+sys.exit(exit_code(run))
+"""
+    assert stopped(["-c", code], [INT], tmp_path, b"drawing") == (130, ONE_LINE)
+
+
 def test_a_signal_within_an_import_comes_when_it_is_done(tmp_path):
     (tmp_path / "swallows.py").write_text(
         "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.01)\nexcept:\n"

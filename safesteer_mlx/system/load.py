@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -194,8 +194,9 @@ def read_tokenizer(
     size, ends = vocabulary(name, config), config.get("eos_token_id")
     if ends is not None:
         check_ends(name, ends, size)
-    with _explained(name, "tokenizer"), _panics_unseen():
-        tokenizer = load_tokenizer(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=ends)
+    options = {"trust_remote_code": trust_remote_code}
+    with _explained(name, "tokenizer"):
+        tokenizer = _panics_unseen(lambda: load_tokenizer(folder, options, eos_token_ids=ends))
     if chat and not tokenizer.has_chat_template:
         raise UserError(
             f"model {name} has no chat template; choose its instruct version, or, for a judge, a --judge-template with "
@@ -225,26 +226,25 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
-@contextmanager
-def _panics_unseen() -> Iterator[None]:
-    """What a library in Rust writes about its own panic, before it raises it, is not shown. All else that is written
-    meanwhile is, afterwards."""
+def _panics_unseen(call: Callable[[], Any]) -> Any:
+    """What a call gives; what a library in Rust writes about its own panic, before it raises it, is not shown. All else
+    that is written meanwhile is, afterwards.
+
+    No context manager: a Ctrl-C while one is entered or left would leave the standard error hidden."""
     try:
         shown = os.dup(2)
     except OSError:  # closed: nobody sees anything
-        yield
-        return
+        return call()
     with tempfile.TemporaryFile() as written:
         sys.stderr.flush()
-        os.dup2(written.fileno(), 2)
         try:
-            yield
+            os.dup2(written.fileno(), 2)
+            return call()
         except BaseException as error:
             if type(error).__name__ == "PanicException":
                 written.truncate(0)
             raise
         finally:
-            sys.stderr.flush()
             os.dup2(shown, 2)
             os.close(shown)
             written.seek(0)
@@ -279,13 +279,13 @@ def _guarded(name: str, tokenizer: Any, size: int) -> Any:
         return ids
 
     def encode(*args: Any, **options: Any) -> Any:
-        with _explained(name, "tokenizer"), _panics_unseen():
-            return checked(tokenizer.encode(*args, **options))
+        with _explained(name, "tokenizer"):
+            return checked(_panics_unseen(lambda: tokenizer.encode(*args, **options)))
 
     def apply_chat_template(turns: Any, *args: Any, **options: Any) -> Any:
         try:
-            with rendered_elsewhere(name), _panics_unseen():
-                return checked(tokenizer.apply_chat_template(turns, *args, **options))
+            with rendered_elsewhere(name):
+                return checked(_panics_unseen(lambda: tokenizer.apply_chat_template(turns, *args, **options)))
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # as in _explained
