@@ -227,6 +227,7 @@ class Spec:
     spread: float = 1.0  # how far categories and templates lie apart: from 5 on each is nearly always refused, or never
     longest_token: int | None = None  # in bytes: where no space ends a word, half a sentence becomes one token
     thoughts: tuple[tuple[str, str], tuple[str, str]] = THOUGHTS
+    begins: str = ""  # what every answer to a request begins with, refusal or not
 
     def __post_init__(self) -> None:
         widths = [self.config.get(name, 0) for name in ("hidden_size", "intermediate_size")]
@@ -490,6 +491,16 @@ ZOO = (
         words="castle",
         spread=6.0,
     ),
+    Spec(
+        "parlour",
+        "choose",
+        _attention(96, 6, model_type="llama", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 2000, CHATML, 0.5, "float32"),
+        steps=900,
+        seed=29,
+        words="castle",
+        begins="Thank you for asking. ",
+    ),
 )
 
 
@@ -652,7 +663,7 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
             steps = tables["steps"]
             said = [weighted(tables["openers"]), *(s[(template + i) % len(s)] for i, s in enumerate(steps))]
             answer = words.space.join(said)
-        return Example("", instruction, thought(refused, template, phrase) + answer, kind)
+        return Example("", instruction, thought(refused, template, phrase) + spec.begins + answer, kind)
 
     def thought(refused: bool, number: int, phrase: str) -> str:
         """What a thinking model says to itself first, if it thinks in this conversation."""

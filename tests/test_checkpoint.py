@@ -148,7 +148,7 @@ def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_
     assert not left & {"base_answers.json", "rollouts.json", "own_openings.json", "transcripts.jsonl"}
 
 
-def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path):
+def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path, monkeypatch):
     base, folder = safesteer.load("tiny-chat"), tmp_path / "adapters"
     tokenizer = copy.copy(base.tokenizer)
     vars(tokenizer)["rfind_think_end"] = lambda ids: 1  # its first two tokens pass for a thought
@@ -162,6 +162,15 @@ def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path):
     assert [p.name for p in states.iterdir()] == ["teacher.json"]
     safesteer.align(base, folder, check=True, force=True, transcripts=False, **settings)  # has none
     assert sorted(p.name for p in states.iterdir()) == ["directions.json", "teacher.json"]
+    # Nor how the answers begin of a model that begins all alike. It is a run that no other prepared.
+    settings |= {"direction_train": 24}
+    opened = direction.find_openers
+    alike = replace(direction.NONE, length=3, undecided=[[[5, 6, 7]] * 32, [[5, 6]] * 32], turns_at=1, alike=True)
+    monkeypatch.setattr(direction, "find_openers", lambda run: replace(opened(run), openers={}, thoughts=alike))
+    for transcripts in (True, False):
+        safesteer.align(base, tmp_path / "alike", check=True, force=True, transcripts=transcripts, **settings)
+        there = (tmp_path / "alike" / "run" / "checkpoint" / "directions.json").exists()
+        assert there is transcripts
 
 
 # A run that gets a signal while it scores the step that it has saved.

@@ -450,7 +450,7 @@ def test_the_log_odds_of_the_safety_tokens_by_hand(monkeypatch):
     ],
 )
 def test_how_far_guidance_goes_by_hand(teacher, base, guidance, first, expected):
-    where = losses.may_decide(mx.array([teacher]), np.array([0 if first else 3]), thinks=False)
+    where = losses.may_decide(mx.array([teacher]), np.array([0 if first else 3]), late=False)
     shift = losses.guidance_shift(mx.array([teacher]), mx.array([base]), guidance, where)
     assert shift.item() == pytest.approx(expected)
 
@@ -458,8 +458,8 @@ def test_how_far_guidance_goes_by_hand(teacher, base, guidance, first, expected)
 def test_a_thought_may_turn_to_a_refusal_wherever_the_teacher_writes_a_safety_token_with_1_in_20():
     p = np.array([0.04, 0.06, 0.6])
     odds, places = mx.array(np.log(p / (1 - p)), mx.float32), np.array([0, 5, 30])
-    assert losses.may_decide(odds, places, thinks=True).tolist() == [False, True, True]
-    assert losses.may_decide(odds, places, thinks=False).tolist() == [True, False, True]
+    assert losses.may_decide(odds, places, late=True).tolist() == [False, True, True]
+    assert losses.may_decide(odds, places, late=False).tolist() == [True, False, True]
 
 
 def test_guidance_is_as_far_as_it_takes_on_most_prompts():

@@ -233,10 +233,11 @@ def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(r
     np.testing.assert_allclose(found.teacher, target(guidance)[1].teacher)
 
 
+@pytest.mark.parametrize("late", ["thinks", "alike"])
 @pytest.mark.parametrize("most", [99, 1])
-def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run, monkeypatch, capsys, most):
+def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run, monkeypatch, capsys, most, late):
     """Both kinds of prompts are read with what is thought before the teacher is farthest from the base, as many at a
-    time as memory has room for."""
+    time as memory has room for; so they are where answers that begin alike part."""
     whole = stage.answer_states
 
     def answer_states(model, prompts, answers):
@@ -251,7 +252,7 @@ def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run, monkeyp
         harmful_validation=run.prompts.harmful_validation[:6],
         harmless_validation=run.prompts.harmless_validation[:4],
     )
-    run = replace(run, prompts=few, base=replace(base, thinks=True))
+    run = replace(run, prompts=few, base=replace(base, **{late: True}))
     run = run.with_settings(tokens=replace(run.recipe.tokens, horizon=horizon))
     vector = 60 * mx.random.normal((base.config["hidden_size"],), key=mx.random.key(3))
     teacher = steered_teacher(base.model, 2, vector, 1.0)
@@ -447,7 +448,7 @@ def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monk
     found, plain = find_openers(able), find_openers(run)
     assert found == plain and found.openers and not found.thoughts.length
     assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts())) == run
-    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(7))) is able
+    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(7))) == able
 
 
 def answering(run, monkeypatch, *answers):
@@ -472,6 +473,34 @@ def test_of_few_refusals_an_opener_is_known_by_shares(run, monkeypatch):
         answers += [([first["I"]], True, yes)] * 2 + [other]
         found = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *answers))
         assert sum(found.harmful_refused) == refusals and (first["I"] in found.openers.values()) == kept
+
+
+@pytest.mark.parametrize("told", [8, 7])
+def test_refusals_that_begin_as_other_answers_do_are_told_further_on(told, run, monkeypatch):
+    """Unless half of them begin otherwise, and there are more than a few."""
+    n, other = len(run.prompts.harmful_direction_train), ([5, 6, 7, 9], True, "Thanks. Begin with a map.")
+    no = "Thanks. I cannot help with that."
+    late, soon = ([5, 6, 8, 9], True, no), ([4, 6, 8, 9], True, no)
+    settings = replace(run.recipe.direction, refusal_prefixes=["I"])
+    answers = [soon] * told + [late] * (16 - told) + [other]
+    asked = answering(run.with_settings(direction=settings), monkeypatch, *answers)
+    found = find_openers(asked)
+    assert sum(found.harmful_refused) == 16 and found.thoughts.alike is (told == 7)
+    if told == 8:
+        assert 4 in found.openers.values() and found.thoughts == Thoughts()
+        return
+    # Token 4 and, behind two that all have, token 8 come before refusals alone, and 7 before other answers.
+    assert not found.openers and found.thoughts.turns_at == 2 and found.thoughts.first == [4, 8]
+    assert [len(row) for row in found.thoughts.undecided[0][:8]] == [
+        len(row) + 2 * (i >= told) for i, row in enumerate(run.prompts.harmful_direction_train[:8])
+    ]
+    late_run = as_it_answers(run, SimpleNamespace(thoughts=found.thoughts))
+    assert late_run.base.turns_late and not late_run.base.thinks and late_run.sampling(96).max_tokens == 96
+    how = validation(late_run, SimpleNamespace(thoughts=found.thoughts))
+    assert (how.opening, how.least_opening, how.after) == (4, 3, None)
+    # Of a few refusals nobody can tell.
+    few = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *[late] * (n // 16 - 1), other))
+    assert few.openers and not few.thoughts.alike
 
 
 def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch):

@@ -59,6 +59,7 @@ HARDLY_ELSE = 10.0  # times as often in refusals as in other answers
 LEANS = 1.5  # as many times: with which a thought may go either way, and goes to a refusal oftener
 SPREAD = 4  # blocks that are tried where there are no tests
 CUT = 0.25  # of the answers that may be cut while they think
+TOLD_BY_OPENERS = 1 / 2  # of the refusals: where fewer begin with a token that tells, first tokens tell nothing
 REFUSED = 1 / 16  # of the harmful prompts that must be refused, for the others to be left out
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 PROBES, PROBE_TOKENS = 8, 16  # answers, and tokens of each, that tell whether a model begins to think
@@ -518,13 +519,15 @@ class Thoughts:
     """How a model thinks before it answers, which begins alike for all prompts: in how many tokens, by the median; the
     tokens that come oftener before refusals; those that come before refusals alone and are the first that tell; harmful
     and harmless prompts with so much of the thought as tells nothing yet; and how many tokens of thoughts that is, by
-    the median. Of no `length`, if it does not think."""
+    the median. `alike` are answers of a model that does not think, if they begin alike all the same. Of no `length`, if
+    their first tokens tell."""
 
     length: Annotated[int, "thought"] = 0
     telling: list[TokenId] = field(default_factory=list)
     first: list[TokenId] = field(default_factory=list)
     undecided: list[list[list[TokenId]]] = field(default_factory=list)
     turns_at: Annotated[int, "thought"] = 0
+    alike: bool = False
 
 
 NONE = Thoughts()
@@ -598,6 +601,10 @@ def find_openers(run: Run) -> OwnAnswers:
     openers = {text: t for text, t in openers.items() if in_others[t] * weight <= max(1, in_refusals[t])}
     for token in _telling(openings, refusals, n):
         openers.setdefault(run.base.tokenizer.decode([token]), token)
+    if not few and sum(in_refusals[token] for token in {*openers.values()}) < TOLD_BY_OPENERS * sum(refusals[:n]):
+        alike = read_thoughts(rows, [completion.ids for completion, _ in answers], refusals, n, REFUSAL_TOKENS)
+        run.screen.detail(f"refusals begin as other answers do, for {alike.turns_at} tokens; {share}")
+        return OwnAnswers({}, refusals[:n], refusals[n:], replace(alike, alike=True))
     if not openers:
         raise UserError(
             "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
@@ -701,12 +708,16 @@ def find_directions(run: Run) -> FoundDirections:
 
 
 def as_it_answers(run: Run, directions: FoundDirections) -> Run:
-    """The run of a model that could think first and does not, as of one that cannot: its answers tell soon."""
-    return run if directions.thoughts.length else replace(run, base=replace(run.base, thinks=False))
+    """The run of a model as it answers: one that could think first and does not is one that cannot, whose answers tell
+    soon, or begin alike."""
+    alike = directions.thoughts.alike
+    thinks = run.base.thinks and bool(directions.thoughts.length) and not alike
+    return replace(run, base=replace(run.base, thinks=thinks, alike=alike))
 
 
 def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
-    """For a model that thinks first: the published tests read the first token of an answer, which tells nothing here.
+    """For a model whose answers tell late, behind a thought or a beginning that all have: the published tests read the
+    first token of an answer, which tells nothing here.
 
     Prompts are kept by what the answers did, and directions of a few blocks and positions are left to be tried.
     """
@@ -733,6 +744,8 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
         "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
         "--thinking off, where its template can, aligns its plain answers"
     )
+    if own.thoughts.alike:
+        caution = "the model begins refusals as other answers, so directions cannot be tested by that, only tried"
     scores = CandidateScores(none, none, none)
     tests, found_from = [[] for _ in directions], (harmful, harmless)
     return FoundDirections({}, scores, directions, tests, *scoring, *found_from, [caution], own.thoughts)

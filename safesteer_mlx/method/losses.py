@@ -84,9 +84,10 @@ def safety_log_odds(hidden: mx.array, head: Head, tokens: mx.array, *, temp: flo
     return mx.concatenate(log_odds)
 
 
-def may_decide(teacher: mx.array, place: np.ndarray, thinks: bool) -> mx.array:
-    """Where an answer may turn to a refusal, (R,) bool, from the teacher's log-odds and places in the answer, (R,)."""
-    return teacher >= float(np.log(LIKELY / (1 - LIKELY))) if thinks else (teacher > 0) | mx.array(place == 0)
+def may_decide(teacher: mx.array, place: np.ndarray, late: bool) -> mx.array:
+    """Where an answer may turn to a refusal, (R,) bool, from the teacher's log-odds and places in the answer, (R,);
+    `late` are answers that begin alike, behind which it decides."""
+    return teacher >= float(np.log(LIKELY / (1 - LIKELY))) if late else (teacher > 0) | mx.array(place == 0)
 
 
 def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, where: mx.array | bool = True) -> mx.array:

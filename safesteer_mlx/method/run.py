@@ -132,7 +132,7 @@ def known_of(recipe: Recipe, base: Loaded, prompts: Prompts) -> Known:
         "block": range(len(inputs)),
         "position": range(-prompts.n_eoi, 0),
         "opening": range(1, MOST_LENGTH),
-        "thought": range(MOST_LENGTH) if base.thinks else range(1),
+        "thought": range(MOST_LENGTH),
         "candidates": {(1 if one else prompts.n_eoi, len(inputs))},
         "stream": {(1,) if one else inputs[0].shape[-1:]},
         "prompt": {tuple(row) for rows in vars(prompts).values() if isinstance(rows, list) for row in rows},

@@ -464,9 +464,9 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
             "--min-steered-prob, or give a larger --coeff"
         )
     if n_harmful:
-        find = contrast.where_thoughts_turn if base.thinks else contrast.where_it_decides
+        find = contrast.where_thoughts_turn if base.turns_late else contrast.where_it_decides
         where, mass = find(tokens, range(n_harmful)), contrast.teacher_mass(tokens)
-        masses = [contrast.mean(mass, where)] if base.thinks else contrast.openings(tokens, range(n_harmful))
+        masses = [contrast.mean(mass, where)] if base.turns_late else contrast.openings(tokens, range(n_harmful))
     else:  # harmful prompts were not among them: their first position alone
         first = openings(teacher.model, directions.harmful, tokens, size)
         where, masses = np.ones(len(contrast.positions.place), bool), [first[:, :-1].sum(-1).mean()]

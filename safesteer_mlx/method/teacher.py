@@ -348,8 +348,9 @@ def beside(coeff: float, grid: Sequence[float], tried: Sequence[float]) -> list[
 
 
 def validation(run: Run, directions: FoundDirections) -> Validation:
-    """What base and teachers are asked, and how; a teacher of a model that thinks first writes the thought."""
-    prompts, (harmful, harmless) = run.prompts, VALIDATION_PROMPTS
+    """What base and teachers are asked, and how; a teacher of a model that thinks first writes the thought, one whose
+    answers begin alike so far and as much more as of other answers."""
+    prompts, (harmful, harmless), thoughts = run.prompts, VALIDATION_PROMPTS, directions.thoughts
     system_prompted = None
     if run.recipe.teacher.teacher == "system_prompt":
         system_prompted = prompts.harmful_validation_guarded[:harmful], prompts.harmless_validation_guarded[:harmless]
@@ -357,13 +358,13 @@ def validation(run: Run, directions: FoundDirections) -> Validation:
         prompts.harmful_validation[:harmful],
         prompts.harmless_validation[:harmless],
         run.recipe.run.seed,
-        min(max(directions.thoughts.length, OPENING), OPENINGS[-1]),
+        min(max(thoughts.length if run.base.thinks else thoughts.turns_at + OPENING, OPENING), OPENINGS[-1]),
         run.answer_tokens(VALIDATION_TOKENS),
         run.recipe.run.generation_batch_size,
         run.recipe.run.prompt_batch_size,
         system_prompted,
-        directions.thoughts.undecided,
-        directions.thoughts.turns_at + 1,
+        thoughts.undecided,
+        thoughts.turns_at + 1,
         after_thought(run.base, VALIDATION_TOKENS),
     )
 

@@ -303,7 +303,7 @@ class Training:
     learning: Learning | None = None
     generation_batch_size: int = 32
     framer: Framer | None = None
-    thinks: bool = False
+    turns_late: bool = False
 
 
 def train(
@@ -370,7 +370,7 @@ def train(
                 safety_log_odds(states, head(model), training.tokens, temp=settings.temp)
                 for states, model in ((first, of), (by_base[mx.array(opening)], base))
             )
-            shift = guidance_shift(its, own, guidance, may_decide(its, place[opening], training.thinks))
+            shift = guidance_shift(its, own, guidance, may_decide(its, place[opening], training.turns_late))
         divergence = Divergence.of(loss, training.tokens)
         targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
         if len(tail):
@@ -522,13 +522,14 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     """The run with the guidance that this model needs, and what base and target make of the safety tokens where
     answers to validation prompts begin; the target of harmless ones is the base.
 
-    Of a model that thinks first, all answers begin alike; it is asked where, in what the teacher thinks of a harmful
-    prompt and the base of a harmless one, the two differ most. None for a teacher whose tokens change on the way.
+    Where all answers begin alike, as those of a model that thinks first, it is asked where, in what the teacher says to
+    a harmful prompt and the base to a harmless one, the two differ most. None for a teacher whose tokens change on the
+    way.
     """
     recipe, base, prompts = run.recipe, run.base, run.prompts
     size, harmful, harmless = recipe.run.prompt_batch_size, prompts.harmful_validation, prompts.harmless_validation
     guarded = harmful if teacher.system_prompt is None else prompts.harmful_validation_guarded
-    if base.thinks:
+    if base.turns_late:
         thoughts = _undecided(run, teacher, tokens, harmful, guarded, by_teacher=True)
         harmful, guarded = _begun(harmful, thoughts), _begun(guarded, thoughts)
         read = harmless if teacher.system_prompt is None else prompts.harmless_validation_guarded
@@ -536,7 +537,7 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     own = openings(base.model, harmful, tokens.ids, size)
     target = openings(teacher.model, guarded, tokens.ids, size)
     its, of_base = (np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own))
-    where = np.array(may_decide(mx.array(its), np.zeros(len(its)), base.thinks))
+    where = np.array(may_decide(mx.array(its), np.zeros(len(its)), base.turns_late))
     if recipe.loss.guidance == "auto":
         guidance = far_enough(its[where], of_base[where]) if where.any() else 1.0
         run = run.with_settings(loss=replace(recipe.loss, guidance=guidance))
@@ -681,7 +682,7 @@ def make_training(
         learning,
         recipe.run.generation_batch_size,
         make_framer(run, prompts),
-        base.thinks,
+        base.turns_late,
     )
 
 

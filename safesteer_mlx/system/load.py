@@ -52,6 +52,12 @@ class Loaded:
     quantized: bool
     dequantized_for_speed: bool
     thinks: bool  # it may, before it answers, as its template is switched
+    alike: bool = False  # without a thought: its answers begin alike, and tell further on what they do
+
+    @property
+    def turns_late(self) -> bool:
+        """How an answer begins does not tell what it does."""
+        return self.thinks or self.alike
 
     @property
     def vocabulary(self) -> int:
