@@ -380,12 +380,43 @@ def test_the_tokens_of_a_thought_are_those_that_the_models_own_thoughts_tell_ref
     among = []
     monkeypatch.setattr(safety_tokens, "_refusing", None)  # needs no answers
     monkeypatch.setattr(safety_tokens, "select_tokens", lambda *args: among.append(args[-1]) or np.array([8]))
-    assert safety_tokens._selected(run, Teacher(run.base.model), SimpleNamespace(), directions).tolist() == [8]
-    assert among == [[3, 8]]
+    selected = safety_tokens._selected(run, Teacher(run.base.model), explaining({8: 0.9}), directions, range(4))
+    assert selected.tolist() == [8] and among == [[3, 8]]
+
+
+def explaining(shares):
+    """A contrast in which so many tokens more explain so much, whichever is their last."""
+    every = np.array([True])
+    return SimpleNamespace(
+        where_it_decides=lambda tokens, harmful: every,
+        explained=lambda tokens, of: np.array([shares[int(token)] for token in tokens]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("refusing", "raised", "counts"),
+    [(0.5, 0.9, "refusing"), (0.49, 0.5, "raised"), (0.3, 0.49, "refusing"), (None, 0.2, "raised")],
+)
+def test_where_tokens_that_refuse_explain_too_little_all_that_steering_raises_count(
+    refusing, raised, counts, run, monkeypatch, capsys
+):
+    """If that is enough for a run to go on."""
+    run = replace(run, screen=Screen(verbose=True))
+    mine = np.array([] if refusing is None else [3], np.int64)
+    monkeypatch.setattr(safety_tokens, "_refusing", lambda *_: [3])
+    monkeypatch.setattr(safety_tokens, "select_tokens", lambda *args: np.array([3, 5]) if args[-1] is None else mine)
+    directions = SimpleNamespace(thoughts=Thoughts())
+    contrast = explaining({3: refusing, 5: raised})
+    selected = safety_tokens._selected(run, Teacher(run.base.model), contrast, directions, range(4))
+    assert selected.tolist() == (mine.tolist() if counts == "refusing" else [3, 5])
+    assert ("tokens that refuse explain 49% of what" in capsys.readouterr().out) is (refusing == 0.49)
 
 
 def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):
     undecided = [[[1, 2]], [[3]]]
+    alike = Thoughts(30, [], [], undecided, 5, alike=True)  # only so far, and as much more as of other answers
+    assert validation(run, SimpleNamespace(thoughts=alike)).opening == 7
+    run = replace(run, base=replace(run.base, thinks=True))
     for length, opening in ((0, 2), (1, 2), (30, 30), (500, 128)):
         asked = validation(run, SimpleNamespace(thoughts=Thoughts(length, [], [], undecided, 5)))
         assert (asked.opening, asked.undecided, asked.least_opening) == (opening, undecided, 6)
@@ -475,25 +506,24 @@ def test_of_few_refusals_an_opener_is_known_by_shares(run, monkeypatch):
         assert sum(found.harmful_refused) == refusals and (first["I"] in found.openers.values()) == kept
 
 
-@pytest.mark.parametrize("told", [8, 7])
+@pytest.mark.parametrize("told", [2, 1])
 def test_refusals_that_begin_as_other_answers_do_are_told_further_on(told, run, monkeypatch):
-    """Unless half of them begin otherwise, and there are more than a few."""
+    """Unless a sixteenth of them begins otherwise, or there are few."""
     n, other = len(run.prompts.harmful_direction_train), ([5, 6, 7, 9], True, "Thanks. Begin with a map.")
     no = "Thanks. I cannot help with that."
     late, soon = ([5, 6, 8, 9], True, no), ([4, 6, 8, 9], True, no)
     settings = replace(run.recipe.direction, refusal_prefixes=["I"])
-    answers = [soon] * told + [late] * (16 - told) + [other]
+    answers = [soon] * told + [late] * (32 - told) + [other]
     asked = answering(run.with_settings(direction=settings), monkeypatch, *answers)
     found = find_openers(asked)
-    assert sum(found.harmful_refused) == 16 and found.thoughts.alike is (told == 7)
-    if told == 8:
+    assert sum(found.harmful_refused) == 32 and found.thoughts.alike is (told == 1)
+    if told == 2:
         assert 4 in found.openers.values() and found.thoughts == Thoughts()
         return
-    # Token 4 and, behind two that all have, token 8 come before refusals alone, and 7 before other answers.
-    assert not found.openers and found.thoughts.turns_at == 2 and found.thoughts.first == [4, 8]
-    assert [len(row) for row in found.thoughts.undecided[0][:8]] == [
-        len(row) + 2 * (i >= told) for i, row in enumerate(run.prompts.harmful_direction_train[:8])
-    ]
+    # Behind two tokens, token 8 comes before refusals alone, and 7 before other answers.
+    assert not found.openers and found.thoughts.turns_at == 2 and found.thoughts.first == [8]
+    harmful = run.prompts.harmful_direction_train
+    assert found.thoughts.undecided[0] == [[*harmful[0], 4, 6], *([*row, 5, 6] for row in harmful[1:])]
     late_run = as_it_answers(run, SimpleNamespace(thoughts=found.thoughts))
     assert late_run.base.turns_late and not late_run.base.thinks and late_run.sampling(96).max_tokens == 96
     how = validation(late_run, SimpleNamespace(thoughts=found.thoughts))

@@ -382,7 +382,7 @@ def test_the_fewest_tokens_that_decide_what_answers_do(refused, most, expected, 
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(q.opening))
     prompts = Validation([[1]], [], 0, 2, 10, 8)
     chosen = types.SimpleNamespace(teacher=outcomes(2), base=Outcomes([], [], [], []))
-    assert shortest_opening("base", "teacher", prompts, chosen, most) == expected
+    assert shortest_opening("base", "teacher", prompts, chosen, most) == (expected, outcomes(expected))
     assert asked == [n for n in (1, 4, 7) if n <= most]  # two were asked before
 
 
@@ -394,7 +394,7 @@ def test_where_the_base_refuses_nearly_all_an_opening_must_add_half_of_what_any_
     shares = {1: 0.95, 2: 0.98, 4: 0.96, 7: 1.0}
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: outcomes(shares[q.opening]))
     chosen = types.SimpleNamespace(teacher=outcomes(0.98), base=outcomes(own))
-    assert shortest_opening("base", "teacher", Validation([[1]], [], 0, 2, 10, 8), chosen, 7) == expected
+    assert shortest_opening("base", "teacher", Validation([[1]], [], 0, 2, 10, 8), chosen, 7)[0] == expected
 
 
 def test_an_opening_goes_beyond_what_tells_nothing(monkeypatch):
@@ -403,7 +403,7 @@ def test_an_opening_goes_beyond_what_tells_nothing(monkeypatch):
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(5, 0))
     prompts = Validation([[1]], [], 0, 30, 40, 8, least_opening=6)
     chosen = types.SimpleNamespace(teacher=outcomes(5, 0), base=outcomes(0, 0))
-    assert shortest_opening("base", "teacher", prompts, chosen, 30) == 7 and asked == [7, 16]
+    assert shortest_opening("base", "teacher", prompts, chosen, 30)[0] == 7 and asked == [7, 16]
 
 
 # The teachers

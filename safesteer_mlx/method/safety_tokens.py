@@ -34,6 +34,7 @@ import numpy as np
 
 from ..recipe import MOST_TOKENS
 from ..system import machines
+from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError
 from ..system.store import TokenId
@@ -457,15 +458,14 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
         contrast, _ = with_smaller_batches(size, lambda size: compare(batch_size=size), "the safety tokens", together)
         tokens = given_tokens(run.recipe, base)
         if tokens is None:
-            tokens = _selected(run, teacher, contrast, directions)
+            tokens = _selected(run, teacher, contrast, directions, range(n_harmful))
     if not len(tokens):
         raise UserError(
             f"steering makes no token likelier that reaches min_steered_prob = {settings.min_steered_prob:g}; lower "
             "--min-steered-prob, or give a larger --coeff"
         )
     if n_harmful:
-        find = contrast.where_thoughts_turn if base.turns_late else contrast.where_it_decides
-        where, mass = find(tokens, range(n_harmful)), contrast.teacher_mass(tokens)
+        where, mass = _where(base, contrast, tokens, range(n_harmful)), contrast.teacher_mass(tokens)
         masses = [contrast.mean(mass, where)] if base.turns_late else contrast.openings(tokens, range(n_harmful))
     else:  # harmful prompts were not among them: their first position alone
         first = openings(teacher.model, directions.harmful, tokens, size)
@@ -500,14 +500,36 @@ def _continuations(run: Run, teacher: Teacher, rows: list[list[int]], progress: 
     return [c.ids for c in generate(teacher.model, rows, sampling, [run.key(0, i) for i in range(len(rows))], progress)]
 
 
-def _selected(run: Run, teacher: Teacher, contrast: TokenContrast, directions: FoundDirections) -> np.ndarray:
-    """The tokens by the recipe's method, (K,); of a model that thinks first, those with which it thinks of refusing."""
+def _where(base: Loaded, contrast: TokenContrast, tokens: np.ndarray, harmful: range) -> np.ndarray:
+    """Where in answers to harmful prompts the tokens decide, (R,) bool."""
+    return (contrast.where_thoughts_turn if base.turns_late else contrast.where_it_decides)(tokens, harmful)
+
+
+def _selected(
+    run: Run, teacher: Teacher, contrast: TokenContrast, directions: FoundDirections, harmful: range
+) -> np.ndarray:
+    """The tokens by the recipe's method, (K,); of a model that thinks first, those with which it thinks of refusing.
+
+    Those that refuse may be none of those that steering raises, or so few that a run would end for it: then all that
+    it raises count.
+    """
     settings, among = run.recipe.tokens, None
     if settings.token_method == "part":
         among = directions.thoughts.telling or _refusing(run, teacher, directions)
     select = partial(select_tokens, contrast, settings.safety_tokens, settings.token_method, settings.token_share)
+
+    def explain(tokens: np.ndarray) -> float:
+        shares = contrast.explained(tokens, _where(run.base, contrast, tokens, harmful)) if len(tokens) else [0.0]
+        return float(shares[-1])
+
     tokens = select(among)
-    return tokens if len(tokens) or among is None else select()  # what refuses is not what steering raises
+    if among is None or (share := explain(tokens)) >= explains_little(run.base):
+        return tokens
+    raised = select(None)
+    if explain(raised) < max(share, explains_little(run.base)):
+        return tokens if len(tokens) else raised
+    run.screen.detail(f"tokens that refuse explain {share:.0%} of what steering does, so all that it raises count")
+    return raised
 
 
 def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> list[int] | None:
@@ -525,6 +547,11 @@ def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> list[i
     return ids or None
 
 
+def explains_little(base: Loaded) -> float:
+    """The share of what steering does below which tokens are not worth training on."""
+    return THOUGHTS_EXPLAIN_LITTLE if base.thinks else EXPLAINS_LITTLE
+
+
 def check_tokens(run: Run, tokens: SafetyTokens) -> None:
     """Hold what there is to learn against what would teach nothing.
 
@@ -536,7 +563,7 @@ def check_tokens(run: Run, tokens: SafetyTokens) -> None:
     if tokens.nats < LITTLE:  # of which no share tells anything
         run.screen.line("the teacher hardly differs from the model on harmful requests: there is little to learn")
         return
-    if tokens.explained < (THOUGHTS_EXPLAIN_LITTLE if run.base.thinks else EXPLAINS_LITTLE):
+    if tokens.explained < explains_little(run.base):
         fault = f"the {len(tokens.rows)} safety tokens explain only {tokens.explained:.0%} of what steering does"
         remedy = ""
         if settings.token_method != "part":

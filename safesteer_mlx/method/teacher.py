@@ -293,19 +293,23 @@ def choose_teacher(
     return ChosenTeacher(directions[which], coeff, ordered, own, answers[best], prompts.opening)
 
 
-def shortest_opening(base: Loaded, teacher: nn.Module, prompts: Validation, chosen: ChosenTeacher, most: int) -> int:
-    """How many tokens of an answer the teacher must write, at most `most`, for it to do what it can.
+def shortest_opening(
+    base: Loaded, teacher: nn.Module, prompts: Validation, chosen: ChosenTeacher, most: int
+) -> tuple[int, Outcomes]:
+    """How many tokens of an answer the teacher must write, at most `most`, for it to do what it can, and what answers
+    do then.
 
     The fewest with which nearly as many answers refuse as with any, and half of those more that do than of the base's:
     the more it writes, the more it spoils. What was `chosen` was told by answers of which it writes `prompts.opening`.
     """
-    refusals = {prompts.opening: chosen.teacher.refused}
+    answers = {prompts.opening: chosen.teacher}
     for opening in OPENINGS:
-        if prompts.least_opening <= opening <= most and opening not in refusals:
-            refusals[opening] = ask(base, teacher, replace(prompts, opening=opening)).refused
-    most_refused = max(refusals.values())
+        if prompts.least_opening <= opening <= most and opening not in answers:
+            answers[opening] = ask(base, teacher, replace(prompts, opening=opening))
+    most_refused = max(outcomes.refused for outcomes in answers.values())
     fewer = min(NEARLY, max(0.0, most_refused - chosen.base.refused) / 2)
-    return min(opening for opening, share in refusals.items() if share >= most_refused - fewer - 1e-9)
+    enough = [opening for opening, outcomes in answers.items() if outcomes.refused >= most_refused - fewer - 1e-9]
+    return min(enough), answers[min(enough)]
 
 
 def first_passes(
@@ -393,8 +397,8 @@ def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
     if run.recipe.loss.first_tokens == "auto":  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
             most = max(run.recipe.tokens.horizon, prompts.opening)
-            opening = shortest_opening(base, teacher.model, prompts, chosen, most)
-            chosen = replace(chosen, opening=opening)
+            opening, outcomes = shortest_opening(base, teacher.model, prompts, chosen, most)
+            chosen = replace(chosen, opening=opening, teacher=outcomes)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
     else:
