@@ -377,6 +377,7 @@ def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, 
 
 def test_the_tokens_of_a_thought_are_those_that_the_models_own_thoughts_tell_refusals_by(run, monkeypatch):
     directions = SimpleNamespace(thoughts=Thoughts(9, [3, 8]))
+    run = replace(run, base=replace(run.base, thinks=True))
     among = []
     monkeypatch.setattr(safety_tokens, "_refusing", None)  # needs no answers
     monkeypatch.setattr(safety_tokens, "select_tokens", lambda *args: among.append(args[-1]) or np.array([8]))
@@ -389,6 +390,7 @@ def explaining(shares):
     every = np.array([True])
     return SimpleNamespace(
         where_it_decides=lambda tokens, harmful: every,
+        where_thoughts_turn=lambda tokens, harmful: every,
         explained=lambda tokens, of: np.array([shares[int(token)] for token in tokens]),
     )
 

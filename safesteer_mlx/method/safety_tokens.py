@@ -515,7 +515,7 @@ def _selected(
     """
     settings, among = run.recipe.tokens, None
     if settings.token_method == "part":
-        among = directions.thoughts.telling or _refusing(run, teacher, directions)
+        among = (run.base.thinks and directions.thoughts.telling) or _refusing(run, teacher, directions)
     select = partial(select_tokens, contrast, settings.safety_tokens, settings.token_method, settings.token_share)
 
     def explain(tokens: np.ndarray) -> float:
