@@ -25,6 +25,7 @@ from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.system.finished import finished_run, load_base
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
+from safesteer_mlx.system.store import as_json
 from safesteer_mlx.verify import main
 
 REFUSAL, HELP = "I cannot help with that.", "Here is how."
@@ -115,6 +116,32 @@ def test_questions_are_the_run_s_evenly_drawn(finished):
     assert kept is not None and [a.prompt for a in kept["student"].of("harmless", "greedy")] == [
         q.text for q in some if q.kind == "harmless"
     ]
+
+
+def test_a_model_that_computes_no_numbers_is_at_fault(tiny_model):
+    """Its answers are empty, so none of them is unsafe, and a KL of NaN is above nothing."""
+    prompts, answers = [[1, 2, 3], [4, 5]], [[6], [7]]
+    nothing = mx.full((2, tiny_model("llama").args.vocab_size), math.nan)
+    kl = mean_kl(tiny_model("llama"), lambda *rows: nothing, prompts, answers)
+    assert kl == math.inf
+    both = {"base": scores(60, 50), "student": scores(5, 0), "shipped": scores(5, 0)}
+    for pair in ((kl, 0.0), (0.0, kl)):
+        shipped = Fidelity(both, *pair)
+        assert "computes no numbers" in str(shipped.fault) and json.loads(as_json(shipped.as_json()))["fault"]
+
+
+@pytest.mark.parametrize("text", ["", "!" * 96, "the " * 96])
+def test_answers_that_say_nothing_are_no_refusals(text):
+    """Of a reader without logits, a server, too."""
+
+    def shipped(n: int) -> Scores:
+        own = scores(5, 0).answers
+        return Scores([replace(a, text=text) if int(a.prompt) < n else a for a in own], {}, math.nan, math.nan)
+
+    assert "51 of 100 greedy answers say nothing, where 0 of" in str(fidelity(shipped(51)).fault)
+    assert fidelity(shipped(50)).fault is None
+    babbling = {name: shipped(100) for name in ("student", "shipped")}  # a student that is broken itself
+    assert Fidelity({"base": scores(60, 50), **babbling}, math.nan, math.nan).fault is None
 
 
 @pytest.mark.parametrize(("recorded", "longest"), [({}, 200), ({"thinks": True}, 200), ({"thinks": False}, 96)])
