@@ -32,13 +32,14 @@ TINY = str(MODELS / "tiny-chat")
 ASKED = 8
 
 
-def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
+def make_run(folder: Path, kind: str = "lora", num_layers: int = 3, model: str = TINY, thinking: str = "auto") -> Path:
     """A finished run as align leaves it, but its adapters are drawn: what the student answers is other, not better."""
-    base = load(TINY)
+    base = load(model, thinking=thinking)
     recipe, _ = resolve(
         base.config,
         {
-            "model": TINY,
+            "model": model,
+            "thinking": thinking,
             "adapter_path": str(folder),
             "test_prompts": ASKED,
             "num_layers": num_layers,
@@ -50,7 +51,7 @@ def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
     own = dict(tree_flatten(student.trainable_parameters()))
     drawn = [(name, 0.7 * mx.random.normal(w.shape)) for name, w in own.items() if name.endswith("lora_b")]
     student.load_weights(drawn, strict=False)
-    save_adapters(folder, student, recipe.train, TINY, 0)
+    save_adapters(folder, student, recipe.train, model, 0)
     kinds, _ = held_out_prompts(prompt_sets(recipe), ASKED)
     test = heldout.TestSet(kinds, [])
     held_out = HeldOut(base, test, [], recipe.run.seed, Sampling(base.eos_ids, HELD_OUT_TOKENS))
@@ -62,7 +63,7 @@ def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
     (run / "before_after.json").write_text(json.dumps({name: s.as_json() for name, s in scores.items()}))
     manifest = {
         "safesteer_mlx": "0",
-        "model": TINY,
+        "model": model,
         "model_sha256": base.weights_hash,
         "adapters_sha256": hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest(),
         "not_aligned": None,

@@ -101,7 +101,16 @@ def _mlx(job: Job) -> Exported:
     bits = f"{quantization['bits']} bits" if quantization else "not quantized"
     relation = "quantized" if quantization else "finetune"
     what = f"A model for MLX, {bits}: the adapters of a SafeSteer run, fused into its weights."
-    return job.exported("mlx", relation, what, "mlx_lm.chat --model {folder}", "mlx", exact=job.args.bits == "32")
+    use = _asked_by_mlx_lm(job, "--model {folder}")
+    return job.exported("mlx", relation, what, use, "mlx", exact=job.args.bits == "32")
+
+
+def _asked_by_mlx_lm(job: Job, flags: str) -> str:
+    """mlx-lm's command, with the run's switch of the chat template: chat takes none, generate does."""
+    if (thinking := job.run.recipe.run.thinking) == "auto":
+        return f"mlx_lm.chat {flags}"
+    switch = f'{{{{"enable_thinking": {json.dumps(thinking == "on")}}}}}'  # doubled braces, since `use` is a format
+    return f"mlx_lm.generate {flags} --chat-template-config '{switch}' --prompt Hello"
 
 
 def _hf(job: Job) -> Exported:
@@ -122,7 +131,7 @@ def _adapter(job: Job) -> Exported:
     shutil.copyfile(job.run.folder / "adapters.safetensors", job.part / "adapters.safetensors")
     config = read_object(job.run.folder / "adapter_config.json") | {"model": shown_base(job.run)[0]}
     (job.part / "adapter_config.json").write_text(json.dumps(config, indent=4), "utf-8")
-    use = "mlx_lm.chat --model {base} --adapter-path {folder}"
+    use = _asked_by_mlx_lm(job, "--model {base} --adapter-path {folder}")
     return job.exported("mlx", "adapter", "The adapters of a SafeSteer run, for mlx-lm.", use, "adapter", exact=True)
 
 
