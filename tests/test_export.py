@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,17 +19,18 @@ from safesteer_mlx.evals import heldout
 from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
 from safesteer_mlx.evals.scores import transcripts
 from safesteer_mlx.export import main
-from safesteer_mlx.formats import writers
+from safesteer_mlx.formats import readers, writers
 from safesteer_mlx.formats.card import About, model_card
 from safesteer_mlx.formats.folders import write_peft
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
+from safesteer_mlx.formats.writers import WRITERS, Job
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.recipe import HELD_OUT_TOKENS, MODELS, resolve
-from safesteer_mlx.system.finished import FinishedRun
+from safesteer_mlx.system.finished import FinishedRun, finished_run
 from safesteer_mlx.system.load import load
-from safesteer_mlx.system.screen import Screen
+from safesteer_mlx.system.screen import Screen, UserError
 
 TINY = str(MODELS / "tiny-chat")
 ASKED = 8
@@ -303,6 +307,54 @@ def test_peft_s_files_are_mlx_lm_s_turned_round(finished, tmp_path):
     assert config["r"] == settings["rank"] and config["lora_alpha"] == settings["scale"] * settings["rank"]
     assert config["layers_to_transform"] == [5, 6, 7] and config["layers_pattern"] == "layers"
     assert "self_attn.q_proj" in config["target_modules"] and not config["use_dora"]
+
+
+def test_peft_is_not_sent_to_a_base_that_transformers_cannot_read(finished, tmp_path):
+    run, base = finished_run(finished), load(TINY)
+    parts = {"folder": "F", "base": "B"}
+    for quantized, name, named, holds in (
+        (True, "org/model-4bit", None, "M.from_pretrained('UNQUANTIZED_BASE'), 'F')"),
+        (False, "org/model", "org/model", "AutoPeftModelForCausalLM as M; M.from_pretrained('F')"),
+        (False, "/here/model", None, "M.from_pretrained('B'), 'F')"),
+    ):
+        own = replace(run, manifest=run.manifest | {"model": name})
+        args = Namespace(bits="auto", to="peft")
+        job = Job(own, replace(base, quantized=quantized), args, tmp_path, tmp_path, Screen(quiet=True))
+        use = WRITERS["peft"](job).about.use.format(**parts)
+        assert holds in use and ("transformers reads no" in use) is quantized
+        compile(shlex.split(use, comments=True)[2], "use", "exec")
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+
+
+def test_peft_is_asked_on_a_base_whose_weights_are_spelled_out(tmp_path, monkeypatch):
+    """Where they stay packed, as on Metal; the CPU backend spells out those of a small model by itself."""
+    import sys
+    from types import SimpleNamespace
+
+    import transformers
+
+    base = load(TINY)
+    kept = replace(base, model=writers.packed(base), dequantized_for_speed=False)
+    assert base.dequantized_for_speed and any(hasattr(m, "bits") for _, m in kept.model.named_modules())
+    before = {name: mx.array(w) for name, w in tree_flatten(kept.model.parameters())}
+    weights = {}
+
+    def read(folder, **_):
+        assert "quantization" not in json.loads((folder / "config.json").read_text())
+        weights.update(mx.load(str(folder / "model.safetensors")))
+        mx.eval(weights)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(readers, "check_installed", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace())
+    monkeypatch.setattr(transformers, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=read))
+    with pytest.raises(UserError, match="enough"):
+        readers.reader_for("peft", str(tmp_path), kept, Sampling(base.eos_ids, 8), 0)
+    spelled_out = dict(tree_flatten(base.model.parameters()))
+    assert weights.keys() == spelled_out.keys() and {w.dtype for w in weights.values()} == {mx.float32}
+    assert all(mx.allclose(weights[name], w, atol=1e-6) for name, w in spelled_out.items())
+    after = dict(tree_flatten(kept.model.parameters()))  # the student is still on it
+    assert all(w.dtype == before[name].dtype and mx.array_equal(w, before[name]) for name, w in after.items())
 
 
 def test_a_modelfile_says_the_template_and_where_answers_end():

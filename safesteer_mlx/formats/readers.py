@@ -238,9 +238,11 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
     from transformers import AutoModelForCausalLM
 
     from .folders import write_hf
+    from .fuse import fuse, plan
 
     with tempfile.TemporaryDirectory() as scratch, _reading("PEFT", path):
-        write_hf(base, base.model, mx.float32, Path(scratch) / "base")
+        # No adapters to fuse: quantized weights are spelled out, which they are only on the CPU backend already.
+        write_hf(base, fuse(base.model, plan(base.model, "32"), []), mx.float32, Path(scratch) / "base")
         model = AutoModelForCausalLM.from_pretrained(
             Path(scratch) / "base", dtype="auto", local_files_only=True, **_NO_CODE
         )

@@ -143,10 +143,24 @@ def _no_bits(job: Job) -> None:
 def _peft(job: Job) -> Exported:
     _no_bits(job)
     check_family(job.base.config, "peft")
-    write_peft(with_adapters(job.base.model, job.run.folder), shown_base(job.run)[0], job.part)
+    name = _base_for_peft(job)
+    write_peft(with_adapters(job.base.model, job.run.folder), name, job.part)
     use = "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}')\""
+    if name is None:
+        base = "UNQUANTIZED_BASE" if job.base.quantized else "{base}"
+        use = (
+            'python -c "from peft import PeftModel as P; from transformers import AutoModelForCausalLM as M; '
+            f"P.from_pretrained(M.from_pretrained('{base}'), '{{folder}}')\""
+        )
+        use += "  # put in its name: transformers reads no weights that MLX quantized" if job.base.quantized else ""
     what = "Adapters for PEFT, to put on the base's unquantized weights."
     return job.exported("peft", "adapter", what, use, "peft", exact=True)
+
+
+def _base_for_peft(job: Job) -> str | None:
+    """The base that PEFT can fetch from the Hub by itself; None if it is a folder here, or quantized by MLX."""
+    name, on_hub = shown_base(job.run)
+    return name if on_hub and not job.base.quantized else None
 
 
 def _gguf(job: Job) -> Exported:
@@ -162,7 +176,7 @@ def _gguf(job: Job) -> Exported:
         model = with_adapters(base, job.run.folder)
         if args.to == "gguf-lora":
             peft.mkdir()
-            write_peft(model, shown_base(job.run)[0], peft)
+            write_peft(model, None, peft)
             name, adapter, model = name.removesuffix("-safesteer"), f"{name}-adapter.gguf", base
             fused, relation = "the base, and the adapter of a SafeSteer run beside it.", "adapter"
         write_hf(job.base, *job.fused(model, "32"), hf)
