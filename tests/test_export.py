@@ -1,5 +1,6 @@
 """Exports: what is written, that it is what was scored, what is said of it, and every way it is refused."""
 
+import copy
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from mlx.utils import tree_flatten
 
+from safesteer_mlx import export, verify
 from safesteer_mlx.evals import heldout
 from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
 from safesteer_mlx.evals.scores import transcripts
@@ -23,7 +25,7 @@ from safesteer_mlx.formats import readers, writers
 from safesteer_mlx.formats.card import About, model_card
 from safesteer_mlx.formats.folders import write_peft
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
-from safesteer_mlx.formats.writers import WRITERS, Job
+from safesteer_mlx.formats.writers import WRITERS, Exported, Job
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
@@ -362,6 +364,60 @@ def test_a_modelfile_says_the_template_and_where_answers_end():
     assert text.startswith("FROM ./m.gguf\nADAPTER ./a.gguf\n") and 'PARAMETER stop "<|im_end|>"' in text
     turn = "<|im_start|>user\n{{ end }}{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>"
     assert turn in text and "{{ if .System }}<|im_start|>system\n{{ .System }}" in text
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_ollama_puts_the_token_that_begins_a_text_before_it_by_itself(adds, tmp_path):
+    """As Llama 3, Gemma and Mistral have it; a template's own stays where the tokenizer, so the GGUF, adds none."""
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    bos = settings["eos_token"]
+    settings |= {"bos_token": bos, "chat_template": "{{ bos_token }}" + settings["chat_template"]}
+    path.write_text(json.dumps(settings))
+    base = load(str(tmp_path / "model"))
+    if adds:
+        path = tmp_path / "model" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        begun = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        special = {bos: {"id": bos, "ids": [base.tokenizer.bos_token_id], "tokens": [bos]}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": begun,
+            "pair": [*begun, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": special,
+        }
+        path.write_text(json.dumps(content))
+        base = load(str(tmp_path / "model"))
+    own = "" if adds else bos
+    assert f'TEMPLATE """{{{{ if .System }}}}{own}<|im_start|>system' in modelfile(base, "m.gguf")
+    assert f"{{{{ else }}}}{own}<|im_start|>user" in modelfile(base, "m.gguf")
+
+
+def test_an_end_token_of_another_script_is_written_as_it_is():
+    base, end = load(TINY), "<｜end▁of▁sentence｜>"
+    view = copy.copy(base.tokenizer)
+    vars(view).update(convert_ids_to_tokens=lambda i: end)
+    assert f'PARAMETER stop "{end}"' in modelfile(replace(base, tokenizer=view), "m.gguf")
+
+
+@pytest.mark.parametrize(("reader", "against"), [("llama.cpp", "Modelfile"), ("transformers", "")])
+def test_how_to_ask_an_export_again_that_could_not_be_asked(reader, against, finished, tmp_path, monkeypatch):
+    (tmp_path / "Modelfile").write_text("FROM ./m.gguf\n")
+    about = About("name", "gguf", "quantized", "It is one.", "use")
+    exported = Exported(tmp_path, about, reader, False, tmp_path / against, Path(TINY))
+    monkeypatch.setattr(export.subprocess, "run", lambda *_, **__: Namespace(returncode=2))
+    with pytest.raises(UserError) as raised:
+        export._verified(finished_run(finished), Namespace(verify=1, trust_remote_code=False), exported)
+    advice, kinds = shlex.split(str(raised.value).rpartition("safesteer-mlx verify ")[2]), []
+
+    def read(kind, what, *_):
+        kinds.append((kind, what))
+        raise UserError("enough")
+
+    monkeypatch.setattr(readers, "reader_for", read)
+    assert verify.main([*advice, "--test-prompts", "1"]) == 2
+    assert kinds == [(reader, str(tmp_path / against))]
 
 
 def test_a_tokenizer_is_known_by_how_it_splits_alone():
