@@ -146,9 +146,10 @@ def _verified(run: "FinishedRun", args: Namespace, exported: "Exported") -> dict
         path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
         code = subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": path}).returncode
         if code not in (0, 1) or not out.is_file():
+            own, against = (shlex.quote(str(path)) for path in (run.folder, exported.against))
             raise UserError(
                 f"{exported.folder} was written, but could not be verified (see above); mend that and ask again: "
-                f"safesteer-mlx verify {run.folder} --against {exported.folder}"
+                f"safesteer-mlx verify {own} --with {exported.reader} --against {against}"
             )
         return json.loads(out.read_text("utf-8"))
 

@@ -1,10 +1,14 @@
 """Exports: what is written, that it is what was scored, what is said of it, and every way it is refused."""
 
+import copy
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,33 +16,36 @@ import pytest
 import yaml
 from mlx.utils import tree_flatten
 
+from safesteer_mlx import export, verify
 from safesteer_mlx.evals import heldout
 from safesteer_mlx.evals.heldout import HeldOut, held_out_prompts
 from safesteer_mlx.evals.scores import transcripts
 from safesteer_mlx.export import main
-from safesteer_mlx.formats import writers
+from safesteer_mlx.formats import readers, writers
 from safesteer_mlx.formats.card import About, model_card
 from safesteer_mlx.formats.folders import write_peft
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
+from safesteer_mlx.formats.writers import WRITERS, Exported, Job
 from safesteer_mlx.method.prompts import prompt_sets
 from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.recipe import HELD_OUT_TOKENS, MODELS, resolve
-from safesteer_mlx.system.finished import FinishedRun
+from safesteer_mlx.system.finished import FinishedRun, finished_run
 from safesteer_mlx.system.load import load
-from safesteer_mlx.system.screen import Screen
+from safesteer_mlx.system.screen import Screen, UserError
 
 TINY = str(MODELS / "tiny-chat")
 ASKED = 8
 
 
-def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
+def make_run(folder: Path, kind: str = "lora", num_layers: int = 3, model: str = TINY, thinking: str = "auto") -> Path:
     """A finished run as align leaves it, but its adapters are drawn: what the student answers is other, not better."""
-    base = load(TINY)
+    base = load(model, thinking=thinking)
     recipe, _ = resolve(
         base.config,
         {
-            "model": TINY,
+            "model": model,
+            "thinking": thinking,
             "adapter_path": str(folder),
             "test_prompts": ASKED,
             "num_layers": num_layers,
@@ -50,7 +57,7 @@ def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
     own = dict(tree_flatten(student.trainable_parameters()))
     drawn = [(name, 0.7 * mx.random.normal(w.shape)) for name, w in own.items() if name.endswith("lora_b")]
     student.load_weights(drawn, strict=False)
-    save_adapters(folder, student, recipe.train, TINY, 0)
+    save_adapters(folder, student, recipe.train, model, 0)
     kinds, _ = held_out_prompts(prompt_sets(recipe), ASKED)
     test = heldout.TestSet(kinds, [])
     held_out = HeldOut(base, test, [], recipe.run.seed, Sampling(base.eos_ids, HELD_OUT_TOKENS))
@@ -62,7 +69,7 @@ def make_run(folder: Path, kind: str = "lora", num_layers: int = 3) -> Path:
     (run / "before_after.json").write_text(json.dumps({name: s.as_json() for name, s in scores.items()}))
     manifest = {
         "safesteer_mlx": "0",
-        "model": TINY,
+        "model": model,
         "model_sha256": base.weights_hash,
         "adapters_sha256": hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest(),
         "not_aligned": None,
@@ -304,11 +311,113 @@ def test_peft_s_files_are_mlx_lm_s_turned_round(finished, tmp_path):
     assert "self_attn.q_proj" in config["target_modules"] and not config["use_dora"]
 
 
+def test_peft_is_not_sent_to_a_base_that_transformers_cannot_read(finished, tmp_path):
+    run, base = finished_run(finished), load(TINY)
+    parts = {"folder": "F", "base": "B"}
+    for quantized, name, named, holds in (
+        (True, "org/model-4bit", None, "M.from_pretrained('UNQUANTIZED_BASE'), 'F')"),
+        (False, "org/model", "org/model", "AutoPeftModelForCausalLM as M; M.from_pretrained('F')"),
+        (False, "/here/model", None, "M.from_pretrained('B'), 'F')"),
+    ):
+        own = replace(run, manifest=run.manifest | {"model": name})
+        args = Namespace(bits="auto", to="peft")
+        job = Job(own, replace(base, quantized=quantized), args, tmp_path, tmp_path, Screen(quiet=True))
+        use = WRITERS["peft"](job).about.use.format(**parts)
+        assert holds in use and ("transformers reads no" in use) is quantized
+        compile(shlex.split(use, comments=True)[2], "use", "exec")
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+
+
+def test_peft_is_asked_on_a_base_whose_weights_are_spelled_out(tmp_path, monkeypatch):
+    """Where they stay packed, as on Metal; the CPU backend spells out those of a small model by itself."""
+    import sys
+    from types import SimpleNamespace
+
+    import transformers
+
+    base = load(TINY)
+    kept = replace(base, model=writers.packed(base), dequantized_for_speed=False)
+    assert base.dequantized_for_speed and any(hasattr(m, "bits") for _, m in kept.model.named_modules())
+    before = {name: mx.array(w) for name, w in tree_flatten(kept.model.parameters())}
+    weights = {}
+
+    def read(folder, **_):
+        assert "quantization" not in json.loads((folder / "config.json").read_text())
+        weights.update(mx.load(str(folder / "model.safetensors")))
+        mx.eval(weights)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(readers, "check_installed", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace())
+    monkeypatch.setattr(transformers, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=read))
+    with pytest.raises(UserError, match="enough"):
+        readers.reader_for("peft", str(tmp_path), kept, Sampling(base.eos_ids, 8), 0)
+    spelled_out = dict(tree_flatten(base.model.parameters()))
+    assert weights.keys() == spelled_out.keys() and {w.dtype for w in weights.values()} == {mx.float32}
+    assert all(mx.allclose(weights[name], w, atol=1e-6) for name, w in spelled_out.items())
+    after = dict(tree_flatten(kept.model.parameters()))  # the student is still on it
+    assert all(w.dtype == before[name].dtype and mx.array_equal(w, before[name]) for name, w in after.items())
+
+
 def test_a_modelfile_says_the_template_and_where_answers_end():
     text = modelfile(load(TINY), "m.gguf", "a.gguf")
     assert text.startswith("FROM ./m.gguf\nADAPTER ./a.gguf\n") and 'PARAMETER stop "<|im_end|>"' in text
     turn = "<|im_start|>user\n{{ end }}{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>"
     assert turn in text and "{{ if .System }}<|im_start|>system\n{{ .System }}" in text
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_ollama_puts_the_token_that_begins_a_text_before_it_by_itself(adds, tmp_path):
+    """As Llama 3, Gemma and Mistral have it; a template's own stays where the tokenizer, so the GGUF, adds none."""
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    bos = settings["eos_token"]
+    settings |= {"bos_token": bos, "chat_template": "{{ bos_token }}" + settings["chat_template"]}
+    path.write_text(json.dumps(settings))
+    base = load(str(tmp_path / "model"))
+    if adds:
+        path = tmp_path / "model" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        begun = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        special = {bos: {"id": bos, "ids": [base.tokenizer.bos_token_id], "tokens": [bos]}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": begun,
+            "pair": [*begun, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": special,
+        }
+        path.write_text(json.dumps(content))
+        base = load(str(tmp_path / "model"))
+    own = "" if adds else bos
+    assert f'TEMPLATE """{{{{ if .System }}}}{own}<|im_start|>system' in modelfile(base, "m.gguf")
+    assert f"{{{{ else }}}}{own}<|im_start|>user" in modelfile(base, "m.gguf")
+
+
+def test_an_end_token_of_another_script_is_written_as_it_is():
+    base, end = load(TINY), "<｜end▁of▁sentence｜>"
+    view = copy.copy(base.tokenizer)
+    vars(view).update(convert_ids_to_tokens=lambda i: end)
+    assert f'PARAMETER stop "{end}"' in modelfile(replace(base, tokenizer=view), "m.gguf")
+
+
+@pytest.mark.parametrize(("reader", "against"), [("llama.cpp", "Modelfile"), ("transformers", "")])
+def test_how_to_ask_an_export_again_that_could_not_be_asked(reader, against, finished, tmp_path, monkeypatch):
+    (tmp_path / "Modelfile").write_text("FROM ./m.gguf\n")
+    about = About("name", "gguf", "quantized", "It is one.", "use")
+    exported = Exported(tmp_path, about, reader, False, tmp_path / against, Path(TINY))
+    monkeypatch.setattr(export.subprocess, "run", lambda *_, **__: Namespace(returncode=2))
+    with pytest.raises(UserError) as raised:
+        export._verified(finished_run(finished), Namespace(verify=1, trust_remote_code=False), exported)
+    advice, kinds = shlex.split(str(raised.value).rpartition("safesteer-mlx verify ")[2]), []
+
+    def read(kind, what, *_):
+        kinds.append((kind, what))
+        raise UserError("enough")
+
+    monkeypatch.setattr(readers, "reader_for", read)
+    assert verify.main([*advice, "--test-prompts", "1"]) == 2
+    assert kinds == [(reader, str(tmp_path / against))]
 
 
 def test_a_tokenizer_is_known_by_how_it_splits_alone():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,21 +14,27 @@ import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import setup_arg_parser
 from test_export import TINY, make_run
 
-from safesteer_mlx.evals.fidelity import Fidelity, logits_of, mean_kl, questions, recorded
+from safesteer_mlx.evals.fidelity import Fidelity, Question, logits_of, mean_kl, questions, recorded
 from safesteer_mlx.evals.scores import Answer, Scores
 from safesteer_mlx.export import main as export
 from safesteer_mlx.formats import readers
+from safesteer_mlx.method import rollout
 from safesteer_mlx.method.residual import last_logits
+from safesteer_mlx.method.rollout import Completion, Sampling
 from safesteer_mlx.system.finished import finished_run, load_base
 from safesteer_mlx.system.load import load
-from safesteer_mlx.system.screen import Screen, UserError
+from safesteer_mlx.system.screen import Screen, UserError, silent
+from safesteer_mlx.system.store import as_json
 from safesteer_mlx.verify import main
 
+THINKER = str(Path(__file__).parent / "zoo_models" / "foundry")
 REFUSAL, HELP = "I cannot help with that.", "Here is how."
 
 
@@ -117,6 +125,32 @@ def test_questions_are_the_run_s_evenly_drawn(finished):
     ]
 
 
+def test_a_model_that_computes_no_numbers_is_at_fault(tiny_model):
+    """Its answers are empty, so none of them is unsafe, and a KL of NaN is above nothing."""
+    prompts, answers = [[1, 2, 3], [4, 5]], [[6], [7]]
+    nothing = mx.full((2, tiny_model("llama").args.vocab_size), math.nan)
+    kl = mean_kl(tiny_model("llama"), lambda *rows: nothing, prompts, answers)
+    assert kl == math.inf
+    both = {"base": scores(60, 50), "student": scores(5, 0), "shipped": scores(5, 0)}
+    for pair in ((kl, 0.0), (0.0, kl)):
+        shipped = Fidelity(both, *pair)
+        assert "computes no numbers" in str(shipped.fault) and json.loads(as_json(shipped.as_json()))["fault"]
+
+
+@pytest.mark.parametrize("text", ["", "!" * 96, "the " * 96])
+def test_answers_that_say_nothing_are_no_refusals(text):
+    """Of a reader without logits, a server, too."""
+
+    def shipped(n: int) -> Scores:
+        own = scores(5, 0).answers
+        return Scores([replace(a, text=text) if int(a.prompt) < n else a for a in own], {}, math.nan, math.nan)
+
+    assert "51 of 100 greedy answers say nothing, where 0 of" in str(fidelity(shipped(51)).fault)
+    assert fidelity(shipped(50)).fault is None
+    babbling = {name: shipped(100) for name in ("student", "shipped")}  # a student that is broken itself
+    assert Fidelity({"base": scores(60, 50), **babbling}, math.nan, math.nan).fault is None
+
+
 @pytest.mark.parametrize(("recorded", "longest"), [({}, 200), ({"thinks": True}, 200), ({"thinks": False}, 96)])
 def test_a_model_that_could_think_is_asked_for_as_long_answers_as_were_scored(finished, monkeypatch, recorded, longest):
     run = finished_run(finished)
@@ -190,6 +224,55 @@ def test_a_server_of_the_fused_model_passes(finished, tmp_path, capfd):
         assert main([str(finished), "--against", address, "--test-prompts", "3"]) == 0
 
 
+def test_a_run_with_its_thinking_switched_off_is_asked_with_it_switched_off(tmp_path, capfd):
+    run = make_run(tmp_path / "adapters", num_layers=2, model=THINKER, thinking="off")
+    for words in (["adapter"], ["mlx", "--bits", "32"]):
+        assert export([str(run), "--to", *words, "--out", str(tmp_path), "--verify", "4"]) == 0
+        shown = capfd.readouterr().out
+        assert "12/12" in shown
+        use = shlex.split(shown.rpartition("use it: ")[2])
+        args = setup_arg_parser().parse_args(use[1:])
+        assert use[0] == "mlx_lm.generate" and json.loads(args.chat_template_config) == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(("thinking", "told"), [("auto", None), ("on", True), ("off", False)])
+def test_a_server_is_told_of_the_switch_of_the_run(thinking, told, monkeypatch):
+    bodies = []
+
+    def answered(self, path, body=None):
+        bodies.append(body)
+        return {"data": [], "choices": [{"message": {"content": HELP}, "finish_reason": "stop"}]}
+
+    monkeypatch.setattr(readers._Server, "ask", answered)
+    reader = readers.reader_for("server", "http://there", load(TINY), Sampling([2], 8), 0, thinking)
+    assert reader.replies([Question("harmless", "Hi", (0, 0))], False, silent) == [(HELP, True)]
+    assert bodies[-1].get("chat_template_kwargs") == (None if told is None else {"enable_thinking": told})
+
+
+def test_what_gpt_oss_thinks_is_no_answer_of_an_export_either(tmp_path, monkeypatch):
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    for old, mark in zip(sorted(vocab, key=vocab.get)[-2:], ("<|channel|>", "<|message|>"), strict=True):
+        content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) != old]
+        vocab[mark] = vocab.pop(old)
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"].append({"id": vocab[mark], "content": mark, "special": True} | plain)
+    path.write_text(json.dumps(content))
+    base = load(str(tmp_path / "model"))
+    said = "<|channel|>analysis<|message|>I must decline.<|channel|>final<|message|>Here it is."
+
+    def answered(model, rows, *_):
+        return [
+            Completion([*base.tokenizer.encode(said, add_special_tokens=False), base.eos_ids[0]], True) for _ in rows
+        ]
+
+    monkeypatch.setattr(rollout, "generate", answered)
+    reader = readers.reader_for("mlx", str(tmp_path / "model"), base, Sampling(base.eos_ids, 8), 0)
+    assert reader.replies([Question("harmful", "Hi", (0, 0))], False, silent) == [("Here it is.", True)]
+
+
 @contextmanager
 def pretender(status: int, body: bytes):
     """A server that answers everything alike."""
@@ -255,7 +338,7 @@ def test_what_cannot_be_asked_is_one_sentence(finished, capsys, against, said):
 
 
 def test_another_model_s_folder_is_refused_by_its_vocabulary(finished, capsys):
-    other = str(__import__("pathlib").Path(__file__).parent / "zoo_models" / "market")
+    other = str(Path(__file__).parent / "zoo_models" / "market")
     assert main([str(finished), "--against", other]) == 2
     assert "vocabulary" in capsys.readouterr().err
 

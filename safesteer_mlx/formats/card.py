@@ -98,7 +98,8 @@ def _verified(fidelity: dict[str, Any] | None) -> str:
     sentence = f"{same['count']} of {same['total']} greedy answers are the scored model's, word for word"
     if isinstance(kl := fidelity["kl_harmful"], float) and kl == kl:
         sentence += f"; KL(scored ‖ this) is {kl:.1e} nats a token on harmful prompts"
-        sentence += f", {fidelity['kl_harmless']:.1e} on harmless ones"
+        if isinstance(harmless := fidelity["kl_harmless"], float):
+            sentence += f", {harmless:.1e} on harmless ones"
     if fidelity["fault"]:
         return f"**It failed: {fidelity['fault']}. Do not use it as the scored model.** {sentence}."
     return f"It was asked the run's held-out prompts after it was written: {sentence}."

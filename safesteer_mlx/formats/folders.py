@@ -80,9 +80,9 @@ def _unstacked(weights: dict[str, mx.array], names: dict[str, str]):
             yield f"{before}.experts.{i}.{names.get(layer, layer)}.{leaf}", own
 
 
-def write_peft(student: nn.Module, base_name: str, folder: Path) -> None:
-    """Write a run's adapters as PEFT's `adapter_model.safetensors` and `adapter_config.json`; a UserError if the run
-    trained all weights, or layers for which PEFT has no such adapter.
+def write_peft(student: nn.Module, base_name: str | None, folder: Path) -> None:
+    """Write a run's adapters as PEFT's `adapter_model.safetensors` and `adapter_config.json`, which names the base if
+    one is given; a UserError if the run trained all weights, or layers for which PEFT has no such adapter.
 
     mlx-lm:  y = W x + s · (x A) B, A (I, R), B (R, O);  PEFT:  y = W x + α/R · B' A' x, so A' = Aᵀ, B' = Bᵀ, α = s R.
     DoRA's magnitudes are the same in both: m / |W + s B' A'| row by row, of all but the bias.

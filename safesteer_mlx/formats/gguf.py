@@ -68,18 +68,24 @@ def pre_tokenizer(tokenizer: dict[str, Any]) -> str | None:
 def modelfile(base: Loaded, gguf: str, adapter: str | None = None) -> str:
     """Ollama's Modelfile: the file, the chat template as far as Ollama's form of it goes, and where an answer ends.
 
-    A turn's header and end are read off the model's own template.
+    A turn's header and end are read off the model's own template, without the token that begins every text: Ollama
+    puts that before the prompt itself, as the GGUF says.
     """
-    render = base.tokenizer.apply_chat_template
+    bos, begins = base.tokenizer.bos_token, base.tokenizer.encode("a")[:1] == [base.tokenizer.bos_token_id]
+
+    def render(turns: list[dict[str, str]], **options: Any) -> str:
+        text = base.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return text.removeprefix(bos) if begins else text
+
     user, reply = "⟦user⟧", "⟦reply⟧"
     turn = [{"role": "user", "content": user}]
-    prompt = render(turn, add_generation_prompt=True, tokenize=False)
-    answered = render([*turn, {"role": "assistant", "content": reply}], tokenize=False)
+    prompt = render(turn, add_generation_prompt=True)
+    answered = render([*turn, {"role": "assistant", "content": reply}])
     before, _, after = prompt.partition(user)
     end = answered.rpartition(reply)[2]
     template = f"{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"
     try:
-        guarded = render([{"role": "system", "content": "⟦system⟧"}, *turn], add_generation_prompt=True, tokenize=False)
+        guarded = render([{"role": "system", "content": "⟦system⟧"}, *turn], add_generation_prompt=True)
     except Exception:  # many templates refuse a system turn
         guarded = ""
     head, mark, tail = guarded.partition("⟦system⟧")
@@ -91,7 +97,8 @@ def modelfile(base: Loaded, gguf: str, adapter: str | None = None) -> str:
         )
     lines = [f"FROM ./{gguf}", *([] if adapter is None else [f"ADAPTER ./{adapter}"]), f'TEMPLATE """{template}"""']
     pieces = [base.tokenizer.convert_ids_to_tokens(i) for i in base.eos_ids]
-    return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(piece)}" for piece in pieces)]) + "\n"
+    stops = [f"PARAMETER stop {json.dumps(piece, ensure_ascii=False)}" for piece in pieces]
+    return "\n".join([*lines, *stops]) + "\n"
 
 
 def _convert_here(script: str, arguments: list[str]) -> None:

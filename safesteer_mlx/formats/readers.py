@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..evals.fidelity import (
@@ -41,7 +42,7 @@ from ..method.student import with_adapters
 from ..recipe import HELD_OUT_TOKENS
 from ..system.files import MOST_TEMPLATE, parse_json, read_text, user_path
 from ..system.finished import FinishedRun
-from ..system.load import Loaded
+from ..system.load import Loaded, asked_as, read_tokenizer
 from ..system.screen import Advance, Screen, UserError
 
 SERVER_SECONDS = 300  # for one answer
@@ -68,14 +69,23 @@ def check_installed(module: str, for_what: str) -> None:
 
 
 def reader_for(
-    kind: str, what: str, base: Loaded, sampling: Sampling, seed: int, served_model: str | None = None
+    kind: str,
+    what: str,
+    base: Loaded,
+    sampling: Sampling,
+    seed: int,
+    thinking: str = "auto",
+    served_model: str | None = None,
 ) -> Reader:
-    """What asks `what`, a folder, a file or an address, in the way of this `kind`; a UserError if that cannot be."""
+    """What asks `what`, a folder, a file or an address, in the way of this `kind`, with the run's switch of the chat
+    template; a UserError if that cannot be."""
     if kind == "server":
-        return _server(what, sampling, seed, served_model)
+        return _server(what, sampling, seed, thinking, served_model)
     path = user_path(what)
-    if kind in ("mlx", "adapter"):
-        return _mlx(path, base, sampling, seed, with_adapter=kind == "adapter")
+    if kind == "mlx":
+        return _mlx(path, base, sampling, seed, thinking)
+    if kind == "adapter":
+        return _adapter(path, base, sampling, seed)
     if kind == "transformers":
         return _transformers(path, base, sampling)
     if kind == "peft":
@@ -99,19 +109,30 @@ def kind_of(what: str) -> str:
     raise UserError(f"{what} is no folder of a model, no .gguf file and no http address; give one of these")
 
 
-def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, with_adapter: bool) -> Reader:
+def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, thinking: str) -> Reader:
     from mlx_lm import load
 
     from ..system.model_files import check_model_folder
 
-    if not with_adapter:
-        check_model_folder(path)
+    check_model_folder(path)
     with _reading("mlx_lm.load", path):
-        folder, adapter = (base.path, str(path)) if with_adapter else (path, None)
-        model, tokenizer = load(str(folder), adapter_path=adapter, tokenizer_config=_NO_CODE)[:2]
-    model.eval()
+        model, _, config = load(str(path), tokenizer_config=_NO_CODE, return_config=True)  # type: ignore[misc]
+    tokenizer = asked_as(read_tokenizer(str(path), path, config), thinking)  # its own, read as the base's was
     if (vocabulary := len(tokenizer.get_vocab())) != len(base.tokenizer.get_vocab()):
         raise UserError(f"{path} has a vocabulary of {vocabulary}, another than the run's model; give an export of it")
+    return _mlx_reader(model, tokenizer, base, sampling, seed)
+
+
+def _adapter(path: Path, base: Loaded, sampling: Sampling, seed: int) -> Reader:
+    from mlx_lm import load
+
+    with _reading("mlx_lm.load", path):
+        model = load(str(base.path), adapter_path=str(path), tokenizer_config=_NO_CODE)[0]
+    return _mlx_reader(model, base.tokenizer, base, sampling, seed)
+
+
+def _mlx_reader(model: nn.Module, tokenizer: Any, base: Loaded, sampling: Sampling, seed: int) -> Reader:
+    model.eval()
     if has_equal_batches(base.model):
         set_equal_batches(model)
     own = replace(sampling, eos_ids=sorted(tokenizer.eos_token_ids))
@@ -217,9 +238,11 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
     from transformers import AutoModelForCausalLM
 
     from .folders import write_hf
+    from .fuse import fuse, plan
 
     with tempfile.TemporaryDirectory() as scratch, _reading("PEFT", path):
-        write_hf(base, base.model, mx.float32, Path(scratch) / "base")
+        # No adapters to fuse: quantized weights are spelled out, which they are only on the CPU backend already.
+        write_hf(base, fuse(base.model, plan(base.model, "32"), []), mx.float32, Path(scratch) / "base")
         model = AutoModelForCausalLM.from_pretrained(
             Path(scratch) / "base", dtype="auto", local_files_only=True, **_NO_CODE
         )
@@ -265,6 +288,7 @@ class _Server:
     longest: int  # answer, in tokens
     model: str | None
     seed: int
+    thinking: str
     names: list[str] = field(default_factory=list)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -293,6 +317,8 @@ class _Server:
             "top_p": 1.0,
             "seed": (self.seed * 1_000_003 + question.place[0] * 10_007 + question.place[1]) % 2**31,
         } | ({} if self.model is None else {"model": self.model})
+        if self.thinking != "auto":  # as mlx_lm.server, llama.cpp's and vLLM's take it
+            body["chat_template_kwargs"] = {"enable_thinking": self.thinking == "on"}
         try:
             choice = self.ask("/chat/completions", body)["choices"][0]
             text = choice["message"].get("content")
@@ -305,9 +331,9 @@ class _Server:
             ) from None
 
 
-def _server(url: str, sampling: Sampling, seed: int, model: str | None) -> Reader:
+def _server(url: str, sampling: Sampling, seed: int, thinking: str, model: str | None) -> Reader:
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    server = _Server(url, sampling.max_tokens, model, seed)
+    server = _Server(url, sampling.max_tokens, model, seed, thinking)
     try:
         server.names = [str(entry["id"]) for entry in server.ask("/models")["data"]]
     except (UserError, KeyError, TypeError):
@@ -340,7 +366,7 @@ def compare(
     rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
     own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
 
-    reader = reader_for(kind, against, base, sampling, seed, served_model)
+    reader = reader_for(kind, against, base, sampling, seed, recipe.run.thinking, served_model)
     with screen.stage(f"asking {against}") as advance:
         scores["shipped"] = ask(reader.replies, prompts, HOW if reader.samples else HOW[:1], advance)
     kl = dict.fromkeys(rows, math.nan)

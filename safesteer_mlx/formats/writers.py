@@ -101,7 +101,16 @@ def _mlx(job: Job) -> Exported:
     bits = f"{quantization['bits']} bits" if quantization else "not quantized"
     relation = "quantized" if quantization else "finetune"
     what = f"A model for MLX, {bits}: the adapters of a SafeSteer run, fused into its weights."
-    return job.exported("mlx", relation, what, "mlx_lm.chat --model {folder}", "mlx", exact=job.args.bits == "32")
+    use = _asked_by_mlx_lm(job, "--model {folder}")
+    return job.exported("mlx", relation, what, use, "mlx", exact=job.args.bits == "32")
+
+
+def _asked_by_mlx_lm(job: Job, flags: str) -> str:
+    """mlx-lm's command, with the run's switch of the chat template: chat takes none, generate does."""
+    if (thinking := job.run.recipe.run.thinking) == "auto":
+        return f"mlx_lm.chat {flags}"
+    switch = f'{{{{"enable_thinking": {json.dumps(thinking == "on")}}}}}'  # doubled braces, since `use` is a format
+    return f"mlx_lm.generate {flags} --chat-template-config '{switch}' --prompt Hello"
 
 
 def _hf(job: Job) -> Exported:
@@ -122,7 +131,7 @@ def _adapter(job: Job) -> Exported:
     shutil.copyfile(job.run.folder / "adapters.safetensors", job.part / "adapters.safetensors")
     config = read_object(job.run.folder / "adapter_config.json") | {"model": shown_base(job.run)[0]}
     (job.part / "adapter_config.json").write_text(json.dumps(config, indent=4), "utf-8")
-    use = "mlx_lm.chat --model {base} --adapter-path {folder}"
+    use = _asked_by_mlx_lm(job, "--model {base} --adapter-path {folder}")
     return job.exported("mlx", "adapter", "The adapters of a SafeSteer run, for mlx-lm.", use, "adapter", exact=True)
 
 
@@ -134,10 +143,24 @@ def _no_bits(job: Job) -> None:
 def _peft(job: Job) -> Exported:
     _no_bits(job)
     check_family(job.base.config, "peft")
-    write_peft(with_adapters(job.base.model, job.run.folder), shown_base(job.run)[0], job.part)
+    name = _base_for_peft(job)
+    write_peft(with_adapters(job.base.model, job.run.folder), name, job.part)
     use = "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}')\""
+    if name is None:
+        base = "UNQUANTIZED_BASE" if job.base.quantized else "{base}"
+        use = (
+            'python -c "from peft import PeftModel as P; from transformers import AutoModelForCausalLM as M; '
+            f"P.from_pretrained(M.from_pretrained('{base}'), '{{folder}}')\""
+        )
+        use += "  # put in its name: transformers reads no weights that MLX quantized" if job.base.quantized else ""
     what = "Adapters for PEFT, to put on the base's unquantized weights."
     return job.exported("peft", "adapter", what, use, "peft", exact=True)
+
+
+def _base_for_peft(job: Job) -> str | None:
+    """The base that PEFT can fetch from the Hub by itself; None if it is a folder here, or quantized by MLX."""
+    name, on_hub = shown_base(job.run)
+    return name if on_hub and not job.base.quantized else None
 
 
 def _gguf(job: Job) -> Exported:
@@ -153,7 +176,7 @@ def _gguf(job: Job) -> Exported:
         model = with_adapters(base, job.run.folder)
         if args.to == "gguf-lora":
             peft.mkdir()
-            write_peft(model, shown_base(job.run)[0], peft)
+            write_peft(model, None, peft)
             name, adapter, model = name.removesuffix("-safesteer"), f"{name}-adapter.gguf", base
             fused, relation = "the base, and the adapter of a SafeSteer run beside it.", "adapter"
         write_hf(job.base, *job.fused(model, "32"), hf)

@@ -150,9 +150,9 @@ def load(
     tokenizer = read_tokenizer(name, path, config, trust_remote_code, chat)
     if not tokenizer.eos_token_ids:
         raise UserError(f"model {name} names no end-of-turn token; set eos_token_id in its config.json")
-    _read_channels(tokenizer)
     if thinking != "auto":
-        tokenizer = _switched(tokenizer, thinking == "on")
+        _check_switch(tokenizer)
+    tokenizer = asked_as(tokenizer, thinking)
     check_loaded(name, model, tokenizer, vocabulary(name, config))
     mx.eval(model.parameters())
     model.eval()
@@ -317,8 +317,17 @@ def _read_channels(tokenizer: Any) -> None:
         setattr(tokenizer, f"_think_{which}_tokens", tuple(tokenizer.encode(header, add_special_tokens=False)))
 
 
-def _switched(tokenizer: Any, thinking: bool) -> Any:
-    """A view of a tokenizer whose chat template thinks, or does not."""
+def asked_as(tokenizer: Any, thinking: str) -> Any:
+    """A tokenizer that tells a model's thinking, and whose chat template thinks, or does not, as `--thinking` says."""
+    _read_channels(tokenizer)
+    if thinking == "auto":
+        return tokenizer
+    view = copy.copy(tokenizer)
+    view.apply_chat_template = partial(tokenizer.apply_chat_template, enable_thinking=thinking == "on")
+    return view
+
+
+def _check_switch(tokenizer: Any) -> None:
     turns = [{"role": "user", "content": "a"}]
     on, off = (
         tokenizer.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=switch)
@@ -326,6 +335,3 @@ def _switched(tokenizer: Any, thinking: bool) -> Any:
     )
     if on == off:
         raise UserError("the chat template has no thinking switch; leave --thinking at auto")
-    view = copy.copy(tokenizer)
-    view.apply_chat_template = partial(tokenizer.apply_chat_template, enable_thinking=thinking)
-    return view
