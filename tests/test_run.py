@@ -492,6 +492,16 @@ def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monk
     ]
 
 
+@pytest.mark.parametrize("find", [direction._find_directions, direction._untested_directions])
+def test_a_model_of_two_blocks_has_directions(find, run, found):
+    base = load(run.base.name)
+    base.model.model.layers = base.model.model.layers[:2]
+    sets = run.prompts.harmful_direction_train, run.prompts.harmless_direction_train
+    refused = ([harmful] * len(rows) for harmful, rows in zip((True, False), sets, strict=True))
+    directions = find(replace(run, base=base), OwnAnswers(found.openers, *refused), 32)
+    assert directions.shortlist and {one.layer for one in directions.shortlist} == {1}
+
+
 def test_thoughts_that_mostly_do_not_end_stop_the_run(run, monkeypatch, capsys):
     tokenizer = Thinker()
     tokenizer.eos_token_ids = {0}

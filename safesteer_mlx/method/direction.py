@@ -211,9 +211,12 @@ def _kl(base_logits: mx.array, other_logits: mx.array) -> mx.array:
 
 
 def pruned_from(n_layers: int, prune_last: float | None) -> int:
-    """The first block that is too late to steer: floor((1 − prune_last) · L), or L."""
+    """The first block that is too late to steer: floor((1 − prune_last) · L), or L; of two blocks, the second, the only
+    one to steer before, is never pruned."""
+    if prune_last is None or n_layers == 2:
+        return n_layers
     # Rounded first, so that 0.8 · 10 does not become 7.
-    return n_layers if prune_last is None else int(np.floor(round((1 - prune_last) * n_layers, 9)))
+    return int(np.floor(round((1 - prune_last) * n_layers, 9)))
 
 
 @dataclass(frozen=True)
