@@ -193,6 +193,20 @@ def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, c
         assert said in capsys.readouterr().out
 
 
+def test_a_base_that_ends_its_turn_at_once_on_harmful_prompts_is_told_by_its_other_answers(run, found, monkeypatch):
+    rows = run.prompts.harmful_validation[:4]
+    ends = sorted({int(t) for t in np.array(last_logits(run.base.model, rows).argmax(-1))})
+    monkeypatch.setattr(type(run.base), "eos_ids", ends)
+    few = replace(run, prompts=replace(run.prompts, harmful_validation=rows))
+    one = few.with_settings(tokens=replace(run.recipe.tokens, token_samples=2))
+    teacher = make_teacher(one, found.shortlist[0], 2.0)
+    directions = replace(found, harmful=rows, harmless=found.harmless[:8])
+    tokens = safety_tokens.find_tokens(one, teacher, directions)
+    assert tokens.nats > 0 and len(tokens.openings) == 1
+    first = openings(teacher.model, rows, tokens.ids, 32)[:, :-1].sum(-1).mean()
+    assert tokens.openings == [pytest.approx(first)] and 0 < tokens.explained <= 1
+
+
 def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(run):
     base = run.base
     few = replace(
