@@ -478,14 +478,29 @@ def answering(run, monkeypatch, *answers):
 def test_of_few_refusals_an_opener_is_known_by_shares(run, monkeypatch):
     first = {text: run.base.tokenizer.encode(text, add_special_tokens=False)[0] for text in ("I", "Sorry")}
     no, yes = "I cannot help with that.", "I would begin with a map."
-    settings = replace(run.recipe.direction, refusal_prefixes=["I", "Sorry"])
     n = len(run.prompts.harmful_direction_train)
     other = ([1], True, "Begin with a map.")
     for refusals, kept in ((1, True), (n // 16, False)):
         answers = [([first["I"]], True, no)] + [([first["Sorry"]], True, no)] * (refusals - 1)
         answers += [([first["I"]], True, yes)] * 2 + [other]
-        found = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *answers))
+        found = find_openers(answering(run, monkeypatch, *answers))
         assert sum(found.harmful_refused) == refusals and (first["I"] in found.openers.values()) == kept
+
+
+def test_where_refusals_begin_as_other_answers_do_directions_are_tried(run, monkeypatch):
+    """So do those of a vocabulary of bytes or letters."""
+    words = run.recipe.direction.refusal_prefixes
+    each = [ids[0] for word in words if (ids := run.base.tokenizer.encode(word, add_special_tokens=False))]
+    n = len(run.prompts.harmful_direction_train)
+    answers = [([each[i % 5]], True, "I cannot help with that.") for i in range(n // 3)]
+    answers += [([each[i % 5]], True, "Begin with a map.") for i in range(2 * n - n // 3)]
+    found = find_directions(answering(run, monkeypatch, *answers))
+    assert not found.openers and found.shortlist and len(found.harmful_train) == n // 3
+    assert [c for c in found.cautions if c.startswith("refusals of this model begin as its other answers do")]
+    # What the user says that refusals begin with is taken at its word.
+    settings = replace(run.recipe.direction, refusal_prefixes=["Sorry", "No"])
+    given = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *answers))
+    assert list(given.openers) == ["Sorry", "No"]
 
 
 def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch):

@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..recipe import DirectionSettings
 from ..system import machines
 from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
@@ -569,10 +570,11 @@ class OwnAnswers:
 def find_openers(run: Run) -> OwnAnswers:
     """First tokens of refusals: the recipe's texts, and those that the model itself begins its refusals with.
 
-    Read off answers at temperature 1: the likeliest of many openers would hide the others.
+    Read off answers at temperature 1: the likeliest of many openers would hide the others. None, where refusals begin
+    as other answers do, of a vocabulary of bytes most of all.
 
     Raises:
-        UserError: none of them is a token of this model.
+        UserError: none of the texts is a token of this model, and it refuses nothing.
     """
     rows = [*run.prompts.harmful_direction_train, *run.prompts.harmless_direction_train]
     n = len(run.prompts.harmful_direction_train)
@@ -597,15 +599,17 @@ def find_openers(run: Run) -> OwnAnswers:
     # shares are compared, as there are so many more of the others.
     few = sum(refusals[:n]) < REFUSED * n
     weight = sum(refusals[:n]) / max(1, len(refusals) - sum(refusals)) if few else 1.0
-    openers = opener_ids(run.base.tokenizer, run.recipe.direction.refusal_prefixes)
-    openers = {text: t for text, t in openers.items() if in_others[t] * weight <= max(1, in_refusals[t])}
+    prefixes = run.recipe.direction.refusal_prefixes
+    openers = written = opener_ids(run.base.tokenizer, prefixes)
+    if prefixes == DirectionSettings().refusal_prefixes:  # not the user's own, who knows the model
+        openers = {text: t for text, t in written.items() if in_others[t] * weight <= max(1, in_refusals[t])}
     for token in _telling(openings, refusals, n):
         openers.setdefault(run.base.tokenizer.decode([token]), token)
-    if not openers:
+    if not (written or any(refusals)):
         raise UserError(
             "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
         )
-    run.screen.detail(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
+    run.screen.detail(f"openers: {', '.join(repr(text) for text in openers) or 'none'}; {share}")
     return OwnAnswers(openers, refusals[:n], refusals[n:])
 
 
@@ -709,7 +713,8 @@ def as_it_answers(run: Run, directions: FoundDirections) -> Run:
 
 
 def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
-    """For a model that thinks first: the published tests read the first token of an answer, which tells nothing here.
+    """For a model that thinks first, or whose refusals begin as its other answers do: the published tests read the
+    first token of an answer, which tells nothing here.
 
     Prompts are kept by what the answers did, and directions of a few blocks and positions are left to be tried.
     """
@@ -732,10 +737,12 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     directions = [Direction(p - n_pos, layer, mx.array(candidates[p, layer].astype(np.float32))) for p, layer in at]
     run.screen.detail(f"directions: {len(directions)} of {n_pos * n_layers} to be tried as teachers")
     none = np.full((n_pos, n_layers), np.nan)
-    caution = (
-        "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
-        "--thinking off, where its template can, aligns its plain answers"
-    )
+    caution = "refusals of this model begin as its other answers do, so directions cannot be tested by that, only tried"
+    if own.thoughts.length:
+        caution = (
+            "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
+            "--thinking off, where its template can, aligns its plain answers"
+        )
     scores = CandidateScores(none, none, none)
     tests, found_from = [[] for _ in directions], (harmful, harmless)
     return FoundDirections({}, scores, directions, tests, *scoring, *found_from, [caution], own.thoughts)
@@ -763,7 +770,10 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
     def by_score(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
         refused, answered = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
         if not answered:
-            raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
+            raise UserError(
+                f"the base begins its answers to all {len(harmless)} harmless prompts as refusals begin; give other "
+                "--refusal-prefixes, or choose a model that answers some"
+            )
         kept = or_all(refused, harmful)
         if kept is harmful and not cautions:
             some = f"only {len(refused)} of its answers" if refused else "none of its answers"
