@@ -487,6 +487,26 @@ def test_of_few_refusals_an_opener_is_known_by_shares(run, monkeypatch):
         assert sum(found.harmful_refused) == refusals and (first["I"] in found.openers.values()) == kept
 
 
+@pytest.mark.parametrize(
+    ("refused", "others", "kept"),
+    [
+        ([], 256, False),
+        (["Sorry"], 255, False),
+        (["I"], 255, False),  # all of either tells nothing
+        (["I", "I", "Sorry"], 253, False),
+        (["I", "I", "Sorry"], 100, True),  # more of the refusals than of the others
+        ([], 16, True),  # a sixteenth of the others
+        ([], 17, False),
+    ],
+)
+def test_what_opens_the_answers_of_a_base_that_hardly_refuses_is_no_opener(refused, others, kept, run, monkeypatch):
+    first = {text: run.base.tokenizer.encode(text, add_special_tokens=False)[0] for text in ("I", "Sorry")}
+    answers = [([first[word]], True, "I cannot help with that.") for word in refused]
+    answers += [([first["I"]], True, "I would begin.")] * others + [([1], True, "Begin with a map.")]
+    openers = find_openers(answering(run, monkeypatch, *answers)).openers
+    assert first["Sorry"] in openers.values() and (first["I"] in openers.values()) == kept
+
+
 def test_where_refusals_begin_as_other_answers_do_directions_are_tried(run, monkeypatch):
     """So do those of a vocabulary of bytes or letters."""
     words = run.recipe.direction.refusal_prefixes

@@ -61,6 +61,7 @@ LEANS = 1.5  # as many times: with which a thought may go either way, and goes t
 SPREAD = 4  # blocks that are tried where there are no tests
 CUT = 0.25  # of the answers that may be cut while they think
 REFUSED = 1 / 16  # of the harmful prompts that must be refused, for the others to be left out
+COMMON = 1 / 16  # of the answers that do not refuse, begun with one token
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 PROBES, PROBE_TOKENS = 8, 16  # answers, and tokens of each, that tell whether a model begins to think
 LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
@@ -596,13 +597,22 @@ def find_openers(run: Run) -> OwnAnswers:
     openings = [{completion.ids[0]} for completion, _ in answers]
     in_refusals, in_others = _counts(openings, refusals, n)
     # Of the recipe's openers, those with which this model begins other answers are none of its own. Of few refusals,
-    # shares are compared, as there are so many more of the others.
-    few = sum(refusals[:n]) < REFUSED * n
-    weight = sum(refusals[:n]) / max(1, len(refusals) - sum(refusals)) if few else 1.0
+    # shares are compared, as there are so many more of the others; and what opens many of those must open more of them.
+    n_refusals, n_others = sum(refusals[:n]), max(1, len(refusals) - sum(refusals))
+    few = n_refusals < REFUSED * n
+
+    def is_own(token: int) -> bool:
+        if not few:
+            return in_others[token] <= max(1, in_refusals[token])
+        expected = in_others[token] * n_refusals / n_others
+        if in_others[token] > COMMON * n_others:
+            return in_refusals[token] > expected
+        return expected <= max(1, in_refusals[token])
+
     prefixes = run.recipe.direction.refusal_prefixes
     openers = written = opener_ids(run.base.tokenizer, prefixes)
     if prefixes == DirectionSettings().refusal_prefixes:  # not the user's own, who knows the model
-        openers = {text: t for text, t in written.items() if in_others[t] * weight <= max(1, in_refusals[t])}
+        openers = {text: token for text, token in written.items() if is_own(token)}
     for token in _telling(openings, refusals, n):
         openers.setdefault(run.base.tokenizer.decode([token]), token)
     if not (written or any(refusals)):
