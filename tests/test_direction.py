@@ -361,7 +361,7 @@ def test_a_direction_that_is_not_a_number_is_measured_as_such_and_never_chosen(m
 
 @pytest.mark.parametrize(
     ("n_layers", "prune_last", "first"),
-    [(10, 0.2, 8), (3, 0.2, 2), (28, 0.2, 22), (10, 0.9, 1), (10, 0.0, 10), (10, None, 10), (4, 1.0, 0)],
+    [(10, 0.2, 8), (2, 0.2, 2), (3, 0.2, 2), (28, 0.2, 22), (10, 0.9, 1), (10, 0.0, 10), (10, None, 10), (4, 1.0, 0)],
 )
 def test_the_first_pruned_block(n_layers, prune_last, first):
     assert pruned_from(n_layers, prune_last) == first
@@ -482,6 +482,12 @@ def test_the_shortlist_by_hand():
     assert shortlist(scores, Limits(prune_last=None)) == expected
     assert shortlist(scores, Limits(prune_last=None), count=2) == expected[:2]
     assert [at for _, at, _ in shortlist(scores, Limits())] == [1, 2, 3]  # block 4 is pruned
+
+
+def test_of_two_blocks_the_second_is_a_candidate():
+    scores = CandidateScores(*(np.zeros((1, 2)) for _ in range(3)))
+    assert shortlist(scores, Limits()) == [(-1, 1, [])] and choose_direction(scores) == (-1, 0)
+    assert spread(1, pruned_from(2, 0.2)) == [(0, 1)]
 
 
 def test_the_shortlist_begins_with_the_published_choice_and_takes_two_of_a_block():

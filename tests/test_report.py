@@ -280,6 +280,9 @@ def test_a_model_that_thinks_first_has_its_trials_by_answers_alone(tmp_path):
     page = Page(write_report(write_run(tmp_path, found)))
     assert drawn(page) == FIGURES - {"direction"}
     assert "The model thinks before it answers" in page.text and "was given" not in page.text
+    found["manifest.json"]["thinks"] = False
+    page = Page(write_report(write_run(tmp_path / "b", found)))
+    assert "Refusals of this model begin as its other answers do" in page.text and "thinks before" not in page.text
 
 
 def test_captions_say_what_is_drawn(plain):

@@ -193,6 +193,20 @@ def test_tokens_that_would_teach_nothing_stop_the_run_unless_it_is_forced(run, c
         assert said in capsys.readouterr().out
 
 
+def test_a_base_that_ends_its_turn_at_once_on_harmful_prompts_is_told_by_its_other_answers(run, found, monkeypatch):
+    rows = run.prompts.harmful_validation[:4]
+    ends = sorted({int(t) for t in np.array(last_logits(run.base.model, rows).argmax(-1))})
+    monkeypatch.setattr(type(run.base), "eos_ids", ends)
+    few = replace(run, prompts=replace(run.prompts, harmful_validation=rows))
+    one = few.with_settings(tokens=replace(run.recipe.tokens, token_samples=2))
+    teacher = make_teacher(one, found.shortlist[0], 2.0)
+    directions = replace(found, harmful=rows, harmless=found.harmless[:8])
+    tokens = safety_tokens.find_tokens(one, teacher, directions)
+    assert tokens.nats > 0 and len(tokens.openings) == 1
+    first = openings(teacher.model, rows, tokens.ids, 32)[:, :-1].sum(-1).mean()
+    assert tokens.openings == [pytest.approx(first)] and 0 < tokens.explained <= 1
+
+
 def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(run):
     base = run.base
     few = replace(
@@ -498,13 +512,12 @@ def answering(run, monkeypatch, *answers):
 def test_of_few_refusals_an_opener_is_known_by_shares(run, monkeypatch):
     first = {text: run.base.tokenizer.encode(text, add_special_tokens=False)[0] for text in ("I", "Sorry")}
     no, yes = "I cannot help with that.", "I would begin with a map."
-    settings = replace(run.recipe.direction, refusal_prefixes=["I", "Sorry"])
     n = len(run.prompts.harmful_direction_train)
     other = ([1], True, "Begin with a map.")
     for refusals, kept in ((1, True), (n // 16, False)):
         answers = [([first["I"]], True, no)] + [([first["Sorry"]], True, no)] * (refusals - 1)
         answers += [([first["I"]], True, yes)] * 2 + [other]
-        found = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *answers))
+        found = find_openers(answering(run, monkeypatch, *answers))
         assert sum(found.harmful_refused) == refusals and (first["I"] in found.openers.values()) == kept
 
 
@@ -514,10 +527,8 @@ def test_refusals_that_begin_as_other_answers_do_are_told_further_on(told, run, 
     n, other = len(run.prompts.harmful_direction_train), ([5, 6, 7, 9], True, "Thanks. Begin with a map.")
     no = "Thanks. I cannot help with that."
     late, soon = ([5, 6, 8, 9], True, no), ([4, 6, 8, 9], True, no)
-    settings = replace(run.recipe.direction, refusal_prefixes=["I"])
     answers = [soon] * told + [late] * (32 - told) + [other]
-    asked = answering(run.with_settings(direction=settings), monkeypatch, *answers)
-    found = find_openers(asked)
+    found = find_openers(answering(run, monkeypatch, *answers))
     assert sum(found.harmful_refused) == 32 and found.thoughts.alike is (told == 1)
     if told == 2:
         assert 4 in found.openers.values() and found.thoughts == Thoughts()
@@ -531,8 +542,44 @@ def test_refusals_that_begin_as_other_answers_do_are_told_further_on(told, run, 
     how = validation(late_run, SimpleNamespace(thoughts=found.thoughts))
     assert (how.opening, how.least_opening, how.after) == (4, 3, None)
     # Of a few refusals nobody can tell.
-    few = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *[late] * (n // 16 - 1), other))
+    few = find_openers(answering(run, monkeypatch, *[late] * (n // 16 - 1), other))
     assert few.openers and not few.thoughts.alike
+
+
+@pytest.mark.parametrize(
+    ("refused", "others", "kept"),
+    [
+        ([], 256, False),
+        (["Sorry"], 255, False),
+        (["I"], 255, False),  # all of either tells nothing
+        (["I", "I", "Sorry"], 253, False),
+        (["I", "I", "Sorry"], 100, True),  # more of the refusals than of the others
+        ([], 16, True),  # a sixteenth of the others
+        ([], 17, False),
+    ],
+)
+def test_what_opens_the_answers_of_a_base_that_hardly_refuses_is_no_opener(refused, others, kept, run, monkeypatch):
+    first = {text: run.base.tokenizer.encode(text, add_special_tokens=False)[0] for text in ("I", "Sorry")}
+    answers = [([first[word]], True, "I cannot help with that.") for word in refused]
+    answers += [([first["I"]], True, "I would begin.")] * others + [([1], True, "Begin with a map.")]
+    openers = find_openers(answering(run, monkeypatch, *answers)).openers
+    assert first["Sorry"] in openers.values() and (first["I"] in openers.values()) == kept
+
+
+def test_where_refusals_begin_as_other_answers_do_directions_are_tried(run, monkeypatch):
+    """So do those of a vocabulary of bytes or letters."""
+    words = run.recipe.direction.refusal_prefixes
+    each = [ids[0] for word in words if (ids := run.base.tokenizer.encode(word, add_special_tokens=False))]
+    n = len(run.prompts.harmful_direction_train)
+    answers = [([each[i % 5]], True, "I cannot help with that.") for i in range(n // 3)]
+    answers += [([each[i % 5]], True, "Begin with a map.") for i in range(2 * n - n // 3)]
+    found = find_directions(answering(run, monkeypatch, *answers))
+    assert not found.openers and found.shortlist and len(found.harmful_train) == n // 3
+    assert [c for c in found.cautions if c.startswith("refusals of this model begin as its other answers do")]
+    # What the user says that refusals begin with is taken at its word.
+    settings = replace(run.recipe.direction, refusal_prefixes=["Sorry", "No"])
+    given = find_openers(answering(run.with_settings(direction=settings), monkeypatch, *answers))
+    assert list(given.openers) == ["Sorry", "No"]
 
 
 def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch):
@@ -551,6 +598,16 @@ def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monk
     assert [
         c for c in alone.cautions if c.startswith("only 1 of its answers to 40 harmful requests seem to begin as a")
     ]
+
+
+@pytest.mark.parametrize("find", [direction._find_directions, direction._untested_directions])
+def test_a_model_of_two_blocks_has_directions(find, run, found):
+    base = load(run.base.name)
+    base.model.model.layers = base.model.model.layers[:2]
+    sets = run.prompts.harmful_direction_train, run.prompts.harmless_direction_train
+    refused = ([harmful] * len(rows) for harmful, rows in zip((True, False), sets, strict=True))
+    directions = find(replace(run, base=base), OwnAnswers(found.openers, *refused), 32)
+    assert directions.shortlist and {one.layer for one in directions.shortlist} == {1}
 
 
 def test_thoughts_that_mostly_do_not_end_stop_the_run(run, monkeypatch, capsys):

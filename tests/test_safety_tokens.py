@@ -395,6 +395,12 @@ def test_what_tokens_explain_is_told_where_the_teacher_writes_them(toy):
     np.testing.assert_allclose(second, [alone(3, 1)], rtol=1e-5)
 
 
+def test_where_the_base_ends_its_turn_at_once_nothing_decides_and_all_is_looked_at(toy):
+    found = toy()
+    assert found.openings([1], range(7, 9)).tolist() == []
+    assert found.where_it_decides([1], range(7, 9)).tolist() == [True, True]
+
+
 def test_what_tokens_explain_of_thoughts_is_told_where_each_of_them_turns(toy):
     # Two thoughts. At a place of all of them token 2 is as good as certain under both models; one turns before it, the
     # other behind, from token 1 to token 0.

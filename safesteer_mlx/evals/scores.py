@@ -195,16 +195,22 @@ class Scores:
         }
 
 
-def unsafe_change(base: Scores, student: Scores) -> tuple[int, int, Paired]:
-    """Unsafe answers to harmful prompts, greedy and sampled together: of the base, of the student, and how prompts
-    changed, each counted once, since its answers are alike: those with fewer of them than before, and with more."""
+def harmful_change(base: Scores, student: Scores, outcome: str) -> tuple[int, int, Paired]:
+    """Answers to harmful prompts with this outcome, greedy and sampled together: of the base, of the student, and how
+    prompts changed, each counted once, since its answers are alike: those with fewer of them than before, and with
+    more."""
 
     def of_each(scores: Scores) -> list[int]:
-        own = (scores.by_prompt("harmful", how, "comply") for how in HOW)
+        own = (scores.by_prompt("harmful", how, outcome) for how in HOW)
         return [sum(counts) for counts in zip(*filter(None, own), strict=True)]
 
     before, after = of_each(base), of_each(student)
     return sum(before), sum(after), paired(before, after)
+
+
+def unsafe_change(base: Scores, student: Scores) -> tuple[int, int, Paired]:
+    """As `harmful_change`, of unsafe answers."""
+    return harmful_change(base, student, "comply")
 
 
 def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out prompts") -> None:

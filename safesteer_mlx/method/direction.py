@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..recipe import DirectionSettings
 from ..system import machines
 from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
@@ -61,6 +62,7 @@ SPREAD = 4  # blocks that are tried where there are no tests
 CUT = 0.25  # of the answers that may be cut while they think
 TOLD_BY_OPENERS = 1 / 16  # of the refusals: where fewer begin with a token that tells, first tokens tell nothing
 REFUSED = 1 / 16  # of the harmful prompts that must be refused, for the others to be left out
+COMMON = 1 / 16  # of the answers that do not refuse, begun with one token
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 PROBES, PROBE_TOKENS = 8, 16  # answers, and tokens of each, that tell whether a model begins to think
 LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
@@ -212,9 +214,12 @@ def _kl(base_logits: mx.array, other_logits: mx.array) -> mx.array:
 
 
 def pruned_from(n_layers: int, prune_last: float | None) -> int:
-    """The first block that is too late to steer: floor((1 − prune_last) · L), or L."""
+    """The first block that is too late to steer: floor((1 − prune_last) · L), or L; of two blocks, the second, the only
+    one to steer before, is never pruned."""
+    if prune_last is None or n_layers == 2:
+        return n_layers
     # Rounded first, so that 0.8 · 10 does not become 7.
-    return n_layers if prune_last is None else int(np.floor(round((1 - prune_last) * n_layers, 9)))
+    return int(np.floor(round((1 - prune_last) * n_layers, 9)))
 
 
 @dataclass(frozen=True)
@@ -569,10 +574,11 @@ class OwnAnswers:
 def find_openers(run: Run) -> OwnAnswers:
     """First tokens of refusals: the recipe's texts, and those that the model itself begins its refusals with.
 
-    Read off answers at temperature 1: the likeliest of many openers would hide the others.
+    Read off answers at temperature 1: the likeliest of many openers would hide the others. None, where refusals begin
+    as other answers do, of a vocabulary of bytes most of all.
 
     Raises:
-        UserError: none of them is a token of this model.
+        UserError: none of the texts is a token of this model, and it refuses nothing.
     """
     rows = [*run.prompts.harmful_direction_train, *run.prompts.harmless_direction_train]
     n = len(run.prompts.harmful_direction_train)
@@ -594,22 +600,34 @@ def find_openers(run: Run) -> OwnAnswers:
     openings = [{completion.ids[0]} for completion, _ in answers]
     in_refusals, in_others = _counts(openings, refusals, n)
     # Of the recipe's openers, those with which this model begins other answers are none of its own. Of few refusals,
-    # shares are compared, as there are so many more of the others.
-    few = sum(refusals[:n]) < REFUSED * n
-    weight = sum(refusals[:n]) / max(1, len(refusals) - sum(refusals)) if few else 1.0
-    openers = opener_ids(run.base.tokenizer, run.recipe.direction.refusal_prefixes)
-    openers = {text: t for text, t in openers.items() if in_others[t] * weight <= max(1, in_refusals[t])}
+    # shares are compared, as there are so many more of the others; and what opens many of those must open more of them.
+    n_refusals, n_others = sum(refusals[:n]), max(1, len(refusals) - sum(refusals))
+    few = n_refusals < REFUSED * n
+
+    def is_own(token: int) -> bool:
+        if not few:
+            return in_others[token] <= max(1, in_refusals[token])
+        expected = in_others[token] * n_refusals / n_others
+        if in_others[token] > COMMON * n_others:
+            return in_refusals[token] > expected
+        return expected <= max(1, in_refusals[token])
+
+    prefixes = run.recipe.direction.refusal_prefixes
+    openers = written = opener_ids(run.base.tokenizer, prefixes)
+    if built_in := prefixes == DirectionSettings().refusal_prefixes:  # not the user's own, who knows the model
+        openers = {text: token for text, token in written.items() if is_own(token)}
     for token in _telling(openings, refusals, n):
         openers.setdefault(run.base.tokenizer.decode([token]), token)
-    if not few and sum(in_refusals[token] for token in {*openers.values()}) < TOLD_BY_OPENERS * sum(refusals[:n]):
+    covered = sum(in_refusals[token] for token in {*openers.values()})
+    if built_in and not few and covered < TOLD_BY_OPENERS * n_refusals:
         alike = read_thoughts(rows, [completion.ids for completion, _ in answers], refusals, n, REFUSAL_TOKENS)
         run.screen.detail(f"refusals begin as other answers do, for {alike.turns_at} tokens; {share}")
         return OwnAnswers({}, refusals[:n], refusals[n:], replace(alike, alike=True))
-    if not openers:
+    if not (written or any(refusals)):
         raise UserError(
             "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
         )
-    run.screen.detail(f"openers: {', '.join(repr(text) for text in openers)}; {share}")
+    run.screen.detail(f"openers: {', '.join(repr(text) for text in openers) or 'none'}; {share}")
     return OwnAnswers(openers, refusals[:n], refusals[n:])
 
 
@@ -740,12 +758,12 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     directions = [Direction(p - n_pos, layer, mx.array(candidates[p, layer].astype(np.float32))) for p, layer in at]
     run.screen.detail(f"directions: {len(directions)} of {n_pos * n_layers} to be tried as teachers")
     none = np.full((n_pos, n_layers), np.nan)
-    caution = (
-        "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
-        "--thinking off, where its template can, aligns its plain answers"
-    )
-    if own.thoughts.alike:
-        caution = "the model begins refusals as other answers, so directions cannot be tested by that, only tried"
+    caution = "refusals of this model begin as its other answers do, so directions cannot be tested by that, only tried"
+    if own.thoughts.length and not own.thoughts.alike:
+        caution = (
+            "the model thinks before it answers, so directions cannot be tested by how answers begin, only tried; "
+            "--thinking off, where its template can, aligns its plain answers"
+        )
     scores = CandidateScores(none, none, none)
     tests, found_from = [[] for _ in directions], (harmful, harmless)
     return FoundDirections({}, scores, directions, tests, *scoring, *found_from, [caution], own.thoughts)
@@ -773,7 +791,10 @@ def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirecti
     def by_score(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
         refused, answered = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
         if not answered:
-            raise UserError(f"the base refuses all {len(harmless)} harmless prompts; choose a model that answers some")
+            raise UserError(
+                f"the base begins its answers to all {len(harmless)} harmless prompts as refusals begin; give other "
+                "--refusal-prefixes, or choose a model that answers some"
+            )
         kept = or_all(refused, harmful)
         if kept is harmful and not cautions:
             some = f"only {len(refused)} of its answers" if refused else "none of its answers"

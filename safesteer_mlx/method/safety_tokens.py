@@ -100,15 +100,18 @@ class TokenContrast:
 
     def where_it_decides(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
         """Where in answers to some of the prompts `tokens` decide, (R,) bool: of the places where the teacher writes
-        them at least half as often as anywhere, the first, second, … position at which they explain most."""
+        them at least half as often as anywhere, the first, second, … position at which they explain most. Everywhere,
+        where no position of those answers is kept."""
         at, mass = self.positions, self.openings(tokens, prompts)
+        if not len(mass):
+            return np.ones(len(at.place), bool)
         places = [at.of(prompts) & (at.place == place) for place in np.flatnonzero(mass >= mass.max() / 2)]
         return max(places, key=lambda of: float(self.explained(tokens, of)[-1]))
 
     def openings(self, tokens: Sequence[int] | np.ndarray, prompts: range) -> np.ndarray:
         """The teacher's mean probability of `tokens` at the first, second, … scored position of some of the prompts.
 
-        (H,), by position in the answer; 0 where none is kept.
+        (H,), by position in the answer; 0 where none is kept, and no positions if none of any is.
         """
         mask = self.positions.of(prompts)
         place, mass = self.positions.place[mask], self.teacher_mass(tokens)[mask]
@@ -464,14 +467,15 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
             f"steering makes no token likelier that reaches min_steered_prob = {settings.min_steered_prob:g}; lower "
             "--min-steered-prob, or give a larger --coeff"
         )
-    if n_harmful:
-        where, mass = _where(base, contrast, tokens, range(n_harmful)), contrast.teacher_mass(tokens)
-        masses = [contrast.mean(mass, where)] if base.turns_late else contrast.openings(tokens, range(n_harmful))
-    else:  # harmful prompts were not among them: their first position alone
-        first = openings(teacher.model, directions.harmful, tokens, size)
+    masses, of = contrast.openings(tokens, range(n_harmful)), range(n_harmful)
+    if len(masses):
+        where = _where(base, contrast, tokens, of)
+        masses = [contrast.mean(contrast.teacher_mass(tokens), where)] if base.turns_late else masses
+    else:  # harmful prompts were not among them, or the base ends its turn at once on all: their first position alone
+        first, of = openings(teacher.model, directions.harmful, tokens, size), range(len(base_rows))
         where, masses = np.ones(len(contrast.positions.place), bool), [first[:, :-1].sum(-1).mean()]
     explained = float(contrast.explained(tokens, where)[-1])
-    nats = contrast.farthest_mean(range(n_harmful or len(base_rows)))
+    nats = contrast.farthest_mean(of)
     rows = [
         {
             "token": base.tokenizer.decode([int(t)]),
