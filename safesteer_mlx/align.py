@@ -57,6 +57,7 @@ def align_model(
     Raises:
         UserError: what a user can mend, in one sentence.
     """
+    recipe = _with_whole_name(recipe)
     settings, folder = recipe.run, Path(recipe.run.adapter_path)
     if machines.here().first:
         from .system.store import check_output
@@ -75,6 +76,19 @@ def align_model(
     record = Path(settings.adapter_path) / "run"
     with watching(record, settings.transcripts_in_report, settings.watch_port, screen.line):
         return _align(recipe, base, screen, check, force)
+
+
+def _with_whole_name(recipe: Recipe) -> Recipe:
+    """The recipe with the whole path of a model that is a folder here, which from elsewhere would be another or a Hub
+    id; but as an unfinished run of this model has it, whose states know it by that name."""
+    if not (path := user_path(recipe.run.model)).is_dir():
+        return recipe
+    name, record = str(path.absolute()), Path(recipe.run.adapter_path) / "run" / "recipe.yaml"
+    if machines.here().first and _state_of(record.parents[1]) == "unfinished":
+        earlier = read_yaml(record).get("model")
+        if isinstance(earlier, str) and str(user_path(earlier).absolute()) == name:
+            name = earlier
+    return replace(recipe, run=replace(recipe.run, model=name))
 
 
 def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: bool) -> Aligned:
@@ -240,7 +254,7 @@ def _record(
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
-        "model": run.base.name,
+        "model": run.recipe.run.model,
         "model_sha256": run.base.weights_hash,
         "model_settings_sha256": run.base.settings_hash,
         "adapters_sha256": hashlib.sha256(adapters).hexdigest(),

@@ -212,6 +212,7 @@ def main(argv: list[str]) -> None:
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
+    from .method.rollout import Completion, answer_text
     from .method.run import most_read
     from .system.load import load
 
@@ -230,11 +231,20 @@ def main(argv: list[str]) -> None:
             turns = {name: [] for name in voices}
             continue
         pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
-        prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
+        try:
+            prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
+        except UserError as error:
+            print(visible(str(error), ""), flush=True)
+            continue
         if (length := max(map(len, prompts.values()))) > (most := most_read(loaded.config)):
             print(f"{length:,} tokens, and {most:,} are read: left out; /reset begins anew", flush=True)
             continue
         answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
+        if loaded.tokenizer.has_thinking:  # no thought goes back: templates leave it out, or refuse it (gpt-oss's)
+            for name, prompt in prompts.items():
+                ids = voices[name].ids[len(prompt) :]
+                completion = Completion(ids, ids[-1] in loaded.eos_ids)
+                answers[name] = answer_text(loaded.tokenizer, prompt, completion)
         turns = {name: [*own, {"role": "assistant", "content": answers[name]}] for name, own in pending.items()}
 
 

@@ -1,5 +1,6 @@
 """Attacks, tampering and the frames of training: what is asked, what is judged, what is counted."""
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -31,7 +32,7 @@ from safesteer_mlx.method.framing import (
 from safesteer_mlx.method.judge import is_refusal, outcome, use_refusal_phrases
 from safesteer_mlx.method.prompts import built_in_sets, load_instructions, render, render_turns
 from safesteer_mlx.method.residual import block_outputs, unit
-from safesteer_mlx.method.rollout import Sampling
+from safesteer_mlx.method.rollout import Completion, Sampling, answer_text
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.method.train import TrainingPrompt
 from safesteer_mlx.recipe import MODELS, PACKAGE, resolve
@@ -220,6 +221,28 @@ def test_the_bases_own_answers_are_compliant_and_cut(base, items, monkeypatch):
     monkeypatch.setattr(attacks, "outcome", lambda text: "refuse")
     assert attacker(base).compliant_answers(rows) == {}
     assert list(attacker(base).make("own-answer", items)) == []
+
+
+def test_of_a_thought_and_its_answer_the_answer_is_begun(base, items, monkeypatch):
+    """By a model whose template begins the thought; it is ended in the prompt, as it is before any other opening."""
+    tokenizer = copy.copy(base.tokenizer)
+    tokenizer._think_start, tokenizer._think_end = "<|im_start|>assistant\n", "Then:"
+    words = ("They want it.", "\n\n", "Here is how it is done, step by step, in a few plain words.", "\nThen:\n\n")
+    start, end, thought, blank, answer, ended = (
+        tuple(tokenizer.encode(text, add_special_tokens=False))
+        for text in (tokenizer.think_start, tokenizer.think_end, *words)
+    )
+    tokenizer._think_start_tokens, tokenizer._think_end_tokens = start, end
+    completion = Completion([*thought, *end, *blank, *answer, base.eos_ids[0]], True)
+    assert answer_text(tokenizer, [], completion) == tokenizer.decode(answer)
+    assert answer_text(tokenizer, [], Completion(completion.ids[:-1], False)) == tokenizer.decode(answer)
+    monkeypatch.setattr(attacks, "answers", lambda model, own, rows, *how: [(completion, "Here it is.")] * len(rows))
+    thinker = replace(base, tokenizer=tokenizer, thinks=True)
+    made = list(attacker(thinker).make("own-answer", items))
+    for attack, n in zip(made, BEGUN, strict=False):
+        assert attack.ask(base.model)[0] == [*render(tokenizer, items[0].text), *ended, *answer[:n]]
+        assert attack.begun[0] == tokenizer.decode(answer[:n])
+    assert len(made) >= 4
 
 
 @pytest.mark.parametrize("family", ATTACKS)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -146,6 +147,45 @@ def test_no_escape_of_a_model_reaches_the_terminal(interactive, capsys, monkeypa
     assert said == {"base": HOSTILE, "aligned": "fine"}  # history keeps what was said
 
 
+def test_no_thought_goes_back_and_a_refused_conversation_is_told_and_gone_on_from(
+    adapters, tmp_path, capsys, monkeypatch
+):
+    """A template like gpt-oss's, which refuses its own channels in an earlier turn; and whatever else it refuses."""
+    folder, marks = tmp_path / "oss", ("<|channel|>", "<|message|>")
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("data"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    words = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])[-len(marks) :]
+    for (word, place), mark in zip(words, marks, strict=True):  # the last words make room, as ids need an embedding
+        merges = tokenizer["model"]["merges"]
+        tokenizer["model"]["merges"] = [pair for pair in merges if "".join(pair).replace(" ", "") != word]
+        tokenizer["model"]["vocab"] = {k: v for k, v in tokenizer["model"]["vocab"].items() if k != word}
+        own = {"id": place, "content": mark, "special": True, "normalized": False, "single_word": False}
+        tokenizer["added_tokens"].append(own | {"lstrip": False, "rstrip": False})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    refuses = "{% for m in messages %}{% if '<|channel|>' in m.content or 'No!' in m.content %}"
+    refuses += "{{ raise_exception('no channels here') }}{% endif %}{% endfor %}"
+    settings["chat_template"] = refuses + settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    base, prompts = load(str(folder)), []
+    said = "<|channel|>analysis<|message|>They ask.<|channel|>final<|message|>It is blue.<|im_end|>"
+
+    def stream(voices, asked, tokenizer, **options):
+        prompts.append(tokenizer.decode(asked["aligned"]))
+        for name, voice in voices.items():
+            voice.ids = [*asked[name], *tokenizer.encode(said, add_special_tokens=False)]
+            yield name, said
+
+    monkeypatch.setattr(chat, "stream", stream)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Which?\nWhy?\nNo!\nHow?\n")))
+    assert base.tokenizer.has_thinking
+    assert main([str(folder), "--adapter-path", str(adapters)]) == 0
+    assert len(prompts) == 3 and all("It is blue." in prompt for prompt in prompts[1:])
+    assert not any(word in prompt for prompt in prompts for word in ("<|channel|>", "They ask", "No!"))
+    out = [line for line in capsys.readouterr().out.splitlines() if "no channels here" in line]
+    assert len(out) == 1 and "the chat template refuses several turns" in out[0] and "/reset" in out[0]
+
+
 def test_a_terminal_shows_them_side_by_side(adapters):
     import pty
     import select
@@ -204,8 +244,6 @@ DIRECTIONS = {
 
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_steer_needs_the_runs_direction(name, base, adapters, tmp_path):
-    import shutil
-
     found, expected = DIRECTIONS[name]
     shutil.copytree(adapters, tmp_path / "a")
     path = tmp_path / "a" / "run" / "direction.json"

@@ -19,11 +19,15 @@ import pytest
 from runs import few_sets
 
 import safesteer_mlx as safesteer
+import safesteer_mlx.align as align
 import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
+from safesteer_mlx.formats.card import shown_base
 from safesteer_mlx.method import direction
 from safesteer_mlx.method import run as runs
+from safesteer_mlx.recipe import MODELS, read_yaml
 from safesteer_mlx.system import store as stores
+from safesteer_mlx.system.finished import finished_run, load_base
 from safesteer_mlx.system.memory import PagingError
 from safesteer_mlx.system.screen import UserError
 from safesteer_mlx.system.store import RunFolder, Store, fingerprint
@@ -262,6 +266,45 @@ def test_a_stopped_run_whose_files_or_versions_are_others_is_named_and_left_alon
     monkeypatch.undo()
     assert main(["--resume", str(folder), "--force"]) == 0
     assert "going on after step 1 of 2" in capsys.readouterr().out
+
+
+def test_a_model_s_folder_is_recorded_with_its_whole_path(tmp_path, monkeypatch, capsys):
+    """From elsewhere `models/mine` is another folder, or some stranger's on the Hub."""
+    data, elsewhere = few_sets(tmp_path) / "few", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(MODELS / "tiny-chat", tmp_path / "models" / "mine", ignore=shutil.ignore_patterns("data"))
+    whole = str(tmp_path / "models" / "mine")
+
+    def stopped(name) -> Path:
+        """A run that stopped after its first step."""
+        folder = tmp_path / name
+        with monkeypatch.context() as patch:
+            stop_after(patch, 3)
+            command = ["models/mine", "--adapter-path", str(folder), *SHORTEST, "--data", str(data), "--no-report"]
+            assert main([*command, "--force", "--offline"]) == 130
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    folder = stopped("new")
+    with monkeypatch.context() as patch:
+        patch.setattr(align, "_with_whole_name", lambda recipe: recipe)
+        older = stopped("older")
+    assert read_yaml(older / "run" / "recipe.yaml")["model"] == "models/mine"
+    capsys.readouterr()
+    assert main(["--resume", str(older), "--force"]) == 0  # its states know the model by that name
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+
+    monkeypatch.chdir(elsewhere)
+    assert main(["--resume", str(folder), "--force"]) == 0
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+    for name in ("adapter_config.json", "run/manifest.json", "run/recipe.yaml"):  # JSON is YAML
+        assert read_yaml(folder / name)["model"] == whole, name
+    run = finished_run(folder)
+    assert load_base(run).path == Path(whole) and shown_base(run) == ("mine", False)
+
+    monkeypatch.chdir(tmp_path)  # where an older run is what it was
+    run = finished_run(older)
+    assert run.manifest["model"] == "models/mine" and load_base(run) and shown_base(run) == ("mine", False)
 
 
 QUICK = {"iters": 2, "save_every": 1, "test_prompts": 2, "direction_train": 32, "direction_validation": 16}

@@ -23,7 +23,7 @@ from safesteer_mlx.evals.scores import transcripts
 from safesteer_mlx.export import main
 from safesteer_mlx.formats import readers, writers
 from safesteer_mlx.formats.card import About, model_card
-from safesteer_mlx.formats.folders import write_peft
+from safesteer_mlx.formats.folders import copy_tokenizer, write_peft
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
 from safesteer_mlx.formats.writers import WRITERS, Exported, Job
 from safesteer_mlx.method.prompts import prompt_sets
@@ -123,6 +123,28 @@ def test_an_mlx_folder_is_the_student_keeps_the_untouched_bytes_and_says_what_it
     assert str(MODELS) not in card and str(tmp_path) not in card  # nothing of this machine
     prompts = [json.loads(line)["prompt"] for line in (finished / "run" / "transcripts.jsonl").read_text().splitlines()]
     assert not any(prompt in card for prompt in prompts)
+
+
+def test_of_the_base_s_folder_nothing_is_copied_but_what_belongs_to_the_model(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "export"
+    base.mkdir()
+    folder.mkdir()
+    mapped = {"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "org/other--mine.Mine"}
+    contents = {
+        "config.json": json.dumps({"auto_map": mapped, "model_file": "own_mlx.py"}),
+        "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["tokenizer_own.Own", None]}}),
+        "modeling_own.py": "from .layers_own import Layer\nfrom .gone import Gone",
+        "layers_own.py": "from .modeling_own import Own",
+    }
+    kept = {"tokenizer.json", "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json", "own_mlx.py"}
+    kept |= {"tokenizer_own.py", "preprocessor_config.json", "LICENSE.txt", "NOTICE"}
+    kept |= contents.keys() - {"config.json"}
+    left = {"trainer_state.json", "args.json", "notes.txt", "prompts.json", "train.py", "mine.py", "tokenizer_run.py"}
+    left |= {"config.json", "model.safetensors", "adapter_config.json", "README.md", "data.jsonl"}
+    for name in kept | left:
+        (base / name).write_text(contents.get(name, ""))
+    copy_tokenizer(base, folder)
+    assert {path.name for path in folder.iterdir()} == kept
 
 
 def test_an_export_that_is_not_the_student_is_marked_failed(finished, tmp_path, capfd, monkeypatch):

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import survey
 from conftest import build
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -209,6 +210,25 @@ def test_experts_are_fused_too():
     assert errors[0] < errors[1]
     spelled = fuse(student, plan(student, "32"), [])
     assert mx.allclose(spelled(tokens), student(tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=["spelled out", "4 bits"])
+def test_latent_attention_is_put_on_every_grid(bits):
+    """Its maps of each head are read from both sides, so their inputs have two widths."""
+    latent = {"num_hidden_layers": 2, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    base, _ = survey.build("deepseek_v3", survey.configs()[0]["deepseek_v3"] | latent)
+    if bits:
+        nn.quantize(base, group_size=32, bits=bits, class_predicate=lambda path, m: hasattr(m, "to_quantized"))
+    student, tokens = student_of(base), mx.array([[3, 1, 4, 1, 5, 9]])
+    errors = {}
+    for wanted in ("auto", "4", "5", "8", "32"):
+        fused = fuse(student, plan(student, wanted), ROWS[:3])
+        errors[wanted] = (fused(tokens) - student(tokens)).square().mean().item()
+        if wanted not in ("auto", "32"):
+            grid = fused.layers[0].self_attn.embed_q
+            assert grid.bits == int(wanted) and quantization_of(fused)["bits"] == int(wanted)
+    assert errors["8"] < errors["5"] and errors["32"] < 1e-9
+    assert not any(name.endswith(".scales") for name in flat(fused))
 
 
 def test_the_plan_knows_how_large_it_gets():

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("few_prompts")
 
 TINY = MODELS / "tiny-chat"
 FILES = {path.name: path.read_bytes() for path in TINY.iterdir() if path.is_file()}
+BESIDE = {"README.md": b"# Chat\n", ".gitattributes": b"*.safetensors filter=lfs\n"}  # never fetched
 NAME = "someone/chat"
 
 
@@ -35,7 +36,7 @@ NAME = "someone/chat"
 def hub(tmp_path, monkeypatch):
     with Hub() as hub:
         hub.ask_this(monkeypatch, tmp_path / "cache")
-        hub.model(NAME, FILES)
+        hub.model(NAME, FILES | BESIDE)
         yield hub
 
 
@@ -66,6 +67,16 @@ def test_the_second_run_fetches_no_file_again(hub):
     hub.seen.clear()
     load(NAME)
     assert [path for _, path, _ in hub.seen] == [f"/api/models/{NAME}/revision/main"]
+
+
+def test_a_model_that_was_fetched_is_on_this_machine(hub):
+    """Although not all that its repository holds was fetched."""
+    assert ours.local_folder(NAME) is None and not ours.is_here(NAME)
+    folder = ours.model_folder(NAME)
+    assert not any((folder / name).exists() for name in BESIDE)
+    hub.seen.clear()
+    assert ours.local_folder(NAME) == folder and ours.is_here(NAME)
+    assert hub.seen == []
 
 
 def test_a_revision_is_fetched_by_branch_and_by_commit(hub):

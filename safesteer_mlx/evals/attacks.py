@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ..method.framing import begun, framed, framings, openings_of
 from ..method.judge import outcome
 from ..method.prompts import Instruction, Rows, load_instructions, render_all, render_turns
-from ..method.rollout import Sampling, answers, stream_key
+from ..method.rollout import Sampling, answer_ids, answers, stream_key
 from ..recipe import PACKAGE
 from ..system.load import Loaded
 from ..system.screen import Screen, UserError
@@ -105,7 +105,8 @@ class Attacker:
         return [text for _, text in answers(model, self.base.tokenizer, rows, sampling, keys)]
 
     def compliant_answers(self, rows: Rows) -> dict[int, list[int]]:
-        """The base's own compliant answers, by prompt: greedy, else the first of `TRIES` samples that complies."""
+        """The base's own compliant answers, by prompt, without a thought before them: greedy, else the first of `TRIES`
+        samples that complies."""
         ids: dict[int, list[int]] = {}
         for attempt in range(1 + TRIES):
             left = [i for i in range(len(rows)) if i not in ids]
@@ -114,7 +115,7 @@ class Attacker:
             replies = answers(self.base.model, self.base.tokenizer, [rows[i] for i in left], sampling, keys)
             for i, (completion, text) in zip(left, replies, strict=True):
                 if outcome(text) == "comply":
-                    ids[i] = completion.ids[:-1] if completion.finished else completion.ids
+                    ids[i] = answer_ids(self.base.tokenizer, completion)
         return ids
 
     def make(self, family: str, items: Sequence[Instruction]) -> Iterator[Attack]:

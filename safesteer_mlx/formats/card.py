@@ -5,6 +5,7 @@ from typing import Any
 
 from ..evals.scores import Count
 from ..method.prompts import SETS
+from ..system.files import user_path
 from ..system.finished import FinishedRun
 
 _LABELS = {
@@ -35,7 +36,7 @@ class About:
 def shown_base(run: FinishedRun) -> tuple[str, bool]:
     """The base's Hub id, or its folder's last name, which tells nothing of this machine; and whether it is an id."""
     name = str(run.manifest.get("model"))
-    on_hub = not name.startswith((".", "/", "~")) and name.count("/") == 1
+    on_hub = not name.startswith((".", "/", "~")) and name.count("/") == 1 and not user_path(name).is_dir()
     return (name if on_hub else name.rstrip("/").rpartition("/")[2]), on_hub
 
 

@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..system.load import Loaded
+from ..system.load import BESIDE, Loaded
+from ..system.model_files import code_of
 from ..system.screen import UserError
 from .fuse import layers
 
-# Of a model's folder, all but the weights and what belongs to them alone.
-_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", "adapter_config.json")
+# What of a base's folder goes with its weights; there may be notes, scripts and data of who made it beside these.
+_COPIED = (*BESIDE, "tekken.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
 
 # Families whose weights mlx-lm keeps under transformers' own names, and those whose experts it stacks.
 _SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2")
@@ -25,11 +25,12 @@ _EXPERTS |= {"mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
 
 
 def copy_tokenizer(base: Path, folder: Path) -> None:
-    """Copy what stands beside a model's weights: tokenizer, chat template, generation settings, licence."""
-    for pattern in _COPIED:
-        for file in sorted(base.glob(pattern)):
-            if file.name not in _NOT_COPIED and file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    """Copy what stands beside a model's weights: tokenizer, chat template, generation settings, licence, and the code
+    that its configuration or its tokenizer names."""
+    files = {file for pattern in _COPIED for file in base.glob(pattern) if file.suffix != ".py"} | code_of(base)
+    for file in files:
+        if file.name != "config.json" and file.is_file():
+            shutil.copyfile(file, folder / file.name)
 
 
 def write_mlx(base: Loaded, model: nn.Module, folder: Path, more: dict[str, Any] | None) -> None:

@@ -77,9 +77,17 @@ class Layer:
         return adapted.fuse(dequantize=True)
 
 
-def _spelled_out(quantized: nn.Module) -> nn.Module:
+def _spelled_out(quantized: Any) -> nn.Module:
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
     from mlx_lm.utils import dequantize_model
 
+    if isinstance(quantized, QuantizedMultiLinear):  # which mlx-lm's function leaves as it is
+        own = quantized
+        weight = mx.dequantize(own.weight, own.scales, own.biases, own.group_size, own.bits, mode=own.mode)
+        n_heads, n_out, n_in = weight.shape
+        spelled = MultiLinear(n_in, n_out, n_heads)
+        spelled.weight = weight
+        return spelled
     holder = nn.Module()
     holder.layer = quantized
     return dequantize_model(holder).layer
@@ -236,9 +244,13 @@ def fuse(student: nn.Module, plan: Plan, rows: Sequence[Ids], progress: Advance 
 
 
 def _needs_gptq(layer: Layer, plan: Plan) -> bool:
+    """Whether it is on a grid so coarse, and computes W x: embeddings, and latent attention's maps of each head, which
+    are read from both sides, are rounded."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
     grid = plan.grids[layer.path]
-    is_embedding = isinstance(layer.inner, (nn.Embedding, nn.QuantizedEmbedding))
-    return grid is not None and grid.bits < _ROUNDED_WELL and not is_embedding
+    is_linear = isinstance(layer.inner, nn.Linear | nn.QuantizedLinear | SwitchLinear | QuantizedSwitchLinear)
+    return grid is not None and grid.bits < _ROUNDED_WELL and is_linear
 
 
 def _hessians(

@@ -45,12 +45,22 @@ def answer_text(tokenizer: Any, prompt: Ids, completion: Completion) -> str:
     """The answer as a reader sees it, without its thinking: empty if the length ran out while it thought."""
     if not tokenizer.has_thinking:
         return completion.text(tokenizer)
-    end = tokenizer.rfind_think_end(completion.ids)
-    if end >= 0:
-        rest = completion.ids[end + len(tokenizer.think_end_tokens) :]
-        return Completion(rest, completion.finished).text(tokenizer).strip()
+    if tokenizer.rfind_think_end(completion.ids) >= 0:
+        return tokenizer.decode(answer_ids(tokenizer, completion), skip_special_tokens=True).strip()
     opened = tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
     return "" if opened or tokenizer.find_think_start(completion.ids) >= 0 else completion.text(tokenizer)
+
+
+def answer_ids(tokenizer: Any, completion: Completion) -> list[TokenId]:
+    """The ids of an answer without its end-of-turn token; where a thought has ended, those behind it and the blank
+    lines that follow it."""
+    ids = completion.ids[:-1] if completion.finished else completion.ids
+    end = tokenizer.rfind_think_end(ids) if tokenizer.has_thinking else -1
+    if end < 0:
+        return ids
+    rest = ids[end + len(tokenizer.think_end_tokens) :]
+    shown = (tokenizer.decode([token], skip_special_tokens=True).strip() for token in rest)
+    return rest[next((n for n, text in enumerate(shown) if text), len(rest)) :]
 
 
 def stream_key(seed: int, *which: int) -> mx.array:

@@ -112,7 +112,8 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
     size = batch_size(base, recipe.run.generation_batch_size, screen, prompts.harmful_validation)
     recipe = replace(recipe, run=replace(recipe.run, generation_batch_size=size))
     parts = {name: fingerprint(part) for name, part in run_parts(recipe, base, sets).items()}
-    check_alike(parts)
+    of_all = {name: value for name, value in result_settings(recipe).items() if name != "model"}  # its weights tell
+    check_alike(parts | {"settings": fingerprint(of_all)})
     folder = Path(recipe.run.adapter_path)
     store = Store(folder, parts, known_of(recipe, base, prompts))
     if other := store.other_parts():

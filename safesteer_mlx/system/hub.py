@@ -46,11 +46,15 @@ def model_folder(name: str, revision: str | None = None, with_code: bool = False
     """The snapshot of a model repository, downloaded or from the cache; its `.py` files only with `with_code`. A
     UserError says what kept it from being fetched, and what helps."""
     from huggingface_hub import snapshot_download
+
+    with _explained("model", name, revision):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_fetched(with_code)))
+
+
+def _fetched(with_code: bool) -> list[str]:
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    patterns = [p for p in DEFAULT_ALLOW_PATTERNS if with_code or p != "*.py"]
-    with _explained("model", name, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if with_code or pattern != "*.py"]
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:
@@ -60,8 +64,9 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
 
     if (folder := user_path(name)).is_dir():
         return folder
+    patterns = _fetched(with_code=False)  # asked for more than was ever fetched, the library finds no snapshot
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
     except (LocalEntryNotFoundError, ValueError):
         return None
 

@@ -33,8 +33,8 @@ from .model_files import (
 from .screen import UserError
 
 # What stands beside the weights and decides what a model reads, computes and ends with.
-_BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-_BESIDE += ("tokenizer*", "vocab*", "chat_template*", "*.jinja", "*.model", "*.tiktoken")
+BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+BESIDE += ("tokenizer*", "vocab*", "chat_template*", "*.jinja", "*.model", "*.tiktoken")
 
 # Of the memory that a dequantized copy may take on the CPU backend.
 _DEQUANTIZED_BYTES = 4 * 2**30
@@ -77,7 +77,7 @@ class Loaded:
     @cached_property
     def settings_hash(self) -> str:
         """SHA-256 over the names and bytes of the configuration, the tokenizer's files and the chat template."""
-        return _hash_of(self.path, _BESIDE)
+        return _hash_of(self.path, BESIDE)
 
 
 def _hash_of(folder: Path, patterns: Iterable[str]) -> str:

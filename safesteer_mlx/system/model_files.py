@@ -7,6 +7,7 @@ when they are used. So headers are read here first, by the format's own library,
 import copy
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -201,6 +202,21 @@ def _check_code(folder: Path, config: dict[str, Any], settings: dict[str, Any]) 
                 f"model {folder} wants to run code of its own ({key} = {content[key]!r:.100} in {file}); "
                 "if you trust it, pass --trust-remote-code, else choose another model"
             )
+
+
+def code_of(folder: Path) -> set[Path]:
+    """The `.py` files in a model's folder that its configuration or its tokenizer asks for, and what those import."""
+    names: list[str] = []
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        settings = read_object(path) if path.exists() else {}
+        names += re.findall(r'"(\w+)\.\w+"', json.dumps([settings.get("auto_map"), settings.get("model_file")]))
+    files: set[Path] = set()
+    while names:
+        path = folder / f"{names.pop()}.py"
+        if path.is_file() and path not in files:
+            files.add(path)
+            names += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", path.read_text("utf-8", "replace"), re.MULTILINE)
+    return files
 
 
 def _is_idle(auto_map: Any, config: dict[str, Any], settings: dict[str, Any]) -> bool:
