@@ -24,6 +24,7 @@ from safesteer_mlx.export import main
 from safesteer_mlx.formats import readers, writers
 from safesteer_mlx.formats.card import About, model_card
 from safesteer_mlx.formats.folders import copy_tokenizer, write_peft
+from safesteer_mlx.formats.fuse import plan
 from safesteer_mlx.formats.gguf import modelfile, pre_tokenizer
 from safesteer_mlx.formats.writers import WRITERS, Exported, Job
 from safesteer_mlx.method.prompts import prompt_sets
@@ -264,6 +265,27 @@ def test_a_full_disk_is_told_before_anything_is_written(finished, tmp_path, caps
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert "make room" in refused(capsys, finished, "--to", "mlx", "--out", tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() or path.name.startswith(".")]
+
+
+def test_too_little_memory_is_told_before_anything_is_written(finished, tmp_path, capsys, monkeypatch):
+    from safesteer_mlx.system import memory
+
+    def of(size: float):
+        monkeypatch.setattr(writers, "this_machine", lambda: memory.Machine(int(size), "physical memory", True))
+
+    base, out = load(TINY), tmp_path / "out"
+    student = with_adapters(base.model, finished)
+    new = {bits: plan(student, bits).new_bytes(student) for bits in ("auto", "32")}
+    assert new["auto"] < new["32"] / 2
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 5 * 10**9)
+    of(5e9 + (new["auto"] + new["32"]) / 2)
+    for words in (["--to", "hf"], ["--to", "mlx", "--bits", "32"]):
+        words += ["--dtype", "float32"] if "hf" in words else []
+        said = refused(capsys, finished, *words, "--no-verify", "--out", out)
+        assert "takes 5.0 GB of memory" in said and "give --to mlx without --bits, or take a machine with more" in said
+    of(4e9)
+    assert "4.0 GB for it; take a machine with more" in refused(capsys, finished, "--to", "mlx", "--out", out)
+    assert not [path for path in out.rglob("*") if path.is_file() or path.name.startswith(".")]
 
 
 def test_a_failure_or_ctrl_c_while_writing_leaves_nothing(finished, tmp_path, capsys, monkeypatch):

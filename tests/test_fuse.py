@@ -1,5 +1,7 @@
 """Fusing: GPTQ's formula by hand, what goes onto which grid, and that nothing else moves."""
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -237,6 +239,34 @@ def test_the_plan_knows_how_large_it_gets():
         planned = plan(student, bits)
         real = sum(w.nbytes for w in flat(fuse(student, planned, ROWS)).values())
         assert real <= planned.bytes_of(student) <= 1.2 * real, bits
+
+
+@pytest.mark.parametrize("bits", ["mixed", "8", "16", "32"])
+def test_the_plan_knows_how_much_is_held_beside_the_base(bits):
+    from mlx_lm.models import llama
+
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=256,
+        num_hidden_layers=2,
+        intermediate_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-6,
+        vocab_size=3000,
+        tie_word_embeddings=False,
+    )
+    base = llama.Model(args)
+    base.set_dtype(mx.float16)
+    nn.quantize(base, group_size=64, bits=4)
+    student = student_of(base)
+    planned = plan(student, bits)
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    fused = fuse(student, planned, ROWS[:2])
+    held = mx.get_peak_memory() - before
+    assert fused.layers and 0.6 < held / planned.new_bytes(student) < 1.3
 
 
 def test_fusing_leaves_the_student_as_it_was():

@@ -129,14 +129,28 @@ class Plan:
         """How many bytes the weights will take, a little too many."""
         total = tree_reduce(lambda size, x: size + x.nbytes, view_without_adapters(model).parameters(), 0)
         for layer in layers(model):
-            if layer.path not in self.grids:
-                continue
-            grid, inner = self.grids[layer.path], layer.inner
-            total -= sum(inner[name].nbytes for name in ("weight", "scales", "biases") if name in inner)
-            values = layer.size
-            size = (self.dtype or layer.dtype).size
-            total += values * (size if grid is None else grid.bits / 8 + 2 * size / grid.group_size)
-        return int(total)
+            if layer.path in self.grids:
+                total -= sum(layer.inner[name].nbytes for name in ("weight", "scales", "biases") if name in layer.inner)
+        return int(total) + sum(self._sizes(model))
+
+    def new_bytes(self, model: nn.Module) -> int:
+        """How many bytes are held beside the base's while it is fused: the new weights; of the layer that takes most
+        the weight spelled out, twice, and, by GPTQ, Σ x xᵀ of its inputs with some five arrays of that size."""
+        beside = [
+            2 * layer.size + 6 * layer.width**2 * _needs_gptq(layer, self)
+            for layer in layers(model)
+            if layer.path in self.grids
+        ]
+        return sum(self._sizes(model)) + mx.float32.size * max(beside, default=0)
+
+    def _sizes(self, model: nn.Module) -> list[int]:
+        """Bytes of each new weight."""
+        sizes = []
+        for layer in layers(model):
+            if layer.path in self.grids:
+                grid, size = self.grids[layer.path], (self.dtype or layer.dtype).size
+                sizes.append(layer.size * (size if grid is None else grid.bits / 8 + 2 * size / grid.group_size))
+        return [int(size) for size in sizes]
 
 
 def view_without_adapters(model: nn.Module) -> nn.Module:
@@ -234,8 +248,10 @@ def fuse(student: nn.Module, plan: Plan, rows: Sequence[Ids], progress: Advance 
             inputs = [block_inputs(resume(model, i, x), text)[i + 1] for x, text in zip(inputs, texts, strict=True)]
             mx.eval(inputs)
         progress(i + 1, len(own))
-    rest = [layer for layer in layers(model) if layer.path in plan.grids and layer.path not in in_blocks]
-    model.update_modules(tree_unflatten([(layer.path, _placed(layer, plan, None)) for layer in rest]))
+    for layer in layers(model):
+        if layer.path in plan.grids and layer.path not in in_blocks:
+            model.update_modules(tree_unflatten([(layer.path, placed := _placed(layer, plan, None))]))
+            mx.eval(placed.parameters())
     if plan.dtype is not None:
         model.set_dtype(plan.dtype)
     model.eval()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model
 
@@ -17,6 +18,7 @@ from ..method.run import batch_size
 from ..method.student import with_adapters
 from ..system.finished import FinishedRun
 from ..system.load import Loaded
+from ..system.memory import this_machine
 from ..system.model_files import read_object
 from ..system.screen import Screen, UserError
 from . import gguf
@@ -53,13 +55,21 @@ class Job:
 
     def fused(self, model: nn.Module, bits: str, dtype: str | None = None) -> tuple[nn.Module, Any]:
         """A model without adapters, as `fuse.plan` has it, and the type of its plain weights; a UserError if it will
-        not fit on the disk."""
+        not fit on the disk, or in memory beside the base."""
         planned = plan(model, bits, dtype)
         needed, free = planned.bytes_of(model), shutil.disk_usage(self.part).free
         if free < needed + 10**7:
             raise UserError(
                 f"the export takes {needed / 1e6:,.0f} MB, but {self.part.parent} has {free / 1e6:,.0f} MB free; make "
                 "room, or give an --out on another disk"
+            )
+        held, memory = mx.get_active_memory() + planned.new_bytes(model), this_machine().memory
+        if held > memory:
+            all_of_it = self.args.to != "mlx" or self.args.bits not in ("auto", "mixed")
+            remedy = "give --to mlx without --bits, or take" if all_of_it else "take"
+            raise UserError(
+                f"the export takes {held / 1e9:,.1f} GB of memory, and this machine has {memory / 1e9:,.1f} GB for it; "
+                f"{remedy} a machine with more"
             )
         texts = texts_to_quantize_by(self.run, self.base, self.screen) if planned.by_gptq else []
         with self.screen.stage("fusing") as advance:
