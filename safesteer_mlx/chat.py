@@ -216,6 +216,7 @@ def main(argv: list[str]) -> None:
     from .system.load import load
 
     loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
+    most = most_read(loaded.config, args.max_tokens)
     models = make_voices(loaded.model, args.adapter_path, args.steer)
     voices = {name: ChatSession(model) for name, model in models.items()}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -231,7 +232,7 @@ def main(argv: list[str]) -> None:
             continue
         pending = {name: [*own, {"role": "user", "content": message}] for name, own in turns.items()}
         prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
-        if (length := max(map(len, prompts.values()))) > (most := most_read(loaded.config)):
+        if (length := max(map(len, prompts.values()))) > most:
             print(f"{length:,} tokens, and {most:,} are read: left out; /reset begins anew", flush=True)
             continue
         answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)
