@@ -594,6 +594,19 @@ def test_prompts_that_are_longer_than_the_model_reads_are_left_out_of_every_set(
     assert planned == [4096]
 
 
+def test_an_anchor_without_a_prompt_short_enough_is_an_error(run):
+    long = [Instruction(f"Why is it so? {'It is. ' * 200}{i}") for i in range(2)]
+    sets = replace(run.prompts.sets, harmless_train=long)
+    own = replace(run, prompts=replace(run.prompts, sets=sets))
+    own = own.with_settings(run=replace(run.recipe.run, reuse_direction_prompts=False))
+    with pytest.raises(UserError, match="so that none is left for the anchor; raise --max-prompt-length"):
+        training_prompts(own)
+    harmful, anchors = training_prompts(own.with_settings(loss=replace(run.recipe.loss, anchor_ratio=0.0)))
+    assert harmful and not anchors
+    longer = own.with_settings(train=replace(run.recipe.train, max_prompt_length=4096))
+    assert len(training_prompts(longer)[1]) == 2
+
+
 def test_of_learned_positions_prompt_and_answer_share_the_table(run, capsys):
     """mlx reads on behind the table's end, in other memory."""
     config = {"model_type": "gpt2", "n_positions": 512}
