@@ -217,6 +217,7 @@ def main(argv: list[str]) -> None:
     from .system.load import load
 
     loaded = load(args.model, args.trust_remote_code, args.thinking, args.revision)
+    most = most_read(loaded.config, args.max_tokens)
     models = make_voices(loaded.model, args.adapter_path, args.steer)
     voices = {name: ChatSession(model) for name, model in models.items()}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -236,7 +237,7 @@ def main(argv: list[str]) -> None:
         except UserError as error:
             print(visible(str(error), ""), flush=True)
             continue
-        if (length := max(map(len, prompts.values()))) > (most := most_read(loaded.config)):
+        if (length := max(map(len, prompts.values()))) > most:
             print(f"{length:,} tokens, and {most:,} are read: left out; /reset begins anew", flush=True)
             continue
         answers = _show(stream(voices, prompts, loaded.tokenizer, **options), list(voices), interactive)

@@ -704,6 +704,10 @@ def test_a_line_without_end_is_left_out_and_said(typed, heard, left_out, monkeyp
         ({"max_position_embeddings": 131_072}, 32_768),
         ({"text_config": {"max_position_embeddings": 8192}}, 8192),
         ({"max_position_embeddings": "many"}, 32_768),
+        ({"model_type": "gptj", "n_positions": 8192}, 8192),  # rotary
+        ({"n_ctx": 512}, 4096),
+        ({"model_type": "gpt2", "n_positions": 1024, "n_ctx": 9000, "max_position_embeddings": 9000}, 1024),
+        ({"model_type": "gpt_bigcode", "n_positions": 131_072}, 32_768),
     ],
 )
 def test_prompts_longer_than_a_model_reads_are_left_out_and_said(config, most, capsys):

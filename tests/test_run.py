@@ -30,10 +30,10 @@ from safesteer_mlx.method.direction import (
     or_all,
 )
 from safesteer_mlx.method.losses import far_enough
-from safesteer_mlx.method.prompts import built_in_sets, prompts_from, render_all
+from safesteer_mlx.method.prompts import Instruction, built_in_sets, prompts_from, render, render_all
 from safesteer_mlx.method.residual import _override, blocks, last_logits
 from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, generate, has_equal_batches
-from safesteer_mlx.method.run import batch_size, make_run
+from safesteer_mlx.method.run import batch_size, beside_a_prompt, make_run, most_read, sets_read
 from safesteer_mlx.method.safety_tokens import SafetyTokens, check_tokens, openings
 from safesteer_mlx.method.student import check_saved, make_student, save_student
 from safesteer_mlx.method.teacher import (
@@ -651,6 +651,39 @@ def test_prompts_that_are_longer_than_the_model_reads_are_left_out_of_every_set(
     monkeypatch.setattr(memory, "set_limits", lambda machine: None)
     _fitted(recipe, run.base, Screen(quiet=True))
     assert planned == [4096]
+
+
+def test_an_anchor_without_a_prompt_short_enough_is_an_error(run):
+    long = [Instruction(f"Why is it so? {'It is. ' * 200}{i}") for i in range(2)]
+    sets = replace(run.prompts.sets, harmless_train=long)
+    own = replace(run, prompts=replace(run.prompts, sets=sets))
+    own = own.with_settings(run=replace(run.recipe.run, reuse_direction_prompts=False))
+    with pytest.raises(UserError, match="so that none is left for the anchor; raise --max-prompt-length"):
+        training_prompts(own)
+    harmful, anchors = training_prompts(own.with_settings(loss=replace(run.recipe.loss, anchor_ratio=0.0)))
+    assert harmful and not anchors
+    longer = own.with_settings(train=replace(run.recipe.train, max_prompt_length=4096))
+    assert len(training_prompts(longer)[1]) == 2
+
+
+def test_of_learned_positions_prompt_and_answer_share_the_table(run, capsys):
+    """mlx reads on behind the table's end, in other memory."""
+    config = {"model_type": "gpt2", "n_positions": 512}
+    assert most_read(config, 448) == 64 and most_read({"max_position_embeddings": 512}, 448) == 4096
+    with pytest.raises(UserError, match=r"gpt2 has 512 positions, .* may take 449; .*lower --max-tokens"):
+        most_read(config, 449)
+    base, long = replace(run.base, config=config), Instruction("Why is it so? " * 60)
+    sets = replace(run.prompts.sets, harmless_test=[Instruction("Why?"), long])
+    beside = beside_a_prompt(run.recipe, base)
+    assert beside > 96 and 512 - beside < len(render(base.tokenizer, long.text)) < 512
+    capsys.readouterr()
+    kept = sets_read(base, run.recipe, sets, Screen())
+    assert kept == replace(sets, harmless_test=sets.harmless_test[:1])
+    assert f"harmless_test: 1 prompts are longer than {512 - beside} tokens" in capsys.readouterr().out
+    guarded = replace(run.recipe, teacher=replace(run.recipe.teacher, teacher="system_prompt"))
+    assert beside_a_prompt(guarded, base) > beside
+    with pytest.raises(UserError, match="lower --max-tokens"):
+        sets_read(base, replace(run.recipe, train=replace(run.recipe.train, max_tokens=400)), sets, Screen())
 
 
 @pytest.mark.parametrize("thinks", [False, True])

@@ -135,7 +135,7 @@ class Question:
 
 def questions(run: FinishedRun, base: Loaded, n: int | None) -> list[Question]:
     """What the run asked, or `n` prompts of each kind, evenly drawn from it."""
-    sets = sets_read(base, prompt_sets(run.recipe), Screen(quiet=True))
+    sets = sets_read(base, run.recipe, prompt_sets(run.recipe), Screen(quiet=True))
     kinds, _ = held_out_prompts(sets, run.recipe.run.test_prompts)
     prompts = []
     for which, (kind, items) in enumerate(kinds.items()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..method.prompts import render, sets_to_score
+from ..method.prompts import FRAME_TOKENS, render, sets_to_score
 from ..method.rollout import Sampling
 from ..method.run import batch_size, not_too_long
 from ..method.student import with_adapters
@@ -116,7 +116,7 @@ def score(
 ) -> dict[str, Any]:
     """Score the base, and the aligned model if there are adapters; print the tables, return what --out holds."""
     args.batch_size = batch_size(base, args.batch_size, screen)
-    leave_out_long(test, base, screen)
+    leave_out_long(test, base, screen, args.max_tokens + FRAME_TOKENS)
     models = {} if args.against is None else {"original": _original(args, base)}
     models["base"] = base.model
     if args.adapter_path is not None:
@@ -134,10 +134,14 @@ def score(
     return result
 
 
-def leave_out_long(test: TestSet, base: Loaded, screen: Screen) -> None:
-    """Take out prompts of more tokens than are read, and say how many; a UserError if none of a suite is left."""
+def leave_out_long(test: TestSet, base: Loaded, screen: Screen, beside: int = 0) -> None:
+    """Take out prompts of more tokens than are read, and say how many; `beside` as `most_read`.
+
+    Raises:
+        UserError: as `not_too_long`.
+    """
     for name, items in test.kinds.items():
-        test.kinds[name] = not_too_long(base, name, items, screen)
+        test.kinds[name] = not_too_long(base, name, items, screen, beside)
 
 
 def _original(args: Namespace, base: Loaded) -> nn.Module:

@@ -13,21 +13,24 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import __version__
-from ..recipe import MOST_LENGTH, Recipe, result_settings
+from ..recipe import HELD_OUT_TOKENS, MOST_LENGTH, Recipe, result_settings
 from ..system import machines
 from ..system.files import user_path
 from ..system.load import Loaded
 from ..system.model_files import read_header
 from ..system.screen import Advance, Screen, UserError, silent
+from ..system.shape import has_position_table
 from ..system.store import Known, Store, fingerprint, sha256_of
 from .judge import judge_hash, own_phrases, use_refusal_phrases
 from .prompts import (
+    FRAME_TOKENS,
     Instruction,
     Prompts,
     PromptSets,
     Rows,
     built_in_sets,
     direction_counts,
+    guarding_prompt,
     prompt_sets,
     render,
     render_all,
@@ -41,6 +44,7 @@ T = TypeVar("T")
 
 REFUSAL_TOKENS = 32  # of an answer, enough to tell a refusal
 READ = 4096, 32_768  # tokens of a prompt: a small model may be asked so many, and no model more than these
+LEAST_READ = 64  # tokens of a prompt that a model with a table of positions must have left
 TOLD_BY = 4  # tokens of an answer, enough to tell whether batches change it
 
 
@@ -104,7 +108,7 @@ def make_run(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) 
         UserError: what a user can mend, in one sentence.
     """
     use_refusal_phrases(recipe.run.refusal_phrases)
-    sets = sets_read(base, prompt_sets(recipe), screen)
+    sets = sets_read(base, recipe, prompt_sets(recipe), screen)
     prompts = render_prompts(recipe, sets, base.tokenizer)
     for name, count in direction_counts(recipe, sets).items():
         if count < (wanted := getattr(recipe.direction, name.split("_", 1)[1])):
@@ -211,20 +215,45 @@ def batch_size(base: Loaded, wanted: int, screen: Screen, prompts: Rows | None =
     return 1
 
 
-def most_read(config: dict[str, Any]) -> int:
-    """Ids of a prompt at most: what the model was made for, within what a machine can read in reasonable time."""
+def most_read(config: dict[str, Any], beside: int = 0) -> int:
+    """Ids of a prompt at most: what the model was made for, within what a machine can read in reasonable time; where
+    positions are a table, what it leaves with `beside` other ids, of the answer most of all.
+
+    Raises:
+        UserError: that is too little.
+    """
     text = config.get("text_config") or config
-    made_for = text.get("max_position_embeddings")
-    return min(max(made_for, READ[0]), READ[1]) if type(made_for) is int else READ[1]
+    names = ["max_position_embeddings", "n_positions", "n_ctx"]
+    table = has_position_table(text)
+    numbers = (text.get(name) for name in (names[1:] if table else names))
+    made_for = next((number for number in numbers if type(number) is int), None)
+    if made_for is None:
+        return READ[1]
+    if not table:
+        return min(max(made_for, READ[0]), READ[1])
+    if made_for - beside < LEAST_READ:
+        raise UserError(
+            f"model_type {text['model_type']} has {made_for:,} positions, of which an answer and what stands around a "
+            f"prompt may take {beside:,}; choose another model, or lower --max-tokens"
+        )
+    return min(made_for - beside, READ[1])
 
 
-def not_too_long(base: Loaded, name: str, items: list[Instruction], screen: Screen) -> list[Instruction]:
+def beside_a_prompt(recipe: Recipe, base: Loaded) -> int:
+    """Tokens that a run may put beside a prompt: a frame, the teacher's system prompt, and the answer."""
+    guard = base.tokenizer.encode(guarding_prompt(recipe) or "", add_special_tokens=False)
+    return FRAME_TOKENS + len(guard) + max(recipe.train.max_tokens, HELD_OUT_TOKENS)
+
+
+def not_too_long(
+    base: Loaded, name: str, items: list[Instruction], screen: Screen, beside: int = 0
+) -> list[Instruction]:
     """The prompts of a set that are read, of no more than `most_read` tokens; how many are not is said.
 
     Raises:
-        UserError: none of them is.
+        UserError: none of them is, or as `most_read`.
     """
-    most = most_read(base.config)
+    most = most_read(base.config, beside)
     # A token is a byte at least, so that hardly any prompt need be rendered for this.
     fit = [i for i in items if len(i.text.encode()) < most / 2 or len(render(base.tokenizer, i.text)) <= most]
     if items and not fit:
@@ -234,9 +263,10 @@ def not_too_long(base: Loaded, name: str, items: list[Instruction], screen: Scre
     return fit
 
 
-def sets_read(base: Loaded, sets: PromptSets, screen: Screen) -> PromptSets:
+def sets_read(base: Loaded, recipe: Recipe, sets: PromptSets, screen: Screen) -> PromptSets:
     """A run's sets, as far as they are read; a UserError as `not_too_long`."""
-    return PromptSets(**{name: not_too_long(base, name, items, screen) for name, items in vars(sets).items()})
+    beside = beside_a_prompt(recipe, base)
+    return PromptSets(**{name: not_too_long(base, name, items, screen, beside) for name, items in vars(sets).items()})
 
 
 def can_batch(base: Loaded, prompts: Sequence[Sequence[int]]) -> bool:

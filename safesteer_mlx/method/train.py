@@ -494,7 +494,7 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
     Ours: the direction's prompts are among them. The more there are of either kind, the finer the line between them.
 
     Raises:
-        UserError: no harmful prompt is short enough.
+        UserError: no harmful prompt is short enough, or no harmless one where there is to be an anchor.
     """
     recipe, base, sets = run.recipe, run.base, run.prompts.sets
     limit, guard = recipe.train.max_prompt_length, guarding_prompt(recipe)
@@ -514,6 +514,11 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
         if harmful and all(len(render(base.tokenizer, item.text)) > limit for item in sets.harmful_train):
             raise UserError(
                 f"every training prompt is longer than max_prompt_length = {limit}; raise --max-prompt-length"
+            )
+        if not harmful and recipe.loss.anchor_ratio and texts and not into:
+            raise UserError(
+                f"every harmless training prompt is longer than max_prompt_length = {limit}, so that none is left for "
+                "the anchor; raise --max-prompt-length, or give --anchor-ratio 0"
             )
     return prompts
 

@@ -29,10 +29,12 @@ class _Family:
     in_turn: bool = False  # asks experts one after another: keeps what each gives for all, twice where checkpointed
     scan: float = 0.0  # its scan's gradient holds an array of all positions for each of them, of states · length
     gelu: bool = False  # its activation, whatever the configuration says
+    table: bool = False  # of learned positions, beyond whose end mlx reads other memory, in silence
 
 
 # The package's one table by family, but for what other programs read (tests/test_house.py).
 _FAMILIES = {"dbrx": _Family(in_turn=True), "jamba": _Family(scan=0.5)}
+_FAMILIES |= dict.fromkeys(("gpt2", "gpt_bigcode"), _Family(table=True))
 _FAMILIES |= dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text"), _Family(gelu=True))
 
 
@@ -159,6 +161,11 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
             for of, state in zip(widths, states, strict=True)
         ),
     )
+
+
+def has_position_table(text: dict[str, Any]) -> bool:
+    """Whether a model of this configuration looks positions up in a table that it learned, and can read no more."""
+    return _family(text).table
 
 
 def _family(text: dict[str, Any]) -> _Family:
