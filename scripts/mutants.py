@@ -370,8 +370,8 @@ MUTANTS = [
     Mutant(
         "a told refusal judged by what follows",
         METHOD + "judge.py",
-        "return is_refusal(answer if len(answer) >= REFUSAL_WINDOW else answer[:end])",
-        "return is_refusal(answer)",
+        """return _holds(answer[: max(answer.rfind(mark) for mark in ".!?。！？\\n") + 1], "refusal")""",
+        'return _holds(answer, "refusal")',
         "tests/test_evaluate.py::test_a_refusal_is_told_once_a_sentence_of_it_can_be_read",
     ),
 ]
