@@ -597,12 +597,30 @@ def find_openers(run: Run) -> OwnAnswers:
             [rows[i] for i in ended], ids, [refusals[i] for i in ended], n_harmful, int(np.median(thoughts))
         )
         return OwnAnswers({}, refusals[:n], refusals[n:], told)
-    openings = [{completion.ids[0]} for completion, _ in answers]
-    in_refusals, in_others = _counts(openings, refusals, n)
-    # Of the recipe's openers, those with which this model begins other answers are none of its own. Of few refusals,
-    # shares are compared, as there are so many more of the others; and what opens many of those must open more of them.
-    n_refusals, n_others = sum(refusals[:n]), max(1, len(refusals) - sum(refusals))
-    few = n_refusals < REFUSED * n
+    ids = [completion.ids for completion, _ in answers]
+    openers = _own_openers(run, [{answer[0]} for answer in ids], refusals, n)
+    if openers is None:
+        alike = replace(read_thoughts(rows, ids, refusals, n, REFUSAL_TOKENS), alike=True)
+        run.screen.detail(f"refusals begin as other answers do, for {alike.turns_at} tokens; {share}")
+        return OwnAnswers({}, refusals[:n], refusals[n:], alike)
+    run.screen.detail(f"openers: {', '.join(repr(text) for text in openers) or 'none'}; {share}")
+    return OwnAnswers(openers, refusals[:n], refusals[n:])
+
+
+def _own_openers(
+    run: Run, openings: Sequence[Set[int]], refusals: Sequence[bool], n_harmful: int
+) -> dict[str, int] | None:
+    """The recipe's texts and the tokens that tell a refusal, with their ids; None where hardly a refusal begins so.
+
+    Of the recipe's own texts, those with which this model begins other answers are left out. Of few refusals, shares
+    are compared, as there are so many more of the others; and what opens many of those must open more of them.
+
+    Raises:
+        UserError: as `find_openers`.
+    """
+    in_refusals, in_others = _counts(openings, refusals, n_harmful)
+    n_refusals, n_others = sum(refusals[:n_harmful]), max(1, len(refusals) - sum(refusals))
+    few = n_refusals < REFUSED * n_harmful
 
     def is_own(token: int) -> bool:
         if not few:
@@ -613,22 +631,17 @@ def find_openers(run: Run) -> OwnAnswers:
         return expected <= max(1, in_refusals[token])
 
     prefixes = run.recipe.direction.refusal_prefixes
-    openers = written = opener_ids(run.base.tokenizer, prefixes)
-    if built_in := prefixes == DirectionSettings().refusal_prefixes:  # not the user's own, who knows the model
-        openers = {text: token for text, token in written.items() if is_own(token)}
-    for token in _telling(openings, refusals, n):
-        openers.setdefault(run.base.tokenizer.decode([token]), token)
-    covered = sum(in_refusals[token] for token in {*openers.values()})
-    if built_in and not few and covered < TOLD_BY_OPENERS * n_refusals:
-        alike = read_thoughts(rows, [completion.ids for completion, _ in answers], refusals, n, REFUSAL_TOKENS)
-        run.screen.detail(f"refusals begin as other answers do, for {alike.turns_at} tokens; {share}")
-        return OwnAnswers({}, refusals[:n], refusals[n:], replace(alike, alike=True))
-    if not (written or any(refusals)):
+    openers = opener_ids(run.base.tokenizer, prefixes)
+    if not (openers or any(refusals)):
         raise UserError(
             "no refusal opener is a token of this model; give --refusal-prefixes texts that its refusals begin with"
         )
-    run.screen.detail(f"openers: {', '.join(repr(text) for text in openers) or 'none'}; {share}")
-    return OwnAnswers(openers, refusals[:n], refusals[n:])
+    if built_in := prefixes == DirectionSettings().refusal_prefixes:  # not the user's own, who knows the model
+        openers = {text: token for text, token in openers.items() if is_own(token)}
+    for token in _telling(openings, refusals, n_harmful):
+        openers.setdefault(run.base.tokenizer.decode([token]), token)
+    covered = sum(in_refusals[token] for token in {*openers.values()})
+    return None if built_in and not few and covered < TOLD_BY_OPENERS * n_refusals else openers
 
 
 def _check_thoughts(run: Run, cut: int, total: int) -> None:
