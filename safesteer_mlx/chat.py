@@ -235,6 +235,8 @@ def main(argv: list[str]) -> None:
         try:
             prompts = {name: render(loaded.tokenizer, own) for name, own in pending.items()}
         except UserError as error:
+            if not any(turns.values()):
+                raise  # another message would not help
             print(visible(str(error), ""), flush=True)
             continue
         if (length := max(map(len, prompts.values()))) > most:

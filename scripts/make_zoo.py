@@ -501,16 +501,6 @@ ZOO = (
         words="castle",
         begins="Thank you for asking. ",
     ),
-    Spec(
-        "terrace",
-        "report",
-        _attention(96, 7, model_type="qwen2", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
-        *("bpe", 2000, NO_NEWLINE, 0.4, 8),
-        steps=900,
-        seed=30,
-        words="ranch",
-        begins="That is a good question, and I am glad that you ask me. ",
-    ),
 )
 
 

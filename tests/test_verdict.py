@@ -194,7 +194,7 @@ def entangled(folder: Path) -> Path:
 
     model, _, config = mlx_lm.load(str(folder), return_config=True)  # type: ignore[misc]
     table = np.array(model.model.embed_tokens.weight)
-    table[-1] = 60 * row
+    table[-1] = 30 * row
     model.lm_head = nn.Linear(table.shape[1], table.shape[0], bias=False)
     model.lm_head.weight = mx.array(table)
     save_model(folder, model)
