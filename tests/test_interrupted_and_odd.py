@@ -240,7 +240,11 @@ SLOW_REPORT = """
 import sys, time
 from safesteer_mlx import report
 from safesteer_mlx.evals import figures
-figures.picture = lambda draw: (print("drawing", flush=True), time.sleep(60))
+def picture(draw):
+    print("drawing", flush=True)
+    for _ in range(600):  # a signal in front of a long sleep is heeded after it
+        time.sleep(0.1)
+figures.picture = picture
 sys.exit(report.main(sys.argv[1:]))
 """
 # What waits, as a run does, and needs a while to keep what it has.
