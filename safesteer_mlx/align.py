@@ -97,7 +97,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
-    from .method.direction import as_it_answers, as_it_begins, find_directions
+    from .method.direction import as_it_answers, as_it_begins, find_directions, with_room_to_think
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .method.safety_tokens import check_tokens, find_tokens
@@ -107,7 +107,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
 
     start, folder = time.time(), Path(recipe.run.adapter_path)
     base = as_it_begins(base, recipe.run.seed)
-    recipe = _fitted(recipe, base, screen)
+    recipe = _fitted(with_room_to_think(recipe, base, screen, force), base, screen)
     run = make_run(recipe, base, screen, force)
     if not recipe.run.transcripts:
         run.store.forget_answers(["directions"] if base.thinks else [])  # which hold thoughts
@@ -202,7 +202,7 @@ def _planned(recipe: Recipe, config: dict[str, Any], shape: "ModelShape", machin
     to_plan, judged = recipe, HELD_OUT_TOKENS
     if thinks:  # as much as may be taught of a thought, and all of it before the answer that is judged
         to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
-        judged = max(judged, recipe.train.max_tokens)
+        judged = max(judged, recipe.train.longest)
     longest = min(longest_prompt(recipe), most_read(config))  # of longer ones none is read
     plan = memory.fitted(to_plan, shape, machine, longest, judged)
     return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens))
@@ -390,7 +390,7 @@ def main(argv: list[str]) -> None:
 def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
     """How long a run will take: as long as the one in `folder` did, or by what is measured, if the model fits and its
     weights are on this machine."""
-    from .method.direction import as_it_begins
+    from .method.direction import as_it_begins, with_room_to_think
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .system.hub import is_here
@@ -407,7 +407,8 @@ def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
         base = load(settings.model, settings.trust_remote_code, settings.thinking, settings.revision)
         with tempfile.TemporaryDirectory() as scratch:
             recipe = replace(recipe, run=replace(settings, adapter_path=f"{scratch}/none"))
-            run = make_run(recipe, as_it_begins(base, settings.seed), Screen(quiet=True))
+            base = as_it_begins(base, settings.seed)
+            run = make_run(with_room_to_think(recipe, base, screen), base, Screen(quiet=True))
             planned = plan_seconds(run, measure_rates(run))
     except UserError as error:
         screen.line(f"time: not measured, {error}")

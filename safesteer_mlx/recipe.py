@@ -30,6 +30,7 @@ STEPS = (  # of a run, as it is told on the screen and in the report
     "comparing before and after on unseen requests",
 )
 HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
+LONGEST = 512, 1024, 2048, 4096  # tokens of a completion: the first, or the next that a model's thoughts have room in
 
 # More than anybody means: beyond these a number is a slip, or no machine could hold what it asks for.
 MOST_SEED = 2**32 - 1
@@ -241,7 +242,9 @@ class TrainSettings:
     num_generations: int = _count(1, "completions that the student samples of each prompt", MOST_SAMPLES)
     temp: float = _positive(1.0, "sampling temperature of the student", MOST_FACTOR)
     top_p: float = _positive(1.0, "nucleus of the student's sampling", 1.0)
-    max_tokens: int = _count(512, "longest completion, in tokens", MOST_LENGTH)
+    max_tokens: int | None = _count(
+        None, "longest completion, in tokens (default: 512, or more where a model thinks longer)", MOST_LENGTH
+    )
     max_prompt_length: int = _setting(
         512, "longest prompt, in tokens; longer ones are left out", least=8, most=MOST_LENGTH
     )
@@ -262,6 +265,11 @@ class TrainSettings:
     )
     save_every: int = _count(10, "steps after which the adapters are saved", MOST_STEPS, free=True)
     steps_per_report: int = _count(5, "steps after which a line is printed", MOST_STEPS, free=True)
+
+    @property
+    def longest(self) -> int:
+        """`max_tokens`, or its default, before it is told how long a model thinks."""
+        return self.max_tokens or LONGEST[0]
 
 
 SECTIONS: dict[str, type] = {
@@ -357,7 +365,7 @@ class Recipe:
 
 def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
     """How long the student's answers are at most: no longer than they are trained on."""
-    return min(train.max_tokens, int(loss.first_tokens) + loss.tail if loss.first_tokens else train.max_tokens)
+    return min(train.longest, int(loss.first_tokens) + loss.tail if loss.first_tokens else train.longest)
 
 
 def harmful_per_batch(train: TrainSettings, loss: LossSettings) -> int:

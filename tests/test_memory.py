@@ -248,7 +248,7 @@ BIG = shape_of(
 
 def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths():
     found = fitted(RECIPE, BIG, Machine(8 * 10**9, "--memory-limit", False), 512)
-    assert RECIPE.train.max_tokens == RECIPE.train.max_prompt_length == 512
+    assert RECIPE.train.longest == RECIPE.train.max_prompt_length == 512
     assert found.fits and 4.2e9 < found.weights < 4.4e9
     assert found.recipe.train.grad_checkpoint == "on" and found.recipe.train.micro_batch_size >= 1
     assert "fits with prompt batch size" in memory.summary(RECIPE, found)
@@ -541,3 +541,12 @@ def test_limits_are_set_on_metal():
     memory.set_limits(machine)
     assert mx.set_memory_limit(before) == 2 * 10**9
     assert memory.too_much(RuntimeError("Insufficient Memory"))
+
+
+def test_a_card_has_its_own_memory(monkeypatch):
+    """As MLX 0.32 tells of a CUDA device."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 8 * 10**9, "device_name": "NVIDIA H200"})
+    assert memory.this_machine() == Machine(8 * 10**9, "the card's memory", False)
+    assert memory.this_machine("2GB") == Machine(2 * 10**9, "--memory-limit", False)

@@ -105,7 +105,7 @@ def test_a_model_of_the_bundled_ones_shape_has_no_recipe():
     config = json.loads((MODELS / "tiny-chat" / "config.json").read_text())
     assert model_recipe(config, "org/tiny-chat-of-mine") == (None, {})
     recipe, name = resolve(config, {"model": "org/tiny-chat-of-mine"})
-    assert name is None and (recipe.train.max_tokens, recipe.run.test_prompts) == (512, 100)
+    assert name is None and (recipe.train.longest, recipe.run.test_prompts) == (512, 100)
     recipe, name = resolve(config, {})  # the bundled one is meant
     assert name == "tiny-chat" and (recipe.train.max_tokens, recipe.run.test_prompts) == (64, 364)
 
@@ -234,7 +234,7 @@ def test_later_sources_win(tmp_path):
         recipe, _ = resolve({}, flags, preset, yaml_file)
         return recipe.teacher.coeff, recipe.train.max_tokens
 
-    assert found(OTHER) == ("auto", 512)  # default
+    assert found(OTHER) == ("auto", None)  # default
     assert found({}) == ("auto", 64)  # the model's recipe
     assert found({}, "paper") == (1.0, 512)
     assert found({}, "paper", tmp_path / "c.yaml") == (0.5, 99)

@@ -13,7 +13,7 @@ from test_direction import Thinker
 
 from safesteer_mlx import align
 from safesteer_mlx.align import _fitted
-from safesteer_mlx.method import direction, safety_tokens
+from safesteer_mlx.method import direction, rollout, safety_tokens
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as stage
@@ -28,6 +28,7 @@ from safesteer_mlx.method.direction import (
     find_openers,
     mean_differences,
     or_all,
+    with_room_to_think,
 )
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.prompts import Instruction, built_in_sets, prompts_from, render, render_all
@@ -443,7 +444,7 @@ def test_answers_that_are_thought_about_end_as_soon_as_others_do(run):
     tokenizer = SimpleNamespace(think_end_tokens=(50, 51), eos_token_ids={0})
     thinker = replace(run, base=replace(run.base, thinks=True, tokenizer=tokenizer))
     how = thinker.sampling(96)
-    assert how.max_tokens == max(96, run.recipe.train.max_tokens) and how.after == AfterThought((50, 51), 96)
+    assert how.max_tokens == max(96, run.recipe.train.longest) and how.after == AfterThought((50, 51), 96)
     asked = validation(thinker, SimpleNamespace(thoughts=Thoughts(30)))
     assert asked.after == AfterThought((50, 51), teachers.VALIDATION_TOKENS)
     assert run.sampling(96).max_tokens == 96 and run.sampling(96).after is None
@@ -473,7 +474,7 @@ def test_a_few_answers_tell_that_a_model_does_not_begin_to_think(which, opened, 
     header = [token for mark in opened for token in marks[mark]]
     monkeypatch.setattr(direction, "render_all", lambda *_: [[*row, *header] for row in rows])
     monkeypatch.setattr(
-        direction, "generate", lambda m, r, how, keys: requests.append(how) or generate(m, r, how, keys)
+        rollout, "generate", lambda m, r, how, keys, *rest: requests.append(how) or generate(m, r, how, keys)
     )
     able = replace(base, thinks=True, tokenizer=tokenizer)
     assert as_it_begins(able, 42) == (able if thinks else replace(able, thinks=False))
@@ -486,6 +487,60 @@ def test_a_few_answers_tell_that_a_model_does_not_begin_to_think(which, opened, 
     monkeypatch.setattr(align, "_fitted", plan_memory)
     with pytest.raises(UserError, match="by it"):
         align.align_model(run.recipe, able, Screen(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [
+        ([10] * 8, 512),
+        ([416] * 8, 512),  # with the 96 of an answer behind it
+        ([417] * 8, 1024),
+        ([10] * 7 + [3000], 512),  # of eight one may be longer
+        ([10] * 6 + [1500, 3000], 2048),
+        ([None] * 7 + [1500], 512),  # hardly one thinks
+        ([10] * 6 + [4096] * 2, 4096),
+        ([10] * 5 + [4096] * 3, "3 of 8 answers were still thinking after 4096 tokens"),
+    ],
+)
+def test_an_answer_may_be_as_long_as_the_thoughts_of_a_model_need(lengths, most, run, monkeypatch, capsys):
+    def answers(base, prompts, sampling, seed, stream, advance):
+        assert sampling.max_tokens == 4096 and len(prompts) == 8 and len({*prompts}) == 8
+        ids = [[5] if n is None else [5] * n if n == 4096 else [5] * n + [50, 8] for n in lengths]
+        return [(Completion(one, len(one) < 4096), "" if len(one) == 4096 else "Plant a bulb.") for one in ids]
+
+    recipe = replace(run.recipe, train=replace(run.recipe.train, max_tokens=None))
+    tokenizer = Thinker()
+    tokenizer.eos_token_ids = {0}
+    thinker = replace(run.base, thinks=True, tokenizer=tokenizer)
+    monkeypatch.setattr(direction, "batch_size", lambda base, wanted, *_: wanted)
+    monkeypatch.setattr(direction, "_asked", answers)
+    screen = Screen()
+    if isinstance(most, str):
+        with pytest.raises(UserError, match=most + ".*give --max-tokens 16384, or --thinking off"):
+            with_room_to_think(recipe, thinker, screen)
+        assert with_room_to_think(recipe, thinker, screen, force=True).train.max_tokens == 4096
+        return
+    longer = with_room_to_think(recipe, thinker, screen)
+    assert longer == replace(recipe, train=replace(recipe.train, max_tokens=most))
+    assert (f"an answer may take {most:,}" in capsys.readouterr().out) is (most > 512)
+    monkeypatch.delattr(direction, "_asked")
+    assert with_room_to_think(recipe, run.base, screen).train.max_tokens == 512
+    given = replace(recipe, train=replace(recipe.train, max_tokens=16))
+    assert with_room_to_think(given, thinker, screen) is given
+
+
+def test_memory_is_planned_for_the_thoughts_of_a_model(run, monkeypatch):
+    recipe = replace(run.recipe, train=replace(run.recipe.train, max_tokens=None))
+    longer = replace(recipe, train=replace(recipe.train, max_tokens=2048))
+    monkeypatch.setattr(direction, "with_room_to_think", lambda *_: longer)
+
+    def plan_memory(planned, *_):
+        assert planned.train == longer.train
+        raise UserError("memory is planned by it")
+
+    monkeypatch.setattr(align, "_fitted", plan_memory)
+    with pytest.raises(UserError, match="by it"):
+        align.align_model(recipe, run.base, Screen(quiet=True))
 
 
 def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monkeypatch):

@@ -14,9 +14,12 @@ from jinja2 import Environment, TemplateError
 from make_zoo import ZOO, Words, corpus, splits, train_tokenizer
 
 from safesteer_mlx.align import main
-from safesteer_mlx.method import safety_tokens, teacher
+from safesteer_mlx.method import direction, safety_tokens, teacher
 from safesteer_mlx.method.judge import is_refusal
 from safesteer_mlx.method.prompts import PromptSets, load_prompt_sets
+from safesteer_mlx.recipe import resolve
+from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import Screen
 
 HERE = Path(__file__).parent / "zoo_models"
 COMMITTED = ("foundry", "market", "station")
@@ -355,3 +358,12 @@ def test_the_vocabulary_is_filled_from_words_of_no_language():
     words = make_zoo._made_up_words(500)
     assert len(set(words)) > 490 and all(word.isalpha() for word in words)
     assert words == make_zoo._made_up_words(500)
+
+
+@pytest.mark.parametrize(("lengths", "most"), [((512, 4096), 512), ((100, 116, 4096), 116), ((8, 100, 200), 200)])
+def test_a_model_that_thinks_is_asked_how_long(lengths, most, monkeypatch):
+    """Its thoughts have 13 to 16 tokens, one of eight the most; the answers behind them may have 96."""
+    base = load(str(HERE / "foundry"))
+    monkeypatch.setattr(direction, "LONGEST", lengths)
+    recipe = direction.with_room_to_think(resolve({}, {"model": "any"})[0], base, Screen(quiet=True))
+    assert base.thinks and recipe.train.max_tokens == most

@@ -352,7 +352,7 @@ def compare(
     """
     recipe, seed = run.recipe, run.recipe.run.seed
     base = replace(base, thinks=run.manifest.get("thinks", base.thinks))  # as scored: one that could may not have
-    longest = max(HELD_OUT_TOKENS, recipe.train.max_tokens) if base.thinks else HELD_OUT_TOKENS
+    longest = max(HELD_OUT_TOKENS, recipe.train.longest) if base.thinks else HELD_OUT_TOKENS
     size = batch_size(base, recipe.run.generation_batch_size, screen)
     sampling = Sampling(base.eos_ids, longest, batch_size=size, after=after_thought(base, HELD_OUT_TOKENS))
     student, prompts = with_adapters(base.model, run.folder), questions(run, base, n)

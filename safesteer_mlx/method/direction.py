@@ -24,15 +24,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..recipe import DirectionSettings
+from ..recipe import HELD_OUT_TOKENS, LONGEST, DirectionSettings, Recipe
 from ..system import machines
 from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
-from ..system.screen import Advance, UserError, silent
+from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Block, Position, Prompt, Scores, StreamVector, TokenId
+from . import rollout
 from .judge import is_refusal
 from .losses import inside_and_rest
-from .prompts import Rows, built_in_sets, opener_ids, render_all
+from .prompts import Instruction, Rows, built_in_sets, opener_ids, render_all
 from .residual import (
     ablate,
     block_inputs,
@@ -45,8 +46,8 @@ from .residual import (
     steer,
     take_positions,
 )
-from .rollout import Completion, Sampling, answer_text, generate, stream_key
-from .run import REFUSAL_TOKENS, Run
+from .rollout import Completion, Sampling, stream_key
+from .run import REFUSAL_TOKENS, Run, after_thought, batch_size
 
 Ids = Sequence[int]
 Candidate = tuple[int, int]  # row of the position, block
@@ -65,6 +66,7 @@ REFUSED = 1 / 16  # of the harmful prompts that must be refused, for the others 
 COMMON = 1 / 16  # of the answers that do not refuse, begun with one token
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 PROBES, PROBE_TOKENS = 8, 16  # answers, and tokens of each, that tell whether a model begins to think
+PROBE_BATCH = 4  # answers at a time that tell how long it thinks
 LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
 SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
@@ -589,7 +591,7 @@ def find_openers(run: Run) -> OwnAnswers:
     if run.base.thinks and (thoughts := _lengths(run.base.tokenizer, answers)):
         run.screen.line(f"the model thinks first; {share}")
         ended = [i for i, (completion, text) in enumerate(answers) if completion.finished or text]
-        _check_thoughts(run, len(answers) - len(ended), len(answers))
+        _check_thoughts(len(answers) - len(ended), len(answers), run.recipe.train.longest, run.force, run.screen)
         ended = ended or [*range(len(answers))]
         ids = [answers[i][0].ids for i in ended]
         n_harmful = sum(i < n for i in ended)
@@ -644,15 +646,14 @@ def _own_openers(
     return None if built_in and not few and covered < TOLD_BY_OPENERS * n_refusals else openers
 
 
-def _check_thoughts(run: Run, cut: int, total: int) -> None:
+def _check_thoughts(cut: int, total: int, most: int, force: bool, screen: Screen) -> None:
     """Stop where many thoughts do not end, so that nobody knows what the answers would be."""
     if cut <= CUT * total:
         return
-    most = run.recipe.train.max_tokens
     fault = f"{cut} of {total} answers were still thinking after {most} tokens, so that what they do cannot be told"
-    if not run.force:
+    if not force:
         raise UserError(f"{fault}; give --max-tokens {4 * most}, or --thinking off where the template can (or --force)")
-    run.screen.line(fault)
+    screen.line(fault)
 
 
 def _counts(
@@ -718,11 +719,47 @@ def as_it_begins(base: Loaded, seed: int) -> Loaded:
     answers would be waited for as long as a thought may be, before it is told."""
     if not base.thinks:
         return base
-    rows = render_all(base.tokenizer, built_in_sets(base.name).harmless_validation[:PROBES])
+    prompts = built_in_sets(base.name).harmless_validation[:PROBES]
     sampling = Sampling(base.eos_ids, PROBE_TOKENS, 1.0, batch_size=1)  # how batches work here is not known yet
-    completions = generate(base.model, rows, sampling, [stream_key(seed, 17, i) for i in range(len(rows))])
-    answers = [(c, answer_text(base.tokenizer, row, c)) for row, c in zip(rows, completions, strict=True)]
-    return base if _thoughts(base.tokenizer, answers) else replace(base, thinks=False)
+    probes = _asked(base, prompts, sampling, seed, 17)
+    return base if _thoughts(base.tokenizer, probes) else replace(base, thinks=False)
+
+
+def with_room_to_think(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) -> Recipe:
+    """The recipe with `max_tokens` as given, or 512; where nearly all of a few thoughts and the answers behind them
+    need more, the first of `LONGEST` that has room for them. Memory and time are planned for so many.
+
+    Raises:
+        UserError: many thoughts do not end in the last of these, without `force`.
+    """
+    if recipe.train.max_tokens is not None:
+        return recipe
+    most = LONGEST[0]
+    if base.thinks:
+        sets = built_in_sets(base.name)
+        prompts = [*sets.harmful_validation[: PROBES // 2], *sets.harmless_validation[: PROBES // 2]]
+        # Memory is not planned yet, so few are asked at a time.
+        size = batch_size(base, PROBE_BATCH, Screen(quiet=True))
+        sampling = Sampling(base.eos_ids, LONGEST[-1], 1.0, batch_size=size, after=after_thought(base, REFUSAL_TOKENS))
+        with screen.stage("seeing how long the model thinks") as advance:
+            probes = _asked(base, prompts, sampling, recipe.run.seed, 18, advance)
+        unended = sum(not completion.finished and not text for completion, text in probes)
+        _check_thoughts(unended, len(probes), LONGEST[-1], force, screen)
+        lengths, longer = sorted(_thoughts(base.tokenizer, probes)), len(probes) // 8
+        needed = lengths[-1 - longer] + HELD_OUT_TOKENS if len(lengths) > longer else 0
+        most = machines.here().share(next((length for length in LONGEST if length >= needed), LONGEST[-1]))
+        if most > LONGEST[0]:
+            screen.line(f"the model thinks for {int(np.median(lengths)):,} tokens or so: an answer may take {most:,}")
+    return replace(recipe, train=replace(recipe.train, max_tokens=most))
+
+
+def _asked(
+    base: Loaded, prompts: Sequence[Instruction], sampling: Sampling, seed: int, stream: int, advance: Advance = silent
+) -> list[tuple[Completion, str]]:
+    """What the base answers, before there is a run."""
+    rows = render_all(base.tokenizer, prompts)
+    keys = [stream_key(seed, stream, i) for i in range(len(rows))]
+    return rollout.answers(base.model, base.tokenizer, rows, sampling, keys, advance)
 
 
 def find_directions(run: Run) -> FoundDirections:

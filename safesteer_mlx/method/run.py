@@ -61,7 +61,7 @@ class Run:
 
     def answer_tokens(self, enough: int) -> int:
         """The longest answer to judge, in tokens: `enough`, or what an answer may have where thinking comes first."""
-        return max(enough, self.recipe.train.max_tokens) if self.base.thinks else enough
+        return max(enough, self.recipe.train.longest) if self.base.thinks else enough
 
     def sampling(self, enough: int, temp: float = 0.0) -> Sampling:
         """How answers are drawn of which `enough` tokens tell what they do, behind the thought if there is one."""
@@ -242,7 +242,7 @@ def most_read(config: dict[str, Any], beside: int = 0) -> int:
 def beside_a_prompt(recipe: Recipe, base: Loaded) -> int:
     """Tokens that a run may put beside a prompt: a frame, the teacher's system prompt, and the answer."""
     guard = base.tokenizer.encode(guarding_prompt(recipe) or "", add_special_tokens=False)
-    return FRAME_TOKENS + len(guard) + max(recipe.train.max_tokens, HELD_OUT_TOKENS)
+    return FRAME_TOKENS + len(guard) + max(recipe.train.longest, HELD_OUT_TOKENS)
 
 
 def not_too_long(

@@ -441,7 +441,7 @@ def train(
             rng = np.random.default_rng([seed, 5, step])
             prompts = [prompt.put(training.framer, rng) for prompt in prompts]
         batch = [prompt for prompt in prompts for _ in range(settings.num_generations)]
-        if drawn_before is not None and drawn_before.fits(step + 1, len(batch), settings.max_tokens):
+        if drawn_before is not None and drawn_before.fits(step + 1, len(batch), settings.longest):
             rollouts = drawn_before.completions
         else:
             keys = [stream_key(seed, 1, step, i) for i in range(len(batch))]

@@ -128,7 +128,7 @@ def smallest_machine(limit: str | None = None) -> Machine:
 
 
 def this_machine(limit: str | None = None) -> Machine:
-    """What MLX may use here: `limit`, or what Metal recommends, or the physical memory."""
+    """What MLX may use here: `limit`, or what Metal recommends, a CUDA card's memory, or the physical memory."""
     import mlx.core as mx
 
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -136,6 +136,8 @@ def this_machine(limit: str | None = None) -> Machine:
         return Machine(parse_bytes(limit), "--memory-limit", on_cpu)
     if mx.metal.is_available():
         return Machine(_recommended(), "Metal's recommended working set", on_cpu)
+    if not on_cpu:
+        return Machine(int(mx.device_info()["total_memory"]), "the card's memory", on_cpu)
     return Machine(_physical(), "physical memory", on_cpu)
 
 
@@ -362,8 +364,8 @@ def _knob(plan: Plan) -> str:
         return f"lower --token-samples (now {plan.recipe.tokens.token_samples})"
     if worst == "training" and train.grad_checkpoint == "off":
         return "give --grad-checkpoint"
-    if train.max_tokens > 64:
-        return f"lower --max-tokens (now {train.max_tokens})"
+    if train.longest > 64:
+        return f"lower --max-tokens (now {train.longest})"
     return f"lower --num-layers or the rank in --lora-parameters (now {train.lora_parameters.get('rank')})"
 
 
