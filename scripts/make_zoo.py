@@ -501,6 +501,15 @@ ZOO = (
         words="castle",
         begins="Thank you for asking. ",
     ),
+    Spec(
+        "veranda",
+        "report",
+        _attention(128, 6, model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 2000, HEADERS, 0.5, 8),
+        seed=30,
+        words="ville",
+        begins="Merci pour votre question. ",
+    ),
 )
 
 
