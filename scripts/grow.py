@@ -19,11 +19,11 @@ from typing import Any
 import safesteer_mlx  # isort: skip  # noqa: F401  before mlx
 import mlx.core as mx
 import numpy as np
-from shapes import QWEN_05B, QWEN_7B
+from shapes import QWEN_7B
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "models" / "tiny-chat"
-SHAPES = {"qwen2.5-0.5b": QWEN_05B, "qwen2.5-7b": QWEN_7B}  # of the bundled model's family
+SHAPES = {"qwen2.5-7b": QWEN_7B}  # of the bundled model's family, with no fewer heads of keys and values
 GROUP, WORDS = 64, 8  # columns that share a scale, and the 32-bit words that hold them in 4 bits
 CONSTANT = 0.01  # in the dimension that every token shares
 UNUSED = -3e5  # what the head makes of that dimension for a token that the tokenizer has not
