@@ -176,14 +176,15 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
 
 def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     """The recipe with the batch sizes that this machine's memory allows, and MLX kept to that memory."""
-    from .method.prompts import prompts_from
+    from .method.prompts import prompts_from, template_tokens
     from .system import memory
     from .system.shape import read_shape
 
     screen.line(f"prompts: {prompts_from(recipe)}")
     machine = memory.smallest_machine(recipe.run.memory_limit)
     try:
-        plan = _planned(recipe, base.config, read_shape(base.path), machine, base.thinks)
+        template = template_tokens(base.tokenizer)
+        plan = _planned(recipe, base.config, read_shape(base.path), machine, base.thinks, template)
         screen.line(memory.summary(recipe, plan))
         recipe = plan.recipe
     except UserError as error:  # an architecture whose configuration has other names
@@ -192,20 +193,31 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     return recipe
 
 
-def _planned(recipe: Recipe, config: dict[str, Any], shape: "ModelShape", machine: "Machine", thinks: bool) -> "Plan":
-    """The memory of a run of a model that may think first, or does not."""
-    from .method.prompts import longest_prompt
+def _planned(
+    recipe: Recipe,
+    config: dict[str, Any],
+    shape: "ModelShape",
+    machine: "Machine",
+    thinks: bool,
+    template: int | None = None,
+) -> "Plan":
+    """The memory of a run of a model that may think first, or does not; its chat template puts so many tokens around a
+    prompt, if that is known."""
+    from .method.prompts import TEMPLATE_TOKENS, longest_prompt
     from .method.run import most_read
     from .method.teacher import OPENINGS
     from .system import memory
 
-    to_plan, judged = recipe, HELD_OUT_TOKENS
+    around = template or TEMPLATE_TOKENS
+    limit = recipe.train.max_prompt_length + around - TEMPLATE_TOKENS
+    to_plan, judged = replace(recipe, train=replace(recipe.train, max_prompt_length=limit)), HELD_OUT_TOKENS
     if thinks:  # as much as may be taught of a thought, and all of it before the answer that is judged
-        to_plan = replace(recipe, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
+        to_plan = replace(to_plan, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
         judged = max(judged, recipe.train.longest)
-    longest = min(longest_prompt(recipe), most_read(config))  # of longer ones none is read
+    longest = min(longest_prompt(to_plan, around), most_read(config))  # of longer ones none is read
     plan = memory.fitted(to_plan, shape, machine, longest, judged)
-    return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens))
+    train = replace(plan.recipe.train, max_prompt_length=recipe.train.max_prompt_length)
+    return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens, train=train))
 
 
 def _before_and_after(

@@ -89,6 +89,21 @@ def test_hidden_states_and_head_are_the_model(any_model, quantized):
     np.testing.assert_array_equal(np.array(logits), np.array(any_model(tokens)))
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_logits_of_a_quantized_head_are_not_rounded_to_half_precision(any_model, dtype, quantized):
+    any_model.set_dtype(dtype)
+    if quantized:
+        nn.quantize(any_model, 32, 4)
+    hidden = hidden_states(any_model, mx.array([ROW]))
+    logits = head(any_model)(hidden)
+    assert hidden.dtype == dtype and logits.dtype == (mx.float32 if quantized else dtype)
+    any_model.set_dtype(mx.float32)  # the same weights and scales
+    exact = np.array(head(any_model)(hidden.astype(mx.float32)))
+    off = np.abs(np.array(logits.astype(mx.float32)) - exact).max()
+    assert off < 1e-5 if quantized else off > 1e-5
+
+
 def test_gradients_flow_through_hidden_states_and_head(model):
     tokens = mx.array([ROW])
 

@@ -28,10 +28,18 @@ from safesteer_mlx.method.direction import (
     find_openers,
     mean_differences,
     or_all,
+    too_much_left,
     with_room_to_think,
 )
 from safesteer_mlx.method.losses import far_enough
-from safesteer_mlx.method.prompts import Instruction, built_in_sets, prompts_from, render, render_all
+from safesteer_mlx.method.prompts import (
+    Instruction,
+    built_in_sets,
+    prompts_from,
+    render,
+    render_all,
+    template_tokens,
+)
 from safesteer_mlx.method.residual import _override, blocks, last_logits
 from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, beside_a_prompt, make_run, most_read, sets_read
@@ -145,6 +153,17 @@ def test_ablation_projects_the_whole_stream_where_the_published_way_leaves_some(
     own = own.with_settings(direction=replace(run.recipe.direction, ablation=way))
     assert direction._whole_stream(own, np.ones((2, 4, run.prompts.n_eoi), np.float32)) is whole
     assert ("leaves up to 2.0%" in capsys.readouterr().out) is (way == "auto" and whole)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_what_rounding_leaves_of_a_direction_is_not_taken_for_what_norms_leave(tiny_model, dtype, monkeypatch):
+    model, tokens = tiny_model("llama"), mx.array([[3, 1, 4, 1, 5]])
+    model.set_dtype(dtype)
+    vector, at_most = mx.random.normal((32,), key=mx.random.key(1)), 1e-3 if dtype == mx.float32 else 1e-2
+    assert too_much_left(model, vector, tokens) is None
+    for left, much in ((0.9 * at_most, None), (1.1 * at_most, 1.1 * at_most)):
+        monkeypatch.setattr(direction, "left_by_ablation", lambda *_, left=left: left)
+        assert too_much_left(model, vector, tokens) == much
 
 
 def test_a_forward_pass_that_padding_changes_is_refused(model):
@@ -719,6 +738,31 @@ def test_an_anchor_without_a_prompt_short_enough_is_an_error(run):
     assert harmful and not anchors
     longer = own.with_settings(train=replace(run.recipe.train, max_prompt_length=4096))
     assert len(training_prompts(longer)[1]) == 2
+
+
+def test_a_system_turn_that_a_template_adds_is_no_part_of_a_prompts_length(run, monkeypatch, tmp_path):
+    """Some add 500 tokens of it; memory is planned for them."""
+    tokenizer = copy.copy(run.base.tokenizer)
+    template, turn = tokenizer._chat_template, "Be kind. " * 300
+    long = replace(run, base=replace(run.base, tokenizer=tokenizer))
+    plain, rows = training_prompts(run), [run.base.tokenizer.encode(turn, add_special_tokens=False)]
+    whole = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: [*rows[0], *whole(*a, **k)], raising=False)
+    assert template == run.base.tokenizer._chat_template and len(rows[0]) > 512
+    assert template_tokens(run.base.tokenizer) == 40 < len(rows[0]) < template_tokens(tokenizer)
+    for mine, its in zip(training_prompts(long), plain, strict=True):
+        assert [p.text for p in mine] == [p.text for p in its]
+    limit = replace(run.recipe.train, max_prompt_length=8)
+    with pytest.raises(UserError, match="longer than max_prompt_length = 8"):
+        training_prompts(long.with_settings(train=limit))
+    planned, fitted = [], memory.fitted
+    monkeypatch.setattr(memory, "fitted", lambda *given: planned.append(given) or fitted(*given))
+    monkeypatch.setattr(memory, "set_limits", lambda machine: None)
+    kept = [_fitted(run.recipe, one.base, Screen(quiet=True)) for one in (run, long)]
+    more = template_tokens(tokenizer) - 40
+    assert planned[1][3] == planned[0][3] + more
+    assert [given[0].train.max_prompt_length for given in planned] == [512, 512 + more]
+    assert [recipe.train.max_prompt_length for recipe in kept] == [512, 512]
 
 
 def test_of_learned_positions_prompt_and_answer_share_the_table(run, capsys):

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.losses import Divergence, distillation_loss
@@ -705,3 +705,87 @@ def test_a_system_prompt_teacher_is_gone_beyond_and_the_tail_is_the_bases_withou
         expected += distillation_loss(own, base, ones, skip=2, keep=5, kind="reverse_kl").item() / 2
     assert max(shifts) > 0.01
     assert metrics.loss == pytest.approx(expected, rel=1e-4)
+
+
+def gradient_to_the_base(model, monkeypatch, scale):
+    """Of a student that is a little away from the base, by a step whose targets all are the base; each its own (N,)."""
+    monkeypatch.setattr(stage, "LOSS_SCALE", scale)
+    clip, seen = optim.clip_grad_norm, []
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "clip_grad_norm", lambda grads, most: (seen.append(grads), clip(grads, most))[1])
+        student = make_student(model, SETTINGS, 7)
+        away = [
+            (name, 0.002 * mx.random.normal(value.shape, key=mx.random.key(i)))
+            for i, (name, value) in enumerate(tree_flatten(student.trainable_parameters()))
+            if name.endswith("lora_b")
+        ]
+        student.update(tree_unflatten(away))
+        how = (SETTINGS, WHOLE, EOS, 7, make_optimizer(SETTINGS))
+        steps = train(Training(student, model, Teacher(model), mx.arange(2, 40), HARMFUL, HARMLESS, *how))
+        next(steps), next(steps)
+    return np.concatenate([np.array(value).ravel() for _, value in tree_flatten(seen[0])])
+
+
+def test_in_float16_a_small_gradient_is_the_one_in_float32(tiny_model, given_answers, monkeypatch):
+    """float16 holds nothing below 6e-8, so it is computed times `LOSS_SCALE`."""
+
+    def gradient(dtype, scale):
+        model = tiny_model("llama")
+        model.lm_head.weight = 0.03 * model.lm_head.weight  # as small as those of a head for more numbers are
+        model.set_dtype(dtype)
+        return gradient_to_the_base(model, monkeypatch, scale)
+
+    exact, scaled, plain = (gradient(*how) for how in ((mx.float32, 1024.0), (mx.float16, 1024.0), (mx.float16, 1.0)))
+    likeness = [one @ exact / np.linalg.norm(one) / np.linalg.norm(exact) for one in (scaled, plain)]
+    sizes = [np.linalg.norm(one) / np.linalg.norm(exact) for one in (scaled, plain)]
+    assert likeness[0] > 0.98 and sizes[0] == pytest.approx(1, abs=0.1) and likeness[1] < 0.9
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_a_student_that_is_the_base_has_nothing_to_learn_from_it(tiny_model, given_answers, dtype, monkeypatch):
+    """In half precision neither."""
+    monkeypatch.setattr(stage, "LOSS_SCALE", 1.0)
+    model = tiny_model("llama")
+    model.set_dtype(dtype)
+    student = make_student(model, SETTINGS, 7)
+    how = (SETTINGS, WHOLE, EOS, 7, make_optimizer(SETTINGS))
+    steps = train(Training(student, model, Teacher(model), TOKENS, HARMFUL, HARMLESS, *how))
+    next(steps)
+    metrics = next(steps)
+    assert isinstance(metrics, StepMetrics) and metrics.grad_norm < 1e-6 and abs(metrics.loss) < 1e-6
+
+
+def test_targets_are_computed_as_the_student_is(model, given_answers, monkeypatch):
+    """Inside a gradient; MLX does not tell, so each forward pass of the step is asked whether it is in one."""
+    inside, grad, passes = [0], mx.grad, []
+
+    def counted(function, *args, **kwargs):
+        def call(*values, **more):
+            inside[0] += 1
+            try:
+                return grad(function, *args, **kwargs)(*values, **more)
+            finally:
+                inside[0] -= 1
+
+        return call
+
+    value_and_grad = mx.value_and_grad
+
+    def both(function, *args, **kwargs):
+        real = value_and_grad(function, *args, **kwargs)
+
+        def call(*values, **more):
+            inside[0] += 1
+            try:
+                return real(*values, **more)
+            finally:
+                inside[0] -= 1
+
+        return call
+
+    states = stage.answer_states
+    monkeypatch.setattr(mx, "grad", counted)
+    monkeypatch.setattr(mx, "value_and_grad", both)
+    monkeypatch.setattr(stage, "answer_states", lambda *args: (passes.append(inside[0] > 0), states(*args))[1])
+    one_step(model, loss=LOSSES["guided, tail"])
+    assert len(passes) >= 4 and all(passes)

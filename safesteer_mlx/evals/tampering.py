@@ -16,10 +16,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..method.direction import LEFT, mean_differences
+from ..method.direction import mean_differences, too_much_left
 from ..method.judge import is_refusal
 from ..method.prompts import PromptSets, Rows, render_all
-from ..method.residual import ablate, block_inputs, blocks, left_by_ablation
+from ..method.residual import ablate, block_inputs, blocks
 from ..method.rollout import Sampling, answers, stream_key
 from ..method.run import REFUSAL_TOKENS
 from ..method.student import make_student
@@ -130,7 +130,7 @@ def ablated(model: nn.Module, vector: mx.array, row: Sequence[int]) -> nn.Module
     tokens = mx.array([list(row)])
     if vector.size != (width := block_inputs(model, tokens)[0].shape[-1]):
         raise UserError(f"the run's direction has {vector.size} numbers, and this model's stream {width}")
-    return ablate(model, vector, left_by_ablation(model, vector, tokens) > LEFT)
+    return ablate(model, vector, too_much_left(model, vector, tokens) is not None)
 
 
 def run_direction(run: Path | None) -> mx.array | None:

@@ -67,7 +67,7 @@ COMMON = 1 / 16  # of the answers that do not refuse, begun with one token
 A_BLOCK = 2  # of one block: neighbouring positions differ little
 PROBES, PROBE_TOKENS = 8, 16  # answers, and tokens of each, that tell whether a model begins to think
 PROBE_BATCH = 4  # answers at a time that tell how long it thinks
-LEFT = 1e-3  # of the length of the stream, along a direction that was ablated as published
+LEFT, LEFT_BY_HALF = 1e-3, 1e-2  # of the length of the stream, along a direction: more than rounding leaves of it
 GROUP = 4  # candidates whose refusal under ablation is asked side by side
 SCORE_BOUND = float(np.log1p(1e-8) - np.log(1e-8))  # no refusal score is larger or smaller
 
@@ -824,13 +824,21 @@ def _whole_stream(run: Run, candidates: np.ndarray) -> bool:
     if (way := run.recipe.direction.ablation) != "auto":
         return way == "stream"
     vector = mx.array(candidates[-1, candidates.shape[1] // 2].astype(np.float32))
-    left = left_by_ablation(run.base.model, vector, pad_right(run.prompts.harmless_validation[:1]))
-    if left > LEFT:
+    left = too_much_left(run.base.model, vector, pad_right(run.prompts.harmless_validation[:1]))
+    if left is not None:
         run.screen.detail(
             f"ablation: as published it leaves up to {left:.1%} of the stream along a direction (norms stand between a "
             "block's parts and the stream), so all that reaches the stream is projected"
         )
-    return left > LEFT
+    return left is not None
+
+
+def too_much_left(model: nn.Module, vector: mx.array, tokens: mx.array) -> float | None:
+    """What the published ablation leaves (`left_by_ablation`), if rounding is not all of it: in half precision a
+    thousandth is."""
+    left = left_by_ablation(model, vector, tokens)
+    most = LEFT if block_inputs(model, tokens)[0].dtype == mx.float32 else LEFT_BY_HALF
+    return left if left > most else None
 
 
 def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:

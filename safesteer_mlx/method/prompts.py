@@ -393,11 +393,17 @@ def sources(model: str, data: str | None, given: Iterable[str]) -> str:
     return f"{source}; harmful training prompts from {data}" if "harmful_train" in names else source
 
 
-def longest_prompt(recipe: Recipe) -> int:
-    """Tokens of the longest prompt of the run, estimated before there is a tokenizer; of sets that are only trained on,
-    none is longer than is allowed there."""
+def template_tokens(tokenizer: Any) -> int:
+    """How many tokens a chat template puts around an instruction, a system turn of its own among them; no fewer than
+    are estimated without it, and of these alone a prompt's length counts."""
+    return max(TEMPLATE_TOKENS, len(render(tokenizer, _PROBES[0])) - 1)
+
+
+def longest_prompt(recipe: Recipe, template: int = TEMPLATE_TOKENS) -> int:
+    """Tokens of the longest prompt of the run with its template, estimated; of sets that are only trained on, none is
+    longer than is allowed there."""
     sets = vars(prompt_sets(recipe))
-    around = TEMPLATE_TOKENS + (FRAME_TOKENS if recipe.train.prefill_ratio or recipe.train.wrap_ratio else 0)
+    around = template + (FRAME_TOKENS if recipe.train.prefill_ratio or recipe.train.wrap_ratio else 0)
     longest = {name: max(len(item.text) for item in items) // CHARACTERS_A_TOKEN for name, items in sets.items()}
     most = {name: recipe.train.max_prompt_length for name in ("harmful_train", "harmless_train")}
     return max(min(own + around, most.get(name, own + around)) for name, own in longest.items())

@@ -384,12 +384,19 @@ def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def head(model: nn.Module) -> Callable[[mx.array], mx.array]:
-    """The map from hidden states (..., T, D) to logits (..., T, V): tied or not, soft-capped or scaled."""
+    """The map from hidden states (..., T, D) to logits (..., T, V): tied or not, soft-capped or scaled.
+
+    Of a quantized head they are float32: between 16 and 32 bfloat16 holds every eighth alone, which is more than most
+    divergences here are. A plain one would be spelled out in float32 for it.
+    """
     given: list[mx.array] = []
     view = _with_body(model, lambda *args, **kwargs: given.pop())
+    own = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head"]
+    heads = own or [module for module in model.modules() if isinstance(module, nn.QuantizedEmbedding)]
+    quantized = bool(heads) and all(isinstance(one, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for one in heads)
 
     def logits(hidden: mx.array) -> mx.array:
-        given.append(hidden)
+        given.append(hidden.astype(mx.float32) if quantized else hidden)
         return view(mx.zeros(hidden.shape[:2], mx.int32))  # tokens that nothing looks at
 
     return logits

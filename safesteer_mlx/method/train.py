@@ -55,8 +55,8 @@ from .losses import (
     may_decide,
     safety_log_odds,
 )
-from .prompts import guarding_prompt, instructions_to_train_on, render
-from .residual import answer_states, block_inputs, head, pad_right, resume, resumes
+from .prompts import TEMPLATE_TOKENS, guarding_prompt, instructions_to_train_on, render, template_tokens
+from .residual import answer_states, block_inputs, head, hidden_states, pad_right, resume, resumes
 from .rollout import Completion, Sampling, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import LITTLE, SafetyTokens, farthest, find_tokens, openings, outcomes_kl
@@ -66,6 +66,7 @@ from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered
 Ids = Sequence[int]
 
 FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
+LOSS_SCALE = 1024.0  # of what float16 holds nothing is smaller than 6e-8, and most of the anchor's gradient is
 LOST = 3e-5  # half of what lies between two bfloat16 weights near 0.01: a smaller step mostly leaves them as they are
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 LEARNED = 0.95  # of the base's divergence from the target, gone
@@ -332,6 +333,7 @@ def train(
     first_trained = first_trained_block(student)
     dropouts = row_dropouts(student)
     can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
+    scale = LOSS_SCALE if hidden_states(base, pad_right([[0]])).dtype == mx.float16 else 1.0
 
     def objective(model, batch, answers, trunk, targets: list[Target]):
         hidden = answer_states(_after(trunk, model), [p.ids for p in batch], answers)
@@ -340,7 +342,7 @@ def train(
             localized_loss(
                 Scored(hidden if len(t.rows) == len(hidden) else hidden[mx.array(t.rows)], own),
                 t.scored,
-                mx.array(t.weights),
+                mx.array(t.weights) * scale,
                 training.tokens,
                 t.divergence,
                 settings.temp,
@@ -353,7 +355,7 @@ def train(
         """The opening's target, `of`, and the tail's, the base; `n` rollouts are in the batch."""
         lengths = [len(ids) for ids in answers]
         place = np.concatenate([np.arange(length) for length in lengths])
-        hidden = answer_states(_after(trunk, of), [p.target_ids for p in part], answers)
+        hidden = as_in_a_gradient(answer_states, _after(trunk, of), [p.target_ids for p in part], answers)
         weights = _position_weights(lengths, n, loss.skip_first, loss.first_tokens)
         pulled = part[0].harmful  # away from the base: told by the prompts, since a system-prompt teacher's model is it
         guided = pulled and guidance > 1
@@ -362,7 +364,7 @@ def train(
         by_base = hidden
         if pulled and (guided or len(tail)):
             rows = [p.ids if p.plain is None else p.plain for p in part]
-            by_base = answer_states(_after(trunk, base), rows, answers)
+            by_base = as_in_a_gradient(answer_states, _after(trunk, base), rows, answers)
         mx.async_eval(hidden, by_base)  # computed while the graph of the student is built
         first, shift = hidden[mx.array(opening)], None
         if guided:
@@ -421,7 +423,7 @@ def train(
                 masses[:, index] = np.array(mass)[:, np.searchsorted(targets[0].rows, first)]
         if grads is None:  # fewer rows than machines
             grads = tree_map(mx.zeros_like, student.trainable_parameters())
-        return grads, losses, masses
+        return (grads if scale == 1.0 else tree_map(lambda grad: grad / scale, grads)), losses, masses
 
     of = machines.here()
     micro_batch_size, size = settings.micro_batch_size, training.generation_batch_size
@@ -487,6 +489,22 @@ def train(
         step += 1
 
 
+def as_in_a_gradient(compute: Callable[..., mx.array], *args: Any) -> mx.array:
+    """compute(*args), by the operations that a gradient is of.
+
+    MLX's fused attention on a GPU has no gradient, so the student's is computed otherwise and rounds otherwise: of a
+    target by the fused one it would learn how that rounds.
+    """
+    values: list[mx.array] = []
+
+    def traced(nothing: mx.array) -> mx.array:
+        values.append(compute(*args))
+        return nothing
+
+    mx.grad(traced)(mx.array(0.0))
+    return values[0]
+
+
 def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
     """Harmful and anchor prompts as student and target read them; those given twice and those over the length
     are left out, and said.
@@ -498,6 +516,7 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
     """
     recipe, base, sets = run.recipe, run.base, run.prompts.sets
     limit, guard = recipe.train.max_prompt_length, guarding_prompt(recipe)
+    most = limit + template_tokens(base.tokenizer) - TEMPLATE_TOKENS  # a system turn that a template adds is no prompt
     prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
     for harmful, into in ((True, prompts[0]), (False, prompts[1])):
         items = instructions_to_train_on(recipe, sets, harmful)
@@ -507,11 +526,11 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
         for text in texts:
             ids = render(base.tokenizer, text)
             target_ids = render(base.tokenizer, text, guard) if harmful and guard else ids
-            if len(ids) <= limit:
+            if len(ids) <= most:
                 into.append(TrainingPrompt(ids, target_ids, harmful, text))
         if len(into) < len(texts):
             run.screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
-        if harmful and all(len(render(base.tokenizer, item.text)) > limit for item in sets.harmful_train):
+        if harmful and all(len(render(base.tokenizer, item.text)) > most for item in sets.harmful_train):
             raise UserError(
                 f"every training prompt is longer than max_prompt_length = {limit}; raise --max-prompt-length"
             )
