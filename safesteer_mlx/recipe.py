@@ -246,7 +246,10 @@ class TrainSettings:
         None, "longest completion, in tokens (default: 512, or more where a model thinks longer)", MOST_LENGTH
     )
     max_prompt_length: int = _setting(
-        512, "longest prompt, in tokens; longer ones are left out", least=8, most=MOST_LENGTH
+        512,
+        "longest prompt, in tokens, without a system turn that its template adds; longer ones are left out",
+        least=8,
+        most=MOST_LENGTH,
     )
     grad_checkpoint: str = _setting(
         "auto",
