@@ -1,7 +1,7 @@
 """The bundled model inside the shape of a large one: it answers as before, and costs what the large one costs.
 
     python scripts/grow.py qwen2.5-7b             writes big-models/qwen2.5-7b (4.3 GB, in 4 bits)
-    python -m safesteer_mlx.align big-models/qwen2.5-7b --memory-limit 11GB
+    safesteer-mlx align big-models/qwen2.5-7b --memory-limit 11GB
 
 So a whole run can be measured at real size with no download: its memory, its seconds, its stages. The small weights
 fill a corner of each large matrix, the rest is zero; blocks between the small one's add nothing. One more dimension of

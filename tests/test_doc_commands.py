@@ -147,7 +147,7 @@ TABLE = {
     "python examples/export_and_serve.py": SERVED,
     "python scripts/bench.py": BENCH,
     "python scripts/grow.py qwen2.5-7b": "by tests/test_grow.py::test_it_answers_as_the_small_one",
-    "python -m safesteer_mlx.align big-models/qwen2.5-7b --memory-limit 11GB --test-prompts 60": "parse takes a Mac",
+    "safesteer-mlx align big-models/qwen2.5-7b --memory-limit 11GB --test-prompts 60": "parse takes a Mac",
     "python scripts/bench.py --shape qwen2.5-0.5b": "slow --only rollouts --repeats 1 --out $OUT/bench.json",
     "python scripts/bench.py --shape qwen2.5-7b --only step": "slow --tokens 8 --out $OUT/bench.json",
     "python scripts/bench.py --only loss,step --repeats 5": "slow --repeats 1 --out $OUT/bench.json",
