@@ -30,7 +30,12 @@ STEPS = (  # of a run, as it is told on the screen and in the report
     "comparing before and after on unseen requests",
 )
 HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
-LONGEST = 512, 1024, 2048, 4096  # tokens of a completion: the first, or the next that a model's thoughts have room in
+LONGEST_ANSWERS = (
+    512,
+    1024,
+    2048,
+    4096,
+)  # tokens of a completion: the first, or the next that a model's thoughts have room in
 
 # More than anybody means: beyond these a number is a slip, or no machine could hold what it asks for.
 MOST_SEED = 2**32 - 1
@@ -272,7 +277,7 @@ class TrainSettings:
     @property
     def longest(self) -> int:
         """`max_tokens`, or its default, before it is told how long a model thinks."""
-        return self.max_tokens or LONGEST[0]
+        return self.max_tokens or LONGEST_ANSWERS[0]
 
 
 SECTIONS: dict[str, type] = {
