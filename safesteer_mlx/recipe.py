@@ -30,7 +30,7 @@ STEPS = (  # of a run, as it is told on the screen and in the report
     "comparing before and after on unseen requests",
 )
 HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
-LONGEST_ANSWERS = (
+ROOMS = (
     512,
     1024,
     2048,
@@ -277,7 +277,7 @@ class TrainSettings:
     @property
     def longest(self) -> int:
         """`max_tokens`, or its default, before it is told how long a model thinks."""
-        return self.max_tokens or LONGEST_ANSWERS[0]
+        return self.max_tokens or ROOMS[0]
 
 
 SECTIONS: dict[str, type] = {

@@ -364,6 +364,6 @@ def test_the_vocabulary_is_filled_from_words_of_no_language():
 def test_a_model_that_thinks_is_asked_how_long(lengths, most, monkeypatch):
     """Its thoughts have 13 to 16 tokens, one of eight the most; the answers behind them may have 96."""
     base = load(str(HERE / "foundry"))
-    monkeypatch.setattr(direction, "LONGEST_ANSWERS", lengths)
+    monkeypatch.setattr(direction, "ROOMS", lengths)
     recipe = direction.with_room_to_think(resolve({}, {"model": "any"})[0], base, Screen(quiet=True))
     assert base.thinks and recipe.train.max_tokens == most

@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..recipe import HELD_OUT_TOKENS, LONGEST_ANSWERS, DirectionSettings, Recipe
+from ..recipe import HELD_OUT_TOKENS, ROOMS, DirectionSettings, Recipe
 from ..system import machines
 from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
@@ -727,32 +727,28 @@ def as_it_begins(base: Loaded, seed: int) -> Loaded:
 
 def with_room_to_think(recipe: Recipe, base: Loaded, screen: Screen, force: bool = False) -> Recipe:
     """The recipe with `max_tokens` as given, or 512; where nearly all of a few thoughts and the answers behind them
-    need more, the first of `LONGEST_ANSWERS` that has room for them. Memory and time are planned for so many.
+    need more, the first of `ROOMS` that has room for them. Memory and time are planned for so many.
 
     Raises:
         UserError: many thoughts do not end in the last of these, without `force`.
     """
     if recipe.train.max_tokens is not None:
         return recipe
-    most = LONGEST_ANSWERS[0]
+    most = ROOMS[0]
     if base.thinks:
         sets = built_in_sets(base.name)
         prompts = [*sets.harmful_validation[: PROBES // 2], *sets.harmless_validation[: PROBES // 2]]
         # Memory is not planned yet, so few are asked at a time.
         size = batch_size(base, PROBE_BATCH, Screen(quiet=True))
-        sampling = Sampling(
-            base.eos_ids, LONGEST_ANSWERS[-1], 1.0, batch_size=size, after=after_thought(base, REFUSAL_TOKENS)
-        )
+        sampling = Sampling(base.eos_ids, ROOMS[-1], 1.0, batch_size=size, after=after_thought(base, REFUSAL_TOKENS))
         with screen.stage("seeing how long the model thinks") as advance:
             probes = _asked(base, prompts, sampling, recipe.run.seed, 18, advance)
         unended = sum(not completion.finished and not text for completion, text in probes)
-        _check_thoughts(unended, len(probes), LONGEST_ANSWERS[-1], force, screen)
+        _check_thoughts(unended, len(probes), ROOMS[-1], force, screen)
         lengths, longer = sorted(_thoughts(base.tokenizer, probes)), len(probes) // 8
         needed = lengths[-1 - longer] + HELD_OUT_TOKENS if len(lengths) > longer else 0
-        most = machines.here().share(
-            next((length for length in LONGEST_ANSWERS if length >= needed), LONGEST_ANSWERS[-1])
-        )
-        if most > LONGEST_ANSWERS[0]:
+        most = machines.here().share(next((length for length in ROOMS if length >= needed), ROOMS[-1]))
+        if most > ROOMS[0]:
             screen.line(f"the model thinks for {int(np.median(lengths)):,} tokens or so: an answer may take {most:,}")
     return replace(recipe, train=replace(recipe.train, max_tokens=most))
 
