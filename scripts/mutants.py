@@ -120,7 +120,7 @@ MUTANTS = [
             ),
             (
                 "within a thought guidance goes nowhere that the teacher does not already",
-                "if thinks else (teacher > 0)",
+                "if late else (teacher > 0)",
                 "if False else (teacher > 0)",
                 "test_a_thought_may_turn_to_a_refusal_wherever_the_teacher_writes_a_safety_token_with_1_in_20",
             ),
@@ -245,6 +245,18 @@ MUTANTS = [
         "test_train",
         [
             (
+                "float16 gradients not scaled",
+                "mx.array(t.weights) * scale,",
+                "mx.array(t.weights),",
+                "test_in_float16_a_small_gradient_is_the_one_in_float32",
+            ),
+            (
+                "targets not computed as gradients are",
+                "mx.grad(traced)(mx.array(0.0))",
+                "traced(mx.array(0.0))",
+                "test_targets_are_computed_as_the_student_is",
+            ),
+            (
                 "anchor dropped",
                 "anchors = settings.batch_size - per_batch if loss.anchor_ratio and harmless else 0",
                 "anchors = 0",
@@ -322,8 +334,8 @@ MUTANTS = [
         [
             (
                 "end of turn not counted",
-                "completions[row] = Completion(ids[row], token in sampling.eos_ids)",
-                "completions[row] = Completion([i for i in ids[row] if i not in sampling.eos_ids], True)",
+                "completions[row] = Completion(ids[row], finished, not",
+                "completions[row] = Completion([i for i in ids[row] if i not in sampling.eos_ids], True, not",
                 "test_each_sample_is_what_it_would_be_alone",
             ),
             (

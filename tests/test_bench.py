@@ -12,6 +12,7 @@ from pathlib import Path
 import bench
 import mlx.core as mx
 import mlx.nn as nn
+import mutants
 import numpy as np
 import pytest
 import roofline
@@ -374,3 +375,11 @@ def test_a_padded_batch_is_the_batch():
     assert (ids[:, :6] == exact).all() and not ids[:, 6:].any() and at.shape == (10,) and where.shape == (6,)
     assert (ids.ravel()[at[weights > 0]] == exact.ravel()[where]).all() and weights.sum() == own.sum() == 1
     assert where.tolist() == [2, 3, 4, 8, 9, 10]  # what predicts the last three tokens of each
+
+
+def test_every_mutant_has_its_line_and_its_test():
+    """Else it says nothing: both change their words with the code."""
+    for mutant in mutants.MUTANTS:
+        assert (ROOT / mutant.file).read_text("utf-8").count(mutant.old) == 1, f"{mutant.name}: {mutant.old}"
+        file, _, beginning = mutant.test.partition("::")
+        assert f"def {beginning}" in (ROOT / file).read_text("utf-8"), f"{mutant.name}: {mutant.test}"
