@@ -1,6 +1,7 @@
 """The zoo: what its models are made of, and that the defaults align three of them, which are committed for this."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -136,6 +137,8 @@ def refused(found, kind, **counts):
 
 
 COURSE = {"steps": 142, "bound": 142, "learned": 0.874}
+NONE_NEW = {"borderline": {"auc": 0.9, "not": 0.04, "harmful": 0.51, "by_order": 0.22}}
+ORDER = {"borderline": NONE_NEW["borderline"] | {"new": 0.38}}
 OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062, "refused": 0.8}
 
 
@@ -181,6 +184,20 @@ OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062, "refused": 0.8}
             refused(run(50, 0), "borderline", greedy=(0, 10), sampled=(9, 20)),
             ["borderline greedy +10.0 (+4 to +17)"],
         ),
+        (
+            refused(run(50, 0), "borderline", greedy=(0, 10), sampled=(9, 20)) | {"order": ORDER},
+            [
+                "borderline greedy +10.0 (+4 to +17), the base refuses the new ones 38%, the others 4%, harmful 51% "
+                "of the time; by its order 22% would be, 20% are"
+            ],
+        ),
+        (  # none is refused that was not before, greedily
+            refused(run(50, 0), "borderline", sampled=(9, 20)) | {"order": NONE_NEW},
+            [
+                "borderline sampled +11.0 (+1 to +21: chance), the base refuses the others 4%, harmful 51% of the "
+                "time; by its order 22% would be, 20% are"
+            ],
+        ),
         (refused(run(50, 0), "borderline", sampled=(9, 20)), ["borderline sampled +11.0 (+1 to +21: chance)"]),
         (run(50, 0, capability=(90, 88)), ["capability -2.0 (90 → 88 of 100)"]),
         # Two tosses alike: p = 2 / 4; 8 of 8: 2 / 256.
@@ -206,9 +223,9 @@ def test_each_miss_stands_beside_its_figures(found, expected):
 
 
 def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is():
-    apart = {"harmless": 0.94, "borderline": 0.8}
-    runs = [run(50, 4, apart=apart), run(0, 0, seed=43), run(50, 0, refused=(0, 2), seed=44, apart=apart)]
-    stopped = {"name": "studio", "seed": 42, "exit": 2, "said": "the verdict is stop", "apart": apart}
+    order = {"harmless": {"auc": 0.94}, "borderline": {"auc": 0.8}}
+    runs = [run(50, 4, order=order), run(0, 0, seed=43), run(50, 0, refused=(0, 2), seed=44, order=order)]
+    stopped = {"name": "studio", "seed": 42, "exit": 2, "said": "the verdict is stop", "order": order}
     drawn = zoo.table([*runs, stopped])
     assert "| harbour | choose |" in drawn and "50 → 4 / 0 → 0 / 50 → 0" in drawn
     assert "| 42: none<br>43: none<br>44: harmless greedy +2.0 (-2 to +7: chance)<br>AUC: harmless 0.94 |" in drawn
@@ -238,12 +255,53 @@ def test_what_the_reasons_need_is_read_from_a_runs_record(tmp_path):
 
 def test_how_well_a_base_tells_prompts_apart():
     assert zoo.auc([2.0, 3.0], [0.0, 1.0]) == 1 and zoo.auc([1.0], [1.0]) == 0.5 and zoo.auc([0.0, 2.0], [1.0]) == 0.5
-    assert zoo.apart(SPECS["foundry"], HERE, [1]) is None  # it thinks first
-    assert zoo.apart(SPECS["station"], HERE, []) is None
-    own = zoo.apart(SPECS["station"], HERE, [485, 699, 780, 741])  # Request, Negative, Error, Access
-    assert own is not None and own["borderline"] > 0.9 and own["harmless"] > 0.9
-    other = zoo.apart(SPECS["station"], HERE, [46])  # I
-    assert other is not None and other["borderline"] < 0.8
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    # Half of the harmful ones are above all others; a quarter more ties with half of the others, at 0.5.
+    [(0.0, 0.0), (0.5, 0.0), (0.75, 0.5), (0.625, 0.25), (1.0, 1.0)],
+)
+def test_what_would_be_refused_by_the_bases_own_order(rate, expected):
+    assert zoo.by_order([0.9, 0.8, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0], rate) == expected
+
+
+def test_what_is_newly_refused_stands_beside_how_often_the_base_refuses_it(tmp_path):
+    shares = {"harmful": {"a": 1.0, "b": 0.5}, "harmless": {"c": 0.0}, "borderline": {"d": 0.5, "e": 0.25, "f": 0.0}}
+    told = zoo.own_order(shares, tmp_path)
+    assert told == {"harmless": {"auc": 1.0}, "borderline": {"auc": 5.5 / 6}}  # no answers: it was stopped
+
+    def answer(model, kind, how, prompt, outcome):
+        return json.dumps({"model": model, "kind": kind, "how": how, "prompt": prompt, "outcome": outcome}) + "\n"
+
+    kept = tmp_path / "adapters" / "run"
+    kept.mkdir(parents=True)
+    (kept / "transcripts.jsonl").write_text(
+        answer("base", "borderline", "greedy", "e", "refuse")
+        + answer("student", "borderline", "greedy", "e", "refuse")
+        + answer("student", "borderline", "greedy", "d", "refuse")
+        + answer("student", "borderline", "greedy", "f", "comply")
+        + answer("student", "borderline", "sampled", "f", "refuse")
+        + answer("student", "harmful", "sampled", "a", "refuse")
+        + answer("student", "harmful", "sampled", "b", "refuse")
+        + answer("student", "capability", "greedy", "g", "refuse")
+    )
+    told = zoo.own_order(shares, tmp_path)
+    # Both harmful ones are refused: by the base's order that is all down to 0.5, where "d" is.
+    assert told["borderline"] == {"auc": 5.5 / 6, "harmful": 0.75, "new": 0.5, "not": 0.0, "by_order": 1 / 3}
+    assert told["harmless"] == {"auc": 1.0, "harmful": 0.75, "not": 0.0, "by_order": 0.0}
+
+
+@pytest.mark.parametrize("name", ["station", "foundry"])  # the second thinks first
+def test_how_often_a_base_refuses_is_asked_of_its_answers(name, tmp_path, monkeypatch):
+    shutil.copytree(HERE / name, tmp_path / name)
+    for file in (tmp_path / name / "data").glob("*_test.jsonl"):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:8]))
+    monkeypatch.setattr(zoo, "ASKED", 4)
+    shares = zoo.refusals(tmp_path / name)
+    assert {kind: len(own) for kind, own in shares.items()} == {"harmful": 8, "harmless": 8, "borderline": 8}
+    assert {4 * share % 1 for own in shares.values() for share in own.values()} == {0}
+    assert sum(shares["harmful"].values()) > 3 > sum(shares["harmless"].values())
 
 
 @pytest.mark.parametrize(
