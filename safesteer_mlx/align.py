@@ -57,7 +57,7 @@ def align_model(
     Raises:
         UserError: what a user can mend, in one sentence.
     """
-    recipe = _with_whole_name(recipe)
+    recipe = _as_begun(recipe)
     settings, folder = recipe.run, Path(recipe.run.adapter_path)
     if machines.here().first:
         from .system.store import check_output
@@ -78,16 +78,21 @@ def align_model(
         return _align(recipe, base, screen, check, force)
 
 
-def _with_whole_name(recipe: Recipe) -> Recipe:
-    """The recipe with the whole path of a model that is a folder here, which from elsewhere would be another or a Hub
-    id; but as an unfinished run of this model has it, whose states know it by that name."""
+def _as_begun(recipe: Recipe) -> Recipe:
+    """The recipe with `max_tokens` of an unfinished run in its folder, if that was left to the model, and with the whole
+    path of a model that is a folder here, which from elsewhere would be another or a Hub id; but as an unfinished run of
+    this model has it, whose states know it by that name."""
+    record, earlier = Path(recipe.run.adapter_path) / "run" / "recipe.yaml", {}
+    if machines.here().first and _state_of(record.parents[1]) == "unfinished":
+        earlier = read_yaml(record)
+    most = machines.here().share(earlier.get("max_tokens"))
+    if recipe.train.max_tokens is None and isinstance(most, int):
+        recipe = replace(recipe, train=replace(recipe.train, max_tokens=most))
     if not (path := user_path(recipe.run.model)).is_dir():
         return recipe
-    name, record = str(path.absolute()), Path(recipe.run.adapter_path) / "run" / "recipe.yaml"
-    if machines.here().first and _state_of(record.parents[1]) == "unfinished":
-        earlier = read_yaml(record).get("model")
-        if isinstance(earlier, str) and str(user_path(earlier).absolute()) == name:
-            name = earlier
+    name, begun = str(path.absolute()), earlier.get("model")
+    if isinstance(begun, str) and str(user_path(begun).absolute()) == name:
+        name = begun
     return replace(recipe, run=replace(recipe.run, model=name))
 
 

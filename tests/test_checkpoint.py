@@ -216,8 +216,19 @@ def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monk
     assert "going on after step 1 of 4" in capsys.readouterr().out
 
 
+@pytest.fixture
+def short_by_default():
+    """What is left to the model, how long answers may be, is as short as other tests ask for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direction, "ROOMS", (24,))
+        yield
+
+
+@pytest.mark.usefixtures("short_by_default")
 def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_path, monkeypatch, capsys):
-    command = ["--adapter-path", str(tmp_path / "adapters"), *SHORT]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("max_tokens:\n")  # left to the model, whose recipe says otherwise
+    command = ["--adapter-path", str(tmp_path / "adapters"), *SHORT[: SHORT.index("--max-tokens")], "-c", str(settings)]
     stop_after(monkeypatch, 2)
     assert main(command) == 130
     monkeypatch.undo()
@@ -287,7 +298,7 @@ def test_a_model_s_folder_is_recorded_with_its_whole_path(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     folder = stopped("new")
     with monkeypatch.context() as patch:
-        patch.setattr(align, "_with_whole_name", lambda recipe: recipe)
+        patch.setattr(align, "_as_begun", lambda recipe: recipe)
         older = stopped("older")
     assert read_yaml(older / "run" / "recipe.yaml")["model"] == "models/mine"
     capsys.readouterr()
