@@ -79,9 +79,9 @@ def align_model(
 
 
 def _as_begun(recipe: Recipe) -> Recipe:
-    """The recipe with `max_tokens` of an unfinished run in its folder, if that was left to the model, and with the whole
-    path of a model that is a folder here, which from elsewhere would be another or a Hub id; but as an unfinished run of
-    this model has it, whose states know it by that name."""
+    """The recipe with `max_tokens` of an unfinished run in its folder, if that was left to the model; and with the
+    whole path of a model that is a folder here, which from elsewhere would be another or a Hub id, but as an unfinished
+    run of this model has it, whose states know it by that name."""
     record, earlier = Path(recipe.run.adapter_path) / "run" / "recipe.yaml", {}
     if machines.here().first and _state_of(record.parents[1]) == "unfinished":
         earlier = read_yaml(record)
