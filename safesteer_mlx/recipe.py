@@ -215,6 +215,12 @@ class LossSettings:
         most=MOST_LENGTH,
     )
     anchor_ratio: float = _share(0.66, "share of harmless prompts in a batch, pulled to the base", most=0.9)
+    anchor_margin: float = _setting(
+        3.0,
+        "how far below the base refusals of those prompts are to come, in log-odds, where it refuses more than 3 %",
+        least=0.0,
+        most=MOST_FACTOR,
+    )
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": "reverse_kl",
         "loss_tokens": "safety",
         "anchor_ratio": 0.0,
+        "anchor_margin": 0.0,
         "reuse_direction_prompts": False,
         "prefill_ratio": 0.0,
         "wrap_ratio": 0.0,

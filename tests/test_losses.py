@@ -484,17 +484,36 @@ def test_what_the_base_refuses_already_does_not_tell_how_far_guidance_goes():
     assert few == 1.0  # three prompts may be anything
 
 
+@pytest.mark.parametrize(
+    ("p", "margin", "decides", "expected"),
+    [
+        (0.5, 1.0, True, -1.0),
+        (0.5, 9.0, True, -np.log(0.97 / 0.03)),  # as far as 3 %
+        (0.03, 9.0, True, 0.0),
+        (0.01, 9.0, True, 0.0),  # it is below that already
+        (0.9, 3.0, True, -3.0),
+        (0.5, 1.0, False, 0.0),
+        (0.5, 0.0, True, 0.0),
+    ],
+)
+def test_how_far_the_anchor_goes_below_the_base_by_hand(p, margin, decides, expected):
+    shift = losses.easing_shift(mx.array([np.log(p / (1 - p))]), margin, mx.array([decides]))
+    assert shift.item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_guidance_below_the_teacher_is_refused():
     with pytest.raises(ValueError, match=r"guidance of 0\.5 is less than the teacher"):
         losses.guidance_shift(mx.zeros(1), mx.zeros(1), 0.5)
 
 
 @pytest.mark.parametrize("name", ["grouped", "published", "mixture", "all tokens"])
-def test_a_shift_is_the_loss_of_teacher_logits_that_were_raised(name):
+@pytest.mark.parametrize("of", [[2, 7], [7]])  # all that is watched, or some
+def test_a_shift_is_the_loss_of_teacher_logits_that_were_raised(name, of):
     zs, zt = (mx.random.normal((9, 50), key=mx.random.key(i)) for i in (3, 4))
     shift, watched = mx.abs(mx.random.normal((9,), key=mx.random.key(5))), mx.array([2, 7])
     weights = mx.ones(9) / 9
-    raised = zt.at[:, watched].add(shift[:, None])
+    shifted = None if of == watched.tolist() else mx.array(of)
+    raised = zt.at[:, mx.array(of)].add(shift[:, None])
 
     def loss(teacher, **more):
         def of(z):
@@ -504,7 +523,7 @@ def test_a_shift_is_the_loss_of_teacher_logits_that_were_raised(name):
 
         return mx.value_and_grad(of)(zs)
 
-    (value, slope), (expected, by_hand) = loss(zt, shift=shift), loss(raised)
+    (value, slope), (expected, by_hand) = loss(zt, shift=shift, shifted=shifted), loss(raised)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.item() != loss(zt)[0].item()
     np.testing.assert_allclose(np.array(slope), np.array(by_hand), atol=1e-6)
     assert mx.array_equal(loss(zt, shift=mx.zeros(9))[1], loss(zt)[1])

@@ -267,6 +267,80 @@ def test_what_is_to_be_learned_goes_as_far_beyond_the_teacher_as_guidance_says(r
     np.testing.assert_allclose(found.teacher, target(guidance)[1].teacher)
 
 
+def test_the_anchor_s_target_is_as_far_below_the_base_as_the_margin_says(run):
+    """Where answers begin, and on the tokens that only refuse; what is on the way to it is learned, not moved."""
+    base, few = run.base, replace(run.prompts, harmful_validation=run.prompts.harmful_validation[:8])
+    vector = 60 * mx.random.normal((base.config["hidden_size"],), key=mx.random.key(3))
+    teacher = steered_teacher(base.model, 2, vector, 1.0)
+    everywhere = openings(base.model, few.harmless_validation, range(base.vocabulary - 1), 32)[:, :-1]
+    ids = np.argsort(-everywhere.mean(0))[:12]  # likely ones, so that there is something to lower
+    refusing = [int(i) for i in ids[1:3]]
+    tokens = SafetyTokens([{"id": int(i)} for i in ids], 0.9, [0.9], 1.0)
+
+    def target(margin, refusing):
+        given = replace(run, prompts=few).with_settings(
+            loss=replace(run.recipe.loss, guidance=1.0, anchor_margin=margin)
+        )
+        learning = what_to_learn(given, teacher, replace(tokens, refusing=refusing))[1]
+        assert learning is not None
+        return learning
+
+    plain, eased = target(0.0, []), target(1.5, refusing)
+    np.testing.assert_array_equal(plain.base, eased.base)
+    np.testing.assert_array_equal(plain.teacher[:8], eased.teacher[:8])
+    np.testing.assert_array_equal(plain.teacher[8:], plain.base[8:])
+    within = np.append(np.isin(ids, refusing), False)
+    before, after = (p[8:, within].sum(1) for p in (eased.base, eased.teacher))
+    expected = np.minimum(1.5, np.maximum(np.log(before / (1 - before)) + np.log(0.97 / 0.03), 0))
+    np.testing.assert_allclose(np.log(before / (1 - before)) - np.log(after / (1 - after)), expected, atol=1e-4)
+    assert expected.max() == 1.5
+    np.testing.assert_allclose(eased.teacher.sum(1), 1)
+    others = eased.teacher[8:, ~within] / eased.base[8:, ~within]
+    np.testing.assert_allclose(others, np.broadcast_to(others[:, :1], others.shape))
+    assert eased.share(eased.teacher) == pytest.approx(1) and plain.share(eased.teacher) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        # 3 opens refusals alone; 4 as many of each kind; 5 more that help; 6 none at all.
+        ([([3, 9], True), ([4, 9], True), ([4, 9], False), ([5, 9], True), ([5, 9], False), ([5], False)], [3, 4, 6]),
+        ([([9, 9, 9, 9, 5], False)], [3, 4, 5, 6]),  # further on than what is taught
+    ],
+)
+def test_tokens_that_open_other_answers_to_harmless_prompts_are_not_made_rarer(run, monkeypatch, answers, expected):
+    drawn = [(Completion(ids, True), "I can't help with that." if refused else "Sure.") for ids, refused in answers]
+    asked = []
+
+    def answer(self, model, rows, sampling, stream=(), progress=None):
+        asked.append((model, rows, sampling.temp))
+        return drawn
+
+    monkeypatch.setattr(type(run), "answers", answer)
+    few = run.with_settings(tokens=replace(run.recipe.tokens, horizon=4))
+    assert safety_tokens._only_refusing(few, [3, 4, 5, 6]) == expected
+    assert asked == [(run.base.model, run.prompts.harmless_validation, 1.0)]
+    thinks = replace(few, base=replace(few.base, thinks=True))
+    assert safety_tokens._only_refusing(thinks, [3, 4, 5, 6]) == [3, 4, 5, 6] and len(asked) == 1
+
+
+@pytest.mark.parametrize(("ratio", "margin", "is_asked"), [(0.66, 3.0, True), (0.66, 0.0, False), (0.0, 3.0, False)])
+def test_tokens_that_only_refuse_are_found_where_the_anchor_goes_below_the_base(
+    run, found, monkeypatch, ratio, margin, is_asked
+):
+    monkeypatch.setattr(safety_tokens, "_only_refusing", lambda run, tokens: tokens[:1])
+    one = replace(run, prompts=replace(run.prompts, harmful_validation=run.prompts.harmful_validation[:4]))
+    one = one.with_settings(
+        tokens=replace(run.recipe.tokens, token_samples=1),
+        loss=replace(run.recipe.loss, anchor_ratio=ratio, anchor_margin=margin),
+    )
+    teacher = make_teacher(one, found.shortlist[0], 2.0)
+    tokens = safety_tokens.find_tokens(one, teacher, replace(found, harmless=found.harmless[:8]))
+    assert tokens.refusing == (tokens.ids[:1].tolist() if is_asked else [])
+    training = make_training(one, run.base.model, teacher, tokens, ([], []), None)
+    assert (training.refusing is None) is not is_asked
+
+
 @pytest.mark.parametrize("late", ["thinks", "alike"])
 @pytest.mark.parametrize("most", [99, 1])
 def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run, monkeypatch, capsys, most, late):

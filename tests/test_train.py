@@ -53,12 +53,12 @@ def raised_by_teacher(model):
     return mx.argsort(-change[0, -1])[:40]
 
 
-def one_step(model, settings=SETTINGS, loss=WHOLE, seed=7, optimizer=None, tokens=TOKENS):
+def one_step(model, settings=SETTINGS, loss=WHOLE, seed=7, optimizer=None, tokens=TOKENS, refusing=None):
     """The student after one step, the teacher, and what the step reported."""
     student = make_student(model, settings, seed)
     teacher = a_teacher(model)
     how = (settings, loss, EOS, seed, optimizer or make_optimizer(settings))
-    steps = train(Training(student, model, teacher, tokens, HARMFUL, HARMLESS, *how))
+    steps = train(Training(student, model, teacher, tokens, HARMFUL, HARMLESS, *how, refusing=refusing))
     rollouts, metrics = next(steps), next(steps)
     assert isinstance(rollouts, Rollouts) and isinstance(metrics, StepMetrics)
     return dict(tree_flatten(student.trainable_parameters())), teacher, metrics
@@ -88,6 +88,9 @@ LOSSES = {
     "guided": replace(WHOLE, guidance=2.5),
     "guided, full": replace(WHOLE, guidance=2.5, loss_tokens="full", loss="reverse_kl"),
     "guided, tail": replace(WHOLE, first_tokens=2, tail=3, guidance=2.5),
+    "eased": replace(WHOLE, anchor_margin=1.5),
+    "eased, full": replace(WHOLE, anchor_margin=0.5, guidance=2.5, loss_tokens="full", loss="reverse_kl"),
+    "eased, tail": replace(WHOLE, first_tokens=2, tail=3, anchor_margin=99.0),
     "default": LossSettings(first_tokens=1, guidance=2.5, anchor_ratio=0.5),
 }
 
@@ -97,18 +100,26 @@ LOSSES = {
 def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, temp):
     model = tiny_model(architecture)
     settings, loss = replace(SETTINGS, temp=temp), LOSSES[name]
-    tokens = raised_by_teacher(model) if loss.guidance > 1 else TOKENS
-    _, teacher, metrics = one_step(model, settings, loss, tokens=tokens)
+    tokens = raised_by_teacher(model) if loss.guidance > 1 or loss.anchor_margin else TOKENS
+    refusing = tokens[::2] if loss.anchor_margin else None  # the others open other answers too
+    _, teacher, metrics = one_step(model, settings, loss, tokens=tokens, refusing=refusing)
     student = make_student(model, settings, 7)
     rows = drawn(model, teacher, settings, loss)
-    shifts = []
+    shifts, eased = [], []
 
     def logits(of, prompt, ids):
         return of(mx.array([[*prompt.ids, *ids]]))[:, len(prompt.ids) - 1 : -1] / temp
 
     def target(prompt, source, ids):
-        """What the opening is pulled to: on harmful prompts, further from the base than the teacher."""
+        """What the opening is pulled to: on harmful prompts, further from the base than the teacher; on others by up
+        to the margin below the base, where that writes a refusing token with more than 3 %."""
         z = logits(source, prompt, ids)
+        if not prompt.harmful and refusing is not None:
+            p = mx.softmax(z, axis=-1)[..., refusing].sum(-1)
+            above = mx.minimum(mx.maximum(mx.log(p / (1 - p)) + math.log(0.97 / 0.03), 0), loss.anchor_margin)
+            shift = mx.where((p > 0.5) | (mx.arange(z.shape[1]) == 0), -above, 0)
+            eased.extend(shift.flatten().tolist())
+            z = z.at[..., refusing].add(shift[..., None])
         if prompt.harmful and loss.guidance > 1:
             mass = [mx.softmax(x, axis=-1)[..., tokens].sum(-1) for x in (z, logits(model, prompt, ids))]
             by_teacher, by_base = (mx.log(p / (1 - p)) for p in mass)
@@ -140,6 +151,7 @@ def test_a_step_is_the_step_of_the_plain_loss(tiny_model, architecture, name, te
     firsts = [mx.softmax(target(p, m, [0])[0, 0])[tokens].sum().item() for p, m, _ in rows if p.harmful]
     assert metrics.target_mass == pytest.approx(np.mean(firsts), rel=1e-4)
     assert loss.guidance == 1 or max(shifts) > 0.01
+    assert refusing is None or min(eased) < -0.4
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])

@@ -20,11 +20,17 @@ saturates, some at a mass of 0.7 whatever the coefficient, so γ is found on the
 in four of the answers that the base does not begin so begin with a safety token at a probability of `SURE`
 (`far_enough`).
 
+The anchor's target, on harmless prompts, is the base. With a margin δ > 0, ours too, it refuses less where the base
+does so with more than 1 − `SURE`: there the logits of the tokens of `S` with which it only refuses are raised by
+
+    −min(δ, max(0, λ0 + log(SURE / (1 − SURE))))                  (`easing_shift`; λ0 is of those tokens)
+
 Everything is computed in float32, whatever the logits' type. `distillation_loss` takes logits and is the
 reference; training uses `localized_loss`, the same on hidden states, which never holds logits of more
 than a chunk of positions (its own gradient is computed with its value, chunk after chunk).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +108,15 @@ def guidance_shift(teacher: mx.array, base: mx.array, guidance: float, where: mx
         raise ValueError(f"a guidance of {guidance:g} is less than the teacher; it must be at least 1")
     lift = (guidance - 1) * mx.maximum(teacher - base, 0.0)
     return mx.where(where, mx.minimum(lift, mx.maximum(MOST_SURE - teacher, 0.0)), 0.0)
+
+
+def easing_shift(base: mx.array, margin: float, where: mx.array | bool = True) -> mx.array:
+    """What a margin δ ≥ 0 takes off the base's logits on tokens that refuse, from their log-odds: (R,) -> (R,), ≤ 0.
+
+    `where` (R,) is `may_decide`'s; elsewhere nothing is taken off, nor where they are less likely than 1 − `SURE`.
+    """
+    above = mx.maximum(base + math.log(SURE / (1 - SURE)), 0.0)
+    return mx.where(where, -mx.minimum(above, margin), 0.0)
 
 
 def far_enough(teacher: np.ndarray, base: np.ndarray) -> float:
@@ -286,11 +301,12 @@ def chunk_rows(vocabulary: int) -> int:
 class Scored:
     """What is scored at R positions: hidden states (R, D) after the last norm, and the head that makes logits of them,
     (1, C, D) -> (1, C, V), soft-caps and scaling included. `shift` (R,), if any, is added to the logits of the safety
-    tokens: `guidance_shift`'s."""
+    tokens, or of those of them that `shifted` names: `guidance_shift`'s or `easing_shift`'s."""
 
     hidden: mx.array
     head: Head
     shift: mx.array | None = None
+    shifted: mx.array | None = None
 
 
 def localized_loss(
@@ -332,12 +348,13 @@ def localized_loss(
         return mx.exp(mx.logsumexp(z[:, watched], axis=-1) - restricted.normaliser)
 
     added = mx.zeros(len(teacher.hidden)) if teacher.shift is None else teacher.shift
+    shifted = watched if teacher.shifted is None else teacher.shifted
 
     def one_chunk(hs: mx.array, ht: mx.array, w: mx.array, more: mx.array) -> tuple[mx.array, ...]:
         """Value, divergences (C,), masses (C,) twice, and the gradient (C, D)."""
         zt = logits(teacher.head, ht)
         if teacher.shift is not None:
-            zt = zt.at[:, watched].add(more[:, None])
+            zt = zt.at[:, shifted].add(more[:, None])
         ids = divergence.subset(zt)
         target = _restrict(zt, ids)
         target_mass = mass(zt, target)

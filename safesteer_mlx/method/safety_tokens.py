@@ -24,7 +24,7 @@ read a part of the continuations each, and add up what they found.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, TypedDict
 
@@ -44,7 +44,7 @@ from .losses import chunk_rows, inside_and_rest
 from .prompts import special_ids
 from .residual import answer_states, block_inputs, head, last_logits, pad_right, resume, resumes
 from .rollout import Sampling, generate
-from .run import Run, given_tokens
+from .run import REFUSAL_TOKENS, Run, given_tokens
 from .teacher import VALIDATION_PROMPTS, Teacher, opened_answers, validation
 
 Ids = Sequence[int]
@@ -405,13 +405,14 @@ class SafetyTokens:
     what an answer to a harmful prompt does (everywhere, if no such prompt was read); `openings` the
     teacher's mean probability of them at the first, second, … position of answers to harmful prompts, or of a model
     that thinks first where its thoughts turn; `nats` how far the teacher is from the base at the place where it is
-    farthest, by the mean.
+    farthest, by the mean. `refusing` are those that the anchor's target may open fewer answers with than the base.
     """
 
     rows: Annotated[list[SafetyToken], MOST_TOKENS]
     explained: float
     openings: list[float]
     nats: float
+    refusing: Annotated[list[TokenId], MOST_TOKENS] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.rows:
@@ -492,7 +493,9 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
         f"safety tokens: {len(tokens)} from {contrast.n_positions} positions, {explained:.0%} of what steering does "
         f"where they decide; first {' '.join(repr(row['token']) for row in rows[:10])}"
     )
-    return SafetyTokens(rows, explained, [float(mass) for mass in masses], nats)
+    loss = run.recipe.loss
+    refusing = _only_refusing(run, tokens.tolist()) if loss.anchor_margin and loss.anchor_ratio else []
+    return SafetyTokens(rows, explained, [float(mass) for mass in masses], nats, refusing)
 
 
 def _continuations(run: Run, teacher: Teacher, rows: list[list[int]], progress: Advance) -> list[list[int]]:
@@ -549,6 +552,22 @@ def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> list[i
             "no token that opens the teacher's answers tells a refusal, so all that steering raises count"
         )
     return ids or None
+
+
+def _only_refusing(run: Run, tokens: list[int]) -> list[int]:
+    """Those of the tokens in the openings of whose answers to harmless prompts the base refuses, as often as not at
+    least: *I* may open *I can't* and *I'd be glad to*. All of them, where a thought comes first, which no answer
+    begins with."""
+    if run.base.thinks:
+        return tokens
+    rows = run.prompts.harmless_validation
+    answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, 1.0), (19,))
+    refusals, others = Counter(), Counter()
+    for completion, text in answers:
+        (refusals if is_refusal(text) else others).update({*completion.ids[: run.recipe.tokens.horizon]})
+    refusing = [token for token in tokens if refusals[token] >= others[token]]
+    run.screen.detail(f"{len(refusing)} of them open no other answers to harmless requests")
+    return refusing
 
 
 def explains_little(base: Loaded) -> float:

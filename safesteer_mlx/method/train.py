@@ -3,12 +3,12 @@
     loss = mean over rollouts of (1/T_n) Σ_t m[n,t] D(πs, target)[n,t] on the safety tokens
 
 Every step the student answers prompts itself. On harmful prompts the target is the safety teacher; on
-the anchor's harmless prompts, a share of each batch, it is the base (ours: it ends over-refusal). The
-caller logs and saves. Where we deviate:
+the anchor's harmless prompts, a share of each batch, it is the base, or what refuses somewhat less than the base (ours:
+it ends over-refusal). The caller logs and saves. Where we deviate:
 
 - `first_tokens` and `tail`: only the first positions of an answer, which decide whether it refuses, are the teacher's;
   on the `tail` positions after them the target is the base on the whole vocabulary, so that what follows a refusal's
-  first words stays as it was. `guidance` is explained in `losses`.
+  first words stays as it was. `guidance` and `anchor_margin` are explained in `losses`.
 - `until_learned`: the run is as long as the model needs. Every few steps it is measured what the student makes of the
   safety tokens where answers to validation prompts begin (`Learning.share`); `course` says what follows.
 - `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a frame. A
@@ -48,6 +48,7 @@ from .judge import is_refusal, outcome
 from .losses import (
     Divergence,
     Scored,
+    easing_shift,
     far_enough,
     guidance_shift,
     kept_window,
@@ -287,7 +288,8 @@ class Training:
 
     `harmless` are the anchor's prompts, unused when `loss.anchor_ratio` is 0; `optimizer` is `make_optimizer`'s, or one
     with the state of a run that goes on; `framer` puts some of the prompts otherwise; `learning` tells how much has
-    been learned, in the steps done before too: None measures nothing, and the run has the steps that the settings say.
+    been learned, in the steps done before too: None measures nothing, and the run has the steps that the settings say;
+    `refusing` are the safety tokens that the anchor's target is to open fewer answers with, if any.
     """
 
     student: nn.Module
@@ -305,6 +307,7 @@ class Training:
     generation_batch_size: int = 32
     framer: Framer | None = None
     turns_late: bool = False
+    refusing: mx.array | None = None
 
 
 def train(
@@ -373,8 +376,13 @@ def train(
                 for states, model in ((first, of), (by_base[mx.array(opening)], base))
             )
             shift = guidance_shift(its, own, guidance, may_decide(its, place[opening], training.turns_late))
+        shifted = training.refusing
+        if not pulled and shifted is not None:
+            own = safety_log_odds(first, head(of), shifted, temp=settings.temp)
+            shift = easing_shift(own, loss.anchor_margin, may_decide(own, place[opening], training.turns_late))
         divergence = Divergence.of(loss, training.tokens)
-        targets = [Target(opening, Scored(first, head(of), shift), weights[opening], divergence)]
+        scored = Scored(first, head(of), shift, None if pulled else shifted)
+        targets = [Target(opening, scored, weights[opening], divergence)]
         if len(tail):
             weights = _position_weights(lengths, n, loss.first_tokens, loss.first_tokens + loss.tail)[tail]
             targets.append(Target(tail, Scored(by_base[mx.array(tail)], head(base)), weights, Divergence()))
@@ -544,7 +552,7 @@ def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPromp
 
 def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run, Learning | None]:
     """The run with the guidance that this model needs, and what base and target make of the safety tokens where
-    answers to validation prompts begin; the target of harmless ones is the base.
+    answers to validation prompts begin; the target of harmless ones is the anchor's.
 
     Where all answers begin alike, as those of a model that thinks first, it is asked where, in what the teacher says to
     a harmful prompt and the base to a harmless one, the two differ most. None for a teacher whose tokens change on the
@@ -573,8 +581,23 @@ def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run
     if float(outcomes_kl(own, target).mean()) < LITTLE:
         return run, None  # no share of so little tells anything
     held = openings(base.model, harmless, tokens.ids, size)
-    both = (np.concatenate([part, held]) for part in (own, target))
+    both = (np.concatenate(parts) for parts in ((own, held), (target, _eased(run, held, tokens))))
     return run, Learning([*harmful, *harmless], tokens.ids, *both, n_harmful=len(harmful))
+
+
+def _eased(run: Run, base: np.ndarray, tokens: SafetyTokens) -> np.ndarray:
+    """The anchor's target where answers begin, as it is given from the base's: probabilities of the tokens and of all
+    others, (N, K + 1)."""
+    refusing = np.append(np.isin(tokens.ids, tokens.refusing), False)
+    if not refusing.any():
+        return base
+    mass = base[:, refusing].sum(-1)
+    odds = mx.array(np.log(mass) - np.log1p(-mass))
+    where = may_decide(odds, np.zeros(len(base)), run.base.turns_late)
+    shift = np.array(easing_shift(odds, run.recipe.loss.anchor_margin, where), np.float64)
+    target = base.copy()
+    target[:, refusing] *= np.exp(shift)[:, None]
+    return target / target.sum(-1, keepdims=True)
 
 
 def _begun(rows: Sequence[Ids], answers: Sequence[Ids]) -> list[list[int]]:
@@ -707,6 +730,7 @@ def make_training(
         recipe.run.generation_batch_size,
         make_framer(run, prompts),
         base.turns_late,
+        mx.array(tokens.refusing) if tokens.refusing else None,
     )
 
 
