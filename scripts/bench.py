@@ -273,9 +273,9 @@ def bench_counts(shape: dict[str, Any] = NARROW, rows: int = 32, length: int = 2
     mx.eval(student.parameters())
     teacher = steered_teacher(model, shape["layers"] // 2, mx.random.normal((shape["hidden"],)), 1.0)
     how = (recipe.train, loss, [], 0, make_optimizer(recipe.train))
-    found = []
+    found, tokens = [], mx.arange(50)
     with counted() as counts:
-        steps = training.train(Training(student, model, teacher, mx.arange(50), *both, *how))
+        steps = training.train(Training(student, model, teacher, tokens, *both, *how, refusing=tokens))
         for which, event in enumerate(
             itertools.islice(steps, 4)
         ):  # the second step: the first makes the optimizer's state

@@ -206,6 +206,18 @@ MUTANTS = [
     ),
     *_of(
         METHOD + "safety_tokens.py",
+        "test_run",
+        [
+            (
+                "tokens that open other answers made rarer",
+                "if refusals[token] >= others[token]]",
+                "if refusals[token] >= 0]",
+                "test_tokens_that_open_other_answers_to_harmless_prompts_are_not_made_rarer",
+            ),
+        ],
+    ),
+    *_of(
+        METHOD + "safety_tokens.py",
         "test_safety_tokens",
         [
             (
@@ -255,6 +267,12 @@ MUTANTS = [
                 "mx.grad(traced)(mx.array(0.0))",
                 "traced(mx.array(0.0))",
                 "test_targets_are_computed_as_the_student_is",
+            ),
+            (
+                "an anchor that refuses as the base",
+                "if not pulled and shifted is not None:",
+                "if False:",
+                PLAIN_STEP,
             ),
             (
                 "anchor dropped",

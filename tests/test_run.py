@@ -297,7 +297,8 @@ def test_the_anchor_s_target_is_as_far_below_the_base_as_the_margin_says(run):
     np.testing.assert_allclose(eased.teacher.sum(1), 1)
     others = eased.teacher[8:, ~within] / eased.base[8:, ~within]
     np.testing.assert_allclose(others, np.broadcast_to(others[:, :1], others.shape))
-    assert eased.share(eased.teacher) == pytest.approx(1) and plain.share(eased.teacher) < 0.99
+    learned = np.concatenate([eased.teacher[:8], eased.base[8:]])  # harmless ones may be anywhere between
+    assert eased.share(eased.teacher) == eased.share(learned) == 1 and plain.share(eased.teacher) < 0.99
 
 
 @pytest.mark.parametrize(

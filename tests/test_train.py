@@ -411,7 +411,7 @@ def test_the_share_of_what_is_to_be_learned_by_hand():
 
 def test_the_share_is_of_the_sum_over_prompts_and_stands_a_probability_of_0():
     base, teacher = np.array([[0.0, 1.0], [0.3, 0.7]]), np.array([[0.5, 0.5], [0.4, 0.6]])
-    known = replace(learning(), base=base, teacher=teacher)
+    known = replace(learning(), base=base, teacher=teacher, n_harmful=2)
     each = math.log(2), 0.3 * math.log(3 / 4) + 0.7 * math.log(7 / 6)
     assert known.share(np.array([[0.5, 0.5], [0.3, 0.7]])) == pytest.approx(1 - each[1] / sum(each))
     assert known.share(base) == 0.0 and known.share(teacher) == 1.0
@@ -425,6 +425,16 @@ def test_what_a_harmless_prompt_was_moved_counts_against_what_was_learned():
     moved = 0.6 * math.log(2) + 0.4 * math.log(4 / 7)
     assert known.share(np.array([[0.9, 0.1], [0.6, 0.4]])) == pytest.approx(1 - moved / whole)
     assert known.share(np.array([[0.95, 0.05], [0.2, 0.8]])) < 1
+
+
+def test_on_the_way_to_the_anchor_s_target_nothing_counts_against_what_was_learned():
+    base, target = np.array([[0.2, 0.8], [0.3, 0.7]]), np.array([[0.9, 0.1], [0.1, 0.9]])  # the second is eased
+    known = replace(learning(), base=base, teacher=target)
+    whole = 0.2 * math.log(2 / 9) + 0.8 * math.log(8)
+    assert known.share(base) == 0.0  # nor is it anything to be learned
+    for mass, nearest in ((0.3, 0.3), (0.2, 0.2), (0.1, 0.1), (0.6, 0.3), (0.05, 0.1)):
+        moved = mass * math.log(mass / nearest) + (1 - mass) * math.log((1 - mass) / (1 - nearest))
+        assert known.share(np.array([[0.9, 0.1], [mass, 1 - mass]])) == pytest.approx(1 - moved / whole)
 
 
 def test_what_a_student_is_worth_by_hand():

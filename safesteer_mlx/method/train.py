@@ -163,13 +163,16 @@ class Learning:
     def share(self, student: np.ndarray) -> float:
         """How much of the base's divergence from the target is gone: 1 − KL(πs ‖ πt) / KL(π0 ‖ πt), of (N, K + 1).
 
-        Where the student went past the target, on the way from the base, it counts as there; where the base is the
-        target, on harmless prompts, all that it moved counts against it.
+        Where the student went past the target, on the way from the base, it counts as there. On harmless prompts there
+        is nothing to learn, and all that it moved counts against it, unless from the base towards the anchor's target.
         """
-        whole = outcomes_kl(self.base, self.teacher).mean()
+        n = self.n_harmful
+        whole = outcomes_kl(self.base[:n], self.teacher[:n]).sum() / len(self.base)
         past = (student - self.teacher) * (self.teacher - self.base) > 0
-        left = outcomes_kl(np.where(past, self.teacher, student), self.teacher).mean()
-        return float(1 - left / whole) if whole > 1e-6 else 0.0
+        left = outcomes_kl(np.where(past, self.teacher, student), self.teacher)
+        ends = self.base[n:], self.teacher[n:]
+        left[n:] = outcomes_kl(student[n:], np.clip(student[n:], np.minimum(*ends), np.maximum(*ends)))
+        return float(1 - left.mean() / whole) if whole > 1e-6 else 0.0
 
     def worth(self, student: np.ndarray) -> float:
         """What a student is worth to keep, of (N, K + 1): mean P(S) on harmful prompts − `COST` · its mean rise over
