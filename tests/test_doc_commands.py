@@ -166,7 +166,6 @@ TABLE = {
     "python scripts/zoo.py harbour orchard foundry castle kueste valley market airport mill abbey "
     "ville theatre playa polar cabinet parlour --seeds 42": f"slow {ZOO}",
     'python scripts/zoo.py theatre cabinet kueste --flags="--anchor-margin 0"': f"slow {ZOO}",
-    "python scripts/zoo.py --half choose": f"slow market {ZOO}",
     "python scripts/zoo.py --half family": f"slow qwen3_vl {ZOO}",
     "python scripts/zoo.py market theatre ville polar circus --flags=--keep-best --seeds 42 43": f"slow {ZOO}",
     "python scripts/zoo.py foundry mill cabinet glm4_moe gpt_oss --seeds 42": f"slow {ZOO}",
