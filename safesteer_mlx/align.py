@@ -86,7 +86,7 @@ def _as_begun(recipe: Recipe) -> Recipe:
     if machines.here().first and _state_of(record.parents[1]) == "unfinished":
         earlier = read_yaml(record)
     most = machines.here().share(earlier.get("max_tokens"))
-    if recipe.train.max_tokens is None and isinstance(most, int):
+    if recipe.train.max_tokens is None and type(most) is int and most > 0:  # the file may have been edited
         recipe = replace(recipe, train=replace(recipe.train, max_tokens=most))
     if not (path := user_path(recipe.run.model)).is_dir():
         return recipe

@@ -243,6 +243,12 @@ def test_an_unfinished_run_is_neither_overwritten_nor_gone_on_with_unasked(tmp_p
         assert main([*command, *flags] if "--resume" not in flags else flags) == 2
         assert said in capsys.readouterr().err
         assert before == {p: p.read_bytes() for p in (tmp_path / "adapters").rglob("*") if p.is_file()}
+    edited = tmp_path / "adapters" / "run" / "recipe.yaml"
+    for wrong in ("-3", "true"):
+        edited.write_text(before[edited].decode().replace("max_tokens: 24", f"max_tokens: {wrong}"))
+        assert main([*command, "--yes"]) == 2
+        assert "other settings: max_tokens" in capsys.readouterr().err
+    edited.write_bytes(before[edited])
     # What changes no result may change: here, how often the state is kept.
     assert main([*command, "--yes", "--save-every", "1"]) == 0
 
