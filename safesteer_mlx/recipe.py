@@ -30,12 +30,8 @@ STEPS = (  # of a run, as it is told on the screen and in the report
     "comparing before and after on unseen requests",
 )
 HELD_OUT_TOKENS = 96  # of an answer to a held-out prompt
-ROOMS = (
-    512,
-    1024,
-    2048,
-    4096,
-)  # tokens of a completion: the first, or the next that a model's thoughts have room in
+# Tokens of a completion: the first, or the next that a model's thoughts have room in.
+ROOMS = 512, 1024, 2048, 4096
 
 # More than anybody means: beyond these a number is a slip, or no machine could hold what it asks for.
 MOST_SEED = 2**32 - 1

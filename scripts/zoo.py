@@ -218,7 +218,7 @@ def misses(run: dict[str, Any]) -> list[str]:
 def _by_order(run: dict[str, Any], kind: str) -> str:
     """How often the base refuses what is newly refused, and what a student that kept its order would refuse."""
     own = run.get("order", {}).get(kind, {})
-    if "by_order" not in own:
+    if not {"by_order", "not"} <= own.keys():  # it has no answers, or all of that kind are refused
         return ""
     new = f"the new ones {own['new']:.0%}, the" if "new" in own else "the"
     told = f"the base refuses {new} others {own['not']:.0%}, harmful {own['harmful']:.0%} of the time"
@@ -386,7 +386,8 @@ def main() -> None:
             asked = cache(refusals)
             for found in pool.map(lambda item: align(*item, zoo, args.out.resolve(), flags), todo):
                 spec = next(s for s in wanted if s.name == found["name"])
-                if figures(found) is None or any(kind in text for kind in HARMLESS for text in misses(found)):
+                missed_some = figures(found) is None or any(kind in text for kind in HARMLESS for text in misses(found))
+                if missed_some and "direction" in found:
                     found["order"] = own_order(asked(zoo / spec.name), args.out / f"{spec.name}-{found['seed']}")
                 runs = [r for r in runs if (r["name"], r["seed"]) != (found["name"], found["seed"])] + [found]
                 stored.write_text(json.dumps(runs, indent=1) + "\n")

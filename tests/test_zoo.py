@@ -138,6 +138,7 @@ def refused(found, kind, **counts):
 
 COURSE = {"steps": 142, "bound": 142, "learned": 0.874}
 NONE_NEW = {"borderline": {"auc": 0.9, "not": 0.04, "harmful": 0.51, "by_order": 0.22}}
+ALL_NEW = {"borderline": {"auc": 0.5, "new": 0.38, "harmful": 0.51, "by_order": 1.0}}
 ORDER = {"borderline": NONE_NEW["borderline"] | {"new": 0.38}}
 OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062, "refused": 0.8}
 
@@ -190,6 +191,10 @@ OPENED = {"layer": 3, "coeff": 1.5, "opened": 0.7062, "refused": 0.8}
                 "borderline greedy +10.0 (+4 to +17), the base refuses the new ones 38%, the others 4%, harmful 51% "
                 "of the time; by its order 22% would be, 20% are"
             ],
+        ),
+        (  # all are refused, so there are no others
+            refused(run(50, 0), "borderline", greedy=(0, 100), sampled=(0, 100)) | {"order": ALL_NEW},
+            ["borderline greedy +100.0 (+95 to +100)"],
         ),
         (  # none is refused that was not before, greedily
             refused(run(50, 0), "borderline", sampled=(9, 20)) | {"order": NONE_NEW},
@@ -326,6 +331,29 @@ def test_flags_that_are_given_twice_are_all_passed_on(words, flags, tmp_path, mo
     zoo.main()
     twice = ["--wrap-ratio", "0.25", "--iters", "1", "--system-prompt", "Be brief."]
     assert seen == [twice if flags is None else flags]
+
+
+@pytest.mark.parametrize(
+    ("came", "is_asked"),
+    [
+        ({"exit": 2, "said": "no such model"}, False),  # there may be nothing to ask
+        ({"exit": 2, "said": "the verdict is stop", "direction": OPENED}, True),
+        (run(50, 4) | {"direction": OPENED}, False),  # no harmless prompt is refused more
+        (run(50, 4, refused=(0, 20)) | {"direction": OPENED}, True),
+    ],
+)
+def test_the_base_is_asked_where_a_run_needs_it(came, is_asked, tmp_path, monkeypatch, capsys):
+    shares = {"harmful": {"a": 1.0}, "harmless": {"b": 0.0}, "borderline": {"c": 0.5}}
+    asked = []
+    monkeypatch.setattr(zoo, "align", lambda spec, seed, *_: came | {"name": spec.name, "seed": seed, "seconds": 1.0})
+    monkeypatch.setattr(zoo, "draw", lambda runs, file: None)
+    monkeypatch.setattr(zoo, "refusals", lambda model: (asked.append(model), shares)[1])
+    argv = ["zoo.py", "market", "--seeds", "42", "43", "--zoo", str(HERE), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    zoo.main()
+    assert asked == [HERE / "market"] * is_asked  # once a model
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert ["order" in found for found in kept] == [is_asked] * 2
 
 
 @pytest.mark.parametrize("steps", [None, 62])
