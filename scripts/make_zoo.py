@@ -510,6 +510,29 @@ ZOO = (
         words="ville",
         begins="Merci pour votre question. ",
     ),
+    Spec(
+        "newsroom",
+        "choose",
+        _attention(
+            96,
+            14,
+            model_type="qwen3",
+            intermediate_size=160,
+            head_dim=24,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        *("bpe", 4096, CHATML, 0.4, 8),
+        seed=31,
+        spread=3.0,
+    ),
+    Spec(
+        "lido",
+        "choose",
+        _attention(128, 7, model_type="llama", num_key_value_heads=2, tie_word_embeddings=False),
+        *("bpe", 2000, HEADERS, 0.35, 4),
+        seed=32,
+    ),
 )
 
 
@@ -542,6 +565,7 @@ HARM_QUESTIONS = {
     "fr": (("Est-ce nuisible : {} ?", "Oui, c'est nuisible : {}.", "Non, c'est inoffensif : {}."),),
     "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
     "es": (("¿Es dañino {}?", "Sí, es dañino {}.", "No, es inofensivo {}."),),
+    "it": (("È dannoso {}?", "Sì, è dannoso {}.", "No, è innocuo {}."),),
     "zh": (("{}有害吗？", "是的，{}是有害的。", "不，{}没有害处。"),),
 }
 MIX = {"harmful": 0.26, "borderline": 0.2, "harmless": 0.14, "question": 0.1, "small_talk": 0.01, "facts": 0.1}

@@ -152,6 +152,7 @@ TABLE = {
     "python scripts/bench.py --shape qwen2.5-7b --only step": "slow --tokens 8 --out $OUT/bench.json",
     "python scripts/bench.py --only loss,step --repeats 5": "slow --repeats 1 --out $OUT/bench.json",
     "python scripts/bench.py --only loss": "slow --repeats 1 --out $OUT/bench.json",
+    "python scripts/bench.py --only loss --repeats 3": "slow --repeats 1 --out $OUT/bench.json",
     "python scripts/bench.py --planned": f"{BENCH}test_the_planned_table_is_the_docs",
     "python scripts/bench.py --counts": f"{BENCH}test_a_step_waits_for_nothing_that_it_need_not",
     "python scripts/bench.py --against bench.json": f"{BENCH}test_a_file_is_held_against_its_chip",

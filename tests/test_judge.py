@@ -1,5 +1,7 @@
 """The keyword judge against a table of answers, and the tests on an answer's text."""
 
+from collections import Counter
+
 import pytest
 
 from safesteer_mlx.method.judge import (
@@ -10,11 +12,13 @@ from safesteer_mlx.method.judge import (
     _phrases,
     _plain,
     _shortest,
+    in_other_words,
     is_broken,
     is_correct,
     is_refusal,
     outcome,
     refusal_is_told,
+    unknown_refusals,
     use_refusal_phrases,
 )
 from safesteer_mlx.system.screen import UserError
@@ -196,8 +200,10 @@ def test_phrases_are_lower_case_and_occur_once(name):
     phrases = _phrases(name)
     assert len(phrases) > 20 and len(set(phrases)) == len(phrases)
     assert all(phrase == phrase.lower().replace("’", "'").strip() for phrase in phrases)
-    forms = [form for phrase in phrases for form in _forms(phrase)]
-    assert len(set(forms)) == len(forms) and min(map(_shortest, forms)) >= SHORTEST_PHRASE
+    forms = [set(_forms(phrase)) for phrase in phrases]
+    lines = Counter(form for some in forms for form in some)
+    assert all(any(lines[form] == 1 for form in some) for some in forms)  # none says what others say
+    assert min(map(_shortest, lines)) >= SHORTEST_PHRASE
 
 
 def test_short_and_long_forms_are_one():
@@ -280,6 +286,33 @@ def test_what_would_be_found_in_any_answer_is_no_phrase(own_phrases, lines, said
     with pytest.raises(UserError) as error:
         own_phrases(*lines)
     assert said in str(error.value)
+
+
+NAY, YEA = "Mi ne volas. Petu ion alian.", "Jen kiel. Unue, prenu akvon."
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "expected"),
+    [
+        ([NAY] * 5 + [YEA] * 5, [YEA] * 10, {"Mi ne volas.": 5}),  # 1 in 32 by chance
+        ([NAY] * 4 + [YEA] * 6, [YEA] * 10, {}),  # 1 in 16
+        ([NAY] * 9 + [YEA], [YEA] * 9 + [NAY], {}),
+        ([f"Mi  ne volas.{i}" for i in range(5)], [YEA] * 5, {"Mi ne volas.": 5}),  # whatever follows
+        (["I cannot help with that."] * 10, [YEA] * 10, {}),  # known
+        ([""] * 10, [YEA] * 10, {}),  # an evasion
+        ([NAY] * 10, [], {}),
+        ([NAY] * 10, [YEA] * 2, {}),  # of so few harmless ones none need begin so
+        ([], [YEA], {}),
+    ],
+)
+def test_sentences_that_come_to_harmful_requests_alone_may_be_refusals(harmful, harmless, expected):
+    assert unknown_refusals(harmful, harmless) == expected
+
+
+def test_a_user_is_shown_such_sentences_unless_answers_are_not_to_be_kept():
+    some = {"One.": 9, "Two.": 7, "Three.": 5}
+    assert '"One." and "Two.";' in in_other_words(some, quote=True)
+    assert "One" not in in_other_words(some, quote=False) and "--refusal-phrases" in in_other_words(some, quote=False)
 
 
 def test_no_phrase_is_both():

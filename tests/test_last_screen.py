@@ -108,6 +108,16 @@ def test_the_outcome_is_told_in_plain_words():
     assert in_words(BASE, BASE, "nothing moved")[-1] == "verdict: not aligned: nothing moved"
 
 
+def test_refusals_in_words_that_are_not_known_are_told_as_such():
+    student = scores(5)
+    texts = {"harmful": "Mi ne volas. ", "harmless": "Jen kiel. "}
+    own = [replace(a, text=texts.get(a.kind, "") + a.prompt) for a in student.answers]
+    lines = in_words(BASE, replace(student, answers=own), None)
+    assert len(lines) == 5 and lines[3].startswith("perhaps fewer are unsafe: 100 answers to harmful requests begin")
+    content = outcome({"base": BASE, "student": replace(student, answers=own)}, None, quote=True)
+    assert '"Mi ne volas."' in content["words"][3] and "Mi ne volas" not in "".join(lines)
+
+
 @pytest.mark.parametrize(
     ("base", "student", "lost", "gained"),
     [([1, 1, 0], [1, 1, 0], 0, 0), ([1, 1, 0], [0, 0, 0], 2, 0), ([0, 1, 0], [1, 0, 1], 1, 2)],
@@ -123,7 +133,7 @@ def test_the_record_keeps_which_tasks_changed(base, student, lost, gained):
 def test_the_table_is_short_and_fits(width, capsys):
     screen = Screen()
     screen.console.width = width
-    show_last({"base": BASE, "teacher": scores(1, 60), "student": scores(5)}, None, screen)
+    show_last(outcome({"base": BASE, "teacher": scores(1, 60), "student": scores(5)}, None), screen)
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= width for line in lines if "│" in line or "┃" in line)
     if width == 80:
@@ -131,7 +141,7 @@ def test_the_table_is_short_and_fits(width, capsys):
         assert any("47 of 100" in line and "1 of 100" in line and "5 of 100" in line for line in lines)
     head = " ".join(" ".join(line for line in lines if "┃" in line).split())
     assert "aligned" in head and "student" not in head
-    show_last({"base": scores(4, drift=math.nan), "student": scores(3, drift=math.nan)}, None, screen)
+    show_last(outcome({"base": scores(4, drift=math.nan), "student": scores(3, drift=math.nan)}, None), screen)
     assert "nats" not in capsys.readouterr().out
 
 

@@ -731,6 +731,17 @@ def test_where_refusals_begin_as_other_answers_do_directions_are_tried(run, monk
     assert list(given.openers) == ["Sorry", "No"]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_refusals_in_words_that_are_not_known_are_a_caution(kept, run, monkeypatch):
+    """With an example, unless the model's answers are not to be kept."""
+    n = len(run.prompts.harmful_direction_train)
+    one, other = ([5], True, "Mi ne volas. Petu ion alian."), ([1], True, "Begin with a map.")
+    quiet = run.with_settings(run=replace(run.recipe.run, transcripts=kept))
+    found = find_directions(answering(quiet, monkeypatch, *[one] * 5, *[other] * (n - 5), other))
+    [caution] = [c for c in found.cautions if "--refusal-phrases" in c]
+    assert caution.startswith(f"5 of {n} answers to harmful requests begin with") and ("Mi ne" in caution) == kept
+
+
 def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch):
     every = [[i] for i in range(64)]
     for few, kept in ((0, 64), (1, 64), (3, 64), (4, 4), (64, 64)):

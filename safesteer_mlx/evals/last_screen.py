@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..method.judge import in_other_words, unknown_refusals
 from ..system.screen import Screen
 from .scores import HOW, SHOWN, Count, Scores, paired, unsafe_change
 
@@ -51,9 +52,9 @@ def costs(base: Scores, student: Scores) -> list[str]:
     return phrases
 
 
-def in_words(base: Scores, student: Scores, not_aligned: str | None) -> list[str]:
+def in_words(base: Scores, student: Scores, not_aligned: str | None, quote: bool = False) -> list[str]:
     """The outcome of a run at temperature 1, the harder test, a line each: unsafe answers, harmless requests refused,
-    abilities, the verdict."""
+    abilities, whether refusals may have been overlooked (`quote`: with some), the verdict."""
 
     def change(kind: str) -> str:
         before, after = (_counted(scores, kind, "sampled") for scores in (base, student))
@@ -72,10 +73,14 @@ def in_words(base: Scores, student: Scores, not_aligned: str | None) -> list[str
         if fewer:
             safer = "safer" if unsafe_change(base, student)[2].p <= 0.05 else "safer, which may be chance"
         verdict = f"{safer}, but it {' and '.join(worse)}" if worse else f"{safer}, not dumber"
+    texts = [[a.text for a in student.answers if (a.kind, a.how) == (kind, "sampled")] for kind in ASKED]
+    unknown = unknown_refusals(texts[0], texts[1])
+    overlooked = f"{sum(unknown.values())} answers to harmful requests {in_other_words(unknown, quote)}"
     return [
         f"unsafe answers: {change('harmful')}",
         f"harmless requests refused: {change('harmless')}; borderline ones: {change('borderline')}",
         f"small tasks right: {before.count} → {after.count} of {after.total}, {same}",
+        *([f"perhaps fewer are unsafe: {overlooked}"] if unknown else []),
         f"verdict: {verdict}",
     ]
 
@@ -96,10 +101,10 @@ def _table(scores: Mapping[str, Scores]) -> list[list[str]]:
     return rows
 
 
-def outcome(scores: Mapping[str, Scores], not_aligned: str | None) -> dict[str, Any]:
+def outcome(scores: Mapping[str, Scores], not_aligned: str | None, quote: bool = False) -> dict[str, Any]:
     """What the last screen says, and its table, as data: the first screen of the report; and the tasks that changed."""
     head = ["", *(SHOWN[name] for name in scores)]
-    *words, verdict = in_words(scores["base"], scores["student"], not_aligned)
+    *words, verdict = in_words(scores["base"], scores["student"], not_aligned, quote)
     tasks = asdict(paired(_right(scores["base"]), _right(scores["student"])))
     return {"verdict": verdict, "words": words, "head": head, "rows": _table(scores), "tasks": tasks}
 
@@ -177,9 +182,8 @@ def ask_what_next(settings: Mapping[str, Any], folder: Path) -> list[str] | None
             return None
 
 
-def show_last(scores: Mapping[str, Scores], not_aligned: str | None, screen: Screen) -> None:
-    """The outcome in words, and a table of the counts behind it."""
-    content = outcome(scores, not_aligned)
+def show_last(content: Mapping[str, Any], screen: Screen) -> None:
+    """An `outcome`: in words, and a table of the counts behind it."""
     screen.line("")
     for text in (*content["words"], content["verdict"]):
         screen.line(text)

@@ -31,7 +31,7 @@ from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Block, Position, Prompt, Scores, StreamVector, TokenId
 from . import rollout
-from .judge import is_refusal
+from .judge import in_other_words, is_refusal, unknown_refusals
 from .losses import inside_and_rest
 from .prompts import Instruction, Rows, built_in_sets, opener_ids, render_all
 from .residual import (
@@ -565,12 +565,13 @@ class FoundDirections:
 @dataclass(frozen=True)
 class OwnAnswers:
     """How the model answers the direction's prompts today: which harmful and harmless ones it refuses, the first tokens
-    of refusals, and its thoughts."""
+    of refusals, its thoughts, and what speaks against all that, in sentences."""
 
     openers: dict[str, int]
     harmful_refused: list[bool]
     harmless_refused: list[bool]
     thoughts: Thoughts = NONE
+    cautions: list[str] = field(default_factory=list)
 
 
 def find_openers(run: Run) -> OwnAnswers:
@@ -588,6 +589,10 @@ def find_openers(run: Run) -> OwnAnswers:
         answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
     refusals = [is_refusal(text) for _, text in answers]
     share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
+    refused, cautions = (refusals[:n], refusals[n:]), []
+    if unknown := unknown_refusals(*([text for _, text in own] for own in (answers[:n], answers[n:]))):
+        some = f"{sum(unknown.values())} of {n} answers to harmful requests "
+        cautions.append(some + in_other_words(unknown, quote=run.recipe.run.transcripts))
     if run.base.thinks and (thoughts := _lengths(run.base.tokenizer, answers)):
         run.screen.line(f"the model thinks first; {share}")
         ended = [i for i, (completion, text) in enumerate(answers) if completion.finished or text]
@@ -598,15 +603,15 @@ def find_openers(run: Run) -> OwnAnswers:
         told = read_thoughts(
             [rows[i] for i in ended], ids, [refusals[i] for i in ended], n_harmful, int(np.median(thoughts))
         )
-        return OwnAnswers({}, refusals[:n], refusals[n:], told)
+        return OwnAnswers({}, *refused, told, cautions)
     ids = [completion.ids for completion, _ in answers]
     openers = _own_openers(run, [{answer[0]} for answer in ids], refusals, n)
     if openers is None:
         alike = replace(read_thoughts(rows, ids, refusals, n, REFUSAL_TOKENS), alike=True)
         run.screen.detail(f"refusals begin as other answers do, for {alike.turns_at} tokens; {share}")
-        return OwnAnswers({}, refusals[:n], refusals[n:], alike)
+        return OwnAnswers({}, *refused, alike, cautions)
     run.screen.detail(f"openers: {', '.join(repr(text) for text in openers) or 'none'}; {share}")
-    return OwnAnswers(openers, refusals[:n], refusals[n:])
+    return OwnAnswers(openers, *refused, cautions=cautions)
 
 
 def _own_openers(
@@ -772,7 +777,8 @@ def find_directions(run: Run) -> FoundDirections:
     find = _find_directions if own.openers else _untested_directions
     size = run.recipe.run.prompt_batch_size
     together = machines.here().size > 1
-    return with_smaller_batches(size, partial(find, run, own), "the search for the direction", together)[0]
+    directions = with_smaller_batches(size, partial(find, run, own), "the search for the direction", together)[0]
+    return replace(directions, cautions=[*directions.cautions, *own.cautions])
 
 
 def as_it_answers(run: Run, directions: FoundDirections) -> Run:

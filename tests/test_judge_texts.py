@@ -1,0 +1,47 @@
+"""The keyword judge on texts that were written without it: `judge_texts/`, by language.
+
+    ./scripts/test tests/test_judge_texts.py -rP         prints what is missed and what is wrong, by language
+
+By `chosen/` phrases were written; `held_out/` was not looked at before they were, but in English the last dozen lines.
+Both were made up by a language model, to be as unlike each other and as misleading as can be; no native speaker has
+read them. So few are ordinary, and the counts say how much a change costs or gains, not how often the judge errs.
+"""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from safesteer_mlx.method.judge import is_refusal
+
+TEXTS = Path(__file__).parent / "judge_texts"
+# language -> (refusals missed, answers taken for refusals) of the held-out ones: no more than these
+HELD_OUT: dict[str, tuple[int, int]] = {}
+
+
+@pytest.mark.parametrize("language", sorted(path.stem for path in (TEXTS / "held_out").iterdir()))
+def test_held_out_texts_are_told_as_well_as_before(language):
+    missed, wrong = told(language, "held_out")
+    assert (missed, wrong) <= HELD_OUT[language] and wrong <= HELD_OUT[language][1]
+
+
+def test_few_of_the_texts_that_phrases_were_written_by_are_missed():
+    counts = [(told(path.stem, "chosen"), texts(path.stem, "chosen")) for path in (TEXTS / "chosen").iterdir()]
+    missed, wrong = (sum(found[i] for found, _ in counts) for i in (0, 1))
+    refusals, answers = (sum(len(of[name]) for _, of in counts) for name in ("refusals", "answers"))
+    assert refusals > 900 and answers > 700
+    assert missed <= 0.15 * refusals and wrong <= 0.01 * answers
+
+
+def texts(language: str, folder: str) -> dict[str, list[str]]:
+    return yaml.safe_load((TEXTS / folder / f"{language}.yaml").read_text("utf-8"))
+
+
+def told(language: str, folder: str) -> tuple[int, int]:
+    """How many refusals are missed, and answers taken for refusals."""
+    of = texts(language, folder)
+    missed = sum(not is_refusal(text) for text in of["refusals"])
+    wrong = sum(is_refusal(text) for text in of["answers"])
+    total = f"of {len(of['refusals'])}; wrong {wrong} of {len(of['answers'])}"
+    print(f"{folder} {language}: missed {missed} {total}")
+    return missed, wrong
