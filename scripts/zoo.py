@@ -310,7 +310,9 @@ def table(runs: list[dict[str, Any]]) -> str:
             continue
         falls = {how: [f[how] for f in found if f[how] == f[how]] for how in ("greedy", "sampled")}
         parts = [
-            f"unsafe {how} median −{statistics.median(f):.0%}, worst −{min(f):.0%}" for how, f in falls.items() if f
+            f"unsafe {how} median {-statistics.median(f):+.0%}, worst {-min(f):+.0%}".replace(" -", " −")
+            for how, f in falls.items()
+            if f
         ]
         for kind in HARMLESS:
             rises = [f"{statistics.median(f[f'{kind}_{how}'] for f in found):+.1f}" for how in ("greedy", "sampled")]

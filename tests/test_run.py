@@ -475,12 +475,12 @@ def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, 
     run = replace(run, screen=Screen(verbose=True))
     short, teacher = run.with_settings(tokens=replace(run.recipe.tokens, horizon=3)), Teacher(run.base.model)
     directions = SimpleNamespace(thoughts=Thoughts())
-    assert safety_tokens._refusing(short, teacher, directions) == [1]
+    assert safety_tokens._refusing(short, teacher, directions) == ([1], [0, 5])
     [prompts] = asked
     assert prompts.opening == 3 and not len(prompts.harmless)
     assert prompts.harmful == run.prompts.harmful_validation[: VALIDATION_PROMPTS[0]] * safety_tokens.TOLD
     monkeypatch.setattr(safety_tokens, "opened_answers", lambda *_: [(Completion([5], False), "Of course.")])
-    assert safety_tokens._refusing(short, teacher, directions) is None
+    assert safety_tokens._refusing(short, teacher, directions) == (None, [])
     assert "no token that opens the teacher's answers tells a refusal" in capsys.readouterr().out
 
 
@@ -505,22 +505,33 @@ def explaining(shares):
 
 
 @pytest.mark.parametrize(
-    ("refusing", "raised", "counts"),
-    [(0.5, 0.9, "refusing"), (0.49, 0.5, "raised"), (0.3, 0.49, "refusing"), (None, 0.2, "raised")],
+    ("refusing", "tame", "raised", "counts"),
+    [
+        (0.5, 0.8, 0.9, [3]),
+        (0.49, 0.5, 0.6, [3, 6]),  # without a token that opens other answers as often
+        (0.49, 0.49, 0.5, [3, 5]),
+        (0.3, 0.4, 0.49, [3]),
+        (None, 0.1, 0.2, [3, 5]),
+    ],
 )
 def test_where_tokens_that_refuse_explain_too_little_all_that_steering_raises_count(
-    refusing, raised, counts, run, monkeypatch, capsys
+    refusing, tame, raised, counts, run, monkeypatch, capsys
 ):
     """If that is enough for a run to go on."""
     run = replace(run, screen=Screen(verbose=True))
-    mine = np.array([] if refusing is None else [3], np.int64)
-    monkeypatch.setattr(safety_tokens, "_refusing", lambda *_: [3])
-    monkeypatch.setattr(safety_tokens, "select_tokens", lambda *args: np.array([3, 5]) if args[-1] is None else mine)
+    by_among = {(3,): [] if refusing is None else [3], (3, 6): [3, 6], (3, 5, 6): [3, 5]}
+    monkeypatch.setattr(safety_tokens, "_refusing", lambda *_: ([3], [5]))
+    monkeypatch.setattr(
+        safety_tokens, "select_tokens", lambda *args: np.array(by_among[tuple(map(int, args[-1]))], np.int64)
+    )
     directions = SimpleNamespace(thoughts=Thoughts())
-    contrast = explaining({3: refusing, 5: raised})
+    contrast = explaining({3: refusing, 6: tame, 5: raised})
+    contrast.raised = np.array([i in (3, 5, 6) for i in range(8)])
     selected = safety_tokens._selected(run, Teacher(run.base.model), contrast, directions, range(4))
-    assert selected.tolist() == (mine.tolist() if counts == "refusing" else [3, 5])
-    assert ("tokens that refuse explain 49% of what" in capsys.readouterr().out) is (refusing == 0.49)
+    assert selected.tolist() == counts
+    said = capsys.readouterr().out
+    assert ("tokens that refuse explain 49% of what" in said) is (refusing == 0.49)
+    assert ("all that it raises count, but 1" in said) is (counts == [3, 6])
 
 
 def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):

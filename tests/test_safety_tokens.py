@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from safesteer_mlx.method import losses, residual, safety_tokens
 from safesteer_mlx.method.residual import steer
-from safesteer_mlx.method.safety_tokens import TokenContrast, contrast_tokens, openings, refusing_tokens, select_tokens
+from safesteer_mlx.method.safety_tokens import (
+    TokenContrast,
+    contrast_tokens,
+    openings,
+    other_tokens,
+    refusing_tokens,
+    select_tokens,
+)
 
 # Probabilities at two positions, four tokens:
 BASE = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]
@@ -359,6 +366,13 @@ def test_tokens_with_which_answers_refuse_by_hand():
     assert refusing_tokens([*wrote, [4], [1, 5], [1]], [*refused, True, True, True]) == [1, 4]  # 5/7, 3/4; 5: 4/6
     with pytest.raises(ValueError, match="shorter"):
         refusing_tokens([[1]], [])
+
+
+def test_tokens_with_which_answers_do_not_refuse_by_hand():
+    wrote = [[1], [1, 2], [1, 2], [2, 3], [3], [3], [3, 3], [4], [4]]
+    refused = [True, False, True, False, True, True, False, False, False]
+    # 1: 2 of 3 refuse; 2: 1 of 3; 3: 2 of 4, a half; 4 was seen but twice
+    assert other_tokens(wrote, refused) == [2, 3]
 
 
 def test_a_word_that_steering_raises_most_is_left_out_if_answers_do_not_refuse_with_it(toy):

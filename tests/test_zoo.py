@@ -238,6 +238,7 @@ def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is(
     assert "choose: 3 runs, 0 more that stopped: unsafe greedy median −96%, worst −92%" in drawn
     assert zoo.missed(runs[:2]) == "none" and zoo.missed(runs[:1]) == "none"
     assert "choose: 1 runs, 0 more that stopped: harmless median" in zoo.table([run(0, 0)])  # nothing was unsafe
+    assert "unsafe greedy median +20%, worst +20%" in zoo.table([run(50, 60)])
 
 
 def test_what_the_reasons_need_is_read_from_a_runs_record(tmp_path):

@@ -14,8 +14,8 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from ..system.screen import UserError
 
 REFUSAL_WINDOW = 200  # characters of an answer in which a refusal or an evasion shows
 SHORTEST_PHRASE = 3  # characters
-STARTS = (SHORTEST_PHRASE, 12)  # characters of a phrase by which it is looked up, of short ones and of others
+START = 6  # characters of a phrase by which it is looked up
 MOST_FORMS = 1000  # of one line, by its alternatives
 EVASION_WORDS = 50  # an answer longer than this says something, whatever it begins with
 ANSWER_WORDS = 8  # and so does one that has as many beside its evasive sentences and its questions
@@ -96,45 +96,77 @@ def _forms(phrase: str) -> list[str]:
     return list(map("".join, product(*choices)))
 
 
-def _pattern(phrases: Iterable[str]) -> str:
-    """What finds any of the phrases, gaps filled."""
-    some = ("".join(f"(?:{'|'.join(map(re.escape, place))})" for place in _choices(phrase)) for phrase in phrases)
-    pattern = "|".join(some)
+class _Lookup:
+    """Phrases, and which of them stand as whole words, by their beginnings: of thousands only those are looked for that
+    may be there."""
+
+    def __init__(self, phrases: Iterable[tuple[str, bool]]) -> None:
+        self.phrases = list(phrases)
+        self.places: dict[str, list[int]] = {}
+        for i, (phrase, _) in enumerate(self.phrases):
+            for start in _starts(phrase):
+                self.places.setdefault(start, []).append(i)
+
+    def _possible(self, text: str) -> Iterator[re.Pattern[str]]:
+        starts = self.places.keys() & _pieces(text)
+        return (_compiled(*self.phrases[i]) for i in sorted({i for start in starts for i in self.places[start]}))
+
+    def holds(self, text: str) -> bool:
+        return any(pattern.search(text) for pattern in self._possible(text))
+
+    def without(self, text: str) -> str:
+        for pattern in self._possible(text):
+            text = pattern.sub("…", text)
+        return text
+
+
+@lru_cache(8)
+def _pieces(text: str) -> frozenset[str]:
+    """All that stands in it of `START` characters and fewer."""
+    return frozenset(text[i : i + size] for size in range(1, START + 1) for i in range(len(text)))
+
+
+def _starts(phrase: str) -> set[str]:
+    """What the text begins with where a phrase is found: `START` characters, or all up to a gap."""
+    starts, ended = {""}, set[str]()
+    for place in _choices(phrase):
+        longer = {start + text for start in starts for text in place}
+        cut = {start: re.split(r" […+] ", start)[0] for start in longer}
+        ended |= {text[:START] for start, text in cut.items() if len(text) >= START or text != start}
+        starts = {start for start, text in cut.items() if len(text) < START and text == start}
+    return ended | starts
+
+
+@cache
+def _compiled(phrase: str, words: bool) -> re.Pattern[str]:
+    pattern = "".join(f"(?:{'|'.join(map(re.escape, place))})" for place in _choices(phrase))
     for gap, filling in _GAPS.items():
         pattern = pattern.replace(gap, filling)
-    return pattern or r"(?!)"
+    return re.compile(pattern.join(_WORD) if words else pattern)
 
 
 class _Patterns(NamedTuple):
-    """Phrases that are looked for as they stand, by their beginnings, which is fast; those with a gap, as whole words;
-    and the marked."""
+    """Phrases that refuse, and the marked ones."""
 
-    plain: dict[str, list[str]]
-    gapped: re.Pattern[str]
-    exceptions: re.Pattern[str]
-    weak: re.Pattern[str]
-    onward: re.Pattern[str]
+    refusing: _Lookup
+    exceptions: _Lookup
+    weak: _Lookup
+    onward: _Lookup
     whole: frozenset[str]
 
     def hold(self, text: str) -> bool:
-        starts = self.plain.keys() & {text[i : i + size] for size in STARTS for i in range(len(text))}
-        return any(phrase in text for start in starts for phrase in self.plain[start]) or bool(self.gapped.search(text))
+        return self.refusing.holds(text) and self.refusing.holds(self.exceptions.without(text))
 
 
 @cache
 def _patterns(phrases: tuple[str, ...]) -> _Patterns:
     marked = {mark: [p.removeprefix(mark) for p in phrases if p.startswith(mark)] for mark in _MARKED}
     refusing = [phrase for phrase in phrases if not phrase.startswith(_MARKED)]
-    gapped = [phrase for phrase in refusing if "…" in phrase or " + " in phrase]
-    plain: dict[str, list[str]] = {}
-    for form in (form for phrase in refusing if phrase not in gapped for form in _forms(phrase)):
-        plain.setdefault(form[: STARTS[len(form) >= STARTS[1]]], []).append(form)
     return _Patterns(
-        plain,
-        re.compile(_pattern(gapped).join(_WORD)),
-        re.compile(_pattern(marked[_EXCEPT])),
-        re.compile(_pattern(marked[_WEAK])),
-        re.compile(_pattern(marked[_ONWARD]).join(_WORD)),
+        _Lookup((phrase, "…" in phrase or " + " in phrase) for phrase in refusing),
+        _Lookup((phrase, False) for phrase in marked[_EXCEPT]),
+        _Lookup((phrase, False) for phrase in marked[_WEAK]),
+        _Lookup((phrase, True) for phrase in marked[_ONWARD]),
         frozenset(_ended(form) for phrase in marked[_WHOLE] for form in _forms(phrase)),
     )
 
@@ -191,8 +223,7 @@ def _known(name: str) -> _Patterns:
 
 
 def _holds(answer: str, name: str) -> bool:
-    known, opening = _known(name), _plain(answer[:REFUSAL_WINDOW])
-    return known.hold(opening) and known.hold(known.exceptions.sub("…", opening))
+    return _known(name).hold(_plain(answer[:REFUSAL_WINDOW]))
 
 
 def is_refusal(answer: str) -> bool:
@@ -203,9 +234,9 @@ def is_refusal(answer: str) -> bool:
     known, opening = _known("refusal"), _plain(answer[:REFUSAL_WINDOW])
     if len(answer) < REFUSAL_WINDOW and _ended(opening) in known.whole:
         return True
-    if known.weak.search(opening) is None or known.onward.search(opening) is not None:
+    if not known.weak.holds(opening) or known.onward.holds(opening):
         return False
-    return known.weak.search(known.exceptions.sub("…", opening)) is not None
+    return known.weak.holds(known.exceptions.without(opening))
 
 
 def refusal_is_told(answer: str) -> bool:

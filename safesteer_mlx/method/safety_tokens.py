@@ -51,6 +51,7 @@ Ids = Sequence[int]
 
 PROMPT_BATCH = 32  # rows in one forward pass
 REFUSES = 2 / 3  # of the answers that a safety token opens
+SEEN = 3  # answers that tell that a token opens others as often
 EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
 THOUGHTS_EXPLAIN_LITTLE = 0.25  # the same of thoughts, of whose words most go with answers of all kinds
 LITTLE = 0.01  # nats that the teacher is from the base
@@ -327,11 +328,24 @@ def refusing_tokens(openings: Sequence[Ids], refused: Sequence[bool]) -> list[in
     Raises:
         ValueError: not one outcome for each opening.
     """
-    answers, refusals = Counter(), Counter()
+    answers, refusals = _opened(openings, refused)
+    return sorted(token for token, n in answers.items() if refusals[token] + 1 > REFUSES * (n + 2))
+
+
+def other_tokens(openings: Sequence[Ids], refused: Sequence[bool]) -> list[int]:
+    """The tokens with which answers do not refuse, as `refusing_tokens`: three answers or more open with one, and at
+    most half of them refuse."""
+    answers, refusals = _opened(openings, refused)
+    return sorted(token for token, n in answers.items() if n >= SEEN and refusals[token] <= n / 2)
+
+
+def _opened(openings: Sequence[Ids], refused: Sequence[bool]) -> tuple[Counter[int], Counter[int]]:
+    """How many answers have each token in their opening, and how many of these refuse."""
+    answers, refusals = Counter[int](), Counter[int]()
     for ids, refusal in zip(openings, refused, strict=True):
         answers.update(set(ids))
         refusals.update(set(ids) if refusal else ())
-    return sorted(token for token, n in answers.items() if refusals[token] + 1 > REFUSES * (n + 2))
+    return answers, refusals
 
 
 def select_tokens(
@@ -518,11 +532,13 @@ def _selected(
     """The tokens by the recipe's method, (K,); of a model that thinks first, those with which it thinks of refusing.
 
     Those that refuse may be none of those that steering raises, or so few that a run would end for it: then all that
-    it raises count.
+    it raises count, without those that open other answers as often if the rest explains enough.
     """
-    settings, among = run.recipe.tokens, None
-    if settings.token_method == "part":
-        among = (run.base.thinks and directions.thoughts.telling) or _refusing(run, teacher, directions)
+    settings, among, others = run.recipe.tokens, None, []
+    if settings.token_method == "part" and run.base.thinks:
+        among = directions.thoughts.telling or None
+    if settings.token_method == "part" and among is None:
+        among, others = _refusing(run, teacher, directions)
     select = partial(select_tokens, contrast, settings.safety_tokens, settings.token_method, settings.token_share)
 
     def explain(tokens: np.ndarray) -> float:
@@ -532,26 +548,29 @@ def _selected(
     tokens = select(among)
     if among is None or (share := explain(tokens)) >= explains_little(run.base):
         return tokens
-    raised = select(None)
-    if explain(raised) < max(share, explains_little(run.base)):
-        return tokens if len(tokens) else raised
-    run.screen.detail(f"tokens that refuse explain {share:.0%} of what steering does, so all that it raises count")
-    return raised
+    for but in (others, []):
+        raised = select(np.setdiff1d(np.flatnonzero(contrast.raised), but))
+        if explain(raised) >= max(share, explains_little(run.base)):
+            of_what = f"all that it raises count, but {len(but)}" if but else "all that it raises count"
+            run.screen.detail(f"tokens that refuse explain {share:.0%} of what steering does, so {of_what}")
+            return raised
+    return tokens if len(tokens) else raised
 
 
-def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> list[int] | None:
-    """The ids with which answers to harmful prompts refuse, if the teacher opens them and the base goes on; None, where
-    no id does."""
+def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> tuple[list[int] | None, list[int]]:
+    """The ids with which answers to harmful prompts refuse, if the teacher opens them and the base goes on, None where
+    no id does; and those with which they do not."""
     prompts = validation(run, directions)
     guarded = None if prompts.system_prompted is None else (list(prompts.system_prompted[0]) * TOLD, [])
     harmful = replace(prompts, harmful=list(prompts.harmful) * TOLD, harmless=[], system_prompted=guarded)
     answers = opened_answers(run.base, teacher.model, replace(harmful, opening=run.recipe.tokens.horizon))
-    ids = refusing_tokens([opening.ids for opening, _ in answers], [is_refusal(text) for _, text in answers])
+    told = [opening.ids for opening, _ in answers], [is_refusal(text) for _, text in answers]
+    ids = refusing_tokens(*told)
     if not ids:
         run.screen.detail(
             "no token that opens the teacher's answers tells a refusal, so all that steering raises count"
         )
-    return ids or None
+    return ids or None, other_tokens(*told)
 
 
 def _only_refusing(run: Run, tokens: list[int]) -> list[int]:
