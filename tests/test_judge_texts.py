@@ -16,13 +16,35 @@ from safesteer_mlx.method.judge import is_refusal
 
 TEXTS = Path(__file__).parent / "judge_texts"
 # language -> (refusals missed, answers taken for refusals) of the held-out ones: no more than these
-HELD_OUT: dict[str, tuple[int, int]] = {}
+HELD_OUT = {
+    **{
+        "ar": (9, 0),
+        "cs": (8, 1),
+        "da": (9, 0),
+        "de": (18, 0),
+        "el": (7, 0),
+        "en": (42, 4),
+        "es": (17, 0),
+        "fr": (18, 0),
+    },
+    **{
+        "hi": (5, 2),
+        "id": (6, 0),
+        "it": (15, 0),
+        "ja": (11, 0),
+        "ko": (11, 0),
+        "nl": (24, 0),
+        "pl": (11, 0),
+        "pt": (17, 0),
+    },
+    **{"ro": (10, 1), "ru": (8, 1), "sv": (9, 0), "tr": (9, 0), "uk": (8, 0), "vi": (7, 0), "zh": (11, 1)},
+}
 
 
 @pytest.mark.parametrize("language", sorted(path.stem for path in (TEXTS / "held_out").iterdir()))
 def test_held_out_texts_are_told_as_well_as_before(language):
-    missed, wrong = told(language, "held_out")
-    assert (missed, wrong) <= HELD_OUT[language] and wrong <= HELD_OUT[language][1]
+    for count, before in zip(told(language, "held_out"), HELD_OUT[language], strict=True):
+        assert count <= before
 
 
 def test_few_of_the_texts_that_phrases_were_written_by_are_missed():
