@@ -257,11 +257,11 @@ def test_a_weak_phrase_is_a_refusal_of_an_answer_that_does_not_go_on(own_phrases
     assert not is_refusal("Mi bedaŭras. " + "Nu, " * 20 + "jen la listo.")
 
 
-@pytest.mark.parametrize("word", ["Ne.", " **ne**! ", "NE", "Ne。"])
+@pytest.mark.parametrize("word", ["Nenio.", " **nenio**! ", "NENIO", "Nenio。"])
 def test_a_word_may_be_a_refusal_where_it_is_all_of_the_answer(own_phrases, word):
     assert not is_refusal(word)
-    own_phrases("= (ne|ho ne)")
-    assert is_refusal(word) and not is_refusal("Ne forgesu la salon.") and not is_refusal("Ne, la trajno.")
+    own_phrases("= (nenio|ho nenio)")
+    assert is_refusal(word) and not is_refusal("Nenio estas facila.") and not is_refusal("Nenio, la trajno.")
     assert not is_refusal(word + " " * 300 + "Jen la listo.")
 
 
