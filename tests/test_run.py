@@ -527,11 +527,22 @@ def test_where_tokens_that_refuse_explain_too_little_all_that_steering_raises_co
     directions = SimpleNamespace(thoughts=Thoughts())
     contrast = explaining({3: refusing, 6: tame, 5: raised})
     contrast.raised = np.array([i in (3, 5, 6) for i in range(8)])
+    contrast.eligible = np.array([i != 7 for i in range(8)])
     selected = safety_tokens._selected(run, Teacher(run.base.model), contrast, directions, range(4))
     assert selected.tolist() == counts
     said = capsys.readouterr().out
     assert ("tokens that refuse explain 49% of what" in said) is (refusing == 0.49)
     assert ("all that it raises count, but 1" in said) is (counts == [3, 6])
+    if counts == [3, 6]:  # what refuses and is not raised is held on harmless prompts all the same
+        monkeypatch.setattr(safety_tokens, "_refusing", lambda *_: ([2, 3, 7], [5]))
+        by_among |= {(2, 3, 7): [3]}
+        assert safety_tokens._selected(run, Teacher(run.base.model), contrast, directions, range(4)).tolist() == [
+            3,
+            6,
+            2,
+        ]
+        few = run.with_settings(tokens=replace(run.recipe.tokens, safety_tokens=2))
+        assert safety_tokens._selected(few, Teacher(run.base.model), contrast, directions, range(4)).tolist() == [3, 2]
 
 
 def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):

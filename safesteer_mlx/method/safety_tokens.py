@@ -553,7 +553,9 @@ def _selected(
         if explain(raised) >= max(share, explains_little(run.base)):
             of_what = f"all that it raises count, but {len(but)}" if but else "all that it raises count"
             run.screen.detail(f"tokens that refuse explain {share:.0%} of what steering does, so {of_what}")
-            return raised
+            # What refuses and is not raised would be free to rise on harmless prompts.
+            more = np.setdiff1d(np.intersect1d(among, np.flatnonzero(contrast.eligible)), raised) if but else raised[:0]
+            return np.concatenate([raised[: max(0, settings.safety_tokens - len(more))], more])
     return tokens if len(tokens) else raised
 
 
