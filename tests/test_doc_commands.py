@@ -195,6 +195,7 @@ TABLE = {
     # the tests themselves
     "./scripts/test": SET_UP,
     "./scripts/test tests/test_losses.py -x": "slow -n 0",
+    "./scripts/test tests/test_judge_texts.py -rP": "slow -n 0",
     "./scripts/test -m slow": "slow tests/test_families.py -k mistral3",
     "./scripts/test -m slow tests/test_doc_commands.py": "slow --collect-only -q",  # itself
     "./scripts/test -m metal": "parse a Mac",
