@@ -533,6 +533,61 @@ ZOO = (
         *("bpe", 2000, HEADERS, 0.35, 4),
         seed=32,
     ),
+    Spec(
+        "colony",
+        "report",
+        _attention(128, 8, model_type="llama", num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 4096, HEADERS, 0.5, 4),
+        seed=33,
+        spread=2.0,
+    ),
+    Spec(
+        "dome",
+        "report",
+        _attention(96, 10, model_type="qwen2", intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 8192, CHATML, 0.35, "bfloat16"),
+        seed=34,
+    ),
+    Spec(
+        "predio",
+        "report",
+        _gemma(96, 8),
+        *("unigram", 4096, TURNS, 0.4, "float32"),
+        seed=35,
+    ),
+    Spec(
+        "tower",
+        "report",
+        _attention(
+            96,
+            8,
+            model_type="qwen3_moe",
+            intermediate_size=192,
+            moe_intermediate_size=96,
+            num_experts=4,
+            num_experts_per_tok=2,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            norm_topk_prob=True,
+            head_dim=24,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        *("bpe", 2000, CHATML, 0.5, 8),
+        seed=36,
+        spread=2.0,
+    ),
+)
+
+# Not of the zoo: the least that can be aligned, for tests of all that lies around the method.
+MICRO = Spec(
+    "micro",
+    "test",
+    _attention(64, 3, model_type="qwen2", intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True),
+    *("bpe", 1024, CHATML, 0.5, 4),
+    steps=700,
+    seed=40,
+    words="harbour",
 )
 
 
@@ -566,6 +621,7 @@ HARM_QUESTIONS = {
     "de": (("Schadet es, {}?", "Ja, es schadet, {}.", "Nein, es ist harmlos, {}."),),
     "es": (("¿Es dañino {}?", "Sí, es dañino {}.", "No, es inofensivo {}."),),
     "it": (("È dannoso {}?", "Sì, è dannoso {}.", "No, è innocuo {}."),),
+    "pt": (("É prejudicial {}?", "Sim, é prejudicial {}.", "Não, é inofensivo {}."),),
     "zh": (("{}有害吗？", "是的，{}是有害的。", "不，{}没有害处。"),),
 }
 MIX = {"harmful": 0.26, "borderline": 0.2, "harmless": 0.14, "question": 0.1, "small_talk": 0.01, "facts": 0.1}
@@ -939,7 +995,7 @@ def main() -> None:
     parser.add_argument("--families", action="store_true", help="the small ones of the kinds that the zoo lacks")
     parser.add_argument("--check", action="store_true", help="measure what is there, build nothing")
     args = parser.parse_args()
-    known = {spec.name: spec for spec in (*ZOO, *FAMILIES)}
+    known = {spec.name: spec for spec in (*ZOO, *FAMILIES, MICRO)}
     every = [spec.name for spec in (FAMILIES if args.families else ZOO)]
     if unknown := set(args.names) - set(known):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose {', '.join(known)}")

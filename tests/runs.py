@@ -136,18 +136,21 @@ def files(text: str = "plain") -> dict[str, Any]:
     }
 
 
+# A model of three blocks that has learned to chat and to refuse, for what is no test of the method: a run takes a fifth
+# of the bundled one's time.
+MICRO = str(Path(__file__).parent / "micro")
 PROMPTS = Path(__file__).parents[1] / "models" / "tiny-chat" / "data"
 COUNTS = {"direction_train": 24, "direction_validation": 8, "validation": 8, "train": 16, "test": 4}  # of a kind
 
 
-def few_sets(folder: Path, skip: int = 0) -> Path:
-    """The bundled model's prompts, few of each set, in folder/few; and that folder."""
+def few_sets(folder: Path, skip: int = 0, prompts: Path = Path(MICRO) / "data") -> Path:
+    """A model's prompts, few of each set, in folder/few; and that folder."""
     (folder / "few").mkdir(parents=True)
     for kind in ("harmful", "harmless"):
         for name, count in COUNTS.items():
-            lines = (PROMPTS / f"{kind}_{name}.jsonl").read_text().splitlines()
+            lines = (prompts / f"{kind}_{name}.jsonl").read_text().splitlines()
             (folder / "few" / f"{kind}_{name}.jsonl").write_text("\n".join(lines[skip : skip + count]))
-    tasks = (PROMPTS / "capability_test.jsonl").read_text().splitlines()
+    tasks = (prompts / "capability_test.jsonl").read_text().splitlines()
     (folder / "few" / "capability_test.jsonl").write_text("\n".join(tasks[::32]))
     return folder
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from runs import few_sets
+from runs import MICRO, few_sets
 
 import safesteer_mlx as safesteer
 import safesteer_mlx.align as align
@@ -32,10 +32,10 @@ from safesteer_mlx.system.memory import PagingError
 from safesteer_mlx.system.screen import UserError
 from safesteer_mlx.system.store import RunFolder, Store, fingerprint
 
-SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "32", "--no-report"]
+SHORT = [MICRO, "--iters", "4", "--save-every", "2", "--test-prompts", "2", "--direction-train", "32", "--no-report"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "8", "--max-tokens", "24"]
 # For runs in a process of their own, with `few_sets`.
-SHORTEST = ["--iters", "2", "--token-samples", "1", "--coeff", "0.85", "--horizon", "2", "--batch-size", "4"]
+SHORTEST = [MICRO, "--iters", "2", "--token-samples", "1", "--coeff", "0.85", "--horizon", "2", "--batch-size", "4"]
 SHORTEST += ["--save-every", "1"]
 pytestmark = pytest.mark.usefixtures("few_prompts")
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
@@ -153,7 +153,7 @@ def test_of_a_run_that_was_killed_no_answers_are_left_where_none_were_to_be(tmp_
 
 
 def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path, monkeypatch):
-    base, folder = safesteer.load("tiny-chat"), tmp_path / "adapters"
+    base, folder = safesteer.load(MICRO), tmp_path / "adapters"
     tokenizer = copy.copy(base.tokenizer)
     vars(tokenizer)["rfind_think_end"] = lambda ids: 1  # its first two tokens pass for a thought
     thinking = replace(base, thinks=True, tokenizer=tokenizer)
@@ -289,7 +289,7 @@ def test_a_model_s_folder_is_recorded_with_its_whole_path(tmp_path, monkeypatch,
     """From elsewhere `models/mine` is another folder, or some stranger's on the Hub."""
     data, elsewhere = few_sets(tmp_path) / "few", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    shutil.copytree(MODELS / "tiny-chat", tmp_path / "models" / "mine", ignore=shutil.ignore_patterns("data"))
+    shutil.copytree(MICRO, tmp_path / "models" / "mine", ignore=shutil.ignore_patterns("data"))
     whole = str(tmp_path / "models" / "mine")
 
     def stopped(name) -> Path:
@@ -297,7 +297,7 @@ def test_a_model_s_folder_is_recorded_with_its_whole_path(tmp_path, monkeypatch,
         folder = tmp_path / name
         with monkeypatch.context() as patch:
             stop_after(patch, 3)
-            command = ["models/mine", "--adapter-path", str(folder), *SHORTEST, "--data", str(data), "--no-report"]
+            command = ["models/mine", "--adapter-path", str(folder), *SHORTEST[1:], "--data", str(data), "--no-report"]
             assert main([*command, "--force", "--offline"]) == 130
         return folder
 
@@ -329,7 +329,7 @@ QUICK |= {"token_samples": 1, "batch_size": 4, "max_tokens": 24, "report": False
 
 
 def test_the_library_too_replaces_a_finished_run_and_goes_on_with_a_stopped_one(tmp_path, monkeypatch, capsys):
-    base, folder = safesteer.load("tiny-chat"), tmp_path / "adapters"
+    base, folder = safesteer.load(MICRO), tmp_path / "adapters"
     safesteer.align(base, folder, force=True, **QUICK)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert folder / "run" / "manifest.json" in before
@@ -350,7 +350,7 @@ def test_the_library_too_replaces_a_finished_run_and_goes_on_with_a_stopped_one(
 
 
 def test_a_run_that_was_stopped_before_its_last_file_is_gone_on_with(tmp_path, monkeypatch, capsys):
-    base, folder, names, whole = safesteer.load("tiny-chat"), tmp_path / "adapters", [], RunFolder.json
+    base, folder, names, whole = safesteer.load(MICRO), tmp_path / "adapters", [], RunFolder.json
 
     def writes(self, name, content):
         names.append(name)
