@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import MICRO
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method import safety_tokens
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.usefixtures("few_prompts")
 TINY = MODELS / "tiny-chat"
 SHORT = ["--iters", "2", "--test-prompts", "4", "--direction-train", "32", "--direction-validation", "16"]
 SHORT += ["--token-samples", "1", "--coeff", "0.7", "--no-report"]
-SHORTER = ["--batch-size", "8", "--max-tokens", "24"]  # nothing is learned
 
 
 def aligned(folder: Path, *flags: str) -> Path:
@@ -121,14 +121,15 @@ def test_the_student_moved_and_the_teacher_refuses_more_than_the_base(finished, 
         ["--token-method", "mean", "--horizon", "1"],
         ["--teacher", "system_prompt"],
         ["--teacher", "ema", "--ema-rate", "0.5", "--refresh-every", "1"],
-        ["--fine-tune-type", "dora", "--num-layers", "4"],
+        ["--fine-tune-type", "dora", "--num-layers", "2"],
         ["--preset", "paper", "--batch-size", "2", "--num-generations", "2"],
         ["--grad-accumulation-steps", "2", "--batch-size", "4"],
     ],
     ids=" ".join,
 )
 def test_every_variant_runs_to_the_end(flags, tmp_path):
-    folder = aligned(tmp_path / "adapters", *SHORTER, *flags, "--force")  # two steps of some of them make nothing safer
+    short = [MICRO, "--batch-size", "8", "--max-tokens", "24"]
+    folder = aligned(tmp_path / "adapters", *short, *flags, "--force")  # two steps of some of them make nothing safer
     assert (folder / "adapters.safetensors").stat().st_size > 0
 
 

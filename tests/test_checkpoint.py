@@ -25,7 +25,7 @@ from safesteer_mlx.align import main
 from safesteer_mlx.formats.card import shown_base
 from safesteer_mlx.method import direction
 from safesteer_mlx.method import run as runs
-from safesteer_mlx.recipe import MODELS, read_yaml
+from safesteer_mlx.recipe import read_yaml
 from safesteer_mlx.system import store as stores
 from safesteer_mlx.system.finished import finished_run, load_base
 from safesteer_mlx.system.memory import PagingError

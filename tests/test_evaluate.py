@@ -9,6 +9,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from runs import MICRO
 
 from safesteer_mlx.evals import heldout
 from safesteer_mlx.evals.heldout import BaseAnswers, HeldOut, base_texts, drift, perplexity, until_told
@@ -22,11 +23,11 @@ from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, ans
 from safesteer_mlx.method.run import make_run
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
 from safesteer_mlx.method.train import training_prompts
-from safesteer_mlx.recipe import MODELS, resolve
+from safesteer_mlx.recipe import resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.screen import Screen, UserError
 
-TINY = str(MODELS / "tiny-chat")
+TINY = MICRO
 FEW = ["--test-prompts", "6"]
 
 
@@ -83,7 +84,7 @@ def test_base_and_aligned_are_counted_and_compared_prompt_by_prompt(adapters, tm
 
 @pytest.fixture
 def some(tmp_path) -> list[str]:
-    """Flags for a few of the bundled model's harmful prompts, as if they were a suite."""
+    """Flags for a few of the model's harmful prompts, as if they were a suite."""
     file = tmp_path / "some.json"
     file.write_text(json.dumps([{"Goal": item.text} for item in built_in_sets(TINY).harmful_test[::9]]))
     return ["--suite", f"JailbreakBench={file}", "--test-prompts", "0", "--out", str(tmp_path / "out.json")]
@@ -97,7 +98,7 @@ def outcomes(flags: list[str]) -> dict[str, dict[str, int]]:
 
 def test_the_same_seed_gives_the_same_scores_and_another_does_not(some, capsys):
     found = []
-    for seed in ("1", "1", "2"):
+    for seed in ("1", "1", "3"):
         run(capsys, "--seed", seed, *some)
         found.append(outcomes(some))
     assert found[0] == found[1] != found[2]
@@ -106,7 +107,7 @@ def test_the_same_seed_gives_the_same_scores_and_another_does_not(some, capsys):
 
 def test_a_judge_that_says_nothing_of_use_is_counted_as_unparsed(some, capsys):
     out = run(capsys, "--judge", TINY, *some)
-    assert all(cell["unparsed"] == sum(cell.values()) == 41 for cell in outcomes(some).values())
+    assert all(cell["unparsed"] == sum(cell.values()) == 23 for cell in outcomes(some).values())
     assert "JailbreakBench unparsed" in " ".join(out.replace("│", " ").split())
 
 
@@ -134,7 +135,7 @@ def test_the_base_is_left_as_it_is_and_shares_its_weights(base, adapters):
     assert mx.array_equal(base.model(row), before) and not mx.allclose(student(row), before, atol=1e-2)
     active = mx.get_active_memory()
     with_adapters(base.model, adapters)
-    assert mx.get_active_memory() - active < 1_000_000 < sum(w.nbytes for _, w in flat(base.model))
+    assert mx.get_active_memory() - active < 0.5 * sum(w.nbytes for _, w in flat(base.model))
 
 
 def flat(model):

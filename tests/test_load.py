@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
+from runs import MICRO
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method import prompts
@@ -19,7 +20,7 @@ from safesteer_mlx.recipe import MODELS, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import UserError
 
-TINY = MODELS / "tiny-chat"
+TINY = Path(MICRO)
 FORMATS = {
     "float32": {"dtype": mx.float32},
     "float16": {"dtype": mx.float16},
@@ -30,7 +31,7 @@ FORMATS = {
 
 
 def converted(folder: Path, *, dtype=None, **quantization) -> Path:
-    """The bundled model in another format, written as mlx_lm.convert writes it."""
+    """The model in another format, written as mlx_lm.convert writes it."""
     import mlx_lm
 
     model, _, config = mlx_lm.load(str(TINY), return_config=True)  # type: ignore[misc]

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import build
-from runs import few_sets
+from runs import MICRO, few_sets
 
 from safesteer_mlx.method import direction
 from safesteer_mlx.method.residual import steer
@@ -23,8 +23,9 @@ from safesteer_mlx.system import machines, screen
 from safesteer_mlx.system.machines import Machines
 from safesteer_mlx.system.screen import UserError
 
-SHORT = ["--iters", "4", "--save-every", "2", "--test-prompts", "4", "--coeff", "0.85", "--no-report", "--offline"]
+SHORT = [MICRO, "--force", "--iters", "4", "--save-every", "2", "--test-prompts", "4", "--coeff", "0.85"]
 SHORT += ["--data", "few", "--adapter-path", "adapters", "--batch-size", "12", "--token-samples", "2"]
+SHORT += ["--no-report", "--offline"]
 ALIGN = [sys.executable, "-m", "safesteer_mlx.align"]
 ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 

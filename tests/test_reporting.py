@@ -7,6 +7,7 @@ import sys
 
 import mlx_lm.tuner.callbacks as callbacks
 import pytest
+from runs import MICRO
 
 from safesteer_mlx.align import main
 from safesteer_mlx.evals.reporting import NUMBERS_ALONE, Reports, start_reports
@@ -18,8 +19,9 @@ from safesteer_mlx.system.store import check_output
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
-SHORT = ["--iters", "2", "--test-prompts", "2", "--direction-train", "32", "--direction-validation", "16"]
-SHORT += ["--token-samples", "1", "--coeff", "0.7", "--horizon", "2", "--batch-size", "4", "--no-report"]
+SHORT = [MICRO, "--force", "--iters", "2", "--test-prompts", "2", "--direction-train", "32"]
+SHORT += ["--direction-validation", "16", "--token-samples", "1", "--coeff", "0.7", "--horizon", "2"]
+SHORT += ["--batch-size", "4", "--no-report"]
 STAND_IN = """
 import sys
 seen = []

@@ -7,20 +7,21 @@ from dataclasses import asdict
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from runs import MICRO
 
 from safesteer_mlx.align import main
 from safesteer_mlx.evals.scores import Count
 from safesteer_mlx.evals.selection import CheckpointScore, choose, keep_best
 from safesteer_mlx.method.run import make_run
 from safesteer_mlx.method.student import make_student
-from safesteer_mlx.recipe import MODELS, limits_of, resolve
+from safesteer_mlx.recipe import limits_of, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
 from safesteer_mlx.system.store import decoded
 
-SHORT = ["--iters", "2", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
+SHORT = [MICRO, "--force", "--iters", "2", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
-SHORT += ["--horizon", "2", "--num-generations", "2"]
+SHORT += ["--horizon", "2", "--num-generations", "2", "--no-report"]
 
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
@@ -94,7 +95,7 @@ def test_the_kept_step_is_what_was_saved_then(run):
 @pytest.mark.parametrize(("most", "kept"), [(0.1, 2), (0.4, 1)])
 def test_the_student_gets_the_kept_weights_and_it_is_said(run, tmp_path, most, kept, capsys):
     shutil.copytree(run, tmp_path / "adapters")
-    base = load(str(MODELS / "tiny-chat"))
+    base = load(MICRO)
     given = {"select_checkpoint": f"drift<={most}", "adapter_path": str(tmp_path / "adapters")}
     recipe = resolve(base.config, given)[0]
     student = make_student(base.model, recipe.train, 0)
