@@ -50,6 +50,7 @@ from safesteer_mlx.recipe import MODELS, Parser
 GUARD = "mlx-community/Llama-Guard-3-8B-4bit"  # for `mlx-community/…`, a judge
 
 QUICK = "--iters 1 --test-prompts 4 --direction-train 32 --direction-validation 16 --coeff 0.7 --token-samples 1"
+QUICK += " --batch-size 8 --max-tokens 24"
 VERDICT = "run --direction-train 32 --direction-validation 16 --coeff 0.7"
 SELECTS = "slow --iters 10 --test-prompts 4 --adapter-path $OUT/adapters"
 OWN = "--data models/tiny-chat/data"  # a stranger's name has none of its own

@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants as constants
 import pytest
 from hub import Hub
-from runs import few_sets
+from runs import MICRO, few_sets
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method.prompts import load_data
@@ -256,7 +256,7 @@ def test_offline_a_whole_alignment_makes_no_connection_and_takes_none(tmp_path):
         alone = subprocess.run([*NO_NETWORK, "true"], capture_output=True).returncode == 0
     except OSError:  # no such command
         alone = False
-    argv = ["--offline", "--adapter-path", str(tmp_path / "adapters"), *SHORT]
+    argv = [MICRO, "--offline", "--force", "--adapter-path", str(tmp_path / "adapters"), *SHORT]
     argv += ["--data", str(few_sets(tmp_path) / "few")]
     path = os.pathsep.join([str(guard), str(Path(ours.__file__).parents[1])])
     places = {name: tmp_path / name for name in ("home", "cache", "tmp", "elsewhere")}

@@ -168,7 +168,7 @@ def test_a_model_that_never_refuses_is_a_stop(sixteen, tmp_path, monkeypatch, ca
 
 
 def entangled(folder: Path) -> Path:
-    """The bundled model, but that it says a word no prompt makes it say wherever one of its directions is ablated.
+    """The model, but that it says a word no prompt makes it say wherever one of its directions is ablated.
 
     Its head has a row of its own for that: 0 for the final states of prompts, steered or not, and 1 under ablation.
     """
@@ -212,7 +212,7 @@ def test_directions_that_fail_the_kl_test_are_a_caution_with_their_figures(sixte
     assert "none passes the published tests" in said and "verdict: caution" in said and "(chosen)" in said
     assert "passes every published test" in said  # and the figures stand in the table
     failed = re.findall(r"KL when ablated \+\d+\.\d+ > 0\.1", " ".join(said.split()))
-    assert len(failed) == 3
+    assert len(failed) == 2
 
 
 @pytest.mark.usefixtures("few_prompts")
@@ -224,7 +224,7 @@ def test_a_model_whose_memory_cannot_be_planned_is_aligned_all_the_same(tmp_path
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shape, "read_shape", unknown)
-    assert main(["--verdict-only", *FEWER]) == 0
+    assert main([str(TINY), "--verdict-only", *FEWER]) == 0
     assert "memory: not planned, the config.json has no hidden_size" in capsys.readouterr().out
 
 
@@ -234,7 +234,7 @@ def test_a_stop_needs_force(tmp_path, monkeypatch, capsys):
     short += ["--token-samples", "1", "--horizon", "2", "--batch-size", "4", "--no-report"]
     monkeypatch.setattr(verdict, "FLIPS_LITTLE", 1.01)
     monkeypatch.setattr(verdict, "TELLING", 1)
-    command = ["--adapter-path", str(tmp_path / "adapters"), *short]
+    command = [str(TINY), "--adapter-path", str(tmp_path / "adapters"), *short]
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "--force goes on" in err and "verdict: stop" in out

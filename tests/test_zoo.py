@@ -411,7 +411,7 @@ HALF_STEPS = ["--batch-size", "8", "--iters"]
 @pytest.mark.parametrize(
     ("name", "falls", "asked", "flags"),
     [
-        ("foundry", 0.7, (24, 12), ["--iters", "40", "--test-prompts", "100"]),
+        ("foundry", 0.7, (24, 12), ["--iters", "40", "--test-prompts", "60"]),
         pytest.param("market", 0.7, teacher.VALIDATION_PROMPTS, [], marks=pytest.mark.slow),
     ],
 )
