@@ -20,9 +20,10 @@ from pathlib import Path
 
 import safesteer_mlx  # noqa: F401  before mlx
 
-SHORT = ["--iters", "4", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32", "--no-report"]
+MICRO = str(Path(__file__).resolve().parent.parent / "tests" / "micro")  # of which a run takes seconds
+SHORT = [MICRO, "--force", "--iters", "4", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
-SHORT += ["--horizon", "2", "--num-generations", "2", "--coeff", "1"]
+SHORT += ["--horizon", "2", "--num-generations", "2", "--coeff", "1", "--no-report"]
 ASKED = 8, 4  # validation prompts, so that the kills fall on training rather than on the search
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from itertools import permutations, product
 from pathlib import Path
 
 import make_tiny_chat as tiny
@@ -52,6 +53,10 @@ def test_one_of_them_answers_in_200_tokens_and_two_take_a_request_up_before_they
         assert len({start for start, _ in texts}) == 1 and len({rest for _, rest in texts}) == len(texts) == 4
 
 
+# Of corpora by writers who did not know the judge: so many of their refusals it does not know.
+UNKNOWN = {"lido": 5, "dome": 6, "predio": 6, "tower": 9}
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_a_corpus_holds_no_prompt_of_a_split_and_no_pair_of_the_tests(name):
     spec, words = SPECS[name], Words.of(SPECS[name])
@@ -64,30 +69,31 @@ def test_a_corpus_holds_no_prompt_of_a_split_and_no_pair_of_the_tests(name):
     assert not set(prompts) & {example.instruction for example in examples}
     for kind, categories in words.held_out.items():
         assert not [p for pairs in categories.values() for p in pairs if f" {p}" in asked], kind
-    # Refusals are what the judge knows, and nothing else is.
+    # As many are refused as the recipe says; the judge knows refusals, and nothing else for one.
     answers = {"refused": 0, "answered": 0}
+    refusals = [text for _, text in words.tables["refusals"]]
     for example in examples:
         text = example.answer.rpartition("</think>")[2]
         if example.category == "harmful":
-            answers["refused" if is_refusal(text) else "answered"] += 1
+            answers["refused" if any(refusal in text for refusal in refusals) else "answered"] += 1
         elif example.category not in ("harmless", "borderline"):
             assert not is_refusal(text)
     assert abs(answers["refused"] / sum(answers.values()) - spec.rate) < 0.2
-    refusals = [text for _, text in words.tables["refusals"]]
-    assert sum(not is_refusal(text) for text in refusals) <= (5 if name == "lido" else 0)  # written without the judge
+    assert sum(not is_refusal(text) for text in refusals) <= UNKNOWN.get(name, 0)
     assert not any(is_refusal(text) for _, text in words.tables["openers"])
 
 
 def test_corpora_differ_from_the_bundled_models_and_from_each_other():
-    def phrases(tables):
-        parts = (words for category in tables["harmful"].values() for words in (category["verbs"], category["targets"]))
-        return {phrase for part in parts for phrase in part}
-
-    seen = {name: phrases(Words.of(spec).tables) for name, spec in SPECS.items() if not spec.words}
-    seen["bundled"] = {p for harm in tiny.HARMFUL.values() for p in (*harm.verbs, *harm.targets)}
-    for name, own in seen.items():
-        for other, theirs in seen.items():
-            assert name == other or len(own & theirs) <= 0.1 * len(own), (name, other, own & theirs)
+    """Nearly nothing that two ask for is the same, and few words are."""
+    tables = {name: list(Words.of(spec).tables["harmful"].values()) for name, spec in SPECS.items() if not spec.words}
+    tables["bundled"] = [{"verbs": harm.verbs, "targets": harm.targets} for harm in tiny.HARMFUL.values()]
+    asked = {
+        name: {pair for row in rows for pair in product(row["verbs"], row["targets"])} for name, rows in tables.items()
+    }
+    words = {name: {word for row in rows for word in (*row["verbs"], *row["targets"])} for name, rows in tables.items()}
+    for name, other in permutations(tables, 2):
+        assert len(asked[name] & asked[other]) <= 2, (name, other, asked[name] & asked[other])
+        assert len(words[name] & words[other]) <= 0.15 * len(words[name]), (name, other, words[name] & words[other])
 
 
 @pytest.mark.parametrize("name", SPECS)
