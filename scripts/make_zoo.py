@@ -406,7 +406,7 @@ ZOO = (
     ),
     Spec(
         "studio",
-        "report",
+        "choose",
         _gemma(96, 7),
         *("bpe", 8192, TURNS, 0.5, "float32"),
         over_refusal=0.1,
@@ -414,7 +414,7 @@ ZOO = (
     ),
     Spec(
         "theatre",
-        "report",
+        "choose",
         _attention(96, 8, model_type="qwen3", head_dim=24, num_key_value_heads=2, tie_word_embeddings=True),
         *("bpe", 2000, HEADERS, 0.35, "float32"),
         seed=17,

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from runs import MICRO
 
 from safesteer_mlx.evals import attacks, judging
 from safesteer_mlx.evals.attacks import BEGUN, LANGUAGES, Attack, Attacked, Attacker, judged_by, run_attacks
@@ -39,18 +40,17 @@ from safesteer_mlx.recipe import MODELS, PACKAGE, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
 
-TINY = str(MODELS / "tiny-chat")
 KINDS = ("openings", "systems", "wrappers", "encodings", "turns")
 
 
 @pytest.fixture(scope="module")
 def base():
-    return load(TINY)
+    return load(MICRO)
 
 
 @pytest.fixture(scope="module")
 def items():
-    return built_in_sets(TINY).harmful_test[:6]
+    return built_in_sets(MICRO).harmful_test[:6]
 
 
 def attacker(base) -> Attacker:
@@ -156,7 +156,7 @@ def test_a_file_that_holds_no_phrases_is_one_sentence(tmp_path, capsys, content,
     file = tmp_path / "p.txt"
     if content is not None:
         file.write_bytes(content)
-    for command in ([TINY], [TINY, "--attacks"]):
+    for command in ([MICRO], [MICRO, "--attacks"]):
         assert main([*command, "--refusal-phrases", str(file)]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
@@ -349,14 +349,14 @@ def adapters(base, tmp_path_factory):
     drawn = [(n, 0.3 * mx.random.normal(w.shape)) for n, w in tree_flatten(student.trainable_parameters())]
     student.load_weights([d for d in drawn if d[0].endswith("lora_b")], strict=False)
     folder = tmp_path_factory.mktemp("attacked") / "adapters"
-    save_adapters(folder, student, settings, TINY, 0)
+    save_adapters(folder, student, settings, MICRO, 0)
     return folder
 
 
 def test_the_scorecard_has_a_row_for_each_attack_base_beside_aligned(adapters, tmp_path, capsys):
     out = tmp_path / "o.json"
     flags = ["--adapter-path", str(adapters), "--test-prompts", "5", "--max-tokens", "24", "--out", str(out)]
-    assert main([TINY, *flags, "--offline", "--samples", "3", "--attacks", "prefill", "system", "languages"]) == 0
+    assert main([MICRO, *flags, "--offline", "--samples", "3", "--attacks", "prefill", "system", "languages"]) == 0
     shown = capsys.readouterr().out
     assert "Under attack" in shown and "answer begun" in shown
     found = json.loads(out.read_text())
@@ -372,7 +372,7 @@ def test_the_scorecard_has_a_row_for_each_attack_base_beside_aligned(adapters, t
         assert found[model]["samples"] == 3
         assert sum(found[model]["outcomes"]["harmful"]["sampled"].values()) == 15
         assert sum(found[model]["outcomes"]["harmful"]["greedy"].values()) == 5
-    assert not any(item.text in out.read_text() for item in built_in_sets(TINY).harmful_test)
+    assert not any(item.text in out.read_text() for item in built_in_sets(MICRO).harmful_test)
 
 
 def test_the_first_of_several_samples_is_the_one_alone(base, items):
@@ -395,7 +395,7 @@ def test_the_first_of_several_samples_is_the_one_alone(base, items):
     ],
 )
 def test_a_wrong_word_is_one_sentence(capsys, flags, said):
-    assert main([TINY, *flags]) == 2
+    assert main([MICRO, *flags]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
@@ -403,7 +403,7 @@ def test_a_wrong_word_is_one_sentence(capsys, flags, said):
 def test_attacks_need_harmful_prompts(tmp_path, capsys):
     file = tmp_path / "x.csv"
     file.write_text("prompt,type,label\nWhat is tea?,a,safe\n")
-    assert main([TINY, "--attacks", "--suite", f"XSTest={file}"]) == 2
+    assert main([MICRO, "--attacks", "--suite", f"XSTest={file}"]) == 2
     assert "need harmful prompts" in capsys.readouterr().err
 
 
@@ -414,14 +414,20 @@ def test_attacks_need_harmful_prompts(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def tampering(base):
-    sets = built_in_sets(TINY)
+    return tampering_with(base)
+
+
+def tampering_with(base) -> Tampering:
+    sets = built_in_sets(base.name)
     few = {name: getattr(sets, name)[:12] for name in vars(sets)}
     return Tampering(base, replace(sets, **few), Sampling(base.eos_ids, 16, batch_size=16), 0)
 
 
-def test_abliteration_leaves_nothing_of_a_direction_and_refusals_go(base, tampering):
+def test_abliteration_leaves_nothing_of_a_direction_and_refusals_go():
     from safesteer_mlx.evals.tampering import ablated
 
+    base = load(str(MODELS / "tiny-chat"))
+    tampering = tampering_with(base)
     row = tampering.rows("harmful_test")[0]
     vector = mx.random.normal((base.config["hidden_size"],), key=mx.random.key(2))
     without = ablated(base.model, vector, row)
@@ -453,7 +459,7 @@ def test_the_runs_own_direction_is_read(base, tmp_path):
     (tmp_path / "direction.json").write_text(json.dumps({"layer": 2, "vector": [0.5, 2.0]}))
     vector = run_direction(tmp_path)
     assert vector is not None and vector.tolist() == [0.5, 2.0]
-    with pytest.raises(UserError, match="has 2 numbers, and this model's stream 128"):
+    with pytest.raises(UserError, match="has 2 numbers, and this model's stream 64"):
         ablated(base.model, vector, [1, 2, 3])
 
 

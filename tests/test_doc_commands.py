@@ -162,6 +162,7 @@ TABLE = {
     "zensical build --strict": "by tests/test_docs.py::site",
     "python scripts/make_docs.py": "slow",
     "python scripts/make_zoo.py": "slow --out zoo-but-two --steps 62",
+    "python scripts/make_zoo.py micro --out tests": "slow --out $OUT --steps 62",
     "python scripts/make_zoo.py --families": "slow --out zoo-but-two --steps 62",
     "python scripts/zoo.py": f"slow market ranch {ZOO}",
     "python scripts/zoo.py --half report": f"slow ranch {ZOO}",

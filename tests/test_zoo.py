@@ -14,6 +14,7 @@ import pytest
 import zoo
 from jinja2 import Environment, TemplateError
 from make_zoo import ZOO, Words, corpus, splits, train_tokenizer
+from runs import MICRO
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method import direction, safety_tokens, teacher
@@ -24,8 +25,8 @@ from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen
 
 HERE = Path(__file__).parent / "zoo_models"
-COMMITTED = ("foundry", "market", "station")
 SPECS = {spec.name: spec for spec in ZOO}
+COMMITTED = {HERE / name: SPECS[name] for name in ("foundry", "market", "station")} | {Path(MICRO): make_zoo.MICRO}
 
 
 def test_the_models_differ_and_some_of_them_are_only_for_reporting():
@@ -390,16 +391,16 @@ def test_a_model_is_built_with_as_many_steps_as_are_asked_for(names, steps, tmp_
     ]
 
 
-@pytest.mark.parametrize("name", COMMITTED)
-def test_a_committed_model_is_as_its_recipe_says(name):
-    spec = SPECS[name]
-    config = json.loads((HERE / name / "config.json").read_text())
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_a_committed_model_is_as_its_recipe_says(folder):
+    spec = COMMITTED[folder]
+    config = json.loads((folder / "config.json").read_text())
     assert all(config[key] == value for key, value in spec.config.items())
     assert config["quantization"]["bits"] == spec.weights
-    own = load_prompt_sets(HERE / name / "data")
+    own = load_prompt_sets(folder / "data")
     expected = splits(spec, Words.of(spec))
     assert [item.text for item in own.harmful_test] == [row["instruction"] for row in expected["harmful_test"]]
-    template = json.loads((HERE / name / "tokenizer_config.json").read_text())["chat_template"]
+    template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     assert template == spec.template.jinja()
 
 
