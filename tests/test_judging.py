@@ -5,15 +5,15 @@ import math
 
 import pytest
 from judges import make_judge
+from runs import MICRO
 
 from safesteer_mlx.evals.judge_replies import Verdict
 from safesteer_mlx.evals.judging import Chosen, Judged, choose_judges, mean
 from safesteer_mlx.evals.scores import HOW, Answer, Scores
 from safesteer_mlx.evaluate import main
-from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.screen import Screen, UserError
 
-TINY = str(MODELS / "tiny-chat")
+TINY = MICRO
 KINDS = ("harmful", "harmless", "borderline")
 
 

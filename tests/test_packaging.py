@@ -22,7 +22,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from runs import few_sets
+from runs import PROMPTS, few_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -137,7 +137,7 @@ def test_installed_wheel_aligns_the_bundled_model(target, tmp_path):
     """Adjust SHORTEST_RUN, not this, when flags change."""
     adapters = tmp_path / "adapters"
     command = (sys.executable, "-m", "safesteer_mlx.align", "--adapter-path", adapters, *SHORTEST_RUN)
-    done = run(*command, cwd=few_sets(tmp_path), env=elsewhere(target), stdin=subprocess.DEVNULL)
+    done = run(*command, cwd=few_sets(tmp_path, prompts=PROMPTS), env=elsewhere(target), stdin=subprocess.DEVNULL)
     assert (adapters / "adapters.safetensors").stat().st_size > 0
     assert json.loads((adapters / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
     # nothing of the checkout was used
