@@ -310,8 +310,9 @@ def test_sentences_that_come_to_harmful_requests_alone_may_be_refusals(harmful, 
 
 
 def test_a_user_is_shown_such_sentences_unless_answers_are_not_to_be_kept():
-    some = {"One.": 9, "Two.": 7, "Three.": 5}
-    assert '"One." and "Two.";' in in_other_words(some, quote=True)
+    some = {"One.": 9, "Two.": 7, **{f"More {i}.": 5 for i in range(9)}}
+    assert 'such as "One.", "Two.", "More 0.", ' in in_other_words(some, quote=True)
+    assert '"More 5."; if they' in in_other_words(some, quote=True)  # of many some
     assert "One" not in in_other_words(some, quote=False) and "--refusal-phrases" in in_other_words(some, quote=False)
 
 
