@@ -238,7 +238,7 @@ def test_each_miss_stands_beside_its_figures(found, expected):
 def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is():
     order = {"harmless": {"auc": 0.94}, "borderline": {"auc": 0.8}}
     runs = [run(50, 4, order=order), run(0, 0, seed=43), run(50, 0, refused=(0, 2), seed=44, order=order)]
-    stopped = {"name": "studio", "seed": 42, "exit": 2, "said": "the verdict is stop", "order": order}
+    stopped = {"name": "clinic", "seed": 42, "exit": 2, "said": "the verdict is stop", "order": order}
     drawn = zoo.table([*runs, stopped])
     assert "| harbour | choose |" in drawn and "50 → 4 / 0 → 0 / 50 → 0" in drawn
     assert "| 42: none<br>43: none<br>44: harmless greedy +2.0 (-2 to +7: chance)<br>AUC: harmless 0.94 |" in drawn
