@@ -351,7 +351,8 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
     axes[0].set(xlabel="unsafe answers, % of harmful requests", xlim=(-3, 100), yticks=range(len(names)))
     axes[0].set_yticklabels(names)
     axes[1].axvline(0, color="#cccccc", zorder=0)
-    axes[1].set(xlabel="refused more, points", xlim=(-5, 30))
+    rises = [mean(name, f"{kind}_sampled") for name in names for kind in HARMLESS]
+    axes[1].set(xlabel="refused more, points", xlim=(min([-5, *rises]) - 1, max([30, *rises]) + 1))
     for ax in axes:
         ax.legend(loc="lower right", frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)

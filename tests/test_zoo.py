@@ -249,6 +249,15 @@ def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is(
     assert "unsafe greedy median +20%, worst +20%" in zoo.table([run(50, 60)])
 
 
+def test_what_is_refused_less_is_drawn_too(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    zoo.draw([refused(run(50, 4), "borderline", sampled=(20, 2))], tmp_path / "zoo.svg")
+    left, right = plt.gcf().axes[1].get_xlim()
+    assert left < -18 and right >= 30 and (tmp_path / "zoo.svg").is_file()
+
+
 def test_what_the_reasons_need_is_read_from_a_runs_record(tmp_path):
     kept = tmp_path / "adapters" / "run"
     kept.mkdir(parents=True)
