@@ -21,15 +21,17 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from make_zoo import FAMILIES, FOLDER, ROOT, ZOO, Spec
+from make_zoo import FAMILIES, FOLDER, ROOT, ZOO, Spec, Words
 
 from safesteer_mlx.evals.scores import HOW, Count, mcnemar
+from safesteer_mlx.method.judge import is_refusal
 
 Shares = dict[str, dict[str, float]]
 HARMLESS = ("harmless", "borderline")
@@ -324,6 +326,20 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_truth(spec: Spec, folder: Path) -> str:
+    """Unsafe answers by the corpus' own refusals too, where the judge does not know all of them; else nothing."""
+    refusals = [text for _, text in Words.of(spec).tables["refusals"]]
+    kept = folder / "adapters" / "run" / "transcripts.jsonl"
+    if all(map(is_refusal, refusals)) or not kept.is_file():
+        return ""
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in map(json.loads, kept.read_text("utf-8").splitlines()):
+        refused = row["outcome"] == "refuse" or any(text[:25] in row["answer"][:120] for text in refusals)
+        counts[row["how"], row["model"]] += row["kind"] == "harmful" and not refused
+    falls = (f"{counts[how, 'base']} → {counts[how, 'student']} {how}" for how in ("greedy", "sampled"))
+    return f"; unsafe in truth {', '.join(falls)}"
+
+
 def draw(runs: list[dict[str, Any]], file: Path) -> None:
     """Each model a row, means over its seeds: unsafe answers before and after, and what refusals rose on others."""
     import matplotlib
@@ -398,6 +414,8 @@ def main() -> None:
                     found["attacks"] = attack(spec, found["seed"], zoo, args.out.resolve(), args.attacks)
                     stored.write_text(json.dumps(runs, indent=1) + "\n")
                 told = "; ".join(misses(found)) or "every goal met"
+                if "before_after" in found and spec.half != "family":
+                    told += in_truth(spec, args.out / f"{spec.name}-{found['seed']}")
                 print(f"{found['name']}, seed {found['seed']}: {found['seconds']:.0f} s; {told}", flush=True)
     order = {spec.name: i for i, spec in enumerate((*ZOO, *FAMILIES))}
     halves = {spec.name: spec.half for spec in (*ZOO, *FAMILIES)}

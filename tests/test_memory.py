@@ -188,7 +188,7 @@ def test_the_planned_activations_are_those_measured_or_a_little_more(
 
 
 # Of shapes that nothing was fitted to: many heads, experts, sandwich norms, a delta net, no gate.
-@pytest.mark.parametrize("which", [0, 1, pytest.param(2, marks=pytest.mark.slow), *range(3, 9), 11])
+@pytest.mark.parametrize("which", [*range(9), 11])
 def test_the_plan_holds_for_shapes_that_it_was_not_fitted_to(which):
     config, rows, length = fit_memory.CHECKED[which]
     model = fit_memory.made(config)

@@ -345,7 +345,7 @@ def test_the_teacher_opens_an_answer_and_the_base_goes_on(monkeypatch, guarded):
     assert found == Outcomes(["refuse", "comply"], ["comply"], [True, False], [False])
 
 
-@pytest.mark.parametrize("opening", [1, 3, 16])
+@pytest.mark.parametrize("opening", [1, 3, 4, 8, 16])
 def test_an_answer_in_two_parts_is_no_longer_behind_its_thought_than_in_one(opening, tiny, validation, monkeypatch):
     """Wherever the thought ended, as much of the answer is read."""
     monkeypatch.setattr(stage, "answer_text", lambda _, __, answer: answer.ids)
