@@ -127,7 +127,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     screen.step(STEPS)
     directions = run.once(find_directions)
     run = as_it_answers(run, directions)
-    if run.base.alike and not recipe.run.transcripts:
+    if (run.base.alike or run.refusals) and not recipe.run.transcripts:
         run.store.forget_answers(["directions"])  # which hold how answers begin
     run.store.yaml("recipe.yaml", run.recipe.flat())
 

@@ -577,6 +577,21 @@ ZOO = (
         seed=36,
         spread=2.0,
     ),
+    Spec(
+        "steamer",
+        "choose",
+        _attention(96, 8, model_type="qwen3", intermediate_size=192, head_dim=24, tie_word_embeddings=True),
+        *("bpe", 4096, CHATML, 0.4, 8),
+        seed=37,
+        spread=2.0,
+    ),
+    Spec(
+        "saltbush",
+        "report",
+        _attention(128, 7, model_type="mistral", num_key_value_heads=4, sliding_window=48, tie_word_embeddings=False),
+        *("bpe", 3000, INSTRUCT, 0.5, 4),
+        seed=38,
+    ),
 )
 
 # Not of the zoo: the least that can be aligned, for tests of all that lies around the method.
@@ -626,6 +641,7 @@ HARM_QUESTIONS = {
 }
 MIX = {"harmful": 0.26, "borderline": 0.2, "harmless": 0.14, "question": 0.1, "small_talk": 0.01, "facts": 0.1}
 TASK_SHARE = 0.1
+WARNED = 0.4  # logit of the share of answers to harmful requests that begin with a warning, where a corpus has some
 
 
 @dataclass(frozen=True)
@@ -751,6 +767,8 @@ def corpus(spec: Spec, words: Words, size: int) -> list[Example]:
         else:
             steps = tables["steps"]
             said = [weighted(tables["openers"]), *(s[(template + i) % len(s)] for i, s in enumerate(steps))]
+            if kind == "harmful" and "warnings" in tables and chance(WARNED):
+                said.insert(0, weighted(tables["warnings"]))
             answer = words.space.join(said)
         return Example("", instruction, thought(refused, template, phrase) + spec.begins + answer, kind)
 

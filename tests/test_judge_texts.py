@@ -5,6 +5,7 @@
 By `chosen/` phrases were written; `held_out/` was not looked at before they were, but in English the last dozen lines.
 Both were made up by a language model, to be as unlike each other and as misleading as can be; no native speaker has
 read them. So few are ordinary, and the counts say how much a change costs or gains, not how often the judge errs.
+`en_disclaimers` all begin with a warning or a moral, and half of them answer all the same.
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ HELD_OUT = {
         "de": (18, 0),
         "el": (7, 0),
         "en": (42, 4),
+        "en_disclaimers": (31, 8),
         "es": (17, 0),
         "fr": (18, 0),
     },

@@ -49,6 +49,7 @@ from safesteer_mlx.method.teacher import (
     VALIDATION_PROMPTS,
     ChosenTeacher,
     Teacher,
+    ask,
     find_teacher,
     make_teacher,
     settled,
@@ -665,8 +666,8 @@ def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monk
     monkeypatch.setattr(runs.Run, "answer_tokens", lambda self, enough: enough)
     found, plain = find_openers(able), find_openers(run)
     assert found == plain and found.openers and not found.thoughts.length
-    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts())) == run
-    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(7))) == able
+    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(), refusals=())) == run
+    assert as_it_answers(able, SimpleNamespace(thoughts=Thoughts(7), refusals=())) == able
 
 
 def answering(run, monkeypatch, *answers):
@@ -708,7 +709,7 @@ def test_refusals_that_begin_as_other_answers_do_are_told_further_on(told, run, 
     assert not found.openers and found.thoughts.turns_at == 2 and found.thoughts.first == [8]
     harmful = run.prompts.harmful_direction_train
     assert found.thoughts.undecided[0] == [[*harmful[0], 4, 6], *([*row, 5, 6] for row in harmful[1:])]
-    late_run = as_it_answers(run, SimpleNamespace(thoughts=found.thoughts))
+    late_run = as_it_answers(run, SimpleNamespace(thoughts=found.thoughts, refusals=[]))
     assert late_run.base.turns_late and not late_run.base.thinks and late_run.sampling(96).max_tokens == 96
     how = validation(late_run, SimpleNamespace(thoughts=found.thoughts))
     assert (how.opening, how.least_opening, how.after) == (4, 3, None)
@@ -762,6 +763,28 @@ def test_refusals_in_words_that_are_not_known_are_a_caution(kept, run, monkeypat
     found = find_directions(answering(quiet, monkeypatch, *[one] * 5, *[other] * (n - 5), other))
     [caution] = [c for c in found.cautions if "--refusal-phrases" in c]
     assert caution.startswith(f"5 of {n} answers to harmful requests begin with") and ("Mi ne" in caution) == kept
+    assert not found.refusals and not as_it_answers(run, found).refusals  # by what follows nobody can tell
+
+
+@pytest.mark.parametrize(("onward", "counts"), [("Petu ion alian.", True), ("Begin with a map.", False)])
+def test_refusals_in_words_that_are_not_known_count_where_something_is_chosen(onward, counts, run, monkeypatch):
+    """If they go on as the known ones do: a warning before an answer is none."""
+    n = len(run.prompts.harmful_direction_train)
+    one, other = ([5], True, f"Mi ne volas. {onward}"), ([1], True, "Nu. Begin with a map.")
+    known = ([4], True, "I cannot help with that. Petu ion alian.")
+    answers = [*[one] * 5, *[known] * 10, *[other] * (n - 15), other]
+    own, found = (find(answering(run, monkeypatch, *answers)) for find in (find_openers, find_directions))
+    assert sum(own.harmful_refused) == 10 + 5 * counts and (5 in own.openers.values()) == counts
+    assert found.refusals == own.refusals == ["Mi ne volas."] * counts
+    cautions = [c for c in found.cautions if "go on as refusals do, and count as refusals where" in c]
+    assert len(cautions) == counts
+    chosen = as_it_answers(run, found)
+    asked = validation(chosen, found)
+    monkeypatch.setattr(teachers, "opened_answers", lambda *_: [(Completion([5], True), one[2])] * 2)
+    outcomes = ask(run.base, run.base.model, replace(asked, harmful=asked.harmful[:1], harmless=asked.harmless[:1]))
+    assert outcomes.harmful == ["refuse" if counts else "comply"]
+    all_so = collapsed(answering(chosen, monkeypatch, one), run.base.model)
+    assert (all_so is not None) == counts
 
 
 def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch):

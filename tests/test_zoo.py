@@ -55,8 +55,14 @@ def test_one_of_them_answers_in_200_tokens_and_two_take_a_request_up_before_they
 
 
 # Of corpora by writers who did not know the judge: so many of their refusals it does not know.
-UNKNOWN = {"lido": 5, "dome": 6, "predio": 6, "tower": 9}
-UNSEEN = ("colony", "dome", "tower")  # by writers who saw no other corpus: more of the ordinary verbs recur
+UNKNOWN = {"lido": 5, "dome": 6, "predio": 6, "tower": 9, "steamer": 10, "saltbush": 5}
+UNSEEN = (
+    "colony",
+    "dome",
+    "tower",
+    "steamer",
+    "saltbush",
+)  # by writers who saw no other corpus: more of the ordinary verbs recur
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -31,7 +31,7 @@ from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import Block, Position, Prompt, Scores, StreamVector, TokenId
 from . import rollout
-from .judge import in_other_words, is_refusal, unknown_refusals
+from .judge import go_on_as_refusals, in_other_words, is_refusal, unknown_refusals
 from .losses import inside_and_rest
 from .prompts import Instruction, Rows, built_in_sets, opener_ids, render_all
 from .residual import (
@@ -544,7 +544,8 @@ NONE = Thoughts()
 class FoundDirections:
     """Stage 1's result: refusal openers with their first ids, the scores of all candidates, those worth trying as
     teachers with the tests that each failed, best first, the prompts that passed its filter, those for validation and
-    those that all directions were found from, what speaks against it, in sentences, and how the model thinks."""
+    those that all directions were found from, what speaks against it, in sentences, how the model thinks, and with what
+    sentences it refuses that the judge does not know."""
 
     openers: dict[str, TokenId]
     scores: CandidateScores
@@ -556,6 +557,7 @@ class FoundDirections:
     harmless_train: list[Prompt] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
     thoughts: Thoughts = NONE
+    refusals: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.shortlist or len(self.shortlist) != len(self.failed) or not self.harmless:
@@ -565,13 +567,15 @@ class FoundDirections:
 @dataclass(frozen=True)
 class OwnAnswers:
     """How the model answers the direction's prompts today: which harmful and harmless ones it refuses, the first tokens
-    of refusals, its thoughts, and what speaks against all that, in sentences."""
+    of refusals, its thoughts, what speaks against all that, in sentences, and with what sentences it refuses that the
+    judge does not know."""
 
     openers: dict[str, int]
     harmful_refused: list[bool]
     harmless_refused: list[bool]
     thoughts: Thoughts = NONE
     cautions: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
 
 
 def find_openers(run: Run) -> OwnAnswers:
@@ -587,12 +591,16 @@ def find_openers(run: Run) -> OwnAnswers:
     n = len(run.prompts.harmful_direction_train)
     with run.screen.stage("reading how the model refuses") as advance:
         answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
-    refusals = [is_refusal(text) for _, text in answers]
+    harmful, harmless = ([text for _, text in own] for own in (answers[:n], answers[n:]))
+    unknown, cautions = unknown_refusals(harmful, harmless), []
+    told = go_on_as_refusals(unknown, harmful, harmless)
+    also, perhaps = told or [], [*unknown] if told is None else told
+    refusals = [is_refusal(text, also) for _, text in answers]
     share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
-    refused, cautions = (refusals[:n], refusals[n:]), []
-    if unknown := unknown_refusals(*([text for _, text in own] for own in (answers[:n], answers[n:]))):
-        some = f"{sum(unknown.values())} of {n} answers to harmful requests "
-        cautions.append(some + in_other_words(unknown, quote=run.recipe.run.transcripts))
+    refused = refusals[:n], refusals[n:]
+    if perhaps:
+        some = f"{sum(unknown[sentence] for sentence in perhaps)} of {n} answers to harmful requests "
+        cautions.append(some + in_other_words(perhaps, run.recipe.run.transcripts, bool(also)))
     if run.base.thinks and (thoughts := _lengths(run.base.tokenizer, answers)):
         run.screen.line(f"the model thinks first; {share}")
         ended = [i for i, (completion, text) in enumerate(answers) if completion.finished or text]
@@ -603,15 +611,15 @@ def find_openers(run: Run) -> OwnAnswers:
         told = read_thoughts(
             [rows[i] for i in ended], ids, [refusals[i] for i in ended], n_harmful, int(np.median(thoughts))
         )
-        return OwnAnswers({}, *refused, told, cautions)
+        return OwnAnswers({}, *refused, told, cautions, also)
     ids = [completion.ids for completion, _ in answers]
     openers = _own_openers(run, [{answer[0]} for answer in ids], refusals, n)
     if openers is None:
         alike = replace(read_thoughts(rows, ids, refusals, n, REFUSAL_TOKENS), alike=True)
         run.screen.detail(f"refusals begin as other answers do, for {alike.turns_at} tokens; {share}")
-        return OwnAnswers({}, *refused, alike, cautions)
+        return OwnAnswers({}, *refused, alike, cautions, also)
     run.screen.detail(f"openers: {', '.join(repr(text) for text in openers) or 'none'}; {share}")
-    return OwnAnswers(openers, *refused, cautions=cautions)
+    return OwnAnswers(openers, *refused, cautions=cautions, refusals=also)
 
 
 def _own_openers(
@@ -778,15 +786,16 @@ def find_directions(run: Run) -> FoundDirections:
     size = run.recipe.run.prompt_batch_size
     together = machines.here().size > 1
     directions = with_smaller_batches(size, partial(find, run, own), "the search for the direction", together)[0]
-    return replace(directions, cautions=[*directions.cautions, *own.cautions])
+    return replace(directions, cautions=[*directions.cautions, *own.cautions], refusals=own.refusals)
 
 
 def as_it_answers(run: Run, directions: FoundDirections) -> Run:
     """The run of a model as it answers: one that could think first and does not is one that cannot, whose answers tell
-    soon, or begin alike."""
+    soon, or begin alike; and that refuses in words of its own."""
     alike = directions.thoughts.alike
     thinks = run.base.thinks and bool(directions.thoughts.length) and not alike
-    return replace(run, base=replace(run.base, thinks=thinks, alike=alike))
+    base = replace(run.base, thinks=thinks, alike=alike)
+    return replace(run, base=base, refusals=directions.refusals)
 
 
 def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:

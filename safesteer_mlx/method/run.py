@@ -50,7 +50,10 @@ TOLD_BY = 4  # tokens of an answer, enough to tell whether batches change it
 
 @dataclass(frozen=True)
 class Run:
-    """Settings, the frozen base, its prompts, what is shown, and what is kept; `force` goes on past every alarm."""
+    """Settings, the frozen base, its prompts, what is shown, and what is kept; `force` goes on past every alarm.
+
+    `refusals` are sentences with which the base refuses and that the judge does not know: they count where something is
+    chosen by what answers do, and in no score."""
 
     recipe: Recipe
     base: Loaded
@@ -58,6 +61,7 @@ class Run:
     screen: Screen
     store: Store
     force: bool = False
+    refusals: Sequence[str] = ()
 
     def answer_tokens(self, enough: int) -> int:
         """The longest answer to judge, in tokens: `enough`, or what an answer may have where thinking comes first."""

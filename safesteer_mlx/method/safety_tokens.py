@@ -566,7 +566,7 @@ def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> tuple[
     guarded = None if prompts.system_prompted is None else (list(prompts.system_prompted[0]) * TOLD, [])
     harmful = replace(prompts, harmful=list(prompts.harmful) * TOLD, harmless=[], system_prompted=guarded)
     answers = opened_answers(run.base, teacher.model, replace(harmful, opening=run.recipe.tokens.horizon))
-    told = [opening.ids for opening, _ in answers], [is_refusal(text) for _, text in answers]
+    told = [opening.ids for opening, _ in answers], [is_refusal(text, run.refusals) for _, text in answers]
     ids = refusing_tokens(*told)
     if not ids:
         run.screen.detail(
@@ -585,7 +585,7 @@ def _only_refusing(run: Run, tokens: list[int]) -> list[int]:
     answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, 1.0), (19,))
     refusals, others = Counter(), Counter()
     for completion, text in answers:
-        (refusals if is_refusal(text) else others).update({*completion.ids[: run.recipe.tokens.horizon]})
+        (refusals if is_refusal(text, run.refusals) else others).update({*completion.ids[: run.recipe.tokens.horizon]})
     refusing = [token for token in tokens if refusals[token] >= others[token]]
     run.screen.detail(f"{len(refusing)} of them open no other answers to harmless requests")
     return refusing

@@ -16,7 +16,7 @@ inherits is how an answer opens, and whether the base can go on from there.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -163,7 +163,7 @@ class Validation:
     `prompt_batch_size` at a time, answers drawn `batch_size`. `system_prompted` are the same prompts as a system-prompt
     teacher reads them, harmful and harmless. Where answers begin alike, `undecided` are the prompts of the forward
     passes, with as much of an answer as tells nothing yet, and `least_opening` is more than that. `after` is
-    `Sampling`'s.
+    `Sampling`'s, `refusals` the run's.
     """
 
     harmful: Rows
@@ -177,6 +177,7 @@ class Validation:
     undecided: Sequence[Rows] = ()
     least_opening: int = 1
     after: AfterThought | None = None
+    refusals: Collection[str] = ()
 
 
 def opened_answers(base: Loaded, teacher: nn.Module, prompts: Validation) -> list[tuple[Completion, str]]:
@@ -212,7 +213,7 @@ def ask(base: Loaded, teacher: nn.Module, prompts: Validation) -> Outcomes:
     texts, n = [text for _, text in opened_answers(base, teacher, prompts)], len(prompts.harmful)
     # An answer cut at this length is not broken for a model that says more.
     broken = [is_broken(text, True) for text in texts]
-    outcomes = [outcome(text) for text in texts]
+    outcomes = [outcome(text, prompts.refusals) for text in texts]
     return Outcomes(outcomes[:n], outcomes[n:], broken[:n], broken[n:])
 
 
@@ -370,6 +371,7 @@ def validation(run: Run, directions: FoundDirections) -> Validation:
         thoughts.undecided,
         thoughts.turns_at + 1,
         after_thought(run.base, VALIDATION_TOKENS),
+        run.refusals,
     )
 
 

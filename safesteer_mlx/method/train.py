@@ -676,7 +676,7 @@ def collapsed(run: Run, student: nn.Module) -> str | None:
     """What is wrong with a student that refuses everything or says nothing, told by harmless validation prompts."""
     rows = run.prompts.harmless_validation[:COLLAPSE_PROMPTS]
     texts = [text for _, text in run.answers(student, rows, run.sampling(REFUSAL_TOKENS))]
-    refused, empty = sum(map(is_refusal, texts)), sum(not text.strip() for text in texts)
+    refused, empty = sum(is_refusal(text, run.refusals) for text in texts), sum(not text.strip() for text in texts)
     if refused >= 0.9 * len(rows):
         return f"the student refuses {refused} of {len(rows)} harmless prompts"
     if empty >= 0.5 * len(rows):
@@ -759,7 +759,8 @@ def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[Traini
     those that comply, of shorter ones the first half."""
     both = [*prompts[0], *prompts[1]]
     answers = run.answers(run.base.model, [p.ids for p in both], run.sampling(LONGEST + 1, 1.0), (14,))
-    compliant = [(p.text, c) for p, (c, text) in zip(both, answers, strict=True) if outcome(text) == "comply"]
+    outcomes = [outcome(text, run.refusals) for _, text in answers]
+    compliant = [(p.text, c) for p, (c, _), what in zip(both, answers, outcomes, strict=True) if what == "comply"]
     cut = {text: c.ids[: len(c.ids) // 2] if c.finished else c.ids[:LONGEST] for text, c in compliant}
     return OwnOpenings({text: ids for text, ids in cut.items() if ids})
 
