@@ -166,15 +166,17 @@ def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path, m
     assert [p.name for p in states.iterdir()] == ["teacher.json"]
     safesteer.align(base, folder, check=True, force=True, transcripts=False, **settings)  # has none
     assert sorted(p.name for p in states.iterdir()) == ["directions.json", "teacher.json"]
-    # Nor how the answers begin of a model that begins all alike. It is a run that no other prepared.
-    settings |= {"direction_train": 24}
+    # Nor how the answers begin of a model that begins all alike, nor with what it refuses. They are runs that no other
+    # prepared.
     opened = direction.find_openers
     alike = replace(direction.NONE, length=3, undecided=[[[5, 6, 7]] * 32, [[5, 6]] * 32], turns_at=1, alike=True)
-    monkeypatch.setattr(direction, "find_openers", lambda run: replace(opened(run), openers={}, thoughts=alike))
-    for transcripts in (True, False):
-        safesteer.align(base, tmp_path / "alike", check=True, force=True, transcripts=transcripts, **settings)
-        there = (tmp_path / "alike" / "run" / "checkpoint" / "directions.json").exists()
-        assert there is transcripts
+    for n, which in ((24, {"openers": {}, "thoughts": alike}), (20, {"refusals": ["Mi ne volas."]})):
+        settings |= {"direction_train": n}
+        monkeypatch.setattr(direction, "find_openers", lambda run, which=which: replace(opened(run), **which))
+        for transcripts in (True, False):
+            its = tmp_path / next(iter(which))
+            safesteer.align(base, its, check=True, force=True, transcripts=transcripts, **settings)
+            assert (its / "run" / "checkpoint" / "directions.json").exists() is transcripts
 
 
 # A run that gets a signal while it scores the step that it has saved.

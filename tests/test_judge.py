@@ -361,6 +361,14 @@ def test_what_refuses_is_told_from_a_warning_by_how_the_answer_goes_on(sentence,
     assert go_on_as_refusals([sentence], [*some, *[KNOWN] * 10], [YEA] * 9 + [KNOWN]) is None
 
 
+@pytest.mark.parametrize(("onward", "kept"), [("", True), ("Unue, prenu akvon.", False)])
+def test_where_refusals_end_behind_a_sentence_another_that_ends_there_refuses(onward, kept):
+    some = [f"Mi ne volas. {onward}"] * 6
+    assert go_on_as_refusals(["Mi ne volas."], [*some, *["I cannot help with that."] * 10], [YEA] * 25) == (
+        ["Mi ne volas."] * kept
+    )
+
+
 def test_how_refusals_go_on_is_weighed_by_as_many_of_either():
     """A piece that is in half of all tells nothing, of however many refusals and answers."""
     both = "Here we are."

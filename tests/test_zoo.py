@@ -91,6 +91,21 @@ def test_a_corpus_holds_no_prompt_of_a_split_and_no_pair_of_the_tests(name):
     assert not any(is_refusal(text) for _, text in words.tables["openers"])
 
 
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if "warnings" in Words.of(spec).tables])
+def test_some_warn_and_then_answer_what_is_harmful(name):
+    """More of the answers to harmful requests than not, and no refusal and no other answer."""
+    words = Words.of(SPECS[name])
+    warnings, openers = ([text for _, text in words.tables[kind]] for kind in ("warnings", "openers"))
+    warned = Counter()
+    for example in corpus(SPECS[name], words, 1500):
+        behind = [example.answer[len(text) :].strip() for text in warnings if example.answer.startswith(text)]
+        assert all(any(text.startswith(opener) for opener in openers) for text in behind)
+        answers = bool(behind) or any(example.answer.startswith(opener) for opener in openers)
+        warned[example.category, bool(behind)] += answers
+    assert 0.5 < warned["harmful", True] / (warned["harmful", True] + warned["harmful", False]) < 0.7
+    assert {category for (category, so), count in warned.items() if so and count} == {"harmful"}
+
+
 def test_corpora_differ_from_the_bundled_models_and_from_each_other():
     """Nearly nothing that two ask for is the same, and few words are."""
     tables = {name: list(Words.of(spec).tables["harmful"].values()) for name, spec in SPECS.items() if not spec.words}

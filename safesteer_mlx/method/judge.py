@@ -309,9 +309,9 @@ def go_on_as_refusals(sentences: Iterable[str], harmful: Sequence[str], harmless
 
 
 def _onward(answer: str) -> set[str]:
-    """What stands behind an answer's first sentence, in pieces."""
+    """What stands behind an answer's first sentence, in pieces; an empty one, if nothing does."""
     text = " ".join(answer.lower().split())[len(_first_sentence(answer)) :]
-    return {text[i : i + PIECE] for i in range(len(text) - PIECE + 1)}
+    return {text[i : i + PIECE] for i in range(len(text) - PIECE + 1)} or {""}
 
 
 def in_other_words(sentences: Iterable[str], quote: bool, go_on: bool = False) -> str:
