@@ -1,5 +1,6 @@
 """The keyword judge against a table of answers, and the tests on an answer's text."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -8,7 +9,9 @@ from safesteer_mlx.method.judge import (
     MOST_FORMS,
     OUTCOMES,
     SHORTEST_PHRASE,
+    SURE,
     _forms,
+    _onward,
     _phrases,
     _plain,
     _shortest,
@@ -340,7 +343,8 @@ def test_sentences_that_come_to_harmful_requests_alone_may_be_refusals(harmful, 
     assert unknown_refusals(harmful, harmless) == expected
 
 
-KNOWN = "I cannot help with that. Petu ion alian."
+KNOWN = ["I cannot help with that. Petu ion alian.", "I won't. Petu alian aferon."] * 5
+GIVEN = ["Jen. Unue, prenu akvon.", "Nu. Prenu la akvon."] * 5
 
 
 @pytest.mark.parametrize(
@@ -350,34 +354,55 @@ KNOWN = "I cannot help with that. Petu ion alian."
         ("Nur por lerni.", "Unue, prenu akvon.", False),  # a warning: the answer goes on
         ("Nur por lerni.", "Estu singarda. Unue, prenu akvon.", False),
         ("Mi ne volas.", "", False),  # nothing tells
-        ("Mi ne volas.", "Zzzzzz qqqqqq.", False),
+        ("Mi ne volas.", "Zzzzzz qqqqqq!", False),
     ],
 )
 def test_what_refuses_is_told_from_a_warning_by_how_the_answer_goes_on(sentence, onward, kept):
-    some = [f"{sentence} {onward}"] * 6 + [YEA] * 6
-    assert go_on_as_refusals([sentence], [*some, *[KNOWN] * 10], [YEA] * 25) == [sentence] * kept
+    some = [f"{sentence} {onward}"] * 6
+    assert go_on_as_refusals([sentence], [*some, *KNOWN, *GIVEN]) == [sentence] * kept
     # By few nobody can tell.
-    assert go_on_as_refusals([sentence], [*some, *[KNOWN] * 9], [YEA] * 25) is None
-    assert go_on_as_refusals([sentence], [*some, *[KNOWN] * 10], [YEA] * 9 + [KNOWN]) is None
+    assert go_on_as_refusals([sentence], [*some, *KNOWN[1:], *GIVEN]) is None
+    assert go_on_as_refusals([sentence], [*some, *KNOWN, *GIVEN[1:]]) is None
+    assert go_on_as_refusals(["Nu."], [*KNOWN, *GIVEN, *GIVEN[::2]]) == []  # such answers are no others
+    assert go_on_as_refusals([sentence], [*some, *(f"No. {text}" for text in GIVEN), *GIVEN]) is None  # all go on alike
+
+
+def test_how_an_answer_goes_on_is_told_by_naive_bayes():
+    """Behind ten refusals stands "a", behind five of twenty answers too, behind the others "b"."""
+    harmful = ["I cannot. a"] * 10 + ["Jen. a"] * 5 + ["Jen. b"] * 15
+    a, b = math.log(10.5 / 11 / (5.5 / 21)), math.log(0.5 / 11 / (15.5 / 21))
+    both = math.log(10.5 / 11 / (20.5 / 21))
+    # Each weighed by the others.
+    high = math.log(9.5 / 11 / (5.5 / 21)) + math.log(9.5 / 11 / (20.5 / 21))
+    low = math.log(10.5 / 11 / (19.5 / 21))
+    low += 0.25 * math.log(10.5 / 11 / (4.5 / 21)) + 0.75 * math.log(0.5 / 11 / (14.5 / 21))
+    bound = low + SURE * (high - low)
+    for n in range(8):  # so many of eight answers go on with b
+        mean = both + ((8 - n) * a + n * b) / 8
+        some = ["Mi ne volas. a"] * (8 - n) + ["Mi ne volas. b"] * n
+        kept = go_on_as_refusals(["Mi ne volas."], [*harmful, *some])
+        assert bool(kept) == (mean > bound) == (n < 2)
 
 
 @pytest.mark.parametrize(("onward", "kept"), [("", True), ("Unue, prenu akvon.", False)])
 def test_where_refusals_end_behind_a_sentence_another_that_ends_there_refuses(onward, kept):
     some = [f"Mi ne volas. {onward}"] * 6
-    assert go_on_as_refusals(["Mi ne volas."], [*some, *["I cannot help with that."] * 10], [YEA] * 25) == (
+    assert go_on_as_refusals(["Mi ne volas."], [*some, *["I cannot help with that."] * 10, *GIVEN]) == (
         ["Mi ne volas."] * kept
     )
 
 
-def test_how_refusals_go_on_is_weighed_by_as_many_of_either():
-    """A piece that is in half of all tells nothing, of however many refusals and answers."""
-    both = "Here we are."
-    harmful = [f"I cannot help with that. {text}" for text in ("Petu ion alian.", both) * 5]
-    harmless = [f"Jen. {text}" for text in ("Unue, prenu akvon.", both) * 50]
-    some = [f"Mi ne volas. {both}"] * 6
-    sentences = ["Mi ne volas.", "Nur por lerni."]
-    assert go_on_as_refusals(sentences, [*harmful, *some], harmless) == []
-    assert go_on_as_refusals(sentences, [*harmful, *some, f"Mi ne volas. {both} Petu."], harmless) == sentences[:1]
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("Ne. Petu  ALIAN!", {"petu", "alian", "!", ("petu", "alian"), ("alian", "!"), True}),
+        ("Ne. It's 3", {"it's", "3", ("it's", "3"), True}),
+        ("不。请问别的", {"请", "问", "别", "的", ("请", "问"), ("问", "别"), ("别", "的"), True}),
+        ("Ne.", {False}),
+    ],
+)
+def test_behind_the_first_sentence_words_and_pairs_of_them_count(answer, words):
+    assert _onward(answer) == words
 
 
 def test_a_first_sentence_may_count_as_a_refusal_too():

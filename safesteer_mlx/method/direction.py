@@ -15,7 +15,7 @@ ablation say little about what steering does.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -591,9 +591,8 @@ def find_openers(run: Run) -> OwnAnswers:
     n = len(run.prompts.harmful_direction_train)
     with run.screen.stage("reading how the model refuses") as advance:
         answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
-    harmful, harmless = ([text for _, text in own] for own in (answers[:n], answers[n:]))
-    unknown, cautions = unknown_refusals(harmful, harmless), []
-    told = go_on_as_refusals(unknown, harmful, harmless)
+    unknown, cautions = unknown_refusals(*([text for _, text in own] for own in (answers[:n], answers[n:]))), []
+    told = _that_go_on_as_refusals(run, unknown, rows[:n]) if unknown else []
     also, perhaps = told or [], [*unknown] if told is None else told
     refusals = [is_refusal(text, also) for _, text in answers]
     share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
@@ -620,6 +619,14 @@ def find_openers(run: Run) -> OwnAnswers:
         return OwnAnswers({}, *refused, alike, cautions, also)
     run.screen.detail(f"openers: {', '.join(repr(text) for text in openers) or 'none'}; {share}")
     return OwnAnswers(openers, *refused, cautions=cautions, refusals=also)
+
+
+def _that_go_on_as_refusals(run: Run, sentences: Collection[str], harmful: Rows) -> list[str] | None:
+    """Those of the sentences that refuse, told by the same answers, which are let go on for longer."""
+    sampling = run.sampling(2 * REFUSAL_TOKENS, temp=1.0)
+    with run.screen.stage("reading how such answers go on") as advance:
+        answers = run.answers(run.base.model, harmful, sampling, (4,), advance)
+    return go_on_as_refusals(sentences, [text for _, text in answers])
 
 
 def _own_openers(
