@@ -5,8 +5,8 @@
 By `chosen/` phrases were written; `held_out/` was not looked at before they were, but in English the last dozen lines.
 Both were made up by a language model, to be as unlike each other and as misleading as can be; no native speaker has
 read them. So few are ordinary, and the counts say how much a change costs or gains, not how often the judge errs.
-`en_disclaimers` all begin with a warning or a moral, and half of them answer all the same. `going_on.yaml` has answers of
-four imaginary assistants: refusals in known words and in the house's own, answers with a warning before them and without.
+`en_disclaimers` all begin with a warning or a moral, and half of them answer all the same. `going_on.yaml` has answers
+of four imaginary assistants: refusals in known words and in their own, answers with a warning before them and without.
 """
 
 import re
