@@ -15,7 +15,7 @@ ablation say little about what steering does.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -591,15 +591,10 @@ def find_openers(run: Run) -> OwnAnswers:
     n = len(run.prompts.harmful_direction_train)
     with run.screen.stage("reading how the model refuses") as advance:
         answers = run.answers(run.base.model, rows, run.sampling(REFUSAL_TOKENS, temp=1.0), (4,), advance)
-    unknown, cautions = unknown_refusals(*([text for _, text in own] for own in (answers[:n], answers[n:]))), []
-    told = _that_go_on_as_refusals(run, unknown, rows[:n]) if unknown else []
-    also, perhaps = told or [], [*unknown] if told is None else told
+    also, cautions = _in_other_words(run, rows, [text for _, text in answers])
     refusals = [is_refusal(text, also) for _, text in answers]
     share = f"{sum(refusals[:n])} of {n} harmful prompts are refused"
     refused = refusals[:n], refusals[n:]
-    if perhaps:
-        some = f"{sum(unknown[sentence] for sentence in perhaps)} of {n} answers to harmful requests "
-        cautions.append(some + in_other_words(perhaps, run.recipe.run.transcripts, bool(also)))
     if run.base.thinks and (thoughts := _lengths(run.base.tokenizer, answers)):
         run.screen.line(f"the model thinks first; {share}")
         ended = [i for i, (completion, text) in enumerate(answers) if completion.finished or text]
@@ -621,12 +616,21 @@ def find_openers(run: Run) -> OwnAnswers:
     return OwnAnswers(openers, *refused, cautions=cautions, refusals=also)
 
 
-def _that_go_on_as_refusals(run: Run, sentences: Collection[str], harmful: Rows) -> list[str] | None:
-    """Those of the sentences that refuse, told by the same answers, which are let go on for longer."""
-    sampling = run.sampling(2 * REFUSAL_TOKENS, temp=1.0)
-    with run.screen.stage("reading how such answers go on") as advance:
-        answers = run.answers(run.base.model, harmful, sampling, (4,), advance)
-    return go_on_as_refusals(sentences, [text for _, text in answers])
+def _in_other_words(run: Run, rows: Rows, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """With what sentences the model refuses that the judge does not know; and what is told of them, or if nobody can
+    tell, of those that may refuse."""
+    n = len(run.prompts.harmful_direction_train)
+    unknown = unknown_refusals(texts[:n], texts[n:])
+    if not unknown:
+        return [], []
+    with run.screen.stage("reading how such answers go on") as advance:  # the same answers, at twice the length
+        longer = run.answers(run.base.model, rows[:n], run.sampling(2 * REFUSAL_TOKENS, temp=1.0), (4,), advance)
+    refusing = go_on_as_refusals(unknown, [text for _, text in longer])
+    perhaps = [*unknown] if refusing is None else refusing
+    if not perhaps:
+        return [], []
+    some = f"{sum(unknown[sentence] for sentence in perhaps)} of {n} answers to harmful requests "
+    return refusing or [], [some + in_other_words(perhaps, run.recipe.run.transcripts, bool(refusing))]
 
 
 def _own_openers(
