@@ -557,7 +557,7 @@ ZOO = (
     ),
     Spec(
         "tower",
-        "report",
+        "choose",
         _attention(
             96,
             8,
