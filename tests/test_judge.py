@@ -384,6 +384,12 @@ def test_how_an_answer_goes_on_is_told_by_naive_bayes():
         assert bool(kept) == (mean > bound) == (n < 2)
 
 
+def test_what_refuses_in_known_words_further_on_tells_too():
+    """Such as an answer of which more was read than when its sentence was found."""
+    some = ["Thank you for asking. I cannot help with that. Petu ion alian."] * 6
+    assert go_on_as_refusals(["Thank you for asking."], [*some, *KNOWN, *GIVEN]) == ["Thank you for asking."]
+
+
 @pytest.mark.parametrize(("onward", "kept"), [("", True), ("Unue, prenu akvon.", False)])
 def test_where_refusals_end_behind_a_sentence_another_that_ends_there_refuses(onward, kept):
     some = [f"Mi ne volas. {onward}"] * 6

@@ -296,9 +296,9 @@ def go_on_as_refusals(sentences: Collection[str], harmful: Sequence[str]) -> lis
     A naive Bayes on words and pairs of words; each known text is weighed by the others. Where answers end as soon as
     they are judged, nothing stands behind the refusals, so this is for others.
     """
-    refusals = [_onward(text) for text in harmful if is_refusal(text)]
-    complied = [(_first_sentence(text), _onward(text)) for text in harmful if outcome(text) == "comply"]
-    answers = [words for sentence, words in complied if sentence not in sentences]
+    each = [(_first_sentence(text), _onward(text), is_refusal(text)) for text in harmful if outcome(text) != "evade"]
+    refusals = [words for _, words, refuses in each if refuses]
+    answers = [words for sentence, words, refuses in each if not refuses and sentence not in sentences]
     if min(len(refusals), len(answers)) < ENOUGH_KNOWN:
         return None
     of = Counter(word for words in refusals for word in words), Counter(word for words in answers for word in words)
@@ -313,7 +313,10 @@ def go_on_as_refusals(sentences: Collection[str], harmful: Sequence[str]) -> lis
     high = statistics.mean(leaning(words, (1, 0)) for words in refusals)
     if high <= low:
         return None
-    begun = {sentence: [leaning(words) for its, words in complied if its == sentence] for sentence in sentences}
+    begun = {
+        sentence: [leaning(words, (int(refuses), 0)) for its, words, refuses in each if its == sentence]
+        for sentence in sentences
+    }
     return [sentence for sentence, its in begun.items() if its and statistics.mean(its) > low + SURE * (high - low)]
 
 
