@@ -261,7 +261,7 @@ def _record(
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
-    store.json("outcome.json", outcome(scores, not_aligned, run.recipe.run.transcripts))
+    store.json("outcome.json", outcome(scores, not_aligned, run.recipe.run.transcripts, run.refusals))
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if run.recipe.run.transcripts:
         store.lines("transcripts.jsonl", transcripts(scores))
@@ -301,7 +301,7 @@ def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> N
             report = write_report(record, settings.transcripts_in_report)
         except UserError as error:
             screen.line(f"no report: {error}")
-    show_last(outcome(scores, not_aligned, settings.transcripts), screen)
+    show_last(outcome(scores, not_aligned, settings.transcripts, run.refusals), screen)
     if not_aligned is None:
         show_next(next_steps(vars(settings), Path(settings.adapter_path), report), screen)
     elif report is not None:

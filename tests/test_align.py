@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import MICRO
 
 from safesteer_mlx.align import main
-from safesteer_mlx.method import safety_tokens
+from safesteer_mlx.evals import last_screen
+from safesteer_mlx.method import direction, safety_tokens
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.recipe import MODELS
 
@@ -131,6 +133,17 @@ def test_every_variant_runs_to_the_end(flags, tmp_path):
     short = [MICRO, "--batch-size", "8", "--max-tokens", "24"]
     folder = aligned(tmp_path / "adapters", *short, *flags, "--force")  # two steps of some of them make nothing safer
     assert (folder / "adapters.safetensors").stat().st_size > 0
+
+
+def test_what_the_model_refuses_in_other_words_is_told_last_too(tmp_path, monkeypatch):
+    """Where it was seen to before: such sentences count where something is chosen, and in no score."""
+    opened, told = direction.find_openers, last_screen.outcome
+    seen = []
+    monkeypatch.setattr(direction, "find_openers", lambda run: replace(opened(run), refusals=["Mi ne volas."]))
+    monkeypatch.setattr(last_screen, "outcome", lambda *content: seen.append(content[-1]) or told(*content))
+    short = [MICRO, "--batch-size", "8", "--max-tokens", "24", "--direction-validation", "12", "--force"]
+    aligned(tmp_path / "adapters", *short)
+    assert seen == [["Mi ne volas."]] * 2  # in the record, and on the screen
 
 
 def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(nothing_prepared, tmp_path, monkeypatch):
