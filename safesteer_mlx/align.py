@@ -98,6 +98,7 @@ def _as_begun(recipe: Recipe) -> Recipe:
 
 def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: bool) -> Aligned:
     """`align_model`, but for the page."""
+    from .evals.last_screen import outcome
     from .evals.reporting import start_reports
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
@@ -174,8 +175,9 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     why = not_aligned(scores["base"], scores["student"], learned)
     if run.store.ours:
         timing = {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds}
-        _record(run, scores, why, timing | screen.pace.as_json(), tokens)
-        _tell(run, scores, why)
+        told = outcome(scores, why, run.recipe.run.transcripts, run.refusals)
+        _record(run, scores, told, why, timing | screen.pace.as_json(), tokens)
+        _tell(run, scores, told, why)
     return Aligned(folder, verdict, scores, why)
 
 
@@ -244,6 +246,7 @@ def _before_and_after(
 def _record(
     run: "Run",
     scores: "dict[str, Scores]",
+    told: dict[str, Any],
     not_aligned: str | None,
     timing: dict[str, Any],
     tokens: "SafetyTokens",
@@ -255,13 +258,12 @@ def _record(
 
     import mlx.core as mx
 
-    from .evals.last_screen import outcome
     from .evals.scores import transcripts
     from .method.prompts import given_files
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
-    store.json("outcome.json", outcome(scores, not_aligned, run.recipe.run.transcripts, run.refusals))
+    store.json("outcome.json", told)
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if run.recipe.run.transcripts:
         store.lines("transcripts.jsonl", transcripts(scores))
@@ -286,9 +288,9 @@ def _record(
     store.forget_states()
 
 
-def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> None:
+def _tell(run: "Run", scores: "dict[str, Scores]", told: dict[str, Any], not_aligned: str | None) -> None:
     """Draw the report, say what came of it, and what to do with the adapters of a student that is safer."""
-    from .evals.last_screen import next_steps, outcome, show_last, show_next, shown_path
+    from .evals.last_screen import next_steps, show_last, show_next, shown_path
     from .evals.scores import show
     from .report import write_report
 
@@ -301,7 +303,7 @@ def _tell(run: "Run", scores: "dict[str, Scores]", not_aligned: str | None) -> N
             report = write_report(record, settings.transcripts_in_report)
         except UserError as error:
             screen.line(f"no report: {error}")
-    show_last(outcome(scores, not_aligned, settings.transcripts, run.refusals), screen)
+    show_last(told, screen)
     if not_aligned is None:
         show_next(next_steps(vars(settings), Path(settings.adapter_path), report), screen)
     elif report is not None:

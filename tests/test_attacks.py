@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -575,6 +576,10 @@ def test_the_bases_own_beginnings_are_those_that_comply_and_go_on(base, tmp_path
     assert own == find_own_openings(run, prompts).ids
     texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in own.values()]
     assert not any(map(is_refusal, texts)) and not any(set(ids) & set(base.eos_ids) for ids in own.values())
+    begun = [found[0] for text in texts if (found := re.match("[^.!?]*[.!?]", text))]
+    [(sentence, _)] = Counter(begun).most_common(1)
+    fewer = find_own_openings(replace(run, refusals=[sentence]), prompts).ids  # as if it refused in those words
+    assert fewer.items() < own.items()
     framed = run.with_settings(train=replace(run.recipe.train, prefill_ratio=0.2, wrap_ratio=0.1))
     framer = make_framer(framed, prompts)
     assert (framer.prefill, framer.wrap, framer.systems, framer.own) == (0.2, 0.1, True, own)

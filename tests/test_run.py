@@ -324,6 +324,8 @@ def test_tokens_that_open_other_answers_to_harmless_prompts_are_not_made_rarer(r
     assert asked == [(run.base.model, run.prompts.harmless_validation, 1.0)]
     thinks = replace(few, base=replace(few.base, thinks=True))
     assert safety_tokens._only_refusing(thinks, [3, 4, 5, 6]) == [3, 4, 5, 6] and len(asked) == 1
+    # What refuses in words that the judge does not know refuses too.
+    assert safety_tokens._only_refusing(replace(few, refusals=["Sure."]), [3, 4, 5, 6]) == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("ratio", "margin", "is_asked"), [(0.66, 3.0, True), (0.66, 0.0, False), (0.0, 3.0, False)])
@@ -477,7 +479,9 @@ def test_tokens_are_those_with_which_answers_refuse_if_any_is(run, monkeypatch, 
     short, teacher = run.with_settings(tokens=replace(run.recipe.tokens, horizon=3)), Teacher(run.base.model)
     directions = SimpleNamespace(thoughts=Thoughts())
     assert safety_tokens._refusing(short, teacher, directions) == ([1], [0, 5])
-    [prompts] = asked
+    other = replace(short, refusals=["Of course."])  # by which all of them refuse
+    assert safety_tokens._refusing(other, teacher, directions) == ([0, 1, 5], [])
+    prompts, _ = asked
     assert prompts.opening == 3 and not len(prompts.harmless)
     assert prompts.harmful == run.prompts.harmful_validation[: VALIDATION_PROMPTS[0]] * safety_tokens.TOLD
     monkeypatch.setattr(safety_tokens, "opened_answers", lambda *_: [(Completion([5], False), "Of course.")])
