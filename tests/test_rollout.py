@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import RotatingKVCache
 
 from safesteer_mlx.method import rollout
 from safesteer_mlx.method.residual import _override, blocks, view
@@ -245,3 +246,47 @@ def test_what_the_engine_cannot_take_is_generated_alone(model, monkeypatch):
         generate(model, prompts, few)  # a fault of ours must not hide behind a slow way
     assert generate(model, prompts, replace(few, batch_size=1)) == expected
     assert generate(model, prompts, replace(few, batch_size=1, temp=1.0), keys) == drawn
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_answers_are_the_same_in_however_small_steps_the_caches_grow(model, monkeypatch, window):
+    prompts = [[1 + i % 7, 2, *range(3, 3 + i % 5)] for i in range(24)]
+    if window:
+        monkeypatch.setattr(
+            model, "make_cache", lambda: [RotatingKVCache(window) for _ in blocks(model)], raising=False
+        )
+
+    def answers(step):
+        monkeypatch.setattr(rollout, "CACHE_STEP", step)
+        keys = [stream_key(3, i) for i in range(len(prompts))]
+        return [c.ids for c in generate(model, prompts, Sampling(EOS, 90, temp=1.0, batch_size=8), keys)]
+
+    usual = answers(256)
+    assert max(map(len, usual)) > 64 > min(map(len, usual))  # rows leave, join, and pass the ends of steps
+    assert answers(32) == answers(5) == usual
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_caches_hold_few_positions_that_nothing_is_in(model, monkeypatch, alike):
+    """mlx-lm's 256 were copied with each row that was replaced: twice the bundled run's seconds of sampling."""
+    if alike:
+        model = view(model)
+        set_equal_batches(model)
+    held, decoded = [], draw
+
+    def drawn(logits, *how):
+        held.extend(layer.keys.shape[2] for layer in caches)
+        return decoded(logits, *how)
+
+    caches = []
+    for reader in (rollout._Reader, rollout._AlikeReader):
+        read = reader.__call__
+        monkeypatch.setattr(reader, "__call__", lambda self, rows, read=read: kept(read(self, rows)))
+
+    def kept(cache):
+        caches[:] = caches or cache  # those that others are joined to
+        return cache
+
+    monkeypatch.setattr(rollout, "draw", drawn)
+    generate(model, [[1, 2, 3 + i] for i in range(12)], Sampling([], 40, batch_size=4))
+    assert 43 <= max(held) < 100

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..system import machines
-from ..system.memory import with_smaller_batches
+from ..system.memory import CACHE_STEP, with_smaller_batches
 from ..system.screen import Advance, silent
 from ..system.store import TokenId
 from .residual import pad_right
@@ -99,6 +99,15 @@ def draw(logits: mx.array, points: mx.array | None, temp: float = 1.0, top_p: fl
     return mx.where(points < 0, logits.argmax(axis=-1), ids)
 
 
+def _grown_in_small_steps(cache: list[Any]) -> list[Any]:
+    """The caches, whose keys and values grow by `CACHE_STEP` positions: mlx-lm's 256 are empty for the most part, and
+    copied whenever rows are replaced."""
+    for layer in (part for whole in cache for part in getattr(whole, "caches", [whole])):
+        if hasattr(layer, "step"):
+            layer.step = CACHE_STEP
+    return cache
+
+
 class _Reader:
     """Reads prompts up to their last id, side by side, each of them once, and what all begin with once for all.
 
@@ -108,7 +117,7 @@ class _Reader:
     def __init__(self, model: nn.Module, prompts: Sequence[Ids]):
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-        self._model, self._start = model, make_prompt_cache(model)
+        self._model, self._start = model, _grown_in_small_steps(make_prompt_cache(model))
         unique = {tuple(p) for p in prompts}
         shortest = min(map(len, unique)) - 1  # the last id is fed by itself
         common = next((i for i in range(shortest) if len({p[i] for p in unique}) > 1), shortest)
@@ -137,7 +146,7 @@ class _Reader:
         """The caches of prompts (N,), read but for their last id."""
         rows = list(dict.fromkeys(tuple(p) for p in prompts))
         cache = [layer.merge([layer] * len(rows)) for layer in self._start]
-        self._read(cache, [list(row[self._common : -1]) for row in rows])
+        self._read(_grown_in_small_steps(cache), [list(row[self._common : -1]) for row in rows])
         if len(rows) < len(prompts):
             for layer in cache:
                 layer.filter([rows.index(tuple(p)) for p in prompts])
@@ -153,7 +162,7 @@ class _AlikeReader:
     def __call__(self, prompts: Sequence[Ids]) -> list[Any]:
         from mlx_lm.models.cache import make_prompt_cache
 
-        cache, ids = make_prompt_cache(self._model), mx.array([list(p[:-1]) for p in prompts])
+        cache, ids = _grown_in_small_steps(make_prompt_cache(self._model)), mx.array([list(p[:-1]) for p in prompts])
         if ids.shape[1]:
             self._model(ids, cache=cache)
             mx.eval([layer.state for layer in cache])  # and no logits, which nobody reads

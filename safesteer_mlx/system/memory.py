@@ -31,6 +31,7 @@ PAGES = 0.95  # of the physical memory, beyond which a machine runs on its disk
 DISPLAY = "it helps to let the display sleep, or to start with AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 set"
 # Of a gradient's activations, where experts are asked one token after another; and again where they are checkpointed.
 IN_TURN, KEPT_TWICE = 2.4, 1.7
+CACHE_STEP = 32  # positions that keys and values grow by while answers are generated
 READ_BACK = 16  # answers that base and student read at a time, for drift
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
@@ -193,9 +194,9 @@ def loss_bytes(shape: ModelShape, rows: int) -> int:
 
 
 def cache_bytes(shape: ModelShape, rows: int, length: int) -> int:
-    """Keys and values of `rows` sequences, three times over: mlx-lm's caches grow by 256 positions, and are copied
-    when they do and when rows join or leave."""
-    grown = -(-length // 256) * 256
+    """Keys and values of `rows` sequences, three times over: mlx-lm's caches are copied when they grow and when rows
+    join or leave."""
+    grown = -(-length // CACHE_STEP) * CACHE_STEP
     return 3 * 2 * rows * grown * shape.n_layers * shape.kv * shape.activation_bytes
 
 
