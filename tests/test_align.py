@@ -165,7 +165,7 @@ def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(nothin
 @pytest.mark.usefixtures("unsaved")
 def test_a_run_that_learns_nothing_says_so_last_and_recommends_no_adapter(tmp_path, capsys):
     folder = tmp_path / "adapters"
-    command = ["--adapter-path", str(folder), *SHORT, "--learning-rate", "4e-6"]
+    command = [MICRO, "--adapter-path", str(folder), *SHORT, "--learning-rate", "4e-6"]
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert "not aligned: training brought the model 0% of the way" in err and "are not to be used" in err

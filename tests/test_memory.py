@@ -550,3 +550,19 @@ def test_a_card_has_its_own_memory(monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 8 * 10**9, "device_name": "NVIDIA H200"})
     assert memory.this_machine() == Machine(8 * 10**9, "the card's memory", False)
     assert memory.this_machine("2GB") == Machine(2 * 10**9, "--memory-limit", False)
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_the_planned_caches_are_those_measured_or_more(leave):
+    """Of answers that all go to the end, and where some leave before it and others join."""
+    model, shape = random_qwen(256, 512, 3, 500, mx.float32)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, 500, (32, 6)).tolist()
+    short = Sampling([], 154, batch_size=16, enough=lambda prompt, ids: leave and prompt[0] % 3 == 0 and len(ids) > 100)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    generate(model, prompts, short)
+    measured = mx.get_peak_memory() - before
+    planned = memory.sampling_bytes(shape, 16, 6, 154)
+    assert 1.2 < planned / measured < 2.2, (planned, measured)

@@ -194,10 +194,10 @@ def loss_bytes(shape: ModelShape, rows: int) -> int:
 
 
 def cache_bytes(shape: ModelShape, rows: int, length: int) -> int:
-    """Keys and values of `rows` sequences, three times over: mlx-lm's caches are copied when they grow and when rows
-    join or leave."""
+    """Keys and values of `rows` sequences, twice over: mlx-lm's caches are copied, block after block, when they grow
+    and when rows join or leave."""
     grown = -(-length // CACHE_STEP) * CACHE_STEP
-    return 3 * 2 * rows * grown * shape.n_layers * shape.kv * shape.activation_bytes
+    return 2 * 2 * rows * grown * shape.n_layers * shape.kv * shape.activation_bytes
 
 
 def sampling_bytes(shape: ModelShape, rows: int, prompt: int, answer: int) -> int:
