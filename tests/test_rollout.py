@@ -268,17 +268,16 @@ def test_answers_are_the_same_in_however_small_steps_the_caches_grow(model, monk
 
 @pytest.mark.parametrize("alike", [False, True])
 def test_caches_hold_few_positions_that_nothing_is_in(model, monkeypatch, alike):
-    """mlx-lm's 256 were copied with each row that was replaced: twice the bundled run's seconds of sampling."""
+    """Those of mlx-lm's 256 were copied whenever rows were replaced."""
     if alike:
         model = view(model)
         set_equal_batches(model)
-    held, decoded = [], draw
+    held, caches = [], []
 
     def drawn(logits, *how):
         held.extend(layer.keys.shape[2] for layer in caches)
-        return decoded(logits, *how)
+        return draw(logits, *how)
 
-    caches = []
     for reader in (rollout._Reader, rollout._AlikeReader):
         read = reader.__call__
         monkeypatch.setattr(reader, "__call__", lambda self, rows, read=read: kept(read(self, rows)))

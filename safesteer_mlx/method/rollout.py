@@ -117,7 +117,7 @@ class _Reader:
     def __init__(self, model: nn.Module, prompts: Sequence[Ids]):
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-        self._model, self._start = model, _grown_in_small_steps(make_prompt_cache(model))
+        self._model, self._start = model, make_prompt_cache(model)
         unique = {tuple(p) for p in prompts}
         shortest = min(map(len, unique)) - 1  # the last id is fed by itself
         common = next((i for i in range(shortest) if len({p[i] for p in unique}) > 1), shortest)
