@@ -235,7 +235,9 @@ class TrainSettings:
     epochs: float = _positive(3.0, "passes over the harmful training prompts", 1e5)
     iters: int | None = _count(None, "optimizer steps, instead of epochs", MOST_STEPS)
     until_learned: bool = _setting(
-        True, "end when the student opens refusals as the teacher does, or go on to twice the epochs; not with --iters"
+        True,
+        "end when the student opens refusals as the teacher does, or learns no more, or after twice the epochs; not "
+        "with --iters",
     )
     keep_best: bool = _setting(
         False,

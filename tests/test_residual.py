@@ -15,6 +15,7 @@ from safesteer_mlx.method.residual import (
     block_inputs,
     block_outputs,
     blocks,
+    by_length,
     check_stream,
     checkpoint_blocks,
     head,
@@ -448,3 +449,9 @@ def test_checkpoints_keep_the_gradient_of_what_blocks_hand_beside_the_stream():
     for name in grads[0]:
         np.testing.assert_allclose(np.array(grads[1][name]), np.array(grads[0][name]), atol=1e-6)
     assert max(mx.abs(g).max().item() for g in grads[0].values()) > 1e-3
+
+
+def test_batches_are_of_rows_of_like_length():
+    rows = [[0] * n for n in (3, 1, 4, 2, 1)]
+    assert list(by_length(rows, 2)) == [[1, 4], [3, 0], [2]]
+    assert list(by_length([], 2)) == []

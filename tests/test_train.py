@@ -322,8 +322,9 @@ NO, YES = 0.89, 0.9
 
 @pytest.fixture(autouse=True)
 def what_numbers_are_worked_out_with(monkeypatch):
-    """A run has learned at 0.9, measured every third step, and ends a quarter of the epochs later."""
-    for name, value in (("LEARNED", 0.9), ("MEASURED_EVERY", 3), ("FALL", 0.25)):
+    """A run has learned at 0.9, measured every third step, and ends a quarter of the epochs later; how little it learns
+    is no reason."""
+    for name, value in (("LEARNED", 0.9), ("MEASURED_EVERY", 3), ("FALL", 0.25), ("FLAT", 99)):
         monkeypatch.setattr(stage, name, value)
 
 
@@ -370,6 +371,24 @@ def test_a_run_that_has_learned_ends_a_quarter_of_the_epochs_later(shares, expec
     assert course(8, EIGHT, learning(*shares[:-1])).steps >= expected.steps
 
 
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ([0.5, 0.5], Course(16, 1, 8)),  # three steps without more are not enough
+        ([0.5, 0.5, 0.5], Course(11, 1, 9, 0.5 * (1 + math.cos(math.pi / 8)))),  # six of the eight are
+        ([0.5, 0.4, 0.59], Course(11, 1, 9, 0.5 * (1 + math.cos(math.pi / 8)))),  # so is less than a tenth more
+        ([0.5, 0.4, 0.61], Course(16, 1, 8)),
+        ([0.3, 0.5, 0.5, 0.5], Course(14, 1, 12, 0.5 * (1 + math.cos(math.pi / 2)))),  # from the best that was
+        ([-3.0, -1.0, -0.5, 0.1], Course(16, 1, 8)),  # worse than the base, and on its way
+        ([YES, 0.5, 0.5], Course(11, 1, 9, 0.5 * (1 + math.cos(math.pi / 8)))),
+    ],
+)
+def test_a_run_that_learns_no_more_ends_a_quarter_of_the_epochs_later(shares, expected, monkeypatch):
+    monkeypatch.setattr(stage, "FLAT", 0.75)
+    monkeypatch.setattr(stage, "MORE", 0.1)
+    assert course(8, EIGHT, learning(*shares)) == expected
+
+
 def test_a_measurement_is_what_counts_and_not_the_step():
     known = replace(learning(), shares=[None, YES, YES])  # as after steps of other lengths
     assert course(8, EIGHT, known) == Course(5, 1, 3)
@@ -383,8 +402,10 @@ def test_rates_of_a_run_until_it_has_learned():
     assert [bound.rate(step, 2.0) for step in range(40)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("flat", [0.75, 99])
 @pytest.mark.parametrize("warmup", [0.1, 0.9])
-def test_the_rate_never_rises_but_to_warm_up(warmup):
+def test_the_rate_never_rises_but_to_warm_up(warmup, flat, monkeypatch):
+    monkeypatch.setattr(stage, "FLAT", flat)
     settings, warm = replace(EIGHT, warmup=warmup), math.ceil(8 * warmup)
     for shares in itertools.product([NO, YES], repeat=5):
         every, rates = learning(*shares).shares, [0.0]

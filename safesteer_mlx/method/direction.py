@@ -15,7 +15,7 @@ ablation say little about what steering does.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -38,6 +38,7 @@ from .residual import (
     ablate,
     block_inputs,
     blocks,
+    by_length,
     last_logits,
     left_by_ablation,
     pad_right,
@@ -97,13 +98,6 @@ def filled(scores: CandidateScores, more: CandidateScores) -> CandidateScores:
     return CandidateScores(**tables)
 
 
-def _batches(prompts: Sequence[Ids], size: int = PROMPT_BATCH) -> Iterator[list[int]]:
-    """Indices of prompts in batches of similar length, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
 def mean_differences(
     model: nn.Module, harmful: Sequence[Ids], harmless: Sequence[Ids], n_pos: int, batch_size: int = PROMPT_BATCH
 ) -> np.ndarray:
@@ -121,7 +115,7 @@ def mean_differences(
             raise ValueError(f"{len(prompts)} prompts of at least {n_pos} tokens each are too few or too short")
         own = [prompts[i] for i in machines.here().part(len(prompts))]
         total = np.zeros(1)  # for a machine whose part is nothing
-        for batch in _batches(own, batch_size):
+        for batch in by_length(own, batch_size):
             rows = [own[i] for i in batch]
             positions = mx.array([[len(row) - n_pos + p for p in range(n_pos)] for row in rows])
             inputs = mx.stack([take_positions(x, positions) for x in block_inputs(model, pad_right(rows))])
@@ -149,7 +143,7 @@ def refusal_scores(
 
     def part(rows: list[Ids]) -> list[float]:
         scores = np.empty(len(rows))
-        for batch in _batches(rows, batch_size):
+        for batch in by_length(rows, batch_size):
             scores[batch] = np.array(_refusal_score(last_logits(model, [rows[i] for i in batch]), refusal_ids))
         return scores.tolist()
 
@@ -191,7 +185,7 @@ def opening_probabilities(
         """Sums over prompts of p(R), and of KL, (2, C)."""
         own = [prompts[i] for i in machines.here().part(len(prompts))]
         sums = np.zeros((2, len(coeffs)))
-        for batch in _batches(own, size):
+        for batch in by_length(own, size):
             rows = [own[i] for i in batch]
             inputs = block_inputs(model, pad_right(rows))[direction.layer] if can_resume else None
             vectors = mx.concatenate(
@@ -332,7 +326,7 @@ def score_candidates(
         candidate_mask,
         own,
         Scorers(steering, kl, refusal, floor),
-        ([list(b) for b in _batches(harmless, ASKED_AT_ONCE)], [list(b) for b in _batches(harmful, ASKED_AT_ONCE)]),
+        (list(by_length(harmless, ASKED_AT_ONCE)), list(by_length(harmful, ASKED_AT_ONCE))),
         how,
     )
 

@@ -12,7 +12,7 @@ what is read and steered so with a second way, and refuses an architecture in wh
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -411,6 +411,13 @@ def pad_right(rows: Sequence[Sequence[int]]) -> mx.array:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return mx.array(padded)
+
+
+def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of rows in batches of similar length, so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def take_positions(x: mx.array, positions: mx.array) -> mx.array:

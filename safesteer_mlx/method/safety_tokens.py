@@ -38,18 +38,17 @@ from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError
 from ..system.store import TokenId
-from .direction import FoundDirections
+from .direction import PROMPT_BATCH, FoundDirections
 from .judge import is_refusal
 from .losses import chunk_rows, inside_and_rest
 from .prompts import special_ids
-from .residual import answer_states, block_inputs, head, last_logits, pad_right, resume, resumes
+from .residual import answer_states, block_inputs, by_length, head, last_logits, pad_right, resume, resumes
 from .rollout import Sampling, generate
 from .run import REFUSAL_TOKENS, Run, given_tokens
 from .teacher import VALIDATION_PROMPTS, Teacher, opened_answers, validation
 
 Ids = Sequence[int]
 
-PROMPT_BATCH = 32  # rows in one forward pass
 REFUSES = 2 / 3  # of the answers that a safety token opens
 SEEN = 3  # answers that tell that a token opens others as often
 EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
@@ -385,13 +384,13 @@ def openings(
     ids = mx.array(np.asarray(tokens, np.int32))
 
     def read(rows: list[Ids], size: int) -> list[list[float]]:
-        probabilities: list[list[float]] = []
-        for start in range(0, len(rows), size):
-            logits = last_logits(model, rows[start : start + size])
+        probabilities = np.zeros((len(rows), len(ids) + 1))
+        for batch in by_length(rows, size):
+            logits = last_logits(model, [rows[i] for i in batch])
             inside, rest = inside_and_rest(logits, ids)
             outcomes = mx.concatenate([inside, rest[:, None]], axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-            probabilities += np.exp(np.array(outcomes, np.float64)).tolist()
-        return probabilities
+            probabilities[batch] = np.exp(np.array(outcomes, np.float64))
+        return probabilities.tolist()
 
     def part(rows: list[Ids]) -> list[list[float]]:
         return with_smaller_batches(batch_size, partial(read, rows), "reading how answers begin")[0]

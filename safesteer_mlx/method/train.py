@@ -73,6 +73,7 @@ COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
 LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
 COST = 3.0  # of a refusal too many on harmless prompts, in refusals of harmful ones
+FLAT, MORE = 0.25, 0.01  # of the epochs' steps, in which no more than that is learned: there is no more to learn
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 
 
@@ -217,18 +218,20 @@ def course(steps: int, train: TrainSettings, learning: Learning | None = None) -
     """The course of a run as far as it is known by now; `steps` are those that the epochs make.
 
     A run that is to go on until it has learned ends `FALL` of them after the second measurement in a row that finds it
-    has; else its rate falls from `steps` on, to twice the steps. Every other is a cosine over `steps`, as published.
+    has, or after one that finds that it learns no more; else its rate falls from `steps` on, to twice the steps. Every
+    other is a cosine over `steps`, as published.
     """
     warm = math.ceil(train.warmup * steps) if steps > 1 else 0
     if learning is None or not train.until_learned or train.iters is not None:
         return Course(steps, warm, warm)
     longest = Course(2 * steps, warm, steps)
-    fall, in_a_row = math.ceil(FALL * steps), 0
+    fall, in_a_row, best, since = math.ceil(FALL * steps), 0, -math.inf, 0
     for step, share in enumerate(learning.shares, start=1):
         if share is not None:
             in_a_row = in_a_row + 1 if share >= LEARNED else 0
-        if in_a_row == 2 and step + fall < longest.steps:
-            return Course(step + fall, warm, step, longest.rate(step, 1.0))
+            best, since = (share, step) if share > best + MORE else (best, since)
+            if (in_a_row == 2 or step - since >= FLAT * steps) and step + fall < longest.steps:
+                return Course(step + fall, warm, step, longest.rate(step, 1.0))
     return longest
 
 
