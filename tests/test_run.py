@@ -791,22 +791,32 @@ def test_refusals_in_words_that_are_not_known_count_where_something_is_chosen(on
     assert (all_so is not None) == counts
 
 
-def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch):
+def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch, capsys):
     every = [[i] for i in range(64)]
     for few, kept in ((0, 64), (1, 64), (3, 64), (4, 4), (64, 64)):
-        assert len(or_all(every[:few], every)) == kept
-    assert or_all([], []) == [] and or_all(every[:1], every[:2]) == every[:1]
+        assert len(or_all(every, every[:few])) == kept
+    assert or_all([], []) == [] and or_all(every[:2], every[:1]) == every[:1]
+    assert or_all(every, every[:3], every[9:20]) == every[9:20] and or_all(every, every[:3], every[9:10]) == every
     assert not any("begin as a refusal" in caution for caution in found.cautions)
     keep = direction.filter_by_refusal_score
     monkeypatch.setattr(
         direction, "filter_by_refusal_score", lambda m, harmful, *rest: (harmful[:1], keep(m, harmful, *rest)[1])
     )
-    cut = replace(run, prompts=replace(run.prompts, harmful_direction_train=run.prompts.harmful_direction_train[:40]))
-    alone = direction._find_directions(cut, OwnAnswers(found.openers, [], []), 32)
-    assert alone.harmful_train == cut.prompts.harmful_direction_train
-    assert [
-        c for c in alone.cautions if c.startswith("only 1 of its answers to 40 harmful requests seem to begin as a")
-    ]
+    cut = replace(
+        run,
+        prompts=replace(run.prompts, harmful_direction_train=(rows := run.prompts.harmful_direction_train[:40])),
+        screen=Screen(verbose=True),
+    )
+    for refused in ([], [False] * 38 + [True] * 2):
+        alone = direction._find_directions(cut, OwnAnswers(found.openers, refused, []), 32)
+        assert alone.harmful_train == rows
+        few = "only 1 of its answers to 40 harmful requests seem to begin as a refusal, so "
+        assert [c for c in alone.cautions if c.startswith(f"{few}all were used")]
+    capsys.readouterr()
+    # those that its answers refuse, where three do, which no first token tells
+    alone = direction._find_directions(cut, OwnAnswers(found.openers, [False] * 37 + [True] * 3, []), 32)
+    assert alone.harmful_train == rows[37:] and not any("begin as a refusal" in caution for caution in alone.cautions)
+    assert f"{few}the 3 were used that it refuses at temperature 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("find", [direction._find_directions, direction._untested_directions])

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from typing import Annotated, Any
 
 import mlx.core as mx
@@ -510,9 +511,10 @@ def filter_by_refusal_score(
     )
 
 
-def or_all(refused: Rows, harmful: Rows) -> Rows:
-    """The prompts that are refused, or all, where they are so few that their mean is of what they are about."""
-    return refused if len(refused) >= max(1, REFUSED * len(harmful)) else harmful
+def or_all(harmful: Rows, *refused: Rows) -> Rows:
+    """The first of these sets of refused prompts that are not so few that their mean is of what they are about; else
+    all prompts."""
+    return next((rows for rows in refused if len(rows) >= max(1, REFUSED * len(harmful))), harmful)
 
 
 @dataclass(frozen=True)
@@ -815,7 +817,7 @@ def _untested_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDir
     if run.recipe.teacher.teacher == "system_prompt":
         return FoundDirections({}, scores, [nothing], [[]], *scoring, thoughts=own.thoughts)
     harmful, harmless = prompts.harmful_direction_train, prompts.harmless_direction_train
-    harmful = or_all([row for row, refusal in zip(harmful, own.harmful_refused, strict=True) if refusal], harmful)
+    harmful = or_all(harmful, [*compress(harmful, own.harmful_refused)])
     harmless = [row for row, refusal in zip(harmless, own.harmless_refused, strict=True) if not refusal]
     if not harmless:
         raise UserError(f"the base refuses all {len(own.harmless_refused)} harmless prompts; choose another model")
@@ -861,36 +863,48 @@ def too_much_left(model: nn.Module, vector: mx.array, tokens: mx.array) -> float
     return left if left > most else None
 
 
+def _refused(run: Run, harmful: Rows, begun: Rows, sampled: Rows) -> tuple[Rows, list[str]]:
+    """The harmful prompts that directions are found from, and cautions: those `begun` as refusals, or those of which
+    `sampled` answers refuse, as of a model whose refusals begin as its other answers do, or all."""
+    kept = or_all(harmful, begun, sampled)
+    if kept is begun:
+        return kept, []
+    some, seem = (f"only {len(begun)}", "seem") if begun else ("none", "seems")
+    why = f"{some} of its answers to {len(harmful)} harmful requests {seem} to begin as a refusal, so"
+    if kept is sampled:
+        run.screen.detail(f"{why} the {len(sampled)} were used that it refuses at temperature 1")
+        return kept, []
+    return kept, [
+        f"{why} all were used to find what makes it refuse; give --refusal-prefixes, if this model refuses in other "
+        "words"
+    ]
+
+
 def _find_directions(run: Run, own: OwnAnswers, batch_size: int) -> FoundDirections:
     settings, model, prompts, refusal_ids = run.recipe.direction, run.base.model, run.prompts, [*own.openers.values()]
     limits = Limits(settings.kl_threshold, settings.steering_threshold, settings.prune_last)
-    cautions: list[str] = []
 
     def by_score(harmful: Rows, harmless: Rows) -> tuple[Rows, Rows]:
-        refused, answered = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
+        begun, answered = filter_by_refusal_score(model, harmful, harmless, refusal_ids, batch_size)
         if not answered:
             raise UserError(
                 f"the base begins its answers to all {len(harmless)} harmless prompts as refusals begin; give other "
                 "--refusal-prefixes, or choose a model that answers some"
             )
-        kept = or_all(refused, harmful)
-        if kept is harmful and not cautions:
-            some = f"only {len(refused)} of its answers" if refused else "none of its answers"
-            cautions.append(
-                f"{some} to {len(harmful)} harmful requests {'seem' if refused else 'seems'} to begin as a refusal, so "
-                "all were used to find what makes it refuse; give --refusal-prefixes, if this model refuses in other "
-                "words"
-            )
-        return kept, answered
+        return begun, answered
 
     scoring = prompts.harmful_direction_validation, prompts.harmless_direction_validation
     if run.recipe.teacher.teacher == "system_prompt":
         nothing, scores = no_direction(model)
         return FoundDirections(own.openers, scores, [nothing], [[]], scoring[0], by_score(*scoring)[1])
     with run.screen.stage("finding the refusal direction") as advance:
-        train = by_score(prompts.harmful_direction_train, prompts.harmless_direction_train)
+        harmful = prompts.harmful_direction_train
+        begun, harmless = by_score(harmful, prompts.harmless_direction_train)
+        kept, cautions = _refused(run, harmful, begun, [*compress(harmful, own.harmful_refused)])
+        train = kept, harmless
         candidates = mean_differences(model, *train, prompts.n_eoi, batch_size)
-        scoring = by_score(*scoring)
+        begun, harmless = by_score(*scoring)
+        scoring = or_all(scoring[0], begun), harmless
         how = {"batch_size": batch_size, "whole_stream": _whole_stream(run, candidates)}
         search = partial(score_candidates, model, candidates, *scoring, refusal_ids, **how)
         scores = search(**vars(limits), progress=advance)
