@@ -807,11 +807,10 @@ def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monk
         prompts=replace(run.prompts, harmful_direction_train=(rows := run.prompts.harmful_direction_train[:40])),
         screen=Screen(verbose=True),
     )
-    for refused in ([], [False] * 38 + [True] * 2):
-        alone = direction._find_directions(cut, OwnAnswers(found.openers, refused, []), 32)
-        assert alone.harmful_train == rows
-        few = "only 1 of its answers to 40 harmful requests seem to begin as a refusal, so "
-        assert [c for c in alone.cautions if c.startswith(f"{few}all were used")]
+    few = "only 1 of its answers to 40 harmful requests seem to begin as a refusal, so "
+    alone = direction._find_directions(cut, OwnAnswers(found.openers, [False] * 38 + [True] * 2, []), 32)
+    assert alone.harmful_train == rows
+    assert [c for c in alone.cautions if c.startswith(f"{few}all were used")]
     capsys.readouterr()
     # those that its answers refuse, where three do, which no first token tells
     alone = direction._find_directions(cut, OwnAnswers(found.openers, [False] * 37 + [True] * 3, []), 32)
