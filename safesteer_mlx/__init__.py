@@ -56,6 +56,11 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 
+# MLX orders what it evaluates breadth first, at most 20 operations wide if nobody says otherwise. Narrower, it is done
+# sooner with what a checkpointed block made again (docs/memory.md). Read once, at the first evaluation.
+os.environ.setdefault("MLX_BFS_MAX_WIDTH", "3")
+
+
 def _prefer_openblas() -> None:
     """On Linux let MLX's CPU backend use the system's OpenBLAS where there is one.
 

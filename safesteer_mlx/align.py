@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from .evals.scores import Scores
     from .evals.verdict import Verdict
     from .method.direction import FoundDirections
+    from .method.memory_plan import Plan
+    from .method.passes import Passes
     from .method.run import Run
     from .method.safety_tokens import SafetyTokens
     from .method.teacher import ChosenTeacher, Teacher
     from .system.load import Loaded
-    from .system.memory import Machine, Plan
-    from .system.shape import ModelShape
+    from .system.memory import Machine
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
 
 def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     """The recipe with the batch sizes that this machine's memory allows, and MLX kept to that memory."""
+    from .method import memory_plan
+    from .method.passes import Passes
     from .method.prompts import prompts_from, template_tokens
     from .system import memory
     from .system.shape import read_shape
@@ -191,10 +194,11 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
     machine = memory.smallest_machine(recipe.run.memory_limit)
     try:
         template = template_tokens(base.tokenizer)
-        plan = _planned(recipe, base.config, read_shape(base.path), machine, base.thinks, template)
-        screen.line(memory.summary(recipe, plan))
+        passes = Passes(base.model, read_shape(base.path))
+        plan = _planned(recipe, base.config, passes, machine, base.thinks, template)
+        screen.line(memory_plan.summary(recipe, plan))
         recipe = plan.recipe
-    except UserError as error:  # an architecture whose configuration has other names
+    except UserError as error:  # a configuration with other names, or passes that cannot be counted
         screen.line(f"memory: not planned, {error}")
     memory.set_limits(machine)
     return recipe
@@ -203,17 +207,17 @@ def _fitted(recipe: Recipe, base: "Loaded", screen: Screen) -> Recipe:
 def _planned(
     recipe: Recipe,
     config: dict[str, Any],
-    shape: "ModelShape",
+    passes: "Passes",
     machine: "Machine",
     thinks: bool,
     template: int | None = None,
 ) -> "Plan":
     """The memory of a run of a model that may think first, or does not; its chat template puts so many tokens around a
     prompt, if that is known."""
+    from .method.memory_plan import fitted
     from .method.prompts import TEMPLATE_TOKENS, longest_prompt
     from .method.run import most_read
     from .method.teacher import OPENINGS
-    from .system import memory
 
     around = template or TEMPLATE_TOKENS
     limit = recipe.train.max_prompt_length + around - TEMPLATE_TOKENS
@@ -222,7 +226,7 @@ def _planned(
         to_plan = replace(to_plan, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
         judged = max(judged, recipe.train.longest)
     longest = min(longest_prompt(to_plan, around), most_read(config))  # of longer ones none is read
-    plan = memory.fitted(to_plan, shape, machine, longest, judged)
+    plan = fitted(to_plan, passes, machine, longest, judged)
     train = replace(plan.recipe.train, max_prompt_length=recipe.train.max_prompt_length)
     return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens, train=train))
 
@@ -363,16 +367,19 @@ def main(argv: list[str]) -> None:
 
     check_report_to(run)
     if dry_run:
+        from .method import memory_plan
+        from .method.passes import Passes
         from .system import memory
-        from .system.load import may_think
+        from .system.load import load_unread, may_think
         from .system.shape import shape_of
 
         machine = memory.this_machine(run.memory_limit)
         config, headers = config_and_headers(name, run.revision)
         recipe, _ = resolve(config, {**flags, "model": name}, preset, yaml_file)
-        plan = _planned(recipe, config, shape_of(config, headers), machine, may_think(recipe.run, config))
+        passes = Passes(load_unread(name, config, headers, run.trust_remote_code), shape_of(config, headers))
+        plan = _planned(recipe, config, passes, machine, may_think(recipe.run, config))
         screen = Screen(quiet=not first)
-        memory.show(recipe, plan, machine, screen)
+        memory_plan.show(recipe, plan, machine, screen)
         if first:
             _show_time(plan.recipe if plan.fits else None, folder, screen)
         return

@@ -50,6 +50,8 @@ from safesteer_mlx.method import direction as directions
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as training
 from safesteer_mlx.method.losses import Divergence, Scored, distillation_loss, localized_loss
+from safesteer_mlx.method.memory_plan import loss_bytes, plan
+from safesteer_mlx.method.passes import Passes
 from safesteer_mlx.method.prompts import longest_prompt
 from safesteer_mlx.method.residual import answer_states, head, hidden_states, pad_right
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
@@ -68,14 +70,7 @@ from safesteer_mlx.recipe import (
     rollout_tokens,
 )
 from safesteer_mlx.system.load import Loaded, load
-from safesteer_mlx.system.memory import (
-    ModelShape,
-    gradient_bytes,
-    loss_bytes,
-    plan,
-    this_machine,
-    trained_values,
-)
+from safesteer_mlx.system.memory import this_machine
 from safesteer_mlx.system.screen import Screen, exit_code
 from safesteer_mlx.system.shape import read_shape
 
@@ -348,10 +343,10 @@ def their_steps(
     return statistics.median(took[1:]), mx.get_peak_memory() - before
 
 
-def beside_plan(shape: ModelShape, settings: TrainSettings, rows: int, length: int, peak: int) -> Row:
+def beside_plan(passes: Passes, settings: TrainSettings, rows: int, length: int, peak: int) -> Row:
     """What the plan's rules give for a training step, weights and optimizer left out, and its ratio to `peak`."""
-    planned = gradient_bytes(shape, settings, rows, length, settings.grad_checkpoint == "on")
-    planned += loss_bytes(shape, rows * length // 2) + 4 * trained_values(shape, settings)  # the gradient
+    planned = passes.gradient(settings, rows, length, settings.grad_checkpoint == "on")
+    planned += loss_bytes(passes.shape, rows * length // 2) + passes.trained(settings)  # the gradient
     return {"planned_bytes": planned, "planned_ratio": planned / peak}
 
 
@@ -380,7 +375,7 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
                 "what": f"{where}, {rows} × {length} tokens; ours / mlx_lm.lora",
                 **row,
                 # Harmful prompts and the anchor's are passes of their own.
-                **beside_plan(memory_shape(model), settings, rows // 2, length, row["ours_bytes"]),
+                **beside_plan(Passes(model, memory_shape(model)), settings, rows // 2, length, row["ours_bytes"]),
                 "goal": 1.30 if blocks > 0 else 1.40,
                 "work": work_of("step", shape, 32, rows, length, trained=blocks),
             }
@@ -787,7 +782,7 @@ def bench_run(repeats: int, n_prompts: int = 100) -> list[Row]:
     run = bundled()
     recipe, base = run.recipe, run.base
     row = runs(_bundled_run, n_prompts, weight_bytes(base.model), max(1, repeats // 2))
-    planned = plan(recipe, read_shape(base.path), this_machine(), longest_prompt(recipe))
+    planned = plan(recipe, Passes(base.model, read_shape(base.path)), this_machine(), longest_prompt(recipe))
     above = planned.peak - planned.weights
     return [{"part": "run", "what": what, **row, "planned_bytes": above, "planned_ratio": above / row["ours_bytes"]}]
 
@@ -864,7 +859,8 @@ def four_bit_step(length: int, shape: dict[str, Any]) -> list[Row]:
     optimizer.update(student, gradient)
     mx.eval(value, student.trainable_parameters(), optimizer.state)
     seconds, peak = time.perf_counter() - began, mx.get_peak_memory() - before
-    planned = memory_shape(model, vars(model.args) | {"quantization": {"bits": 4, "group_size": 64}})
+    config = vars(model.args) | {"quantization": {"bits": 4, "group_size": 64}}
+    passes = Passes(model, memory_shape(model, config))
     return [
         {
             "part": "step",
@@ -872,7 +868,7 @@ def four_bit_step(length: int, shape: dict[str, Any]) -> list[Row]:
             "ours_seconds": seconds,
             "ours_bytes": peak,
             "whole_bytes": before + peak,
-            **beside_plan(planned, settings, 1, length, peak),
+            **beside_plan(passes, settings, 1, length, peak),
             "loss": value.item(),
             "work": work_of("step", shape, FOUR_BIT, 1, length, checkpointed=True),
         }

@@ -67,9 +67,8 @@ length*, *one at a time*: mlx-lm does not batch prompts of unequal length rightl
 *Experts in half precision*: MLX's CPU backend multiplies experts' weights in float32 alone; that was not run on Metal.
 
 *Memory* is planned over measured: the peak of a training pass through all blocks ({rows} rows of {length} tokens, no
-checkpoints), above weights and gradients, the median of three, which differ by some 5 %. The plan's rates were fitted
-to such shapes among others, so it says that the plan knows what is in a block; [memory.md](memory.md) has shapes that
-nothing was fitted to. Below {least} a family fails.
+checkpoints), above weights and gradients, the median of three, which differ by some 5 %. What is planned is counted on
+the pass's own operations; [memory.md](memory.md) has larger shapes. Below {least} a family fails.
 
 {below}
 
@@ -361,19 +360,28 @@ class Survey:
     def memory(self) -> None:
         """There is a plan, it knows the blocks, and what a training pass takes."""
         import mlx.core as mx
-        from fit_memory import measure
+        from check_memory import measure
         from shapes import memory_shape
 
+        from safesteer_mlx.method.memory_plan import plan
+        from safesteer_mlx.method.passes import Passes
         from safesteer_mlx.recipe import resolve
-        from safesteer_mlx.system import memory
+        from safesteer_mlx.system.memory import this_machine
+        from safesteer_mlx.system.screen import UserError
 
         shape, recipe = memory_shape(self.model, self.config), resolve({}, {})[0]
         assert shape.n_layers == len(self.blocks), f"{shape.n_layers} blocks planned, {len(self.blocks)} there"
-        memory.plan(recipe, shape, memory.this_machine(), 64)
+        passes = Passes(self.model, shape)
+        try:
+            plan(recipe, passes, this_machine(), 64)
+        except UserError as error:
+            assert "cannot be followed" in str(error), str(error)
+            self.note = "memory is not planned, since it decides what to compute while it computes"
+            return
         cache = mx.set_cache_limit(0)
         measured = median(measure(self.model, *PASS, ("off",))["gradient"] for _ in range(3))
         mx.set_cache_limit(cache)
-        self.planned = memory.gradient_bytes(shape, recipe.train, *PASS, False) / measured
+        self.planned = passes.gradient(recipe.train, *PASS, False) / measured
         assert self.planned >= LEAST, f"planned {self.planned:.2f} of what was measured"
 
     @staticmethod

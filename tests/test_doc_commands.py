@@ -184,8 +184,10 @@ TABLE = {
     "python scripts/crash_test.py --kills 200": "slow --kills 3",
     "python scripts/search_cost.py --against COMMIT MODEL…": "slow",
     "python scripts/search_cost.py --against 5a00f3a models/tiny-chat tests/zoo_models/market": "slow",
-    "python scripts/fit_memory.py": "slow",  # some five minutes, as it stands
-    "python scripts/fit_memory.py --check": "slow",
+    "python scripts/check_memory.py": "slow",  # a minute each
+    "python scripts/check_memory.py --bits 16": "slow",
+    "python scripts/check_memory.py --random 40": "slow",
+    "python scripts/check_memory.py --large": "slow",
     "python scripts/compare.py": VARIANTS,
     'python scripts/compare.py --every 3 --variant "ours, no anchor: anchor_ratio=0" '
     '--variant "full vocabulary, no anchor: loss_tokens=full;anchor_ratio=0"': VARIANTS,

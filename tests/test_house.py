@@ -17,13 +17,15 @@ ORDER = [
     "method.judge",
     "evals.scores evals.judge_replies",
     "evals.last_screen",
-    "system.shape",
+    "system.shape system.graph",
     "system.load system.memory system.store method.residual method.losses",
     "method.prompts method.rollout system.finished formats.gptq formats.gguf",
     "formats.card formats.fuse method.token_file method.framing",
     "evals.suites evals.judge_model evals.figures",
     "method.run",
     "method.direction method.student formats.folders",
+    "method.passes",
+    "method.memory_plan",
     "method.teacher",
     "method.safety_tokens",
     "method.train",
@@ -104,7 +106,7 @@ FAMILIES = {*MODEL_REMAPPING} | {
 }
 # The tables that may name a family of mlx-lm; all else is told by a model's files, or seen in a forward pass.
 NAMED_IN = {
-    "system.shape": {"_FAMILIES"},  # what nothing but the name tells
+    "system.shape": {"_WITH_POSITION_TABLE"},  # what nothing but the name tells
     "formats.folders": {"_SAME_NAMES", "_EXPERTS"},  # transformers' names of weights, of the families that were tried
     "formats.gguf": {"_KNOWN_SPLITS"},  # llama.cpp's names for ways to split a text, some of them families'
 }
@@ -137,7 +139,7 @@ def test_families_are_named_in_one_table(name: str):
         ("align", 'if kind in ("llama", "qwen3_next"): pass', 2),
         ("method.residual", 'ODD = {"dbrx": 1}', 1),
         ("method.residual", '_FAMILIES = {"dbrx": 1}', 1),
-        ("system.shape", '_FAMILIES = {"dbrx": 1}', 0),
+        ("system.shape", '_WITH_POSITION_TABLE = {"dbrx"}', 0),
         ("system.shape", '_OTHERS = {"dbrx": 1}', 1),
         ("system.shape", 'def f(kind): return kind == "jamba"', 1),
         ("formats.folders", '_SAME_NAMES = ("gemma",)', 0),

@@ -13,7 +13,7 @@ from test_direction import Thinker
 
 from safesteer_mlx import align
 from safesteer_mlx.align import _fitted
-from safesteer_mlx.method import direction, rollout, safety_tokens
+from safesteer_mlx.method import direction, memory_plan, rollout, safety_tokens
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as stage
@@ -864,8 +864,8 @@ def test_prompts_that_are_longer_than_the_model_reads_are_left_out_of_every_set(
         assert len(getattr(mine.prompts.sets, name)) == count
     assert max(len(row) for rows in vars(mine.prompts).values() if isinstance(rows, list) for row in rows) < 100
     # Nor is memory planned for them.
-    planned, fitted = [], memory.fitted
-    monkeypatch.setattr(memory, "fitted", lambda *given: planned.append(given[3]) or fitted(*given))
+    planned, fitted = [], memory_plan.fitted
+    monkeypatch.setattr(memory_plan, "fitted", lambda *given: planned.append(given[3]) or fitted(*given))
     monkeypatch.setattr(memory, "set_limits", lambda machine: None)
     _fitted(recipe, run.base, Screen(quiet=True))
     assert planned == [4096]
@@ -899,8 +899,8 @@ def test_a_system_turn_that_a_template_adds_is_no_part_of_a_prompts_length(run, 
     limit = replace(run.recipe.train, max_prompt_length=8)
     with pytest.raises(UserError, match="longer than max_prompt_length = 8"):
         training_prompts(long.with_settings(train=limit))
-    planned, fitted = [], memory.fitted
-    monkeypatch.setattr(memory, "fitted", lambda *given: planned.append(given) or fitted(*given))
+    planned, fitted = [], memory_plan.fitted
+    monkeypatch.setattr(memory_plan, "fitted", lambda *given: planned.append(given) or fitted(*given))
     monkeypatch.setattr(memory, "set_limits", lambda machine: None)
     kept = [_fitted(run.recipe, one.base, Screen(quiet=True)) for one in (run, long)]
     more = template_tokens(tokenizer) - 40
@@ -931,8 +931,8 @@ def test_of_learned_positions_prompt_and_answer_share_the_table(run, capsys):
 
 @pytest.mark.parametrize("thinks", [False, True])
 def test_memory_is_planned_for_as_much_of_a_thought_as_may_be_taught(thinks, run, monkeypatch):
-    planned, fitted = [], memory.fitted
-    monkeypatch.setattr(memory, "fitted", lambda recipe, *rest: planned.append(recipe) or fitted(recipe, *rest))
+    planned, fitted = [], memory_plan.fitted
+    monkeypatch.setattr(memory_plan, "fitted", lambda recipe, *rest: planned.append(recipe) or fitted(recipe, *rest))
     monkeypatch.setattr(memory, "set_limits", lambda machine: None)
     found = _fitted(run.recipe, replace(run.base, thinks=thinks), Screen(quiet=True))
     assert found.tokens == run.recipe.tokens and found.loss == run.recipe.loss

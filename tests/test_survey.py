@@ -8,7 +8,7 @@ import pytest
 from survey import QUICK, Survey, build, configs, fault, in_process, page, try_family, verdict
 
 import safesteer_mlx.method.residual as residual
-import safesteer_mlx.system.memory as memory
+from safesteer_mlx.method.passes import Passes
 from safesteer_mlx.system.screen import UserError
 
 
@@ -66,9 +66,9 @@ def test_a_check_fails_where_something_is_wrong(monkeypatch, check, name, wrong)
 def test_a_plan_that_is_too_low_fails(monkeypatch):
     survey = Survey("llama")
     survey.memory()
-    planned, own = survey.planned, memory.gradient_bytes
+    planned, own = survey.planned, Passes.gradient
     assert planned is not None and planned > 0.95
-    monkeypatch.setattr(memory, "gradient_bytes", lambda *given: own(*given) // 2)
+    monkeypatch.setattr(Passes, "gradient", lambda *given: own(*given) // 2)
     with pytest.raises(AssertionError, match="of what was measured"):
         survey.memory()
 

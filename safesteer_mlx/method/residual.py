@@ -14,13 +14,14 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..system.screen import UserError
 
@@ -31,7 +32,7 @@ class UnsupportedModelError(UserError):
     """The architecture keeps its blocks where this file cannot find them."""
 
 
-def _architecture(model: nn.Module) -> str:
+def architecture(model: nn.Module) -> str:
     """The name of mlx-lm's file; the classes in it are all called Model."""
     return type(model).__module__.rpartition(".")[2]
 
@@ -48,7 +49,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.Module, str]:
             if isinstance(value, list) and any(item is first for item in value):
                 return path, module, name
     raise UnsupportedModelError(
-        f"architecture {_architecture(model)}: no module holds the decoder blocks that its `layers` names; "
+        f"architecture {architecture(model)}: no module holds the decoder blocks that its `layers` names; "
         "choose a decoder-only model of mlx-lm's usual layout"
     )
 
@@ -101,27 +102,27 @@ def _seen_plumbing(model: nn.Module) -> Plumbing:
     """By identity: the array that one block returns is an argument of the next."""
     calls = _calls(model, mx.zeros((1, 2), mx.int32))
     ways: Counter[Plumbing] = Counter()
-    for (*_, out), (args, kwargs, _) in pairwise(calls):
+    for (*_, out), (_, args, kwargs, _) in pairwise(calls):
         parts = [(None, out)] if isinstance(out, mx.array) else list(enumerate(out))
         given = [*enumerate(args), *kwargs.items()]
         ways.update({Plumbing(i, j) for i, arg in given for j, part in parts if arg is part})
     if ways:
         return ways.most_common(1)[0][0]
     # Something is done to the stream between blocks, or there is one block: `check_stream` decides.
-    return Plumbing(0, None if not calls or isinstance(calls[0][2], mx.array) else 0)
+    return Plumbing(0, None if not calls or isinstance(calls[0][-1], mx.array) else 0)
 
 
-def _calls(model: nn.Module, tokens: mx.array) -> list[tuple[Sequence[Any], Mapping[str, Any], Any]]:
-    """Of every block in a forward pass of tokens (B, T): its arguments, those by name, and what it returned."""
+def _calls(model: nn.Module, tokens: mx.array) -> list[tuple[int, Sequence[Any], Mapping[str, Any], Any]]:
+    """Of every block in a forward pass of tokens (B, T): which, its arguments, those by name, what it returned."""
     calls = []
     reading = view(model)
 
-    def call(block, *args, **kwargs):
-        calls.append((args, kwargs, block(*args, **kwargs)))
-        return calls[-1][2]
+    def call(i, block, *args, **kwargs):
+        calls.append((i, args, kwargs, block(*args, **kwargs)))
+        return calls[-1][-1]
 
-    for block in blocks(reading):
-        _override(block, "Read", call)
+    for i, block in enumerate(blocks(reading)):
+        _override(block, "Read", partial(call, i))
     reading(tokens)
     return calls
 
@@ -264,6 +265,36 @@ def checkpoint_blocks(model: nn.Module) -> None:
             block.__class__ = of(type(block))
 
 
+def checkpointed_gradient(model: nn.Module, tokens: mx.array) -> list[mx.array]:
+    """A loss of the normed stream behind the last block, and its gradient by all trained weights, as
+    `checkpoint_blocks` has it computed: each block again from its input. Not computed until it is evaluated.
+
+    Written out, since what `mx.checkpoint` makes cannot be traced (method/passes.py).
+    """
+    calls, stream, own, gradients = _calls(model, tokens), plumbing(model), blocks(model), []
+
+    def loss_of(x: mx.array) -> list[mx.array]:
+        return [mx.fast.rms_norm(x, None, EPS).astype(mx.float32).square().sum()]
+
+    loss, (above,) = mx.vjp(loss_of, [stream.returned(calls[-1][-1])], [mx.array(1.0)])
+    for i, args, kwargs, _ in reversed(calls):
+        names = [name for name, _ in tree_flatten(own[i].trainable_parameters())]
+        if not names:
+            break
+
+        def run(*given: mx.array, block=own[i], names=names, args=args, kwargs=kwargs) -> list[mx.array]:
+            *trained, x = given
+            block.update(tree_unflatten(list(zip(names, trained, strict=True))))
+            return [stream.returned(stream.run(block, args, kwargs, x))]
+
+        # Another array for MLX, which would not compute again what is the same.
+        again = mx.depends([stream.given(args, kwargs)], [tokens])
+        trained = [weight for _, weight in tree_flatten(own[i].trainable_parameters())]
+        *of_it, above = mx.vjp(run, [*trained, *again], [above])[1]
+        gradients = [*of_it, *gradients]  # in the order of the blocks, by which MLX orders what it evaluates
+    return [*loss, *gradients]
+
+
 def _with_body(model: nn.Module, call: Callable) -> nn.Module:
     """A view whose body (embedding, blocks, final norm) is overridden; all inner modules are the same objects.
 
@@ -273,7 +304,7 @@ def _with_body(model: nn.Module, call: Callable) -> nn.Module:
     view, body, _ = _own_body(model)
     if body is view:
         raise UnsupportedModelError(
-            f"architecture {_architecture(model)} computes its logits in the module that holds its blocks, so hidden "
+            f"architecture {architecture(model)} computes its logits in the module that holds its blocks, so hidden "
             "states and head cannot be told apart; choose another model"
         )
     _override(body, "Viewed", call)
@@ -290,7 +321,7 @@ def check_stream(model: nn.Module, tokens: mx.array) -> None:
         UnsupportedModelError: they differ, so that reading or steering this architecture would be wrong.
     """
     wrong = UnsupportedModelError(
-        f"architecture {_architecture(model)} hands its blocks something else than one residual stream, so it cannot "
+        f"architecture {architecture(model)} hands its blocks something else than one residual stream, so it cannot "
         "be read or steered; choose another model"
     )
     stream, own = plumbing(model), blocks(model)
@@ -446,7 +477,7 @@ def answer_states(
 def block_inputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:
     """x[l] for every block, (B, T, D) each, for tokens (B, T); computed when it is evaluated."""
     stream = plumbing(model)
-    return [stream.given(args, kwargs) for args, kwargs, _ in _calls(model, tokens)]
+    return [stream.given(args, kwargs) for _, args, kwargs, _ in _calls(model, tokens)]
 
 
 def block_outputs(model: nn.Module, tokens: mx.array) -> list[mx.array]:

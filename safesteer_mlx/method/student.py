@@ -31,6 +31,19 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
         UserError: full fine-tuning of quantized weights, more blocks than the model has, or adapters to begin
             from that do not fit these settings.
     """
+    student = untrained(base, settings, seed, quantized)
+    if settings.resume_adapter_file is not None:
+        _load_adapters(student, user_path(settings.resume_adapter_file), settings)
+    if settings.grad_checkpoint == "on":
+        checkpoint_blocks(student)
+    student.eval()
+    mx.eval(student.parameters())
+    return student
+
+
+def untrained(base: nn.Module, settings: TrainSettings, seed: int, quantized: bool = False) -> nn.Module:
+    """A view of `base` with the weights that are trained as they begin, none of them computed yet; raises as
+    `make_student`."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     n_layers = len(blocks(base))
@@ -50,12 +63,6 @@ def make_student(base: nn.Module, settings: TrainSettings, seed: int, quantized:
         if not tree_flatten(student.trainable_parameters()):
             raise UserError(f"lora_parameters keys = {parameters.get('keys')} match no layer; leave keys out for all")
         _drop_by_row(student, seed)
-    if settings.resume_adapter_file is not None:
-        _load_adapters(student, user_path(settings.resume_adapter_file), settings)
-    if settings.grad_checkpoint == "on":
-        checkpoint_blocks(student)
-    student.eval()
-    mx.eval(student.parameters())
     return student
 
 

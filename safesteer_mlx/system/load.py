@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from .model_files import (
     read_object,
     vocabulary,
     with_sizes,
+    write_header,
 )
 from .screen import UserError
 
@@ -164,14 +166,40 @@ def load(
         ) from None
     with _explained(name, "configuration"):
         _compute(model)
-    sizes = [m.weight.size * 32 // m.bits for _, m in model.named_modules() if hasattr(m, "bits")]
-    slow = bool(sizes) and mx.default_device() == mx.Device(mx.cpu)
-    if dequantize := slow and 4 * sum(sizes) <= _DEQUANTIZED_BYTES:
+    quantized = any(hasattr(module, "bits") for _, module in model.named_modules())
+    if dequantize := _computed_dequantized(model):
         model = dequantize_model(model)
         model.freeze()
         mx.eval(model.parameters())
     thinks = tokenizer.has_thinking and thinking != "off"
-    return Loaded(name, path, model, tokenizer, config, bool(sizes), dequantize, thinks)
+    return Loaded(name, path, model, tokenizer, config, quantized, dequantize, thinks)
+
+
+def _computed_dequantized(model: nn.Module) -> bool:
+    """Whether it is quantized, small, and computed on the CPU."""
+    sizes = [m.weight.size * 32 // m.bits for _, m in model.named_modules() if hasattr(m, "bits")]
+    return bool(sizes) and mx.default_device() == mx.Device(mx.cpu) and 4 * sum(sizes) <= _DEQUANTIZED_BYTES
+
+
+def load_unread(
+    name: str, config: dict[str, Any], tensors: dict[str, Tensor], trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of a configuration and headers as `load` makes it, whose weights are not read and need not be here;
+    whether they fit is left to `load`.
+
+    Raises:
+        UserError: as `load`, of its architecture.
+    """
+    from mlx_lm.utils import dequantize_model, load_model
+
+    with tempfile.TemporaryDirectory() as scratch, _explained(name, "weights"):
+        path = user_path(name)
+        if not path.exists():  # on the Hub: a file that is all hole behind its header
+            path = Path(scratch)
+            (path / "config.json").write_text(json.dumps(config))
+            write_header(path / "model.safetensors", tensors)
+        model, _ = load_model(path, lazy=True, strict=False, trust_remote_code=trust_remote_code)
+    return dequantize_model(model) if _computed_dequantized(model) else model
 
 
 def may_think(settings: RunSettings, config: dict[str, Any]) -> bool:

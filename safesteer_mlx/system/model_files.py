@@ -130,6 +130,18 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def write_header(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of these tensors whose values are a hole: it has its size, and takes a header's room."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + bytes_of(tensor)
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 def _check_files(folder: Path) -> None:
     """Whatever is read must be a regular file. Links may lead about the folder and, in the Hub's cache, to the blobs of
     the same repository."""

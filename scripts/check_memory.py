@@ -1,18 +1,18 @@
-"""Fit the plan's bytes a token (safesteer_mlx/system/memory.py) to measured peaks, and hold the plan against others.
+"""Hold the memory plan's passes (safesteer_mlx/method/passes.py) against measured peaks.
 
-    python scripts/fit_memory.py            # the rates: random shapes and every family of the survey, minutes
-    python scripts/fit_memory.py --check    # planned / measured of shapes that nothing was fitted to
+    python scripts/check_memory.py                 # planned / measured of the shapes in docs/memory.md, half a minute
+    python scripts/check_memory.py --bits 16       # in bfloat16; 4: quantized
+    python scripts/check_memory.py --large         # Qwen2.5-0.5B's shape
+    python scripts/check_memory.py --random 40     # of random shapes of eight dense families and four of experts
 
-For float32 and bfloat16, for a gradient, with and without checkpointed blocks, and for a pass without: the rates with
-the least relative errors, of which too low counts twice, and the quantiles of fitted to measured peak.
+Nothing is fitted: a pass is counted by MLX's own rules. What MLX's queue holds back differs by the speed of what it
+computes; the plan counts on a full one.
 """
 
 import argparse
 import importlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import safesteer_mlx  # isort: skip  # noqa: F401  before mlx
@@ -20,19 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from scipy.optimize import minimize
 from shapes import memory_shape
 
-from safesteer_mlx.method.residual import check_stream, hidden_states
+from safesteer_mlx.method.passes import Passes
+from safesteer_mlx.method.residual import hidden_states
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.recipe import resolve
-from safesteer_mlx.system import memory
-
-SHAPES = 40, 24  # dense ones and mixtures of experts
-SHAPES_COUNT = 3.0
-NEAR, TINY = 0.3, 2e-5  # errors up to which squares count; what keeps a rate that says nothing near 1
-SIZES = ((8, 64), (4, 32))  # rows and length, of the survey's
-TYPES = {4: mx.float32, 2: mx.bfloat16}
+from safesteer_mlx.system.screen import UserError
 
 
 def attention(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -47,14 +41,14 @@ def attention(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, An
     }
 
 
-def random_shapes() -> list[tuple[dict[str, Any], int, int]]:
-    """Configurations that differ in all, rows and length."""
-    rng, found = np.random.default_rng(7), []
+def random_shapes(n: int) -> list[tuple[dict[str, Any], int, int]]:
+    """Configurations that differ in all, rows and length: n dense ones, and half as many with experts."""
+    rng, shapes = np.random.default_rng(7), []
 
     def one(*values: int) -> int:
         return int(rng.choice(values))
 
-    for i in range(SHAPES[0]):
+    for i in range(n):
         family = ["llama", "qwen2", "qwen3", "gemma2", ["starcoder2", "olmo2", "phi3", "stablelm"][i % 4]][i % 5]
         heads, width = one(2, 4, 8, 16), one(16, 32, 64)
         own = family in ("llama", "qwen3", "gemma2")  # heads of a width of their own
@@ -68,8 +62,8 @@ def random_shapes() -> list[tuple[dict[str, Any], int, int]]:
         sizes = {"intermediate_size": hidden * one(1, 2, 3, 4), "num_key_value_heads": one(*{1, heads // 2, heads})}
         sizes |= {"tie_word_embeddings": True, **({"head_dim": width} if own else {})}
         config = attention(hidden, one(3, 4, 6, 8), heads, model_type=family, **(sizes | more))
-        found.append((config, one(1, 2, 4), one(48, 96, 160, 256)))
-    for i in range(SHAPES[1]):
+        shapes.append((config, one(1, 2, 4), one(48, 96, 160, 256)))
+    for i in range(n // 2):
         family = ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe"][i % 4]
         heads, width, experts, inner = one(2, 4, 8), one(16, 32, 64), one(4, 8, 16, 32), one(64, 96, 128, 256)
         sizes = {"num_experts_per_tok": one(1, 2, 4), "intermediate_size": inner, "tie_word_embeddings": False}
@@ -78,11 +72,11 @@ def random_shapes() -> list[tuple[dict[str, Any], int, int]]:
             sizes |= {"head_dim": width, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
         sizes |= {"moe_intermediate_size": inner, "shared_expert_intermediate_size": 2 * inner}
         config = attention(heads * width, one(2, 3, 4, 6), heads, model_type=family, **sizes)
-        found.append((config, one(2, 4), one(48, 96, 160)))
-    return found
+        shapes.append((config, one(2, 4), one(48, 96, 160)))
+    return shapes
 
 
-# Never fitted: larger than the survey's, and of other proportions.
+# Larger than the survey's, and of other proportions.
 CHECKED: list[tuple[dict[str, Any], int, int]] = [
     (attention(512, 6, 32, model_type="llama", intermediate_size=1024), 4, 96),
     (attention(256, 10, 4, model_type="qwen3", head_dim=128, intermediate_size=768, tie_word_embeddings=True), 4, 128),
@@ -205,7 +199,6 @@ CHECKED: list[tuple[dict[str, Any], int, int]] = [
 ]
 
 
-# Looked at once, when all was chosen.
 UNTIED = {"tie_word_embeddings": False}
 CHECKED += [
     (
@@ -258,6 +251,10 @@ CHECKED += [
 ]
 
 
+QWEN = {"num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151_936, "tie_word_embeddings": True}
+LARGE = (attention(896, 24, 14, model_type="qwen2") | QWEN, 2, 128)  # Qwen2.5-0.5B's shape
+
+
 def peak(work: Any) -> tuple[int, Any]:
     """Bytes above what was there before, and the result."""
     mx.clear_cache()
@@ -291,128 +288,45 @@ def measure(model: nn.Module, rows: int, length: int, checkpoints: Sequence[str]
     return found
 
 
-def models(width: int) -> Any:
-    """(name, model, its shape, rows, length) of all that is fitted."""
-    import survey
-
-    shapes = [(f"{config['model_type']} shape", config, rows, length) for config, rows, length in random_shapes()]
-    families = [(name, None, *size) for name in sorted(survey.configs()[0]) for size in SIZES]
-    for name, config, rows, length in shapes + families:
-        try:
-            model, config = survey.build(name) if config is None else (made(config), config)
-            model.set_dtype(TYPES[width])
-            mx.eval(model.parameters())
-            check_stream(model, mx.array([[5, 9, 3, 17]]))
-            yield name, model, memory_shape(model, config), rows, length
-        except Exception as error:  # refused, or not on this backend, as experts in half precision
-            print(f"{name}: left out ({str(error)[:60]})")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A peak in values a token, and what may be the most then (C, F); `gradient`, of trained weights, comes on top."""
-
-    name: str
-    how: str
-    parts: np.ndarray
-    values: float
-    gradient: float
-
-
-def least_errors(found: list[Measured], near: np.ndarray | None) -> np.ndarray:
-    """The rates (F,), by relative errors of the largest part beside what was measured; too low counts twice.
-
-    `near` are rates that those are like of which little was measured: float32's, where experts cannot be computed.
-    """
-    n, size = max(len(one.parts) for one in found), found[0].parts.shape[1]
-    parts = np.zeros((len(found), n, size))
-    for i, one in enumerate(found):
-        parts[i, : len(one.parts)] = one.parts
-    values, gradients = (np.array([getattr(one, name) for one in found]) for name in ("values", "gradient"))
-    # The survey's are all of one width and say little of how sizes go; the random shapes do.
-    weights, rows = np.array([SHAPES_COUNT if "shape" in one.name else 1.0 for one in found]), np.arange(len(found))
-
-    def error(logs: np.ndarray) -> tuple[float, np.ndarray]:
-        rates = np.exp(logs)
-        given = parts @ rates
-        most = given.argmax(1)
-        planned = given[rows, most] + gradients + 1e-9
-        off = np.log(planned / (values + gradients))
-        each = np.where(off < 0, 2.0, 1.0) * weights
-        size = np.where(abs(off) < NEAR, off**2, 2 * NEAR * abs(off) - NEAR**2) * each
-        slope = np.where(abs(off) < NEAR, 2 * off, 2 * NEAR * np.sign(off)) * each / planned
-        whole = (slope[:, None] * parts[rows, most] * rates).mean(0)
-        return size.mean() + pull * ((logs - middle) ** 2).sum(), whole + 2 * pull * (logs - middle)
-
-    middle, pull = (np.zeros(size), TINY) if near is None else (np.log(near), 100 * TINY)
-    starts = [middle + np.random.default_rng(seed).normal(0, 0.3, size) for seed in range(4)]
-    tries = [minimize(error, at, jac=True, method="L-BFGS-B", bounds=[(-5, 3.7)] * size) for at in starts]
-    return np.exp(min(tries, key=lambda one: one.fun).x)
-
-
-def fit(width: int, margin: float, like: dict[str, list[float]] | None) -> dict[str, list[float]]:
-    """The rates of one type of activations, `margin` times the best fit, `like` those of another."""
-    train, found = resolve({}, {})[0].train, []
-    for name, model, shape, n, length in models(width):
-        if not shape.forgets:  # by factors of their own
-            continue
-        try:
-            measured = measure(model, n, length)
-        except Exception as error:  # no gradient, or no experts in bfloat16 here
-            print(f"{name}: left out ({str(error)[:60]})")
-            continue
-        if min(measured.values()) <= 0:  # something was freed meanwhile
-            continue
-        for how, bytes_ in measured.items():
-            parts = np.array(memory.features(shape, shape.blocks, length, how), float)
-            own = 0 if how == "forward" else 4 * memory.trained_values(shape, train)
-            found.append(Measured(name, how, parts, bytes_ / (n * length * width), own / (n * length * width)))
-    rates = {}
-    for kind, hows in (("gradient", ("gradient", "checkpointed")), ("forward", ("forward",))):
-        near = None if like is None else np.array(like[kind]) / margin
-        best = margin * least_errors([one for one in found if one.how in hows], near)
-        rates[kind] = [round(float(rate), 2) for rate in best]
-        for how in hows:
-            of = [one for one in found if one.how == how]
-            ratio = [((one.parts @ best).max() + one.gradient) / (one.values + one.gradient) for one in of]
-            quantiles = ", ".join(f"{q:.2f}" for q in np.quantile(ratio, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]))
-            lowest = sorted((round(r, 2), one.name) for r, one in zip(ratio, of, strict=True))[:6]
-            print(f"{width} bytes, {how}: fitted / measured {quantiles}; lowest {lowest}", flush=True)
-        print(f"{width} bytes, {kind}: {rates[kind]}", flush=True)
-    return rates
-
-
-def check() -> None:
-    """Planned over measured, of each shape that was not fitted."""
-    for config, rows, length in CHECKED:
-        model = made(config)
-        shape, found = memory_shape(model, config), measure(model, rows, length)
-        train = resolve({}, {})[0].train
-        planned = {
-            "forward": memory.forward_bytes(shape, rows, length),
-            "gradient": memory.gradient_bytes(shape, train, rows, length, False),
-            "checkpointed": memory.gradient_bytes(shape, train, rows, length, True),
-        }
-        said = ", ".join(f"{kind} {planned[kind] / bytes_:.2f}" for kind, bytes_ in found.items())
-        print(
-            f"{config['model_type']}, {shape.hidden} wide, {shape.heads} heads: planned / measured {said}", flush=True
-        )
+def compared(config: dict[str, Any], rows: int, length: int, bits: int = 32) -> dict[str, tuple[int, int]]:
+    """Bytes planned and measured, of each kind of pass."""
+    model = made(config)
+    if bits < 32:
+        model.set_dtype(mx.bfloat16)
+    if bits < 16:
+        nn.quantize(model, 32, bits)
+    mx.eval(model.parameters())
+    measured = measure(model, rows, length)
+    train, passes = resolve({}, {})[0].train, Passes(model, memory_shape(model, config))
+    planned = {
+        "forward": passes.forward(rows, length),
+        "gradient": passes.gradient(train, rows, length, False),
+        "checkpointed": passes.gradient(train, rows, length, True),
+    }
+    return {kind: (planned[kind], measured[kind]) for kind in planned}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only hold the plan against shapes that were not fitted")
-    parser.add_argument("--margin", type=float, default=1.12, help="what the best fit is multiplied by")
-    parser.add_argument("--json", type=Path, help="write the rates here")
+    parser.add_argument("--bits", type=int, default=32, choices=(4, 8, 16, 32), help="of the weights")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="random shapes, and N / 2 of experts")
+    parser.add_argument("--large", action="store_true", help="Qwen2.5-0.5B's shape alone, half a minute")
     args = parser.parse_args()
     mx.set_cache_limit(0)
-    if not args.check:
-        rates: dict[int, dict[str, list[float]]] = {}
-        for width in TYPES:
-            rates[width] = fit(width, args.margin, rates.get(4))
-        if args.json:
-            args.json.write_text(json.dumps(rates))
-    check()
+    shapes = [LARGE] if args.large else random_shapes(args.random) if args.random else CHECKED
+    every: list[dict[str, tuple[int, int]]] = []
+    for config, rows, length in shapes:
+        name = f"{config['model_type']}, {config.get('hidden_size') or config.get('d_model') or config['n_embd']} wide"
+        try:
+            every.append(compared(config, rows, length, args.bits))
+        except (UserError, RuntimeError, ValueError) as error:  # as experts in half precision on the CPU
+            print(f"{name}: left out ({str(error)[:60]})")
+            continue
+        told = [f"{kind} {p / m:.2f} of {m / 1e6:.1f} MB" for kind, (p, m) in every[-1].items()]
+        print(f"{name}: {', '.join(told)}", flush=True)
+    for kind in every[0]:
+        quantiles = np.quantile([of[kind][0] / of[kind][1] for of in every], [0, 0.05, 0.5, 0.95, 1])
+        print(f"{kind}: {', '.join(f'{q:.2f}' for q in quantiles)} (0, 5, 50, 95, 100 %)")
 
 
 if __name__ == "__main__":
