@@ -1,8 +1,12 @@
 """The memory plan: by hand, against measured peaks, what is lowered to fit; one copy of the weights; backing off."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import check_memory
 import mlx.core as mx
@@ -28,6 +32,8 @@ from safesteer_mlx.system.screen import UserError
 from safesteer_mlx.system.shape import read_shape, shape_of
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
+
+SCRIPTS = Path(check_memory.__file__).parent
 
 CONFIG = {
     "hidden_size": 8,
@@ -150,6 +156,17 @@ def test_a_model_that_decides_while_it_computes_is_a_sentence():
     with pytest.raises(UserError, match="architecture dbrx cannot be followed without computing it"):
         Passes(model, memory_shape(model, config)).forward(rows, length)
     assert (mx.gather_mm.__name__, mx.contiguous.__name__) == ("gather_mm", "contiguous")  # what stood in is gone
+
+
+def test_mlx_is_narrow_and_a_checkpointed_pass_takes_less_for_it():
+    """The same pass in a process of its own, at our width and at MLX's own; what is set already stays."""
+    code = "import check_memory as c; print(c.measure(c.made(c.CHECKED[0][0]), 2, 96)['checkpointed'])"
+    env = {name: value for name, value in os.environ.items() if name != "MLX_BFS_MAX_WIDTH"}
+    ours, theirs = (
+        int(subprocess.check_output([sys.executable, "-c", code], cwd=SCRIPTS, env=env | width))
+        for width in ({}, {"MLX_BFS_MAX_WIDTH": "20"})
+    )
+    assert ours < 0.92 * theirs, (ours, theirs)
 
 
 def test_base_teacher_and_student_share_one_copy_of_the_weights():
