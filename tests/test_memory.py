@@ -189,6 +189,15 @@ def big():
     return Passes(model, memory_shape(model, config))
 
 
+@pytest.fixture(scope="module")
+def low(big):
+    """The same, of which the passes go through two blocks alone: what a test does that traces many."""
+    model = random_model(**QWEN_7B | {"layers": 2})
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 64, 4)
+    return Passes(model, big.shape)
+
+
 def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths(big):
     found = fitted(RECIPE, big, Machine(8 * 10**9, "--memory-limit", False), 512)
     assert RECIPE.train.longest == RECIPE.train.max_prompt_length == 512
@@ -199,13 +208,13 @@ def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths(big):
     assert found.recipe.train.batch_size == RECIPE.train.batch_size
 
 
-@pytest.mark.parametrize("memory_limit", [5.1e9, 6e9, 8e9, 12e9])
+@pytest.mark.parametrize("memory_limit", [4.9e9, 5.1e9, 5.3e9, 5.6e9, 6e9, 7e9, 8e9, 10e9, 12e9, 16e9])
 @pytest.mark.parametrize("keep", [{}, {"first_tokens": 0}])
-def test_no_piece_of_a_batch_takes_more_than_was_planned(big, memory_limit, keep):
+def test_no_piece_of_a_batch_takes_more_than_was_planned(low, memory_limit, keep):
     from safesteer_mlx.method.train import micro_batches
 
     recipe = resolve({}, {"model": "org/model", "max_tokens": 64, **keep})[0]
-    found = fitted(recipe, big, Machine(int(memory_limit), "--memory-limit", False), 512)
+    found = fitted(recipe, low, Machine(int(memory_limit), "--memory-limit", False), 512)
     train, answer = found.recipe.train, 15 if not keep else 64
     assert train.micro_batch_size == 16  # so many short ones go together, if they are short enough
     cut, planned = train.micro_batch_tokens, found.stages["training"]
@@ -215,8 +224,8 @@ def test_no_piece_of_a_batch_takes_more_than_was_planned(big, memory_limit, keep
         lengths = sorted((answer + rng.choice([8, 60, 130, 250, 400, 512], 21)).tolist())  # few, each is traced
         for piece in micro_batches(lengths, train.micro_batch_size, cut):
             rows, longest = len(lengths[piece]), max(lengths[piece])
-            took = big.gradient(train, rows, longest, train.grad_checkpoint == "on")
-            assert took + loss_bytes(big.shape, rows * answer) <= planned
+            took = low.gradient(train, rows, longest, train.grad_checkpoint == "on")
+            assert took + loss_bytes(low.shape, rows * answer) <= planned
 
 
 def test_where_memory_is_tight_short_completions_go_together(big):
