@@ -21,6 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_causal_mask
 from safetensors.numpy import save_file
 
@@ -169,6 +170,30 @@ def _adapters_of_the_checkout_are_its_users(monkeypatch):
         made(self, adapters)
 
     monkeypatch.setattr(RunFolder, "__init__", init)
+
+
+_COUNTED: dict[tuple, int] = {}  # what passes take, in this process
+
+
+@pytest.fixture(autouse=True)
+def _passes_of_a_model_are_traced_once(monkeypatch, request):
+    """Not again for each run of the same model; but for where tracing is what is tested."""
+    if request.path.name == "test_memory.py":
+        return
+    from safesteer_mlx.method.passes import Passes
+
+    own = Passes._once
+
+    def once(self, key, count):
+        if not hasattr(self.model, "args"):
+            return own(self, key, count)
+        weights = tuple((name, w.shape, str(w.dtype)) for name, w in tree_flatten(self.model.parameters()))
+        whole = (type(self.model), str(vars(self.model.args)), weights, key)
+        if whole not in _COUNTED:
+            _COUNTED[whole] = own(self, key, count)
+        return _COUNTED[whole]
+
+    monkeypatch.setattr(Passes, "_once", once)
 
 
 _PREPARED: dict[tuple, object] = {}  # what stages 1 to 3 found in this process

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-WIDTH = int(os.environ["MLX_BFS_MAX_WIDTH"])  # operations that MLX keeps open while it orders them breadth first
+_width = os.environ.get("MLX_BFS_MAX_WIDTH", "")
+WIDTH = max(1, int(_width)) if _width.isdecimal() else 20  # operations that MLX keeps open, ordering breadth first
 AHEAD = 110  # dispatches queued ahead of what is computed: ten tasks of ten, and one that is filled
 SPARE = 16_384  # bytes that a buffer may be larger than what is written over it
 
