@@ -72,6 +72,9 @@ def recorded(folder: Path) -> dict[str, Any]:
         found |= {"steps": len(steps), "bound": steps[0]["steps"], "learned": learned[-1] if learned else None}
     if (run / "outcome.json").is_file():
         found["tasks"] = json.loads((run / "outcome.json").read_text())["tasks"]
+    if (run / "timing.json").is_file():
+        timing = json.loads((run / "timing.json").read_text())
+        found["time"] = {name: timing[name] for name in ("planned", "took")}
     return found
 
 
@@ -272,6 +275,10 @@ def missed(runs: list[dict[str, Any]]) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """A row for each model, seeds side by side, and the medians of each half."""
     specs = {spec.name: spec for spec in (*ZOO, *FAMILIES)}
+
+    def half_of(run: dict[str, Any]) -> str:
+        return specs[run["name"]].half
+
     head = (
         "| model | half | architecture, tokenizer, weights | unsafe greedy, % | unsafe sampled, % | harmless refused, "
     )
@@ -307,7 +314,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         )
     lines.append("")
     for half in SEEDS:
-        found = [f for r in runs if specs[r["name"]].half == half and (f := figures(r)) is not None]
+        found = [f for r in runs if half_of(r) == half and (f := figures(r)) is not None]
         if not found:
             continue
         falls = {how: [f[how] for f in found if f[how] == f[how]] for how in ("greedy", "sampled")}
@@ -321,7 +328,14 @@ def table(runs: list[dict[str, Any]]) -> str:
             most = max(max(f[f"{kind}_greedy"], f[f"{kind}_sampled"]) for f in found)
             parts.append(f"{kind} median {', '.join(rises)} points (most {most:+.0f})")
         parts.append(f"capability worst {min(f['capability'] for f in found):+.1f}")
-        stopped = sum(specs[r["name"]].half == half and "before_after" not in r for r in runs)
+        times = sorted(
+            sum(r["time"]["planned"]) / sum(r["time"]["took"]) for r in runs if half_of(r) == half and "time" in r
+        )
+        if times:
+            parts.append(
+                f"time planned / taken median {statistics.median(times):.2f}, {times[0]:.2f} to {times[-1]:.2f}"
+            )
+        stopped = sum(half_of(r) == half and "before_after" not in r for r in runs)
         lines.append(f"{half}: {len(found)} runs, {stopped} more that stopped: {'; '.join(parts)}")
     return "\n".join(lines) + "\n"
 

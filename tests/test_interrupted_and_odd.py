@@ -334,20 +334,59 @@ def test_a_signal_during_the_report_is_one_line_and_leaves_no_page(number, tmp_p
     assert (code, said) == (128 + number, ONE_LINE) and sorted(run.rglob("*")) == before
 
 
-def test_an_interrupt_that_python_swallowed_comes_again(tmp_path):
-    code = """
-import sys, time, os, signal
+@pytest.mark.parametrize(
+    "where",
+    [
+        "Swallows()",
+        "try: interrupt()\n    except BaseException: pass",
+        "try: in_a_row()\n    except ValueError: pass",
+    ],
+    ids=["a destructor", "a library", "Python"],
+)
+def test_an_interrupt_that_was_swallowed_comes_again(where, tmp_path):
+    code = f"""
+import ctypes, functools, operator, os, signal, sys, time
 from safesteer_mlx.system.screen import exit_code
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
 class Swallows:
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
+        interrupt()
+def in_a_row():  # int heeds it while it says that this is no number, which it then says (at least Python 3.11's)
+    calls = functools.partial(ctypes.CDLL(None)["raise"], signal.SIGINT), functools.partial(int, "a")
+    list(map(operator.call, calls))
 def run():
-    Swallows()
+    {where}
     time.sleep(10)
 sys.exit(exit_code(run))
 """
     assert stopped(["-c", code], [], tmp_path) == (130, ONE_LINE)
+
+
+def test_what_a_stopped_run_keeps_may_take_its_time(tmp_path):
+    code = """
+import os, signal, sys, time
+from safesteer_mlx.system import screen
+screen.HEARD_WITHIN = 0.1
+def run():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        try:
+            int("what fails meanwhile")
+        except ValueError:
+            time.sleep(0.3)
+        time.sleep(0.3)
+        print("kept", flush=True)
+        raise
+sys.exit(screen.exit_code(run))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | PYTHON, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "kept\n", ONE_LINE)
 
 
 def test_a_signal_as_the_tokenizer_has_been_read_is_told_too(tmp_path):

@@ -21,6 +21,7 @@ Advance = Callable[..., None]  # advance(done, total, note="")
 
 PLAIN_SECONDS = 15.0  # between two plain lines of one stage
 FIRST_SPEAKS = 2.0  # seconds that the other processes of a launcher give to the first
+HEARD_WITHIN = 1.0  # seconds, after which an interrupt that is nowhere being raised was swallowed
 
 
 class UserError(ValueError):
@@ -122,10 +123,31 @@ def _importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
+def _raised(of: type[BaseException]) -> bool:
+    """Whether the main thread is at work on such an exception, or on one that was raised meanwhile."""
+    now: Any = sys._current_exceptions().get(threading.main_thread().ident)
+    error = now[1] if isinstance(now, tuple) else now  # before Python 3.12, and since
+    while error is not None and not isinstance(error, of):
+        error = error.__context__
+    return error is not None
+
+
 @contextmanager
 def _signals_stop(came: list[int]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM raises KeyboardInterrupt, so that a run can keep what it has; the second ends the
-    process. `came` holds the first. It waits for an import to end, in which a library may swallow what is raised."""
+    process. `came` holds the first. It waits for an import to end, in which a library may swallow what is raised; and
+    one that is swallowed elsewhere (in a callback, where Python cannot raise; in `int("a")`) comes again."""
+
+    def later(seconds: float, number: int, only_if: Callable[[], bool] = lambda: True) -> None:
+        def again() -> None:
+            if only_if():
+                came.clear()
+                os.kill(os.getpid(), number)
+
+        timer = threading.Timer(seconds, again)
+        timer.daemon = True
+        waiting.append(timer)
+        timer.start()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if came:
@@ -133,20 +155,19 @@ def _signals_stop(came: list[int]) -> Iterator[None]:
                 os.write(2, b"safesteer-mlx: interrupted\n")
             os._exit(128 + came[0])
         if _importing(frame):
-            return threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            return later(0.05, number)
         came.append(number)
+        later(HEARD_WITHIN, number, lambda: not _raised(KeyboardInterrupt))
         raise KeyboardInterrupt
 
     def swallowed(unraisable: Any) -> None:
-        """One that came while Python could not raise, in a callback of an import for one, comes again."""
         if not (came and unraisable.exc_type is KeyboardInterrupt):
-            return hook(unraisable)
-        again = came.pop()
-        threading.Timer(0.05, os.kill, (os.getpid(), again)).start()
+            hook(unraisable)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # its owner decides about signals
         return
+    waiting: list[threading.Timer] = []
     hook, sys.unraisablehook = sys.unraisablehook, swallowed
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
@@ -155,6 +176,8 @@ def _signals_stop(came: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
+        for timer in waiting:
+            timer.cancel()
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
