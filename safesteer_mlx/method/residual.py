@@ -41,13 +41,21 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.Module, str]:
     """The path to the module whose own list holds the decoder blocks, that module, and the list's name in it.
 
     `model.layers` is often a property that returns a slice, so the list is found by the identity of
-    its first block, never assigned through the property.
+    its first block, never assigned through the property. It lies near the top, and is asked for in every pass: level by
+    level few modules are looked at.
     """
     first = model.layers[0]
-    for path, module in sorted(model.named_modules(), key=lambda item: len(item[0])):
-        for name, value in module.items():
-            if isinstance(value, list) and any(item is first for item in value):
-                return path, module, name
+    level: list[tuple[str, Any]] = [("", model)]
+    while level:
+        for path, module in level:
+            for name, value in module.items():
+                if isinstance(value, list) and any(item is first for item in value):
+                    return path, module, name
+        level = [
+            (f"{path}.{name}" if path else name, child)
+            for path, module in level
+            for name, child in tree_flatten(module.children(), is_leaf=nn.Module.is_module)
+        ]
     raise UnsupportedModelError(
         f"architecture {architecture(model)}: no module holds the decoder blocks that its `layers` names; "
         "choose a decoder-only model of mlx-lm's usual layout"
