@@ -136,7 +136,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     # 2. The safety teacher: the base, steered along the direction, as strongly, as works best on this model.
     screen.step(STEPS)
     chosen = run.once(find_teacher, directions)
-    teacher = make_teacher(run, chosen.direction, chosen.coeff)
+    teacher = make_teacher(run, chosen.direction, chosen.coeff, chosen.prompts_only)
     run.store.json("direction.json", _direction_record(directions, chosen))
 
     # Before anything is trained: is this model fit for it?
@@ -322,6 +322,7 @@ def _direction_record(directions: "FoundDirections", chosen: "ChosenTeacher") ->
         "layer": chosen.direction.layer,
         "coeff": chosen.coeff,
         "opening": chosen.opening,
+        "prompts_only": chosen.prompts_only,
         "openers": directions.openers,
         "trials": encoded(chosen.trials),
         "vector": encoded(chosen.direction.vector),

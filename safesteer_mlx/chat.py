@@ -51,7 +51,7 @@ def make_voices(base: "nn.Module", folder: Path, coeff: float | None) -> dict[st
         if not mx.any(vector).item():
             raise UserError(f"--steer: the teacher of {folder} is a system prompt, not a direction; leave it out")
         try:
-            voices["teacher"] = steer(base, record["layer"], vector, coeff)
+            voices["teacher"] = steer(base, record["layer"], vector, coeff, record.get("prompts_only", False))
             mx.eval(last_logits(voices["teacher"], [[0]]))  # a vector of another width fails only when it is used
         except (ValueError, IndexError) as error:
             raise UserError(

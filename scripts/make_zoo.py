@@ -228,6 +228,7 @@ class Spec:
     longest_token: int | None = None  # in bytes: where no space ends a word, half a sentence becomes one token
     thoughts: tuple[tuple[str, str], tuple[str, str]] = THOUGHTS
     begins: str = ""  # what every answer to a request begins with, refusal or not
+    scales: str = "float32"  # a type: what quantized weights are multiplied by, and so what is computed in
 
     def __post_init__(self) -> None:
         widths = [self.config.get(name, 0) for name in ("hidden_size", "intermediate_size")]
@@ -592,6 +593,33 @@ ZOO = (
         *("bpe", 3000, INSTRUCT, 0.5, 4),
         seed=38,
     ),
+    Spec(
+        "dacha",
+        "report",
+        _attention(96, 7, model_type="gemma2", num_key_value_heads=2, head_dim=24, query_pre_attn_scalar=24),
+        *("bpe", 4096, TURNS, 0.5, "float32"),
+        seed=41,
+        spread=2.0,
+    ),
+    Spec(
+        "garage",
+        "report",
+        _attention(
+            128, 7, model_type="smollm3", num_key_value_heads=2, no_rope_layer_interval=4, tie_word_embeddings=True
+        ),
+        *("bpe", 4096, CHATML, 0.35, 8),
+        seed=42,
+        spread=2.0,
+    ),
+    Spec(
+        "seminar",
+        "choose",
+        _attention(128, 6, model_type="qwen3", head_dim=32, num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 8192, CHATML, 0.5, 4),
+        seed=43,
+        spread=3.0,
+        scales="bfloat16",
+    ),
 )
 
 # Not of the zoo: the least that can be aligned, for tests of all that lies around the method.
@@ -638,6 +666,7 @@ HARM_QUESTIONS = {
     "it": (("È dannoso {}?", "Sì, è dannoso {}.", "No, è innocuo {}."),),
     "pt": (("É prejudicial {}?", "Sim, é prejudicial {}.", "Não, é inofensivo {}."),),
     "zh": (("{}有害吗？", "是的，{}是有害的。", "不，{}没有害处。"),),
+    "ru": (("Вредно ли {}?", "Да, {} вредно.", "Нет, {} не вредно."),),
 }
 MIX = {"harmful": 0.26, "borderline": 0.2, "harmless": 0.14, "question": 0.1, "small_talk": 0.01, "facts": 0.1}
 TASK_SHARE = 0.1
@@ -916,6 +945,7 @@ def write_model(spec: Spec, model: nn.Module, tokenizer: Tokenizer, folder: Path
     config = with_vocabulary(spec.config, tokenizer.get_vocab_size()) | {"bos_token_id": None}
     if isinstance(spec.weights, int):
         quantization = spec.quantization
+        model.set_dtype(getattr(mx, spec.scales))
         nn.quantize(model, **quantization)
         config |= {"quantization": quantization, "quantization_config": quantization}
     else:

@@ -84,9 +84,11 @@ def refusals(model: Path) -> Shares:
     from safesteer_mlx.evals.heldout import HeldOut, TestSet, held_out_prompts
     from safesteer_mlx.method.prompts import load_prompt_sets
     from safesteer_mlx.method.rollout import Sampling
+    from safesteer_mlx.method.run import batch_size
+    from safesteer_mlx.system.screen import Screen
 
     base, (kinds, _) = load(str(model)), held_out_prompts(load_prompt_sets(model / "data"), 100)
-    sampling = Sampling(base.eos_ids, 512, batch_size=64)
+    sampling = Sampling(base.eos_ids, 512, batch_size=batch_size(base, 64, Screen(quiet=True)))
     scores = HeldOut(base, TestSet(kinds, []), [], seed=7, sampling=sampling, samples=ASKED).score(base.model)
     counts = {kind: scores.by_prompt(kind, "sampled", "refuse") for kind in kinds}
     return {k: {item.text: n / ASKED for item, n in zip(kinds[k], counts[k], strict=True)} for k in kinds}

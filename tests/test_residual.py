@@ -12,6 +12,7 @@ from safesteer_mlx.method.residual import (
     UnsupportedModelError,
     _override,
     ablate,
+    answer_states,
     block_inputs,
     block_outputs,
     blocks,
@@ -22,6 +23,7 @@ from safesteer_mlx.method.residual import (
     hidden_states,
     last_logits,
     left_by_ablation,
+    of_prompts,
     pad_right,
     plumbing,
     resume,
@@ -176,6 +178,38 @@ def test_steering_is_the_forward_pass_with_the_vector_added(tiny_model, name, la
         np.testing.assert_allclose(read_by_blocks(view), seen, atol=1e-4)
         at_block = read_by_blocks(view)[layer] - walk(model, ROW)[0][layer]
         np.testing.assert_allclose(at_block, np.tile(coeff * np.array(vector), (len(ROW), 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])
+def test_steering_on_prompts_only_leaves_answers_to_what_they_make_of_them(tiny_model, name):
+    model, vector = tiny_model(name), drawn(2)
+    view = steer(model, 1, vector, 0.7, prompts_only=True)
+    for begins in (1, 3, 4):
+        added = 0.7 * np.array(vector) * (np.arange(4) < begins)[:, None]
+        with of_prompts(view, lambda begins=begins: mx.arange(4)[None] < begins):
+            np.testing.assert_allclose(logits(view), walk(model, ROW, {1: mx.array(added)})[1], atol=1e-4)
+    # All of it is a prompt if nobody says otherwise, and where a model is steered everywhere that makes no difference.
+    np.testing.assert_array_equal(logits(view), logits(steer(model, 1, vector, 0.7)))
+    everywhere = steer(model, 1, vector, 0.7)
+    with of_prompts(everywhere, lambda: mx.zeros((1, 4), mx.bool_)):
+        np.testing.assert_array_equal(logits(everywhere), logits(view))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_states_of_answers_are_those_of_steered_prompts_alone(model, resumed):
+    """Rows of unequal length, and a view that begins at the steered block."""
+    prompts, answers, vector = [ROW, ROW[:2]], [[5, 2], [8, 6, 4]], drawn(3)
+    view = steer(model, 1, vector, prompts_only=True)
+    if resumed:
+        tokens = pad_right([[*p, *a] for p, a in zip(prompts, answers, strict=True)])
+        view = resume(view, 1, block_inputs(model, tokens)[1])
+    states = head(model)(answer_states(view, prompts, answers)[None])[0]
+    expected = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = [*prompt, *answer]
+        added = np.array(vector) * (np.arange(len(row)) < len(prompt))[:, None]
+        expected.extend(walk(model, row, {1: mx.array(added)})[1][len(prompt) - 1 : -1])
+    np.testing.assert_allclose(np.array(states), np.array(expected), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma2"])

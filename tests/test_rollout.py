@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache
 
 from safesteer_mlx.method import rollout
-from safesteer_mlx.method.residual import _override, blocks, view
+from safesteer_mlx.method.residual import _override, blocks, of_prompts, steer, view
 from safesteer_mlx.method.rollout import (
     AfterThought,
     Sampling,
@@ -50,6 +50,23 @@ def test_each_sample_is_what_it_would_be_alone(tiny_model, name, temp):
     model = tiny_model(name)
     expected = [one_by_one(model, p, stream_key(3, i), temp) for i, p in enumerate(PROMPTS)]
     assert drawn(model, temp=temp) == expected
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_where_prompts_alone_are_steered_answers_are_not(tiny_model, batch_size):
+    """Also of rows that join a batch in which others are answered already."""
+    model, vector = tiny_model("qwen2"), 3 * mx.random.normal((32,), key=mx.random.key(1))
+    steered = steer(model, 1, vector, prompts_only=True)
+    expected = []
+    for i, (prompt, length) in enumerate(zip(PROMPTS, map(len, PROMPTS), strict=True)):
+
+        def on_prompt(tokens, begins=length):
+            with of_prompts(steered, lambda: mx.arange(tokens.shape[1])[None] < begins):
+                return steered(tokens)
+
+        expected.append(one_by_one(on_prompt, prompt, stream_key(3, i), 1.0))
+    assert drawn(steered, batch_size=batch_size) == expected
+    assert expected != drawn(steer(model, 1, vector)) and expected != drawn(model)
 
 
 def test_a_drawn_token_is_where_the_distribution_function_passes_the_point():

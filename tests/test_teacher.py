@@ -381,8 +381,9 @@ def test_the_fewest_tokens_that_decide_what_answers_do(refused, most, expected, 
     asked = []
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(q.opening))
     prompts = Validation([[1]], [], 0, 2, 10, 8)
-    chosen = types.SimpleNamespace(teacher=outcomes(2), base=Outcomes([], [], [], []))
-    assert shortest_opening("base", "teacher", prompts, chosen, most) == (expected, outcomes(expected))
+    known = {2: outcomes(2)}
+    told = shortest_opening("base", "teacher", prompts, Outcomes([], [], [], []), known, most)
+    assert told == (expected, outcomes(expected)) and sorted(known) == [n for n in (1, 2, 4, 7) if n <= most]
     assert asked == [n for n in (1, 4, 7) if n <= most]  # two were asked before
 
 
@@ -393,8 +394,8 @@ def test_where_the_base_refuses_nearly_all_an_opening_must_add_half_of_what_any_
 
     shares = {1: 0.95, 2: 0.98, 4: 0.96, 7: 1.0}
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: outcomes(shares[q.opening]))
-    chosen = types.SimpleNamespace(teacher=outcomes(0.98), base=outcomes(own))
-    assert shortest_opening("base", "teacher", Validation([[1]], [], 0, 2, 10, 8), chosen, 7)[0] == expected
+    prompts, known = Validation([[1]], [], 0, 2, 10, 8), {2: outcomes(0.98)}
+    assert shortest_opening("base", "teacher", prompts, outcomes(own), known, 7)[0] == expected
 
 
 def test_an_opening_goes_beyond_what_tells_nothing(monkeypatch):
@@ -402,8 +403,34 @@ def test_an_opening_goes_beyond_what_tells_nothing(monkeypatch):
     asked = []
     monkeypatch.setattr(stage, "ask", lambda base, teacher, q: asked.append(q.opening) or outcomes(5, 0))
     prompts = Validation([[1]], [], 0, 30, 40, 8, least_opening=6)
-    chosen = types.SimpleNamespace(teacher=outcomes(5, 0), base=outcomes(0, 0))
-    assert shortest_opening("base", "teacher", prompts, chosen, 30)[0] == 7 and asked == [7, 16]
+    known = {30: outcomes(5, 0)}
+    assert shortest_opening("base", "teacher", prompts, outcomes(0, 0), known, 30)[0] == 7 and asked == [7, 16]
+
+
+@pytest.mark.parametrize(
+    ("refused", "on_prompts", "broken", "expected"),
+    [
+        (0.9, None, 0.0, False),  # little is left, and it is not asked
+        (0.7, {2: 0.7, 4: 0.78, 7: 0.74}, 0.0, False),  # three in four of what was left
+        (0.7, {2: 0.7, 4: 0.82, 7: 0.84}, 0.0, True),
+        (0.7, {2: 0.7, 4: 0.82, 7: 0.84}, 0.1, False),  # but says nothing so often
+    ],
+)
+def test_a_teacher_is_steered_on_the_prompt_only_where_that_leaves_less(
+    refused, on_prompts, broken, expected, monkeypatch
+):
+    def outcomes(share, broken=0.0):
+        n, bad = round(100 * share), round(100 * broken)
+        return Outcomes(["refuse"] * n + ["comply"] * (100 - n), [], [False] * (100 - bad) + [True] * bad, [])
+
+    run = types.SimpleNamespace(base="base")
+    monkeypatch.setattr(stage, "make_teacher", lambda run, direction, coeff, prompts_only: stage.Teacher("on prompts"))
+    monkeypatch.setattr(stage, "ask", lambda base, teacher, q: outcomes(on_prompts[q.opening], broken))
+    chosen = stage.ChosenTeacher(Direction(-1, 1, mx.zeros(1)), 1.0, [], outcomes(0.4), outcomes(refused), 1)
+    prompts = Validation([[1]], [], 0, 2, 10, 8)
+    new = stage._or_on_prompts_only(run, prompts, chosen, {1: outcomes(refused)}, 7)
+    assert new.prompts_only is expected and new.coeff == 1.0
+    assert new == (replace(chosen, opening=4, teacher=outcomes(0.82), prompts_only=True) if expected else chosen)
 
 
 # The teachers

@@ -13,6 +13,7 @@ what is read and steered so with a second way, and refuses an architecture in wh
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -150,8 +151,9 @@ def _override(module: nn.Module, prefix: str, call: Callable) -> None:
     )
 
 
-def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0) -> nn.Module:
-    """A view of `model` with `coeff * vector` added to the input of block `layer` at every position.
+def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0, prompts_only: bool = False) -> nn.Module:
+    """A view of `model` with `coeff * vector` added to the input of block `layer` at every position; with
+    `prompts_only` not where `of_prompts` says that there is no prompt.
 
     Args:
         layer: block index, 0 <= layer < L.
@@ -166,15 +168,34 @@ def steer(model: nn.Module, layer: int, vector: mx.array, coeff: float = 1.0) ->
     if not 0 <= layer < len(own):
         raise ValueError(f"layer {layer} is not a block of this model, which has {len(own)}")
     shift, stream = _by_row(coeff * vector.astype(mx.float32)), plumbing(model)
+    where: list[mx.array] = []  # of all views of this one
 
     def call(block, *args, **kwargs):
         x = stream.given(args, kwargs)
         if shift.shape[-1] != x.shape[-1]:
             raise ValueError(f"a steering vector of {shift.shape[-1]} does not fit a model of width {x.shape[-1]}")
-        return stream.run(block, args, kwargs, x + shift.astype(x.dtype))
+        there = shift * where[-1][..., None] if where else shift
+        return stream.run(block, args, kwargs, x + there.astype(x.dtype))
 
     _override(own[layer], "Steered", call)
+    if prompts_only:
+        object.__setattr__(steered, "_steered_where", where)
     return steered
+
+
+@contextmanager
+def of_prompts(model: nn.Module, are_prompts: Callable[[], mx.array]) -> Iterator[None]:
+    """Meanwhile a model that is steered on prompts only, or a view of it, is not steered at tokens that are not of
+    prompts, (B, T) bool; of any other model nobody asks which those are."""
+    where = vars(model).get("_steered_where")
+    if where is None:
+        yield
+        return
+    where.append(are_prompts())
+    try:
+        yield
+    finally:
+        where.pop()
 
 
 def _by_row(vector: mx.array) -> mx.array:
@@ -472,8 +493,10 @@ def answer_states(
     R is the number of answer tokens, and one more an answer with `and_after`: the state behind its last token.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    hidden = hidden_states(model, pad_right(rows))
-    width = hidden.shape[1]
+    tokens = pad_right(rows)
+    width = tokens.shape[1]
+    with of_prompts(model, lambda: mx.arange(width) < mx.array([[len(prompt)] for prompt in prompts])):
+        hidden = hidden_states(model, tokens)
     flat = [
         i * width + at
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))

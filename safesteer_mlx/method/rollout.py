@@ -18,7 +18,7 @@ from ..system import machines
 from ..system.memory import CACHE_STEP, with_smaller_batches
 from ..system.screen import Advance, silent
 from ..system.store import TokenId
-from .residual import pad_right
+from .residual import of_prompts, pad_right
 
 Ids = Sequence[int]
 
@@ -345,7 +345,8 @@ def _decode(
             unread.update(new)
         fed, place = last, [len(ids[row]) + (row not in unread) for row in rows]
         if min(place) < sampling.max_tokens:  # else every row has its last id
-            logits = model(fed[:, None], cache=cache)[:, -1]
+            with of_prompts(model, lambda rows=rows: mx.array([[row in unread] for row in rows])):
+                logits = model(fed[:, None], cache=cache)[:, -1]
             own = None if points is None else mx.array(points[rows, np.minimum(place, sampling.max_tokens)])
             last = draw(logits, own, sampling.temp, sampling.top_p).astype(mx.int32)
             mx.async_eval(last)

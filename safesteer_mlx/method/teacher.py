@@ -42,6 +42,7 @@ VALIDATION_PROMPTS = 64, 32  # harmful and harmless ones that teachers are asked
 VALIDATION_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
 OPENINGS = 1, 2, 4, 7, 16, 32, 64, 128  # tokens that it may take to decide what an answer does
+SOME_LEFT = 0.15  # of harmful prompts, answered: then a teacher that is steered on the prompt only is asked too
 NEARLY = 0.05  # of the answers: an opening that refuses so many fewer than the best is enough
 FIRST_PASSES = 16, 8  # harmful and harmless prompts of the forward passes
 ENOUGH = 0.95  # of the refusals that a direction can open: the smallest coefficient that does is asked for answers
@@ -125,7 +126,8 @@ class TeacherTrial:
 @dataclass(frozen=True)
 class ChosenTeacher:
     """Stage 2's result: direction and coefficient, what they were chosen from (nothing, if they were given), the base's
-    and the teacher's `Outcomes`, and how many tokens of an answer the teacher can write without harm."""
+    and the teacher's `Outcomes`, how many tokens of an answer the teacher can write without harm, and whether it is
+    steered on the prompt only."""
 
     direction: Direction
     coeff: float
@@ -133,11 +135,12 @@ class ChosenTeacher:
     base: Outcomes
     teacher: Outcomes
     opening: Annotated[int, "opening"]
+    prompts_only: bool = False
 
 
-def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float) -> Teacher:
-    """The published teacher: frozen, α·r at every position of prompt and completion."""
-    return Teacher(steer(base, layer, vector, coeff), shared_blocks=layer)
+def steered_teacher(base: nn.Module, layer: int, vector: mx.array, coeff: float, prompts_only: bool = False) -> Teacher:
+    """The published teacher: frozen, α·r at every position of prompt and completion; or of the prompt only."""
+    return Teacher(steer(base, layer, vector, coeff, prompts_only), shared_blocks=layer)
 
 
 def ema_update(moving: nn.Module, student: nn.Module, rate: float) -> None:
@@ -295,20 +298,20 @@ def choose_teacher(
 
 
 def shortest_opening(
-    base: Loaded, teacher: nn.Module, prompts: Validation, chosen: ChosenTeacher, most: int
+    base: Loaded, teacher: nn.Module, prompts: Validation, own: Outcomes, answers: dict[int, Outcomes], most: int
 ) -> tuple[int, Outcomes]:
     """How many tokens of an answer the teacher must write, at most `most`, for it to do what it can, and what answers
     do then.
 
-    The fewest with which nearly as many answers refuse as with any, and half of those more that do than of the base's:
-    the more it writes, the more it spoils. What was `chosen` was told by answers of which it writes `prompts.opening`.
+    The fewest with which nearly as many answers refuse as with any, and half of those more that do than of the base's
+    `own`: the more it writes, the more it spoils. `answers` are those that are known, by how much it wrote of them, and
+    get those that it is asked for.
     """
-    answers = {prompts.opening: chosen.teacher}
     for opening in OPENINGS:
         if prompts.least_opening <= opening <= most and opening not in answers:
             answers[opening] = ask(base, teacher, replace(prompts, opening=opening))
     most_refused = max(outcomes.refused for outcomes in answers.values())
-    fewer = min(NEARLY, max(0.0, most_refused - chosen.base.refused) / 2)
+    fewer = min(NEARLY, max(0.0, most_refused - own.refused) / 2)
     enough = [opening for opening, outcomes in answers.items() if outcomes.refused >= most_refused - fewer - 1e-9]
     return min(enough), answers[min(enough)]
 
@@ -399,13 +402,36 @@ def find_teacher(run: Run, directions: FoundDirections) -> ChosenTeacher:
     if run.recipe.loss.first_tokens == "auto":  # else it decides nothing, and is not asked for
         with screen.stage("finding how much of an answer to teach"):
             most = max(run.recipe.tokens.horizon, prompts.opening)
-            opening, outcomes = shortest_opening(base, teacher.model, prompts, chosen, most)
+            answers = {prompts.opening: chosen.teacher}
+            opening, outcomes = shortest_opening(base, teacher.model, prompts, chosen.base, answers, most)
             chosen = replace(chosen, opening=opening, teacher=outcomes)
+            if settings.teacher != "system_prompt" and not base.turns_late:
+                chosen = _or_on_prompts_only(run, prompts, chosen, {1: answers[1]}, most)
     if settings.teacher == "system_prompt":
         screen.line("teacher: the base under a safety system prompt")
     else:
         _tell(run, directions, chosen)
     return chosen
+
+
+def _or_on_prompts_only(
+    run: Run, prompts: Validation, chosen: ChosenTeacher, answers: dict[int, Outcomes], most: int
+) -> ChosenTeacher:
+    """What was chosen; steered on the prompt only, if that leaves a third fewer of the harmful prompts answered, of
+    which it left some.
+
+    What an answer does may be decided behind words with which others begin too (*I understand that*, *I understand
+    you'd like*). A vector that is added there as well spoils what is written; one that has told the prompt does not.
+    What the first token is is the same: `answers` of which the teacher wrote one are known.
+    """
+    left = 1 - chosen.teacher.refused
+    if left < SOME_LEFT:
+        return chosen
+    teacher = make_teacher(run, chosen.direction, chosen.coeff, prompts_only=True)
+    opening, outcomes = shortest_opening(run.base, teacher.model, prompts, chosen.base, answers, most)
+    if 1 - outcomes.refused > left * 2 / 3 or outcomes.broken > chosen.teacher.broken + NEARLY:
+        return chosen
+    return replace(chosen, opening=opening, teacher=outcomes, prompts_only=True)
 
 
 def _tell(run: Run, directions: FoundDirections, chosen: ChosenTeacher) -> None:
@@ -425,10 +451,12 @@ def _tell(run: Run, directions: FoundDirections, chosen: ChosenTeacher) -> None:
     run.screen.detail(", ".join([f"direction: block {d.layer} of {n_layers}, position {d.position}", *texts]))
     tokens = "the first token decides" if opening == 1 else f"the first {opening} tokens decide"
     decides = run.recipe.loss.first_tokens == "auto"
-    run.screen.detail(f"teacher: coefficient {chosen.coeff:g}" + (f"; {tokens} what an answer does" if decides else ""))
+    where = ", on the prompt only" if chosen.prompts_only else ""
+    does = f"; {tokens} what an answer does" if decides else ""
+    run.screen.detail(f"teacher: coefficient {chosen.coeff:g}{where}{does}")
 
 
-def make_teacher(run: Run, direction: Direction, coeff: float) -> Teacher:
+def make_teacher(run: Run, direction: Direction, coeff: float, prompts_only: bool = False) -> Teacher:
     """The steered teacher, or the system-prompt one.
 
     Raises:
@@ -437,7 +465,7 @@ def make_teacher(run: Run, direction: Direction, coeff: float) -> Teacher:
     base, settings = run.base, run.recipe.teacher
     if settings.teacher == "system_prompt":
         return Teacher(base.model, settings.system_prompt)
-    teacher = steered_teacher(base.model, direction.layer, direction.vector, coeff)
+    teacher = steered_teacher(base.model, direction.layer, direction.vector, coeff, prompts_only)
     row = run.prompts.harmless_validation[:1]
     if mx.array_equal(last_logits(base.model, row), last_logits(teacher.model, row)):
         raise UserError(f"steering with coeff = {coeff:g} changes nothing; give a larger --coeff")

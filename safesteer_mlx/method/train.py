@@ -644,12 +644,12 @@ class MovingTeacher:
     def __init__(self, run: Run, student: nn.Module, directions: FoundDirections, choice: ChosenTeacher):
         self._run, self._student, self._directions = run, student, directions
         self._direction, self._coeff, self._vector = choice.direction, choice.coeff, choice.direction.vector
-        self._model, self.tokens = moving_average(student), None
+        self._prompts_only, self._model, self.tokens = choice.prompts_only, moving_average(student), None
 
     @property
     def teacher(self) -> Teacher:
         """The teacher as it is now."""
-        return steered_teacher(self._model, self._direction.layer, self._vector, self._coeff)
+        return steered_teacher(self._model, self._direction.layer, self._vector, self._coeff, self._prompts_only)
 
     def move(self, step: int) -> None:
         """Follow the student after a step."""

@@ -36,6 +36,7 @@ class Vector(TypedDict):
 
     layer: int
     vector: Annotated[list[float], 1_000_000]
+    prompts_only: NotRequired[bool]  # whether it is added at the tokens of a prompt only
 
 
 Map = Annotated[list[Annotated[list[float | None], 500]], 100]
