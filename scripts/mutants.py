@@ -138,15 +138,21 @@ MUTANTS = [
         [
             (
                 "steering at the output instead of the input",
-                "return stream.run(block, args, kwargs, x + shift.astype(x.dtype))",
-                "return stream.change(stream.run(block, args, kwargs, x), lambda y: y + shift.astype(y.dtype))",
+                "return stream.run(block, args, kwargs, x + there.astype(x.dtype))",
+                "return stream.change(stream.run(block, args, kwargs, x), lambda y: y + there.astype(y.dtype))",
                 "test_steering_is_the_forward_pass_with_the_vector_added",
             ),
             (
                 "steering at one position",
-                "x + shift.astype(x.dtype))",
-                "mx.concatenate([x[:, :-1], x[:, -1:] + shift.astype(x.dtype)], axis=1))",
+                "x + there.astype(x.dtype))",
+                "mx.concatenate([x[:, :-1], x[:, -1:] + there.astype(x.dtype)], axis=1))",
                 "test_steering_adds_the_vector_at_one_block_and_every_position",
+            ),
+            (
+                "answers are steered where prompts alone should be",
+                "there = shift * where[-1][..., None] if where else shift",
+                "there = shift",
+                "test_the_states_of_answers_are_those_of_steered_prompts_alone",
             ),
             (
                 "ablation adds the direction",

@@ -10,10 +10,12 @@ import pytest
 from runs import MICRO
 
 from safesteer_mlx.align import main
+from safesteer_mlx.chat import make_voices
 from safesteer_mlx.evals import last_screen
-from safesteer_mlx.method import direction, safety_tokens
+from safesteer_mlx.method import direction, residual, safety_tokens
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.recipe import MODELS
+from safesteer_mlx.system.load import load
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -133,6 +135,26 @@ def test_every_variant_runs_to_the_end(flags, tmp_path):
     short = [MICRO, "--batch-size", "8", "--max-tokens", "24"]
     folder = aligned(tmp_path / "adapters", *short, *flags, "--force")  # two steps of some of them make nothing safer
     assert (folder / "adapters.safetensors").stat().st_size > 0
+
+
+def test_a_teacher_of_the_prompt_only_is_that_from_end_to_end(tmp_path, monkeypatch):
+    """In every stage behind its choice, in the record, and where the record is read again."""
+    built, made = [], teachers.steered_teacher
+    monkeypatch.setattr(teachers, "steered_teacher", lambda *given: built.append(given[-1]) or made(*given))
+
+    def on_prompts_only(run, prompts, chosen, answers, most):
+        assert list(answers) == [1] and most == run.recipe.tokens.horizon
+        built.clear()
+        return replace(chosen, opening=4, prompts_only=True)
+
+    monkeypatch.setattr(teachers, "_or_on_prompts_only", on_prompts_only)
+    short = [MICRO, "--batch-size", "8", "--max-tokens", "24", "--direction-validation", "13", "--force"]
+    folder = aligned(tmp_path / "adapters", *short)
+    assert built == [True] and json.loads((folder / "run" / "direction.json").read_text())["prompts_only"] is True
+    steered, steer = [], residual.steer
+    monkeypatch.setattr(residual, "steer", lambda *given: steered.append(given[-1]) or steer(*given))
+    make_voices(load(MICRO).model, folder, 0.7)
+    assert steered == [True]
 
 
 def test_what_the_model_refuses_in_other_words_is_told_last_too(tmp_path, monkeypatch):

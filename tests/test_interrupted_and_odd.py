@@ -21,7 +21,7 @@ from safesteer_mlx.evals import heldout, scorecard
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import Direction, mean_differences
-from safesteer_mlx.method.residual import hidden_states
+from safesteer_mlx.method.residual import hidden_states, of_prompts
 from safesteer_mlx.method.run import Run
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.train import MovingTeacher, StepMetrics, Training, collapsed, train_student
@@ -214,7 +214,7 @@ def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_a
     teacher = replace(RECIPE.teacher, teacher="ema", ema_rate=0.5, refresh_every=1)
     recipe = replace(RECIPE, teacher=teacher, run=replace(RECIPE.run, prompt_batch_size=4))
     found = SimpleNamespace(harmful_train=UNEQUAL[:5], harmless_train=UNEQUAL[5:9])
-    chosen = SimpleNamespace(direction=Direction(-2, 1, mx.ones(32)), coeff=1.0)
+    chosen = SimpleNamespace(direction=Direction(-2, 1, mx.ones(32)), coeff=1.0, prompts_only=True)
     student, sizes = make_student(base.model, RECIPE.train, 0), []
 
     def means(*given):
@@ -231,6 +231,9 @@ def test_a_moving_teacher_is_refreshed_from_the_prompts_that_passed_in_batches_a
     assert sizes == [4, 2]
     expected = mean_differences(base.model, UNEQUAL[:5], UNEQUAL[5:9], 2)[0, 1]  # the student is still the base
     assert mx.allclose(moving.state()["vector"], mx.array(expected.astype(np.float32)), atol=1e-5)
+    row, moved = mx.array([UNEQUAL[0]]), moving.teacher.model
+    with of_prompts(moved, lambda: mx.zeros(row.shape, mx.bool_)):
+        assert mx.array_equal(moved(row), base.model(row))  # on prompts only, as the one that was chosen
 
 
 # Signals
