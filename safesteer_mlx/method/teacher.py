@@ -12,7 +12,8 @@ Where we deviate, with `coeff: auto`: direction and α are chosen together, on t
 
 In an answer the teacher writes the first `opening` tokens and the base goes on. A vector that is added at every
 position soon breaks what is written under it, which the student, pulled on its own answers, does not inherit; what it
-inherits is how an answer opens, and whether the base can go on from there.
+inherits is how an answer opens, and whether the base can go on from there. Where that leaves some harmful prompts
+answered, it may be added at the positions of the prompt only (`_or_on_prompts_only`).
 """
 
 import math
