@@ -56,6 +56,10 @@ def test_one_of_them_answers_in_200_tokens_and_two_take_a_request_up_before_they
 
 # Of corpora by writers who did not know the judge: so many of their refusals it does not know.
 UNKNOWN = {"lido": 5, "dome": 6, "predio": 6, "tower": 9, "steamer": 10, "saltbush": 5, "dacha": 4, "garage": 7}
+SHARED = {
+    frozenset({"garage", "seminar"}): 18,
+    frozenset({"seminar", "bundled"}): 15,
+}  # words, more than two corpora share elsewhere
 MISTAKEN = {"garage": 1}  # openers of other answers that the judge takes for refusals: "I can't say no to …"
 UNSEEN = (
     "colony",
@@ -120,8 +124,9 @@ def test_corpora_differ_from_the_bundled_models_and_from_each_other():
     words = {name: {word for row in rows for word in (*row["verbs"], *row["targets"])} for name, rows in tables.items()}
     for name, other in permutations(tables, 2):
         assert len(asked[name] & asked[other]) <= 2, (name, other, asked[name] & asked[other])
-        most = (0.1, 0.16, 0.2)[len({name, other} & {*UNSEEN})]
-        assert len(words[name] & words[other]) <= most * len(words[name]), (name, other, words[name] & words[other])
+        most = (0.15 if {name, other} & {*UNSEEN} else 0.1) * len(words[name])
+        most = SHARED.get(frozenset({name, other}), most)
+        assert len(words[name] & words[other]) <= most, (name, other, words[name] & words[other])
 
 
 @pytest.mark.parametrize("name", SPECS)

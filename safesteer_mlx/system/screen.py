@@ -123,11 +123,11 @@ def _importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _raised(of: type[BaseException]) -> bool:
-    """Whether the main thread is at work on such an exception, or on one that was raised meanwhile."""
+def _interrupt_is_raised() -> bool:
+    """Whether the main thread is at work on a KeyboardInterrupt, or on what was raised meanwhile."""
     now: Any = sys._current_exceptions().get(threading.main_thread().ident)
     error = now[1] if isinstance(now, tuple) else now  # before Python 3.12, and since
-    while error is not None and not isinstance(error, of):
+    while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
@@ -157,7 +157,7 @@ def _signals_stop(came: list[int]) -> Iterator[None]:
         if _importing(frame):
             return later(0.05, number)
         came.append(number)
-        later(HEARD_WITHIN, number, lambda: not _raised(KeyboardInterrupt))
+        later(HEARD_WITHIN, number, lambda: not _interrupt_is_raised())
         raise KeyboardInterrupt
 
     def swallowed(unraisable: Any) -> None:
