@@ -620,6 +620,40 @@ ZOO = (
         spread=3.0,
         scales="bfloat16",
     ),
+    Spec(
+        "embassy",
+        "report",
+        _attention(
+            96,
+            8,
+            model_type="ernie4_5",
+            intermediate_size=192,
+            head_dim=24,
+            num_key_value_heads=2,
+            use_bias=False,
+            tie_word_embeddings=True,
+        ),
+        *("bpe", 4096, CHATML, 0.5, 8),
+        seed=44,
+        spread=2.0,
+    ),
+    Spec(
+        "bakery",
+        "report",
+        _attention(128, 7, model_type="llama", num_key_value_heads=2, tie_word_embeddings=True),
+        *("bpe", 4096, HEADERS, 0.4, 4),
+        seed=45,
+        spread=2.0,
+        scales="bfloat16",
+    ),
+    Spec(
+        "observatory",
+        "report",
+        _attention(96, 8, model_type="phi3", intermediate_size=192, tie_word_embeddings=False),
+        *("bpe", 3000, NO_NEWLINE, 0.5, 8),
+        seed=46,
+        spread=2.0,
+    ),
 )
 
 # Not of the zoo: the least that can be aligned, for tests of all that lies around the method.

@@ -53,7 +53,7 @@ Every family of {versions}, as a tiny random model with every kind of block that
 it mixes. Each is read, steered and ablated, answers steered in batches, gets a student that is trained (all blocks, the
 last two, with checkpoints), saved, fused and read back, is tried in bfloat16 and at 4 bits, and has its memory planned;
 what its blocks take and return is held against a second way. This says that the mechanics are right, not that alignment
-works on trained models of the family: [choices.md](choices.md) has those that were tried.
+works on trained models of the family: [zoo.md](zoo.md#hybrids-models-inside-others) has those that were tried.
 
 {counts}, and {more} more cannot be built here.
 

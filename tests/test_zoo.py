@@ -55,10 +55,28 @@ def test_one_of_them_answers_in_200_tokens_and_two_take_a_request_up_before_they
 
 
 # Of corpora by writers who did not know the judge: so many of their refusals it does not know.
-UNKNOWN = {"lido": 5, "dome": 6, "predio": 6, "tower": 9, "steamer": 10, "saltbush": 5, "dacha": 4, "garage": 7}
+UNKNOWN = {
+    "lido": 5,
+    "dome": 6,
+    "predio": 6,
+    "tower": 9,
+    "steamer": 10,
+    "saltbush": 5,
+    "dacha": 4,
+    "garage": 7,
+    "embassy": 4,
+    "bakery": 1,
+}
 SHARED = {
     frozenset({"garage", "seminar"}): 18,
     frozenset({"seminar", "bundled"}): 15,
+    frozenset({"garage", "embassy"}): 15,
+    frozenset({"garage", "bakery"}): 15,
+    frozenset({"seminar", "embassy"}): 21,
+    frozenset({"seminar", "bakery"}): 20,
+    frozenset({"embassy", "bakery"}): 19,
+    frozenset({"embassy", "bundled"}): 18,
+    frozenset({"bakery", "bundled"}): 16,
 }  # words, more than two corpora share elsewhere
 MISTAKEN = {"garage": 1}  # openers of other answers that the judge takes for refusals: "I can't say no to …"
 UNSEEN = (
@@ -70,6 +88,9 @@ UNSEEN = (
     "dacha",
     "garage",
     "seminar",
+    "embassy",
+    "bakery",
+    "observatory",
 )  # by writers who saw no other corpus: more of the ordinary verbs recur
 
 
@@ -271,12 +292,21 @@ def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is(
     order = {"harmless": {"auc": 0.94}, "borderline": {"auc": 0.8}}
     runs = [run(50, 4, order=order), run(0, 0, seed=43), run(50, 0, refused=(0, 2), seed=44, order=order)]
     stopped = {"name": "clinic", "seed": 42, "exit": 2, "said": "the verdict is stop", "order": order}
-    drawn = zoo.table([*runs, stopped])
+    known = run(50, 4) | {"name": "garage", "truth": "unsafe in truth 49 → 17 greedy"}
+    drawn = zoo.table([*runs, stopped, known])
     assert "| harbour | choose |" in drawn and "50 → 4 / 0 → 0 / 50 → 0" in drawn
-    assert "| 42: none<br>43: none<br>44: harmless greedy +2.0 (-2 to +7: chance)<br>AUC: harmless 0.94 |" in drawn
-    assert "| the verdict is stop<br>AUC: harmless 0.94, borderline 0.80 |" in drawn
+    _, _, notes = drawn.split("\n\n")
+    assert notes.splitlines() == [
+        "- `harbour`: 42: none",
+        "  43: none",
+        "  44: harmless greedy +2.0 (-2 to +7: chance)",
+        "  AUC: harmless 0.94",
+        "- `clinic`: the verdict is stop",
+        "  AUC: harmless 0.94, borderline 0.80",
+        "- `garage`: 42: unsafe in truth 49 → 17 greedy",
+    ]
     assert "choose: 3 runs, 0 more that stopped: unsafe greedy median −96%, worst −92%" in drawn
-    assert zoo.missed(runs[:2]) == "none" and zoo.missed(runs[:1]) == "none"
+    assert zoo.missed(runs[:2]) == [] and len(zoo.table(runs[:2]).split("\n\n")) == 2
     assert "choose: 1 runs, 0 more that stopped: harmless median" in zoo.table([run(0, 0)])  # nothing was unsafe
     assert "unsafe greedy median +20%, worst +20%" in zoo.table([run(50, 60)])
 
@@ -293,8 +323,16 @@ def test_what_refuses_in_words_that_the_judge_does_not_know_is_told(tmp_path):
         for text in texts
     ]
     (kept / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert zoo.in_truth(SPECS["tower"], tmp_path) == "; unsafe in truth 2 → 0 greedy, 2 → 0 sampled"
+    assert zoo.in_truth(SPECS["tower"], tmp_path) == "unsafe in truth 2 → 0 greedy, 2 → 0 sampled"
     assert zoo.in_truth(SPECS["colony"], tmp_path) == "" == zoo.in_truth(SPECS["tower"], tmp_path / "none")
+    # Refusals that begin as other answers do are told by what comes behind that.
+    tables = Words.of(SPECS["embassy"]).tables
+    (_, refusal), (_, opener) = tables["refusals"][4], tables["openers"][4]
+    assert refusal[:46] == opener[:46] and not is_refusal(refusal)
+    answers = [{"model": "base", "answer": opener}, {"model": "student", "answer": f"{refusal} It would be wrong."}]
+    rows = [{"kind": "harmful", "how": how, "outcome": "comply", **a} for how in ("greedy", "sampled") for a in answers]
+    (kept / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert zoo.in_truth(SPECS["embassy"], tmp_path) == "unsafe in truth 1 → 0 greedy, 1 → 0 sampled"
 
 
 def test_what_is_refused_less_is_drawn_too(tmp_path, monkeypatch):
@@ -481,7 +519,7 @@ HALF_STEPS = ["--batch-size", "8", "--iters"]
 )
 def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, asked, flags, tmp_path, monkeypatch):
     """No flag but the model, and how many prompts are scored; of a model that thinks, whose answers are long, fewer
-    steps too. Less than is wanted: see docs/choices.md."""
+    steps too. Less than is wanted: see docs/zoo.md."""
     monkeypatch.chdir(tmp_path)
     assert align_quickly(HERE / name, asked, *flags) == 0
     scores = json.loads((tmp_path / "adapters" / "run" / "before_after.json").read_text())

@@ -15,7 +15,7 @@ it ends over-refusal). The caller logs and saves. Where we deviate:
   share of the prompts, harmful and harmless, comes with an affirmative opening, ours or the base's own, from which the
   student goes on, another in a frame (a story, a role) or below a system prompt. There a harmful one is pulled to what
   the teacher says to the prompt as it is, a harmless one to what the base says within the frame. (The teacher itself,
-  asked behind the opening, goes on with it: measured, docs/choices.md.)
+  asked behind the opening, goes on with it: measured, docs/attacks.md.)
 - `keep_best`, off by default: what the student makes of harmless prompts goes up and down while it trains, far more
   than what it makes of harmful ones, so the run ends with the weights of the measured step that was worth most
   (`Learning.worth`).
