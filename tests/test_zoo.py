@@ -66,6 +66,7 @@ UNKNOWN = {
     "garage": 7,
     "embassy": 4,
     "bakery": 1,
+    "observatory": 1,
 }
 SHARED = {
     frozenset({"garage", "seminar"}): 18,
