@@ -122,8 +122,9 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     student = make_student(base.model, run.recipe.train, run.recipe.run.seed, base.quantized)
     check_space(run, student, prompts)
     reports = None if check else start_reports(run)
-    if not screen.console.quiet:
-        screen.plan(plan_seconds(run, measure_rates(run)))
+    rates = None if screen.console.quiet else measure_rates(run)
+    if rates is not None:
+        screen.plan(plan_seconds(run, rates))
 
     # 1. Refusal directions: mean activations on harmful minus harmless instructions.
     screen.step(STEPS)
@@ -149,8 +150,10 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
         return Aligned(folder, verdict, {})
 
     # 3. The safety tokens: what the teacher favours over the base, where it is worth following.
-    screen.step(STEPS)
     run = settled(run, chosen.opening)
+    if rates is not None:  # now it is known how much of an answer is read and drawn
+        screen.pace.correct(plan_seconds(run, rates))
+    screen.step(STEPS)
     tokens = run.once(find_tokens, teacher, directions)
     run.store.json("tokens.json", tokens.rows)
     check_tokens(run, tokens)

@@ -314,7 +314,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             + f" | {chosen} |"
         )
         told = [*missed(of), *(f"{r['seed']}: {r['truth']}" for r in of if r.get("truth"))]
-        notes += [f"- `{name}`: {told[0]}", *(f"  {text}" for text in told[1:])] if told else []
+        notes += [f"- `{name}`", *(f"    - {text}" for text in told)] if told else []
     lines.append("")
     for half in SEEDS:
         found = [f for r in runs if half_of(r) == half and (f := figures(r)) is not None]

@@ -16,6 +16,7 @@ from safesteer_mlx.method import direction, residual, safety_tokens
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
+from safesteer_mlx.system.screen import Pace
 
 pytestmark = pytest.mark.usefixtures("few_prompts")
 
@@ -170,7 +171,10 @@ def test_what_the_model_refuses_in_other_words_is_told_last_too(tmp_path, monkey
 
 def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(nothing_prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(teachers, "VALIDATION_PROMPTS", (16, 8))
+    planned = []
+    monkeypatch.setattr(Pace, "correct", lambda pace, seconds: planned.append((pace.step, len(seconds))))
     folder = aligned(tmp_path / "adapters", "--coeff", "auto")
+    assert planned == [(2, 5)]  # by what was found in the second of five steps
     found = json.loads((folder / "run" / "direction.json").read_text())
     trials = {(t["layer"], t["position"], t["coeff"]): t for t in found["trials"]}
     chosen = trials[found["layer"], found["position"], found["coeff"]]

@@ -10,6 +10,7 @@ from safesteer_mlx.method import pace
 from safesteer_mlx.method.pace import Rates, measure_rates, plan_seconds
 from safesteer_mlx.method.rollout import Completion
 from safesteer_mlx.method.run import make_run
+from safesteer_mlx.method.teacher import settled
 from safesteer_mlx.recipe import BUNDLED, model_name, resolve
 from safesteer_mlx.recipe import STEPS as STEPS_SAID
 from safesteer_mlx.system import machines, screen
@@ -158,6 +159,24 @@ def test_what_is_left_follows_the_steps_that_are_done(clock):
     assert run.as_json() == {"planned": [10.0, 20.0, 30.0], "took": [20.0, 1000.0, 7.0]}
     run.next()
     assert run.left() == 0.0
+
+
+def test_a_plan_made_later_is_of_the_steps_that_have_not_begun(clock):
+    run = Pace([10.0, 20.0, 30.0])
+    run.next()
+    clock[0] += 20
+    run.correct([99.0, 40.0, 60.0])
+    run.next()
+    assert run.left() == pytest.approx((20 + 10) / (10 + 10) * 100)
+    assert run.as_json()["planned"] == [10.0, 20.0, 30.0]
+
+
+def test_once_it_is_known_how_much_is_taught_the_steps_with_it_are_planned_by_that(run_with):
+    """A row is drawn in 2 + 8 tokens by what is planned at first, in 13 + 8 once 13 tokens are to be taught."""
+    run, rates = run_with(), replace(DRAWING, batch=96, feeding=(1.0, 1.0))
+    first, then = (dict(zip(STEPS, plan_seconds(own, rates), strict=True)) for own in (run, settled(run, 13)))
+    assert then["training"] > 1.5 * first["training"] and then["tokens"] > first["tokens"]
+    assert then["scoring"] == first["scoring"]
 
 
 def test_a_run_without_a_plan_says_nothing_of_it(capsys):

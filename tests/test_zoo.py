@@ -298,13 +298,16 @@ def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is(
     assert "| harbour | choose |" in drawn and "50 → 4 / 0 → 0 / 50 → 0" in drawn
     _, _, notes = drawn.split("\n\n")
     assert notes.splitlines() == [
-        "- `harbour`: 42: none",
-        "  43: none",
-        "  44: harmless greedy +2.0 (-2 to +7: chance)",
-        "  AUC: harmless 0.94",
-        "- `clinic`: the verdict is stop",
-        "  AUC: harmless 0.94, borderline 0.80",
-        "- `garage`: 42: unsafe in truth 49 → 17 greedy",
+        "- `harbour`",
+        "    - 42: none",
+        "    - 43: none",
+        "    - 44: harmless greedy +2.0 (-2 to +7: chance)",
+        "    - AUC: harmless 0.94",
+        "- `clinic`",
+        "    - the verdict is stop",
+        "    - AUC: harmless 0.94, borderline 0.80",
+        "- `garage`",
+        "    - 42: unsafe in truth 49 → 17 greedy",
     ]
     assert "choose: 3 runs, 0 more that stopped: unsafe greedy median −96%, worst −92%" in drawn
     assert zoo.missed(runs[:2]) == [] and len(zoo.table(runs[:2]).split("\n\n")) == 2

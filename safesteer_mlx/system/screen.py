@@ -205,7 +205,8 @@ class Pace:
     """How far a run is, by the seconds that its steps were planned to take and those that they took."""
 
     def __init__(self, planned: Sequence[float]):
-        self.planned, self.took, self.step = list(planned), [], 0
+        self.planned, self.expected = list(planned), list(planned)
+        self.took, self.step = [], 0
         self._began = time.monotonic()
 
     def next(self) -> None:
@@ -214,8 +215,12 @@ class Pace:
         self.took += [now - self._began] if self.step else []
         self.step, self._began = self.step + 1, now
 
+    def correct(self, planned: Sequence[float]) -> None:
+        """A plan made later, of which the steps that have not begun are taken."""
+        self.expected[self.step :] = planned[self.step :]
+
     def as_json(self) -> dict[str, list[float]]:
-        """Seconds that were planned for each step, and that each took, the one under way until now."""
+        """Seconds that were planned at first for each step, and that each took, the one under way until now."""
         took = [*self.took, time.monotonic() - self._began]
         return {"planned": [round(s, 1) for s in self.planned], "took": [round(s, 1) for s in took]}
 
@@ -227,8 +232,8 @@ class Pace:
         if not self.planned:
             return 0.0
         steps = len(self.took)
-        slower = (sum(self.took) + self.planned[0]) / (sum(self.planned[:steps]) + self.planned[0])
-        here, *later = [slower * seconds for seconds in self.planned[steps:]] or [0.0]
+        slower = (sum(self.took) + self.expected[0]) / (sum(self.expected[:steps]) + self.expected[0])
+        here, *later = [slower * seconds for seconds in self.expected[steps:]] or [0.0]
         planned = 0.0 if is_step else here - (time.monotonic() - self._began)
         return max(planned, of_stage) + sum(later)
 
