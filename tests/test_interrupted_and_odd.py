@@ -386,10 +386,7 @@ def run():
         raise
 sys.exit(screen.exit_code(run))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | PYTHON, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "kept\n", ONE_LINE)
+    assert stopped(["-c", code], [], tmp_path, b"kept") == (130, ONE_LINE)
 
 
 def test_a_signal_as_the_tokenizer_has_been_read_is_told_too(tmp_path):
