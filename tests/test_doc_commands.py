@@ -175,6 +175,7 @@ TABLE = {
     "python scripts/zoo.py market cabinet newsroom mill valley playa --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py seminar market --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py --half report --seeds 42": f"slow ranch {ZOO}",
+    'python scripts/zoo.py market --seeds 42 --flags "--num-layers 3"': f"slow {ZOO}",
     'python scripts/zoo.py --seeds 42 --flags "--token-method vote"': f"slow market ranch {ZOO}",
     "python scripts/zoo.py ville theatre playa circus polar ranch --seeds 42 --attacks 60 "
     '--flags "--wrap-ratio 0.25"': f"slow {ZOO} --attacks 2",
