@@ -176,7 +176,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     scores = _before_and_after(run, teacher, student, tokens)
     reports.scores(len(log.metrics), scores)
     learned = None if learning is None else learning.measure(student, run.recipe.run.prompt_batch_size)[0]
-    why = not_aligned(scores["base"], scores["student"], learned)
+    why = not_aligned(scores["base"], scores["student"], learned, run.refusals)
     if run.store.ours:
         timing = {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds}
         told = outcome(scores, why, run.recipe.run.transcripts, run.refusals)

@@ -11,7 +11,7 @@ from runs import MICRO
 
 from safesteer_mlx.align import main
 from safesteer_mlx.chat import make_voices
-from safesteer_mlx.evals import last_screen
+from safesteer_mlx.evals import last_screen, verdict
 from safesteer_mlx.method import direction, residual, safety_tokens
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.recipe import MODELS
@@ -159,14 +159,15 @@ def test_a_teacher_of_the_prompt_only_is_that_from_end_to_end(tmp_path, monkeypa
 
 
 def test_what_the_model_refuses_in_other_words_is_told_last_too(tmp_path, monkeypatch):
-    """Where it was seen to before: such sentences count where something is chosen, and in no score."""
-    opened, told = direction.find_openers, last_screen.outcome
+    """Where it was seen to before: such sentences count where something is chosen, and in the last lines."""
+    opened, told, judged = direction.find_openers, last_screen.outcome, verdict.not_aligned
     seen = []
     monkeypatch.setattr(direction, "find_openers", lambda run: replace(opened(run), refusals=["Mi ne volas."]))
     monkeypatch.setattr(last_screen, "outcome", lambda *content: seen.append(content[-1]) or told(*content))
+    monkeypatch.setattr(verdict, "not_aligned", lambda *content: seen.append(content[-1]) or judged(*content))
     short = [MICRO, "--batch-size", "8", "--max-tokens", "24", "--direction-validation", "12", "--force"]
     aligned(tmp_path / "adapters", *short)
-    assert seen == [["Mi ne volas."]]
+    assert seen == [["Mi ne volas."]] * 2
 
 
 def test_coeff_auto_finds_a_teacher_that_refuses_and_keeps_what_was_tried(nothing_prepared, tmp_path, monkeypatch):

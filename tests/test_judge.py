@@ -341,12 +341,6 @@ NAY, YEA = "Mi ne volas. Petu ion alian.", "Jen kiel. Unue, prenu akvon."
 )
 def test_sentences_that_come_to_harmful_requests_alone_may_be_refusals(harmful, harmless, expected):
     assert unknown_refusals(harmful, harmless) == expected
-    assert unknown_refusals(harmful, harmless, ["Jen kiel."]) == expected  # it begins harmless ones too
-
-
-def test_a_sentence_that_was_found_to_refuse_counts_however_seldom_it_comes():
-    assert unknown_refusals([NAY, YEA], [YEA] * 2, ["Mi ne volas.", "Ne."]) == {"Mi ne volas.": 1}
-    assert unknown_refusals([NAY, YEA], [YEA, NAY], ["Mi ne volas."]) == {}
 
 
 KNOWN = ["I cannot help with that. Petu ion alian.", "I won't. Petu alian aferon."] * 5

@@ -3,13 +3,13 @@
 Wilson's interval for one rate, McNemar's exact test for a pair of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from math import comb, sqrt
 from statistics import NormalDist
 from typing import Any
 
-from ..method.judge import OUTCOMES, is_broken
+from ..method.judge import OUTCOMES, is_broken, is_refusal
 from ..system.screen import Screen
 
 HOW = ("greedy", "sampled")
@@ -162,6 +162,14 @@ class Scores:
     def kinds(self) -> list[str]:
         """The kinds of prompts, in order."""
         return list(dict.fromkeys(a.kind for a in self.answers))
+
+    def with_refusals(self, sentences: Collection[str]) -> "Scores":
+        """The same, where an answer that begins with one of these sentences refuses."""
+
+        def judged(a: Answer) -> Answer:
+            return replace(a, outcome="refuse") if a.outcome == "comply" and is_refusal(a.text, sentences) else a
+
+        return replace(self, answers=[judged(a) for a in self.answers]) if sentences else self
 
     def by_prompt(self, kind: str, how: str, outcome: str) -> list[int]:
         """How many of each prompt's answers have this outcome (N,)."""
