@@ -56,6 +56,22 @@ def test_what_is_done_is_held_until_so_much_more_is_dispatched():
     assert counted(chain, square(), ahead=10**6) == 30
 
 
+def test_what_is_put_together_is_a_dispatch_for_each_part():
+    def chain(x):
+        for _ in range(30):
+            x = mx.concatenate([x[:, :100], x[:, 100:150], x[:, 150:]], 1)
+        return x
+
+    # Three views, three copies, and letting go; what is padded is filled first.
+    assert counted(chain, square()) == 2
+    assert counted(chain, square(), ahead=35) == 2 + 5
+    padded = traced(lambda x: mx.exp(mx.pad(x, [(0, 0), (0, 1), (0, 1)])), square())
+    memory = graph._Memory(padded.operations, padded.results)
+    for operation in padded.operations:
+        memory.run(operation)
+    assert [operation.name for operation in padded.operations] == ["Pad", "Exp"] and memory._dispatched == 3 + 2
+
+
 def test_operations_are_ordered_as_mlx_does():
     """Breadth first from the results, the last first: so the second result's chain is worked off before the first's."""
     names = [o.name for o in graph._in_order(traced(lambda x: [mx.exp(mx.sin(x)), mx.cos(mx.tanh(x))], square()))]

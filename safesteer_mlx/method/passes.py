@@ -111,11 +111,13 @@ def _trained(train: TrainSettings) -> str:
 
 
 def _gradient(student: nn.Module, tokens: mx.array) -> list[mx.array]:
-    def loss(model: nn.Module) -> mx.array:
+    """A loss and its gradient: MLX orders what it evaluates by both, and training evaluates both."""
+
+    def loss_of(model: nn.Module) -> mx.array:
         return hidden_states(model, tokens).astype(mx.float32).square().sum()
 
-    _, gradient = nn.value_and_grad(student, loss)(student)  # pyright: ignore[reportPrivateImportUsage]
-    return [of_it for _, of_it in tree_flatten(gradient)]
+    loss, gradient = nn.value_and_grad(student, loss_of)(student)  # pyright: ignore[reportPrivateImportUsage]
+    return [loss, *(of_it for _, of_it in tree_flatten(gradient))]
 
 
 def _trace(model: nn.Module, function: Callable, size: tuple[int, int]) -> Graph:

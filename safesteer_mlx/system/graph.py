@@ -255,7 +255,9 @@ class _Memory:
         held = {id(buffer): buffer for a in inputs if (buffer := a.buffer) is not None and id(buffer) not in buffers}
         copies = [self._allocated(size) for size in _copies(operation, inputs)]
         self._hold([*held.values(), *copies])
-        self._dispatched += 1 + len(copies) + (None in views)
+        # What a view looks at is held by a dispatch too; inputs are copied into one one by one, as is what is padded.
+        made = {"Concatenate": len(inputs), "Pad": 2}.get(operation.name, 1) if None in views else 0
+        self._dispatched += 1 + len(copies) + made
         self._queued.append((self._dispatched, [*held.values(), *copies]))
         for array, out in zip(operation.outputs, outputs, strict=True):
             self._lies[array.name] = out
