@@ -140,7 +140,7 @@ def test_the_plan_holds_for_other_families(which):
 
 
 def test_the_loss_is_evaluated_with_its_gradient():
-    """By both MLX orders what it computes: of heads far wider than the stream, whose keys and values are one head's, the
+    """By both MLX orders what it computes: of heads far wider than the stream, with one head's keys and values, the
     gradient alone would be planned at 0.89 of what is measured."""
     config, rows, length = check_memory.random_shapes(14)[13]
     assert config["num_attention_heads"] * config["head_dim"] > 5 * config["hidden_size"]
