@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
 from safesteer_mlx.align import main
@@ -63,6 +64,51 @@ def test_answers_that_are_cut_by_the_clock_count_as_long_as_they_would_have_been
     cut = measure_rates(run_with()).lengths
     whole = [8] * len(cut)
     assert all(a >= 1 for a in cut) and max(cut) > max(whole)
+
+
+def test_where_answers_begin_alike_as_much_more_is_planned(run_with, monkeypatch):
+    """Told by the answers by which lengths are: refusals and others have their first three tokens in common."""
+    run = run_with(test_prompts=20)
+    begin, refuses, answers = [10, 11, 12], [20, 30], [21, 31]
+    n = run.recipe.run.generation_batch_size
+    said = [Completion([*begin, *(refuses if i % 3 == 0 and i < n / 2 else answers)], True) for i in range(n)]
+    monkeypatch.setattr(pace, "generate_here", lambda _, rows, *__: said[: len(rows)])
+    monkeypatch.setattr(pace, "is_refusal", lambda text: text == run.base.tokenizer.decode([*begin, *refuses]))
+    rates = measure_rates(run)
+    assert rates.alike == 3
+    assert measure_rates(replace(run, base=replace(run.base, thinks=True))).alike == 0  # planned otherwise
+    reading = replace(READING, lengths=[40])
+    seconds = [dict(zip(STEPS, plan_seconds(run, replace(reading, alike=n)), strict=True)) for n in (0, 3, 20)]
+    assert seconds[0]["training"] < seconds[1]["training"] < seconds[2]["training"]
+    assert [s["scoring"] for s in seconds] == [seconds[0]["scoring"]] * 3
+    # Where it is said how much is taught, that holds.
+    told = run_with(test_prompts=20, first_tokens=3)
+    assert plan_seconds(told, replace(reading, alike=20)) == plan_seconds(told, reading)
+    # What begins otherwise tells at once.
+    said[:] = [Completion([*(refuses if i % 3 == 0 and i < n / 2 else answers)], True) for i in range(n)]
+    monkeypatch.setattr(pace, "is_refusal", lambda text: text == run.base.tokenizer.decode(refuses))
+    assert measure_rates(run).alike == 0
+
+
+def test_what_the_machine_does_for_a_moment_is_not_the_models(run_with, monkeypatch):
+    """One batch in nine takes a thousand times as long."""
+    now, reads = [0.0], []
+
+    def read(_, rows):
+        reads.append(rows)
+        now[0] += 1000.0 if len(reads) == 3 else 1.0
+        return mx.zeros(1)
+
+    monkeypatch.setattr(pace, "last_logits", read)
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace, "generate_here", lambda _, rows, *__: [Completion([1], True)] * len(rows))
+    monkeypatch.setattr(pace, "READ", (9, 10_000.0))
+    rates = measure_rates(run_with())
+    assert len(reads) == 10 and rates.reading == pytest.approx(1.0 / (len(reads[0]) * max(map(len, reads[0]))))
+    reads.clear()
+    monkeypatch.setattr(pace, "READ", (9, 0.5))  # seconds: enough after one
+    measure_rates(run_with())
+    assert len(reads) == 2
 
 
 def test_answers_that_are_thought_about_take_as_long_as_they_are(run_with, monkeypatch):

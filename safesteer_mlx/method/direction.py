@@ -603,7 +603,7 @@ def find_openers(run: Run) -> OwnAnswers:
         )
         return OwnAnswers({}, *refused, told, cautions, also)
     ids = [completion.ids for completion, _ in answers]
-    openers = _own_openers(run, [{answer[0]} for answer in ids], refusals, n)
+    openers = _own_openers(run, ids, refusals, n)
     if openers is None:
         alike = replace(read_thoughts(rows, ids, refusals, n, REFUSAL_TOKENS), alike=True)
         run.screen.detail(f"refusals begin as other answers do, for {alike.turns_at} tokens; {share}")
@@ -629,9 +629,14 @@ def _in_other_words(run: Run, rows: Rows, texts: Sequence[str]) -> tuple[list[st
     return refusing or [], [some + in_other_words(perhaps, run.recipe.run.transcripts, bool(refusing))]
 
 
-def _own_openers(
-    run: Run, openings: Sequence[Set[int]], refusals: Sequence[bool], n_harmful: int
-) -> dict[str, int] | None:
+def alike_for(run: Run, rows: Rows, answers: Sequence[Ids], refusals: Sequence[bool], n_harmful: int) -> int:
+    """For how many tokens refusals begin as other answers do, by a few of them; 0 where their first tokens tell."""
+    if not any(refusals[:n_harmful]) or _own_openers(run, answers, refusals, n_harmful) is not None:
+        return 0
+    return read_thoughts(rows, answers, refusals, n_harmful, REFUSAL_TOKENS).turns_at
+
+
+def _own_openers(run: Run, answers: Sequence[Ids], refusals: Sequence[bool], n_harmful: int) -> dict[str, int] | None:
     """The recipe's texts and the tokens that tell a refusal, with their ids; None where hardly a refusal begins so.
 
     Of the recipe's own texts, those with which this model begins other answers are left out. Of few refusals, shares
@@ -640,6 +645,7 @@ def _own_openers(
     Raises:
         UserError: as `find_openers`.
     """
+    openings = [{*answer[:1]} for answer in answers]
     in_refusals, in_others = _counts(openings, refusals, n_harmful)
     n_refusals, n_others = sum(refusals[:n_harmful]), max(1, len(refusals) - sum(refusals))
     few = n_refusals < REFUSED * n_harmful

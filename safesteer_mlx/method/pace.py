@@ -14,17 +14,18 @@ import numpy as np
 
 from ..recipe import HELD_OUT_TOKENS, number_of_steps, rollout_tokens
 from ..system import machines
-from .direction import SHORTLIST, pruned_from
+from .direction import SHORTLIST, alike_for, pruned_from
+from .judge import is_refusal
 from .prompts import instructions_to_train_on
 from .residual import blocks, last_logits
-from .rollout import generate_here
+from .rollout import Ids, generate_here
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import TOLD
-from .teacher import ASKED, FIRST_PASSES, OPENING, OPENINGS, ROUNDS, VALIDATION_PROMPTS, VALIDATION_TOKENS
+from .teacher import ASKED, FIRST_PASSES, OPENING, OPENINGS, ROUNDS, VALIDATION_PROMPTS, VALIDATION_TOKENS, settled
 from .train import COLLAPSE_PROMPTS, MEASURED_EVERY
 
 SECONDS = 4.0  # of drawing, after which eight tokens more are enough to measure by
-READ = 2  # batches, timed
+READ = 9, 1.0  # batches at most, timed, and seconds after which there are enough of them
 # As it mostly is, on the half of the zoo that defaults were chosen on:
 LEARNS = 1.25  # of the epochs' steps, until it has learned
 SEARCHED = 0.6, 350  # of candidates × prompts, full forward passes of the search; and those that it always needs
@@ -37,12 +38,14 @@ KEPT_BUSY = 0.85  # of a batch's rows, while those that have finished wait to be
 @dataclass(frozen=True)
 class Rates:
     """Seconds to read a token of a batch of prompts, and to feed a batch of one row and of `batch` rows a token each;
-    and how many tokens answers have, those that were longer counted as long as one that is scored may be."""
+    how many tokens answers have, those that were longer counted as long as one that is scored may be; and for how many
+    of them refusals begin as other answers do."""
 
     reading: float
     feeding: tuple[float, float]
     batch: int
     lengths: Sequence[int]
+    alike: int = 0
 
     def draw(self, rows: float, most: int) -> float:
         """Seconds to draw answers to `rows` prompts, `most` tokens of each at most; without reading the prompts."""
@@ -58,16 +61,21 @@ def measure_rates(run: Run) -> Rates:
     base, settings, scored = run.base, run.recipe.run, run.sampling(HELD_OUT_TOKENS, 1.0)
     rows = [*run.prompts.harmful_validation, *run.prompts.harmless_validation]
     batch = min(settings.generation_batch_size, len(rows))
-    sample = [rows[i * len(rows) // batch] for i in range(batch)]
+    which = [i * len(rows) // batch for i in range(batch)]
+    sample = [rows[i] for i in which]
     together = sample[: settings.prompt_batch_size]
     mx.eval(last_logits(base.model, together))  # kernels are made, and weights read from the disk
-    began = time.monotonic()
-    for _ in range(READ):
+    most_reads, most_seconds = READ
+    took: list[float] = []
+    while len(took) < most_reads and sum(took) < most_seconds:
+        began = time.monotonic()
         mx.eval(last_logits(base.model, together))
-    reading = (time.monotonic() - began) / (READ * len(together) * max(map(len, together)))
+        took.append(time.monotonic() - began)
+    # The median: whatever else the machine does for a moment is not the model's.
+    reading = float(np.median(took)) / (len(together) * max(map(len, together)))
 
-    def measure(prompts: list[list[int]], most: int) -> tuple[float, list[int]]:
-        """Seconds that feeding took each time, and the lengths of the answers."""
+    def measure(prompts: list[list[int]], most: int) -> tuple[float, list[int], list[Ids]]:
+        """Seconds that feeding took each time, the lengths of the answers, and these as far as they were drawn."""
         start = time.monotonic()
 
         def enough(*_) -> bool:
@@ -85,11 +93,16 @@ def measure_rates(run: Run) -> Rates:
             min(scored.max_tokens, len(a.ids) + (0 if whole else int(more)))
             for a, whole in zip(answers, ended, strict=True)
         ]
-        return max(1e-6, time.monotonic() - start - read) / fed, lengths
+        return max(1e-6, time.monotonic() - start - read) / fed, lengths, [answer.ids for answer in answers]
 
-    alone, _ = measure(sample[:1], 8)
-    side_by_side, lengths = measure(sample, scored.max_tokens)
-    return Rates(reading, (alone, side_by_side), batch, lengths)
+    alone, *_ = measure(sample[:1], 8)
+    side_by_side, lengths, answers = measure(sample, scored.max_tokens)
+    if base.thinks:
+        return Rates(reading, (alone, side_by_side), batch, lengths)
+    n_harmful = sum(i < len(run.prompts.harmful_validation) for i in which)
+    refusals = [is_refusal(base.tokenizer.decode(list(ids))) for ids in answers]
+    alike = alike_for(run, sample, answers, refusals, n_harmful)
+    return Rates(reading, (alone, side_by_side), batch, lengths, alike)
 
 
 def plan_seconds(run: Run, rates: Rates) -> list[float]:
@@ -122,6 +135,10 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
     asks += sum(n != OPENING for n in OPENINGS if thinks or n <= tokens.horizon) if loss.first_tokens == "auto" else 0
     choosing = asks * opened + read(first_passes)
 
+    auto = loss.first_tokens == "auto"
+    if auto and rates.alike:
+        taught = settled(run, rates.alike + OPENING).recipe
+        loss, tokens, auto = taught.loss, taught.tokens, False
     samples = tokens.token_samples if tokens.horizon > 1 else 1
     continued = samples * (counts[0] + tried)
     finding = answer(continued, tokens.horizon, samples) + read(continued, prompt + tokens.horizon)
@@ -132,7 +149,6 @@ def plan_seconds(run: Run, rates: Rates) -> list[float]:
     steps = number_of_steps(n_harmful, train, loss)
     if train.until_learned and train.iters is None:
         steps *= LEARNS
-    auto = loss.first_tokens == "auto"
     most = rollout_tokens(train, replace(loss, first_tokens=tokens.horizon if thinks else OPENING) if auto else loss)
     rows = train.batch_size * train.num_generations * train.grad_accumulation_steps
     length = prompt + float(np.mean([min(n, most) for n in rates.lengths]))
