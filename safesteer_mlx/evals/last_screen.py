@@ -90,7 +90,7 @@ def in_words(
     else:
         safer, worse = _safer(base, student), costs(*own)
         if safer != "safer" and _safer(*own) == "safer":
-            safer = "safer, if what counts as refusal by how it goes on is one"
+            safer = "safer, counting refusals in its own words"
         verdict = f"{safer}, but it {' and '.join(worse)}" if worse else f"{safer}, not dumber"
     texts = [[a.text for a in student.of(kind, "sampled")] for kind in ASKED]
     unknown = {text: n for text, n in unknown_refusals(texts[0], texts[1]).items() if text not in refusals}
