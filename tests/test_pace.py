@@ -44,8 +44,9 @@ def run_with(bundled, tmp_path):
 def test_drawing_takes_a_feed_for_each_token_of_the_longest_or_of_all_in_full_batches():
     assert DRAWING.draw(0, 8) == 0
     assert DRAWING.draw(1, 8) == 8 * 1.0
-    assert DRAWING.draw(4, 20) == 20 * 3.0  # the longest row is cut at 20
-    assert DRAWING.draw(3, 100) == pytest.approx(30 * (1.0 + 2.0 * 2 / 3))
+    assert DRAWING.draw(4, 8) == 8 * 3.0
+    assert DRAWING.draw(4, 20) == pytest.approx(20 * (1.0 + 2.0 * 2 / 3))  # the longest is cut at 20; on average 3 of 4
+    assert DRAWING.draw(3, 100) == pytest.approx(30 * (1.0 + 2.0 * 1 / 3))  # 2 of 3
     rows, mean = 100, (10 + 20) / 2  # more than a batch: the mean counts, and half of the longest at the end
     assert DRAWING.draw(rows, 20) == pytest.approx(3.0 * (rows * mean / (pace.KEPT_BUSY * 4) + 20 / 2))
 
@@ -109,6 +110,21 @@ def test_what_the_machine_does_for_a_moment_is_not_the_models(run_with, monkeypa
     monkeypatch.setattr(pace, "READ", (9, 0.5))  # seconds: enough after one
     measure_rates(run_with())
     assert len(reads) == 2
+
+
+def test_a_full_batch_takes_more_than_one_whose_rows_end(run_with, monkeypatch):
+    """One row takes a second a token; two take two on average, while one of them ends at half: three together."""
+    now = [0.0]
+
+    def generate(_, rows, *__):
+        now[0] += 8.0 if len(rows) == 1 else 16.0
+        return [Completion([1] * length, True) for length in ([8] if len(rows) == 1 else [8, 4])]
+
+    monkeypatch.setattr(pace, "last_logits", lambda *_: mx.zeros(1))
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace, "generate_here", generate)
+    rates = measure_rates(run_with(generation_batch_size=2))
+    assert rates.feeding == pytest.approx((1.0, 3.0)) and rates.draw(2, 8) == pytest.approx(16.0)
 
 
 def test_answers_that_are_thought_about_take_as_long_as_they_are(run_with, monkeypatch):

@@ -50,10 +50,14 @@ class Rates:
     def draw(self, rows: float, most: int) -> float:
         """Seconds to draw answers to `rows` prompts, `most` tokens of each at most; without reading the prompts."""
         lengths = [min(length, most) for length in self.lengths]
-        if rows <= self.batch:  # until the longest has ended
-            wide = (rows - 1) / max(1, self.batch - 1)
-            return (self.feeding[0] + (self.feeding[1] - self.feeding[0]) * wide) * max(lengths) if rows else 0.0
-        return self.feeding[1] * (rows * float(np.mean(lengths)) / (KEPT_BUSY * self.batch) + max(lengths) / 2)
+        mean, longest = float(np.mean(lengths)), max(lengths)
+        if rows <= self.batch:  # until the longest has ended; those that have are left out
+            return self._feed(rows * mean / longest) * longest if rows else 0.0
+        return self._feed(self.batch) * (rows * mean / (KEPT_BUSY * self.batch) + longest / 2)
+
+    def _feed(self, rows: float) -> float:
+        alone, together = self.feeding
+        return alone + (together - alone) * max(0.0, rows - 1) / max(1, self.batch - 1)
 
 
 def measure_rates(run: Run) -> Rates:
@@ -74,8 +78,9 @@ def measure_rates(run: Run) -> Rates:
     # The median: whatever else the machine does for a moment is not the model's.
     reading = float(np.median(took)) / (len(together) * max(map(len, together)))
 
-    def measure(prompts: list[list[int]], most: int) -> tuple[float, list[int], list[Ids]]:
-        """Seconds that feeding took each time, the lengths of the answers, and these as far as they were drawn."""
+    def measure(prompts: list[list[int]], most: int) -> tuple[float, float, list[int], list[Ids]]:
+        """Seconds that feeding took each time, rows that were fed on average, the lengths of the answers, and these as
+        far as they were drawn."""
         start = time.monotonic()
 
         def enough(*_) -> bool:
@@ -93,10 +98,12 @@ def measure_rates(run: Run) -> Rates:
             min(scored.max_tokens, len(a.ids) + (0 if whole else int(more)))
             for a, whole in zip(answers, ended, strict=True)
         ]
-        return max(1e-6, time.monotonic() - start - read) / fed, lengths, [answer.ids for answer in answers]
+        drawn = [answer.ids for answer in answers]
+        return max(1e-6, time.monotonic() - start - read) / fed, sum(map(len, drawn)) / fed, lengths, drawn
 
     alone, *_ = measure(sample[:1], 8)
-    side_by_side, lengths, answers = measure(sample, scored.max_tokens)
+    side_by_side, rows_fed, lengths, answers = measure(sample, scored.max_tokens)
+    side_by_side = alone + (side_by_side - alone) * max(1.0, (batch - 1) / max(1.0, rows_fed - 1))
     if base.thinks:
         return Rates(reading, (alone, side_by_side), batch, lengths)
     n_harmful = sum(i < len(run.prompts.harmful_validation) for i in which)
