@@ -32,6 +32,7 @@ SEARCHED = 0.6, 350  # of candidates × prompts, full forward passes of the sear
 PASSES = 6.0  # reads of a training row: student, its gradient, teacher and base, beside what they share
 TASK_TOKENS = 8  # of an answer to a little task
 DRIFT_PROMPTS = 64  # whose answers base and student read again
+MOST_FULLER = 4.0  # times as many rows as were fed on average: of fewer nobody can tell what a full batch takes
 KEPT_BUSY = 0.85  # of a batch's rows, while those that have finished wait to be replaced
 
 
@@ -98,12 +99,13 @@ def measure_rates(run: Run) -> Rates:
             min(scored.max_tokens, len(a.ids) + (0 if whole else int(more)))
             for a, whole in zip(answers, ended, strict=True)
         ]
-        drawn = [answer.ids for answer in answers]
-        return max(1e-6, time.monotonic() - start - read) / fed, sum(map(len, drawn)) / fed, lengths, drawn
+        written = [answer.ids for answer in answers]
+        return max(1e-6, time.monotonic() - start - read) / fed, sum(map(len, written)) / fed, lengths, written
 
     alone, *_ = measure(sample[:1], 8)
     side_by_side, rows_fed, lengths, answers = measure(sample, scored.max_tokens)
-    side_by_side = alone + (side_by_side - alone) * max(1.0, (batch - 1) / max(1.0, rows_fed - 1))
+    fuller = (batch - 1) / max(rows_fed - 1, (batch - 1) / MOST_FULLER) if batch > 1 else 1.0
+    side_by_side = alone + (side_by_side - alone) * fuller
     if base.thinks:
         return Rates(reading, (alone, side_by_side), batch, lengths)
     n_harmful = sum(i < len(run.prompts.harmful_validation) for i in which)
