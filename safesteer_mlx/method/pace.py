@@ -18,7 +18,7 @@ from .direction import SHORTLIST, alike_for, pruned_from
 from .judge import is_refusal
 from .prompts import instructions_to_train_on
 from .residual import blocks, last_logits
-from .rollout import Ids, generate_here
+from .rollout import Completion, generate_here
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import TOLD
 from .teacher import ASKED, FIRST_PASSES, OPENING, OPENINGS, ROUNDS, VALIDATION_PROMPTS, VALIDATION_TOKENS, settled
@@ -79,9 +79,8 @@ def measure_rates(run: Run) -> Rates:
     # The median: whatever else the machine does for a moment is not the model's.
     reading = float(np.median(took)) / (len(together) * max(map(len, together)))
 
-    def measure(prompts: list[list[int]], most: int) -> tuple[float, float, list[int], list[Ids]]:
-        """Seconds that feeding took each time, rows that were fed on average, the lengths of the answers, and these as
-        far as they were drawn."""
+    def measure(prompts: list[list[int]], most: int) -> tuple[float, list[Completion]]:
+        """Seconds that feeding took each time, and the answers as far as they were drawn."""
         start = time.monotonic()
 
         def enough(*_) -> bool:
@@ -91,27 +90,23 @@ def measure_rates(run: Run) -> Rates:
         how = replace(scored, max_tokens=most, batch_size=batch, enough=enough)
         answers = generate_here(base.model, prompts, how, keys)
         read = reading * len(prompts) * max(map(len, prompts))
-        fed = max(len(answer.ids) for answer in answers)
-        ended = [a.finished or bool(scored.after and scored.after.enough(a.ids) == len(a.ids)) for a in answers]
-        # One that was cut would have gone on for as long as answers of a constant chance to end do.
-        more = sum(len(answer.ids) for answer in answers) / max(1, sum(ended))
-        lengths = [
-            min(scored.max_tokens, len(a.ids) + (0 if whole else int(more)))
-            for a, whole in zip(answers, ended, strict=True)
-        ]
-        written = [answer.ids for answer in answers]
-        return max(1e-6, time.monotonic() - start - read) / fed, sum(map(len, written)) / fed, lengths, written
+        return max(1e-6, time.monotonic() - start - read) / max(len(a.ids) for a in answers), answers
 
-    alone, *_ = measure(sample[:1], 8)
-    side_by_side, rows_fed, lengths, answers = measure(sample, scored.max_tokens)
+    alone, _ = measure(sample[:1], 8)
+    on_average, answers = measure(sample, scored.max_tokens)
+    ids = [answer.ids for answer in answers]
+    tokens = sum(map(len, ids))
+    rows_fed = tokens / max(map(len, ids))
     fuller = (batch - 1) / max(rows_fed - 1, (batch - 1) / MOST_FULLER) if batch > 1 else 1.0
-    side_by_side = alone + (side_by_side - alone) * fuller
-    if base.thinks:
-        return Rates(reading, (alone, side_by_side), batch, lengths)
-    n_harmful = sum(i < len(run.prompts.harmful_validation) for i in which)
-    refusals = [is_refusal(base.tokenizer.decode(list(ids))) for ids in answers]
-    alike = alike_for(run, sample, answers, refusals, n_harmful)
-    return Rates(reading, (alone, side_by_side), batch, lengths, alike)
+    ended = [a.finished or bool(scored.after and scored.after.enough(a.ids) == len(a.ids)) for a in answers]
+    # One that was cut would have gone on for as long as answers of a constant chance to end do.
+    more = int(tokens / max(1, sum(ended)))
+    lengths = [min(scored.max_tokens, len(a) + (0 if whole else more)) for a, whole in zip(ids, ended, strict=True)]
+    alike = 0
+    if not base.thinks:
+        n_harmful = sum(i < len(run.prompts.harmful_validation) for i in which)
+        alike = alike_for(run, sample, ids, [is_refusal(base.tokenizer.decode(list(a))) for a in ids], n_harmful)
+    return Rates(reading, (alone, alone + (on_average - alone) * fuller), batch, lengths, alike)
 
 
 def plan_seconds(run: Run, rates: Rates) -> list[float]:
