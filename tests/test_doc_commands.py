@@ -78,6 +78,7 @@ TABLE = {
     "safesteer-mlx align": "as ./scripts/align",
     "safesteer-mlx align MODEL": "as ./scripts/align",
     "safesteer-mlx align MODEL --adapter-path adapters-mine": "as ./scripts/align",
+    "safesteer-mlx align MODEL --seed 45": f"slow {QUICK} --adapter-path $OUT/adapters",
     "safesteer-mlx align MODEL --dry-run": "run",
     "safesteer-mlx align MODEL --memory-limit 12GB": f"run {QUICK} --adapter-path adapters-12",
     "safesteer-mlx align MODEL --verdict-only": VERDICT,
@@ -174,7 +175,6 @@ TABLE = {
     "python scripts/zoo.py lido newsroom castle abbey depot predio --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py market cabinet newsroom mill valley playa --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py seminar market --seeds 42": f"slow {ZOO}",
-    "python scripts/zoo.py --half report --seeds 42": f"slow ranch {ZOO}",
     'python scripts/zoo.py market --seeds 42 --flags "--num-layers 3"': f"slow {ZOO}",
     'python scripts/zoo.py --seeds 42 --flags "--token-method vote"': f"slow market ranch {ZOO}",
     "python scripts/zoo.py ville theatre playa circus polar ranch --seeds 42 --attacks 60 "
