@@ -111,7 +111,7 @@ def _type(annotation: Any) -> str:
     if annotation is inspect.Parameter.empty:
         return ""
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation).strip("'\"")
-    for module in ("pathlib.", "typing.", "safesteer_mlx.evals.scores.", "safesteer_mlx.system.load."):
+    for module in ("pathlib._local.", "pathlib.", "typing.", "safesteer_mlx.evals.scores.", "safesteer_mlx.system.load."):
         text = text.replace(module, "")
     return text
 

@@ -106,7 +106,7 @@ def test_align_shows_the_flags_that_people_need_and_all_if_asked(capsys):
         out, usage = (text := capsys.readouterr().out), text.split("options:")[1]
         shown[flag] = {name for name in FIELDS if f"\n  --{name.replace('_', '-')}" in usage}
         assert all(len(line) <= 80 for line in usage.splitlines() if not line.startswith("  --")) and "None" not in out
-        shown[flag + " all"] = set(re.findall(r"^  (?:-c FILE, )?--([a-z-]+)", usage, re.MULTILINE)) - {"help-all"}
+        shown[flag + " all"] = set(re.findall(r"^  (?:-c(?: FILE)?, )?--([a-z-]+)", usage, re.MULTILINE)) - {"help-all"}
         for group in text.split("\n  --")[1:]:
             name = group.split()[0].strip(",").replace("-", "_")
             if name in FIELDS and name in shown[flag] and FIELDS[name].default is not None:

@@ -57,12 +57,16 @@ _OURS = {"adapters.safetensors", "adapter_config.json", "run"}
 def check_output(folder: Path) -> None:
     """Refuse (UserError) an output folder that holds anything but an earlier run of ours, is a file, or cannot be
     written; nothing is written."""
+    why, circle = None, "links in a circle"
     try:
         folder = folder.resolve()  # new/../file is the file, whether or not there is a folder new
         folder.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, or links in a circle
-        why = getattr(error, "strerror", "links in a circle")
-        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({why}); give another") from None
+        if any(path.is_symlink() for path in (folder, *folder.parents)):  # from Python 3.13 on no error
+            why = circle
+    except (OSError, RuntimeError) as error:  # a name too long; a circle before
+        why = getattr(error, "strerror", circle)
+    if why is not None:
+        raise UserError(f"--adapter-path {str(folder)[:80]} cannot be used ({why}); give another")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--adapter-path {folder} is a file; give a folder")
     if folder.is_dir():
