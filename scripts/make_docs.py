@@ -111,7 +111,8 @@ def _type(annotation: Any) -> str:
     if annotation is inspect.Parameter.empty:
         return ""
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation).strip("'\"")
-    for module in ("pathlib._local.", "pathlib.", "typing.", "safesteer_mlx.evals.scores.", "safesteer_mlx.system.load."):
+    ours = "safesteer_mlx.evals.scores.", "safesteer_mlx.system.load."
+    for module in ("pathlib._local.", "pathlib.", "typing.", *ours):  # Python 3.13 writes the first
         text = text.replace(module, "")
     return text
 
