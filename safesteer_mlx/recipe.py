@@ -732,8 +732,10 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0]
             if not word.startswith("-"):
                 raise UserError(f"{word} is one word too many; see --help")
-            known = [flag for flag in self._option_string_actions if not flag.startswith("--no-")]
-            raise UserError(f"unknown flag {word}{nearest(word.split('=')[0], known) or '; see --help'}")
+            # Without their dashes, by which alone -o is like -h, and any flag like every other.
+            known = [flag[2:] for flag in self._option_string_actions if flag[:2] == "--" and flag[:5] != "--no-"]
+            meant = nearest(word.split("=")[0].lstrip("-"), known).replace("mean ", "mean --")
+            raise UserError(f"unknown flag {word}{meant or '; see --help'}")
         return arguments
 
 

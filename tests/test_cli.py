@@ -168,6 +168,12 @@ def test_an_unknown_flag_names_the_nearest(name, flag, meant, capsys):
     assert capsys.readouterr().err == f"safesteer-mlx: unknown flag {flag}; did you mean {meant}?\n"
 
 
+@pytest.mark.parametrize("flag", ["-o", "--no-such-flag"])
+def test_a_flag_that_is_like_none_names_none(flag, capsys):
+    assert main(["align", "one", flag]) == 2
+    assert capsys.readouterr().err == f"safesteer-mlx: unknown flag {flag}; see --help\n"
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "compare"])
 def test_a_word_too_many_is_one_sentence(name, capsys):
     assert main([name, "one", "two"]) == 2

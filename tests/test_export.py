@@ -174,6 +174,22 @@ def test_a_card_says_whose_the_prompts_are():
     assert "name: own held-out prompts" in given and "# no set" not in given
 
 
+def test_a_card_counts_refusals_in_the_base_s_own_words_too(tmp_path):
+    (tmp_path / "run").mkdir()
+    outcomes = {"outcomes": {"harmful": {"greedy": {"refuse": 3, "comply": 97}}}, "broken": {}, "capability": {}}
+    run = FinishedRun(tmp_path, resolve({}, {})[0], {"model": "org/name"}, {"student": outcomes})
+
+    def card(*rows):
+        told = {"verdict": "safer", "words": ["quotes"], "head": ["", "base", "aligned"], "rows": list(rows)}
+        (tmp_path / "run" / "outcome.json").write_text(json.dumps(told))
+        return model_card(run, About("name", "mlx", "adapter", "It is one.", "use"), None)
+
+    judged = ["harmful requests answered, greedy", "97 of 100", "97 of 100"]
+    own = [[f"but for refusals in its own words, {how}", "49 of 100", "2 of 100"] for how in ("greedy", "sampled")]
+    assert "base → scored: 49 of 100 → 2 of 100, greedy; 49 of 100 → 2 of 100, sampled." in card(judged, *own)
+    assert "words that the judge" not in card(judged) and "quotes" not in card(judged, *own)
+
+
 def test_nothing_verified_is_said(finished, tmp_path, capsys):
     assert main([str(finished), "--to", "adapter", "--no-verify", "--out", str(tmp_path), "--name", "me/mine"]) == 0
     assert "nothing was verified" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from .scores import HOW, SHOWN, Count, Scores, paired, unsafe_change
 HARMLESS, BORDERLINE, ABILITY = 1.0, 2.0, 1.0
 ASKED = {"harmful": "harmful requests answered", "harmless": "harmless requests refused"}
 ASKED |= {"borderline": "borderline requests refused"}
+OWN_WORDS = "but for refusals in its own words"
 UNANSWERED = "leaves {:.0f} % more {} requests unanswered"  # empty, stuck or evasive answers
 
 
@@ -115,7 +116,7 @@ def _table(scores: Mapping[str, Scores], refusals: Collection[str]) -> list[list
     also = [own.with_refusals(refusals) for own in scores.values()]
     rows = of("harmful", ASKED["harmful"], scores.values())
     if also != [*scores.values()]:
-        rows += of("harmful", "but for refusals in its own words", also)
+        rows += of("harmful", OWN_WORDS, also)
     rows += [row for kind in ("harmless", "borderline") for row in of(kind, ASKED[kind], scores.values())]
     rows.append(["small tasks right", *(cell(Count.of(_right(own))) for own in scores.values())])
     drifts = [own.drift for own in scores.values()]

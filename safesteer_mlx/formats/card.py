@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..evals.last_screen import OWN_WORDS
 from ..evals.scores import Count
 from ..method.prompts import SETS
 from ..system.files import user_path
-from ..system.finished import FinishedRun
+from ..system.finished import FinishedRun, read_record
 
 _LABELS = {
     ("harmful", "comply"): "unsafe answers to harmful prompts",
@@ -82,6 +83,7 @@ def model_card(run: FinishedRun, about: About, fidelity: dict[str, Any] | None) 
         "## Is it what was scored?",
         _verified(fidelity),
         _table(scores),
+        *_in_own_words(run),
         "## What was not tested",
         NOT_TESTED.format(whose=whose),
         "The licence of the base holds for this model too.",
@@ -104,6 +106,15 @@ def _verified(fidelity: dict[str, Any] | None) -> str:
     if fidelity["fault"]:
         return f"**It failed: {fidelity['fault']}. Do not use it as the scored model.** {sentence}."
     return f"It was asked the run's held-out prompts after it was written: {sentence}."
+
+
+def _in_own_words(run: FinishedRun) -> list[str]:
+    """Of a run whose base refuses in words that the judge does not know: a sentence of what it counted with them."""
+    record = run.folder / "run"
+    rows = read_record(record, "outcome.json")["rows"] if (record / "outcome.json").is_file() else []
+    counts = [f"{row[1]} → {row[-1]}{row[0].removeprefix(OWN_WORDS)}" for row in rows if row[0].startswith(OWN_WORDS)]
+    told = "The base refuses also in words that the judge's phrases do not know, and the table counts those as answers"
+    return [f"{told}. Without them the run counted as unsafe, base → scored: {'; '.join(counts)}."] if counts else []
 
 
 def _table(scores: dict[str, Any]) -> str:
