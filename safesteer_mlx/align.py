@@ -104,7 +104,8 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .evals.selection import SavedSteps, keep_best
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
-    from .method.direction import as_it_answers, as_it_begins, find_directions, with_room_to_think
+    from .method.direction import as_it_answers, find_directions
+    from .method.own_answers import as_it_begins, with_room_to_think
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .method.safety_tokens import check_tokens, find_tokens
@@ -420,7 +421,7 @@ def main(argv: list[str]) -> None:
 def _show_time(recipe: Recipe | None, folder: Path, screen: Screen) -> None:
     """How long a run will take: as long as the one in `folder` did, or by what is measured, if the model fits and its
     weights are on this machine."""
-    from .method.direction import as_it_begins, with_room_to_think
+    from .method.own_answers import as_it_begins, with_room_to_think
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .system.hub import is_here

@@ -175,8 +175,8 @@ MUTANTS = [
         ],
     ),
     *_of(
-        METHOD + "direction.py",
-        "test_direction",
+        METHOD + "own_answers.py",
+        "test_own_answers",
         [
             (
                 "what a thought takes up from the prompt tells a refusal",
@@ -190,6 +190,12 @@ MUTANTS = [
                 "return thoughts",
                 "test_a_model_that_could_think_and_mostly_does_not_is_none_that_thinks",
             ),
+        ],
+    ),
+    *_of(
+        METHOD + "direction.py",
+        "test_direction",
+        [
             (
                 "direction from harmless minus harmful",
                 "return mean(harmful) - mean(harmless)",

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from roofline import CHIPS, SEARCH, Chip, Roof, Sizes, held_against, planned_seconds, run_seconds
 from shapes import LLAMA_3B, QWEN3_4B, QWEN_7B, memory_shape, random_model
 
-from safesteer_mlx.method import safety_tokens
+from safesteer_mlx.method import own_answers, safety_tokens
 from safesteer_mlx.method.teacher import TeacherTrial
 from safesteer_mlx.recipe import resolve
 from safesteer_mlx.system.screen import exit_code
@@ -79,7 +79,7 @@ def little(monkeypatch):
     monkeypatch.setattr(bench, "bundled", lambda **changes: bundled(**changes | few))
     for module in (bench.teachers, safety_tokens):
         monkeypatch.setattr(module, "VALIDATION_PROMPTS", (4, 4))
-    for module in (bench.directions, bench.training):
+    for module in (own_answers, bench.training):
         monkeypatch.setattr(module, "REFUSAL_TOKENS", 8)
     monkeypatch.setattr(bench.teachers, "VALIDATION_TOKENS", 8)
 

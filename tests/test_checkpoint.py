@@ -23,7 +23,7 @@ import safesteer_mlx.align as align
 import safesteer_mlx.method.train as stage
 from safesteer_mlx.align import main
 from safesteer_mlx.formats.card import shown_base
-from safesteer_mlx.method import direction
+from safesteer_mlx.method import direction, own_answers
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.recipe import read_yaml
 from safesteer_mlx.system import store as stores
@@ -169,7 +169,7 @@ def test_thoughts_are_kept_as_little_as_answers_where_none_are_to_be(tmp_path, m
     # Nor how the answers begin of a model that begins all alike, nor with what it refuses. They are runs that no other
     # prepared.
     opened = direction.find_openers
-    alike = replace(direction.NONE, length=3, undecided=[[[5, 6, 7]] * 32, [[5, 6]] * 32], turns_at=1, alike=True)
+    alike = replace(own_answers.NONE, length=3, undecided=[[[5, 6, 7]] * 32, [[5, 6]] * 32], turns_at=1, alike=True)
     for n, which in ((24, {"openers": {}, "thoughts": alike}), (20, {"refusals": ["Mi ne volas."]})):
         settings |= {"direction_train": n}
         monkeypatch.setattr(direction, "find_openers", lambda run, which=which: replace(opened(run), **which))
@@ -222,7 +222,7 @@ def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monk
 def short_by_default():
     """What is left to the model, how long answers may be, is as short as other tests ask for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direction, "ROOMS", (24,))
+        patch.setattr(own_answers, "ROOMS", (24,))
         yield
 
 

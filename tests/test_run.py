@@ -9,29 +9,25 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-from test_direction import Thinker
+from test_own_answers import Thinker
 
 from safesteer_mlx import align
 from safesteer_mlx.align import _fitted
-from safesteer_mlx.method import direction, memory_plan, rollout, safety_tokens
+from safesteer_mlx.method import direction, memory_plan, own_answers, rollout, safety_tokens
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import (
     Direction,
     FoundDirections,
-    OwnAnswers,
-    Thoughts,
     as_it_answers,
-    as_it_begins,
     find_directions,
-    find_openers,
     mean_differences,
     or_all,
     too_much_left,
-    with_room_to_think,
 )
 from safesteer_mlx.method.losses import far_enough
+from safesteer_mlx.method.own_answers import OwnAnswers, Thoughts, as_it_begins, find_openers, with_room_to_think
 from safesteer_mlx.method.prompts import (
     Instruction,
     built_in_sets,
@@ -593,7 +589,7 @@ def test_a_few_answers_tell_that_a_model_does_not_begin_to_think(which, opened, 
     tokenizer._think_start, tokenizer._think_end = marks
     tokenizer._think_start_tokens, tokenizer._think_end_tokens = marks.values()
     header = [token for mark in opened for token in marks[mark]]
-    monkeypatch.setattr(direction, "render_all", lambda *_: [[*row, *header] for row in rows])
+    monkeypatch.setattr(own_answers, "render_all", lambda *_: [[*row, *header] for row in rows])
     monkeypatch.setattr(
         rollout, "generate", lambda m, r, how, keys, *rest: requests.append(how) or generate(m, r, how, keys)
     )
@@ -633,8 +629,8 @@ def test_an_answer_may_be_as_long_as_the_thoughts_of_a_model_need(lengths, most,
     tokenizer = Thinker()
     tokenizer.eos_token_ids = {0}
     thinker = replace(run.base, thinks=True, tokenizer=tokenizer)
-    monkeypatch.setattr(direction, "batch_size", lambda base, wanted, *_: wanted)
-    monkeypatch.setattr(direction, "_asked", answers)
+    monkeypatch.setattr(own_answers, "batch_size", lambda base, wanted, *_: wanted)
+    monkeypatch.setattr(own_answers, "_asked", answers)
     screen = Screen()
     if isinstance(most, str):
         with pytest.raises(UserError, match=most + ".*give --max-tokens 16384, or --thinking off"):
@@ -644,7 +640,7 @@ def test_an_answer_may_be_as_long_as_the_thoughts_of_a_model_need(lengths, most,
     longer = with_room_to_think(recipe, thinker, screen)
     assert longer == replace(recipe, train=replace(recipe.train, max_tokens=most))
     assert (f"an answer may take {most:,}" in capsys.readouterr().out) is (most > 512)
-    monkeypatch.delattr(direction, "_asked")
+    monkeypatch.delattr(own_answers, "_asked")
     assert with_room_to_think(recipe, run.base, screen).train.max_tokens == 512
     given = replace(recipe, train=replace(recipe.train, max_tokens=16))
     assert with_room_to_think(given, thinker, screen) is given
@@ -653,7 +649,7 @@ def test_an_answer_may_be_as_long_as_the_thoughts_of_a_model_need(lengths, most,
 def test_memory_is_planned_for_the_thoughts_of_a_model(run, monkeypatch):
     recipe = replace(run.recipe, train=replace(run.recipe.train, max_tokens=None))
     longer = replace(recipe, train=replace(recipe.train, max_tokens=2048))
-    monkeypatch.setattr(direction, "with_room_to_think", lambda *_: longer)
+    monkeypatch.setattr(own_answers, "with_room_to_think", lambda *_: longer)
 
     def plan_memory(planned, *_):
         assert planned.train == longer.train
@@ -666,7 +662,7 @@ def test_memory_is_planned_for_the_thoughts_of_a_model(run, monkeypatch):
 
 def test_a_model_that_could_think_and_does_not_is_like_one_that_cannot(run, monkeypatch):
     able = replace(run, base=replace(run.base, thinks=True))
-    monkeypatch.setattr(direction, "_lengths", lambda *_: [])
+    monkeypatch.setattr(own_answers, "_lengths", lambda *_: [])
     monkeypatch.setattr(runs.Run, "answer_tokens", lambda self, enough: enough)
     found, plain = find_openers(able), find_openers(run)
     assert found == plain and found.openers and not found.thoughts.length

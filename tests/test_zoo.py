@@ -17,7 +17,7 @@ from make_zoo import ZOO, Words, corpus, splits, train_tokenizer
 from runs import MICRO
 
 from safesteer_mlx.align import main
-from safesteer_mlx.method import direction, safety_tokens, teacher
+from safesteer_mlx.method import own_answers, safety_tokens, teacher
 from safesteer_mlx.method.judge import is_refusal
 from safesteer_mlx.method.prompts import PromptSets, load_prompt_sets
 from safesteer_mlx.recipe import resolve
@@ -566,6 +566,6 @@ def test_the_vocabulary_is_filled_from_words_of_no_language():
 def test_a_model_that_thinks_is_asked_how_long(lengths, most, monkeypatch):
     """Its thoughts have 13 to 16 tokens, one of eight the most; the answers behind them may have 96."""
     base = load(str(HERE / "foundry"))
-    monkeypatch.setattr(direction, "ROOMS", lengths)
-    recipe = direction.with_room_to_think(resolve({}, {"model": "any"})[0], base, Screen(quiet=True))
+    monkeypatch.setattr(own_answers, "ROOMS", lengths)
+    recipe = own_answers.with_room_to_think(resolve({}, {"model": "any"})[0], base, Screen(quiet=True))
     assert base.thinks and recipe.train.max_tokens == most

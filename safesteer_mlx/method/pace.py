@@ -14,8 +14,9 @@ import numpy as np
 
 from ..recipe import HELD_OUT_TOKENS, number_of_steps, rollout_tokens
 from ..system import machines
-from .direction import SHORTLIST, alike_for, pruned_from
+from .direction import SHORTLIST, pruned_from
 from .judge import is_refusal
+from .own_answers import alike_for
 from .prompts import instructions_to_train_on
 from .residual import blocks, last_logits
 from .rollout import Completion, generate_here
