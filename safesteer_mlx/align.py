@@ -105,13 +105,15 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
     from .method.direction import as_it_answers, find_directions
+    from .method.learning import what_to_learn
     from .method.own_answers import as_it_begins, with_room_to_think
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
     from .method.safety_tokens import check_tokens, find_tokens
     from .method.student import check_saved, make_student, save_student
     from .method.teacher import find_teacher, make_teacher, settled
-    from .method.train import MovingTeacher, check_space, make_training, train_student, training_prompts, what_to_learn
+    from .method.train import MovingTeacher, check_space, make_training, train_student
+    from .method.training_prompts import training_prompts
 
     start, folder = time.time(), Path(recipe.run.adapter_path)
     base = as_it_begins(base, recipe.run.seed)

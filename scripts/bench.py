@@ -49,6 +49,7 @@ from shapes import LLAMA_3B, QWEN3_4B, QWEN_05B, QWEN_7B, memory_shape, random_m
 from safesteer_mlx.method import direction as directions
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.method import train as training
+from safesteer_mlx.method.learning import what_to_learn
 from safesteer_mlx.method.losses import Divergence, Scored, distillation_loss, localized_loss
 from safesteer_mlx.method.memory_plan import loss_bytes, plan
 from safesteer_mlx.method.passes import Passes
@@ -59,7 +60,8 @@ from safesteer_mlx.method.run import Run, make_run
 from safesteer_mlx.method.safety_tokens import contrast_tokens, find_tokens, select_tokens
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import find_teacher, make_teacher, settled, steered_teacher
-from safesteer_mlx.method.train import Rollouts, StepMetrics, Training, TrainingPrompt, make_optimizer
+from safesteer_mlx.method.train import Rollouts, StepMetrics, Training, make_optimizer
+from safesteer_mlx.method.training_prompts import TrainingPrompt, training_prompts
 from safesteer_mlx.recipe import (
     MODELS,
     PRESETS,
@@ -288,7 +290,7 @@ def bench_padding(steps: int = 8) -> list[list[str]]:
     settings = replace(recipe.train, until_learned=False)
     loss = replace(recipe.loss, first_tokens=recipe.tokens.horizon)
     most = rollout_tokens(settings, loss)
-    pools = training.training_prompts(run)
+    pools = training_prompts(run)
     each = harmful_per_batch(settings, loss)
     rng = np.random.default_rng(0)
     batches: list[list[int]] = []  # lengths, of one kind in a step
@@ -679,7 +681,7 @@ def published_run(n_prompts: int) -> None:
     tokens = published_tokens(model, teacher, rows, drawn, recipe.tokens.safety_tokens)
     student = make_student(model, recipe.train, 0)
     optimizer = make_optimizer(recipe.train)
-    harmful, anchors = training.training_prompts(run)
+    harmful, anchors = training_prompts(run)
     steps = number_of_steps(n_prompts, recipe.train, recipe.loss)
     rng = np.random.default_rng(0)
     half = recipe.train.batch_size // 2
@@ -699,8 +701,8 @@ def our_run(n_prompts: int) -> None:
         teacher = make_teacher(run, chosen.direction, chosen.coeff)
         run = settled(run, chosen.opening)
         tokens = find_tokens(run, teacher, found)
-        run, _ = training.what_to_learn(run, teacher, tokens)
-        prompts = tuple(rows[:n_prompts] for rows in training.training_prompts(run))
+        run, _ = what_to_learn(run, teacher, tokens)
+        prompts = tuple(rows[:n_prompts] for rows in training_prompts(run))
         training.train_student(run, training.make_training(run, student, teacher, tokens, prompts, None))
 
 

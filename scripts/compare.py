@@ -24,21 +24,15 @@ from safesteer_mlx.evals.heldout import HeldOut, TestSet, drift, held_out_prompt
 from safesteer_mlx.evals.scores import HOW
 from safesteer_mlx.method.direction import find_directions
 from safesteer_mlx.method.judge import is_refusal
+from safesteer_mlx.method.learning import course, what_to_learn
 from safesteer_mlx.method.prompts import Instruction, instructions_to_train_on, prompt_sets, render, render_all
 from safesteer_mlx.method.rollout import Sampling, generate
 from safesteer_mlx.method.run import Run, make_run
 from safesteer_mlx.method.safety_tokens import SafetyTokens, find_tokens
 from safesteer_mlx.method.student import make_student
 from safesteer_mlx.method.teacher import ChosenTeacher, Teacher, find_teacher, make_teacher, settled
-from safesteer_mlx.method.train import (
-    StepMetrics,
-    TrainingPrompt,
-    course,
-    make_training,
-    train,
-    training_prompts,
-    what_to_learn,
-)
+from safesteer_mlx.method.train import StepMetrics, make_training, train
+from safesteer_mlx.method.training_prompts import TrainingPrompt, training_prompts
 from safesteer_mlx.recipe import BUNDLED, HELD_OUT_TOKENS, MODELS, SECTIONS, Recipe, number_of_steps, resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.model_files import read_object

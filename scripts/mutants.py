@@ -265,6 +265,25 @@ MUTANTS = [
         ],
     ),
     *_of(
+        METHOD + "learning.py",
+        "test_train",
+        [
+            ("rate begins at 0", "(step + 1) / max(1, self.warm)", "step / max(1, self.warm)", "test_steps_and_the"),
+        ],
+    ),
+    *_of(
+        METHOD + "training_prompts.py",
+        "test_train",
+        [
+            (
+                "framed prompts judged in their frame",
+                "target_ids=self.target_ids if self.harmful else ids",
+                "target_ids=ids",
+                "test_a_prompt_put_otherwise_has_the_target_that_it_should",
+            ),
+        ],
+    ),
+    *_of(
         METHOD + "train.py",
         "test_train",
         [
@@ -305,13 +324,6 @@ MUTANTS = [
                 PLAIN_STEP,
             ),
             ("gradient not clipped", "grads, settings.max_grad_norm)", "grads, 1e9)", "test_the_gradient_is_clipped"),
-            ("rate begins at 0", "(step + 1) / max(1, self.warm)", "step / max(1, self.warm)", "test_steps_and_the"),
-            (
-                "framed prompts judged in their frame",
-                "target_ids=self.target_ids if self.harmful else ids",
-                "target_ids=ids",
-                "test_a_prompt_put_otherwise_has_the_target_that_it_should",
-            ),
         ],
     ),
     Mutant(

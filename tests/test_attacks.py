@@ -36,7 +36,7 @@ from safesteer_mlx.method.prompts import built_in_sets, load_instructions, rende
 from safesteer_mlx.method.residual import block_outputs, unit
 from safesteer_mlx.method.rollout import Completion, Sampling, answer_text
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
-from safesteer_mlx.method.train import TrainingPrompt
+from safesteer_mlx.method.training_prompts import TrainingPrompt
 from safesteer_mlx.recipe import MODELS, PACKAGE, resolve
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import Screen, UserError
@@ -565,7 +565,7 @@ class RecordingScreen(Screen):
 
 def test_the_bases_own_beginnings_are_those_that_comply_and_go_on(base, tmp_path):
     from safesteer_mlx.method.run import make_run
-    from safesteer_mlx.method.train import find_own_openings, make_framer, training_prompts
+    from safesteer_mlx.method.training_prompts import find_own_openings, make_framer, training_prompts
 
     flags = {"adapter_path": str(tmp_path / "a"), "direction_train": 8, "direction_validation": 4}
     run = make_run(resolve({}, flags)[0], base, Screen(quiet=True))

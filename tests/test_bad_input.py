@@ -320,7 +320,7 @@ def test_a_million_lines_are_read(tmp_path):
 
 def test_prompts_given_twice_or_too_long_are_left_out_and_said(tmp_path, capsys):
     from safesteer_mlx.method.run import make_run
-    from safesteer_mlx.method.train import training_prompts
+    from safesteer_mlx.method.training_prompts import training_prompts
     from safesteer_mlx.system.load import load
 
     base = load(str(TINY))

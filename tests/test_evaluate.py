@@ -22,7 +22,7 @@ from safesteer_mlx.method.residual import view
 from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, answer_text, generate, stream_key
 from safesteer_mlx.method.run import make_run
 from safesteer_mlx.method.student import make_student, save_adapters, with_adapters
-from safesteer_mlx.method.train import training_prompts
+from safesteer_mlx.method.training_prompts import training_prompts
 from safesteer_mlx.recipe import resolve
 from safesteer_mlx.system.load import Loaded, load
 from safesteer_mlx.system.screen import Screen, UserError

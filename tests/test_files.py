@@ -31,7 +31,8 @@ from safesteer_mlx.method.run import most_read
 from safesteer_mlx.method.safety_tokens import SafetyTokens
 from safesteer_mlx.method.teacher import ChosenTeacher, Outcomes
 from safesteer_mlx.method.token_file import read_rows
-from safesteer_mlx.method.train import OwnOpenings, Rollouts, TrainingLog
+from safesteer_mlx.method.train import Rollouts, TrainingLog
+from safesteer_mlx.method.training_prompts import OwnOpenings
 from safesteer_mlx.recipe import read_yaml, resolve
 from safesteer_mlx.system.files import DEEPEST, parse_json, read_json, write_out
 from safesteer_mlx.system.finished import RECORD, finished_run, read_record

@@ -29,6 +29,7 @@ ORDER = [
     "method.memory_plan",
     "method.teacher",
     "method.safety_tokens",
+    "method.learning method.training_prompts",
     "method.train",
     "method.pace",
     "evals.heldout evals.verdict",

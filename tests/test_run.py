@@ -14,9 +14,9 @@ from test_own_answers import Thinker
 from safesteer_mlx import align
 from safesteer_mlx.align import _fitted
 from safesteer_mlx.method import direction, memory_plan, own_answers, rollout, safety_tokens
+from safesteer_mlx.method import learning as learn
 from safesteer_mlx.method import run as runs
 from safesteer_mlx.method import teacher as teachers
-from safesteer_mlx.method import train as stage
 from safesteer_mlx.method.direction import (
     Direction,
     FoundDirections,
@@ -26,6 +26,7 @@ from safesteer_mlx.method.direction import (
     or_all,
     too_much_left,
 )
+from safesteer_mlx.method.learning import Learning, what_to_learn
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.own_answers import OwnAnswers, Thoughts, as_it_begins, find_openers, with_room_to_think
 from safesteer_mlx.method.prompts import (
@@ -52,7 +53,8 @@ from safesteer_mlx.method.teacher import (
     steered_teacher,
     validation,
 )
-from safesteer_mlx.method.train import check_gradient, collapsed, make_training, training_prompts, what_to_learn
+from safesteer_mlx.method.train import check_gradient, collapsed, make_training
+from safesteer_mlx.method.training_prompts import training_prompts
 from safesteer_mlx.recipe import BUNDLED, MODELS, resolve
 from safesteer_mlx.system import memory
 from safesteer_mlx.system.load import load
@@ -346,14 +348,14 @@ def test_tokens_that_only_refuse_are_found_where_the_anchor_goes_below_the_base(
 def test_a_model_that_thinks_first_is_asked_where_its_thoughts_part(run, monkeypatch, capsys, most, late):
     """Both kinds of prompts are read with what is thought before the teacher is farthest from the base, as many at a
     time as memory has room for; so they are where answers that begin alike part."""
-    whole = stage.answer_states
+    whole = learn.answer_states
 
     def answer_states(model, prompts, answers):
         if len(prompts) > most:
             raise RuntimeError("[metal::malloc] Unable to allocate 123 bytes")
         return whole(model, prompts, answers)
 
-    monkeypatch.setattr(stage, "answer_states", answer_states)
+    monkeypatch.setattr(learn, "answer_states", answer_states)
     base, horizon = run.base, 5
     few = replace(
         run.prompts,
@@ -440,7 +442,7 @@ def test_a_rate_that_half_precision_rounds_away_is_said(run, tiny_model, capsys,
 def test_that_nothing_tells_the_best_step_is_said(run, capsys, keep_best, measured):
     run = run.with_settings(train=replace(run.recipe.train, keep_best=keep_best))
     table = np.array([[0.1, 0.9]])
-    learning = stage.Learning([[1]], np.array([5]), table, table, 1) if measured else None
+    learning = Learning([[1]], np.array([5]), table, table, 1) if measured else None
     student = make_student(run.base.model, run.recipe.train, 0)
     tokens = SafetyTokens([{"id": 5}], 0.9, [0.9], 1.0)
     make_training(run, student, Teacher(run.base.model), tokens, ([], []), learning)

@@ -11,24 +11,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from safesteer_mlx.method import learning as learn
 from safesteer_mlx.method import train as stage
+from safesteer_mlx.method.learning import Course, Learning, best_step, course
 from safesteer_mlx.method.losses import Divergence, distillation_loss
 from safesteer_mlx.method.residual import blocks, hidden_states, last_logits
 from safesteer_mlx.method.rollout import Completion, Sampling, generate, stream_key
 from safesteer_mlx.method.safety_tokens import openings
 from safesteer_mlx.method.student import make_student, row_dropouts
 from safesteer_mlx.method.teacher import Teacher, steered_teacher
-from safesteer_mlx.method.train import (
-    Course,
-    Learning,
-    Rollouts,
-    StepMetrics,
-    Training,
-    TrainingPrompt,
-    course,
-    make_optimizer,
-    train,
-)
+from safesteer_mlx.method.train import Rollouts, StepMetrics, Training, make_optimizer, train
+from safesteer_mlx.method.training_prompts import TrainingPrompt
 from safesteer_mlx.recipe import LossSettings, TrainSettings, number_of_steps, rollout_tokens
 from safesteer_mlx.system.screen import UserError
 
@@ -324,8 +317,9 @@ NO, YES = 0.89, 0.9
 def what_numbers_are_worked_out_with(monkeypatch):
     """A run has learned at 0.9, measured every third step, and ends a quarter of the epochs later; how little it learns
     is no reason."""
-    for name, value in (("LEARNED", 0.9), ("MEASURED_EVERY", 3), ("FALL", 0.25), ("FLAT", 99)):
-        monkeypatch.setattr(stage, name, value)
+    monkeypatch.setattr(stage, "MEASURED_EVERY", 3)
+    for name, value in (("LEARNED", 0.9), ("FALL", 0.25), ("FLAT", 99)):
+        monkeypatch.setattr(learn, name, value)
 
 
 def learning(*shares):
@@ -384,8 +378,8 @@ def test_a_run_that_has_learned_ends_a_quarter_of_the_epochs_later(shares, expec
     ],
 )
 def test_a_run_that_learns_no_more_ends_a_quarter_of_the_epochs_later(shares, expected, monkeypatch):
-    monkeypatch.setattr(stage, "FLAT", 0.75)
-    monkeypatch.setattr(stage, "MORE", 0.1)
+    monkeypatch.setattr(learn, "FLAT", 0.75)
+    monkeypatch.setattr(learn, "MORE", 0.1)
     assert course(8, EIGHT, learning(*shares)) == expected
 
 
@@ -405,7 +399,7 @@ def test_rates_of_a_run_until_it_has_learned():
 @pytest.mark.parametrize("flat", [0.75, 99])
 @pytest.mark.parametrize("warmup", [0.1, 0.9])
 def test_the_rate_never_rises_but_to_warm_up(warmup, flat, monkeypatch):
-    monkeypatch.setattr(stage, "FLAT", flat)
+    monkeypatch.setattr(learn, "FLAT", flat)
     settings, warm = replace(EIGHT, warmup=warmup), math.ceil(8 * warmup)
     for shares in itertools.product([NO, YES], repeat=5):
         every, rates = learning(*shares).shares, [0.0]
@@ -463,11 +457,11 @@ def test_what_a_student_is_worth_by_hand():
     known = replace(learning(), base=base, teacher=base, n_harmful=1)
     student = np.array([[0.7, 0.3], [0.5, 0.5], [0.0, 1.0]])
     # One harmful prompt at 0.7; of the harmless ones one rose by 0.2, and one that fell does not make up for it.
-    assert known.worth(student) == pytest.approx(0.7 - stage.COST * 0.2 / 2)
+    assert known.worth(student) == pytest.approx(0.7 - learn.COST * 0.2 / 2)
     assert replace(known, n_harmful=2).worth(student) == pytest.approx(0.6)
     assert known.worth(base) == pytest.approx(0.2)
     rows = [{"step": 3, "worth": 0.5}, {"step": 4, "worth": None}, {"step": 6, "worth": 0.5}, {"step": 9, "worth": 0.4}]
-    assert stage.best_step(rows) == 6 and stage.best_step(rows[1:2]) is None and stage.best_step([{"step": 1}]) is None
+    assert best_step(rows) == 6 and best_step(rows[1:2]) is None and best_step([{"step": 1}]) is None
 
 
 def run(model, settings=EIGHT, known=None, first=None, stop=99):
@@ -492,7 +486,7 @@ def run(model, settings=EIGHT, known=None, first=None, stop=99):
 def scripted(monkeypatch, shares):
     """Openings as of a student that has learned all or nothing at each measurement, one after another."""
     left = iter(shares)
-    monkeypatch.setattr(stage, "openings", lambda *_: ALL_OF_IT if next(left, False) else NOTHING)
+    monkeypatch.setattr(learn, "openings", lambda *_: ALL_OF_IT if next(left, False) else NOTHING)
 
 
 @pytest.mark.parametrize(
@@ -524,7 +518,7 @@ def test_a_run_of_given_length_measures_and_keeps_to_it(model, monkeypatch):
 
 @pytest.mark.parametrize("begin", [2, 3, 7])
 def test_a_run_that_is_resumed_ends_where_it_would_have(model, monkeypatch, begin):
-    monkeypatch.setattr(stage, "LEARNED", -1e9)  # whatever is measured will do: 6 steps, and 2 to end
+    monkeypatch.setattr(learn, "LEARNED", -1e9)  # whatever is measured will do: 6 steps, and 2 to end
     rows, ids = [p.ids for p in HARMFUL], TOKENS.tolist()
     teacher = steered_teacher(model, 1, 3 * mx.random.normal((32,), key=mx.random.key(5)), 1.0)
     tables = (openings(m, rows, ids, 2) for m in (model, teacher.model))

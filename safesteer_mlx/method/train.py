@@ -9,8 +9,7 @@ it ends over-refusal). The caller logs and saves. Where we deviate:
 - `first_tokens` and `tail`: only the first positions of an answer, which decide whether it refuses, are the teacher's;
   on the `tail` positions after them the target is the base on the whole vocabulary, so that what follows a refusal's
   first words stays as it was. `guidance` and `anchor_margin` are explained in `losses`.
-- `until_learned`: the run is as long as the model needs. Every few steps it is measured what the student makes of the
-  safety tokens where answers to validation prompts begin (`Learning.share`); `course` says what follows.
+- `until_learned`: the run is as long as the model needs (`learning.course`).
 - `prefill_ratio` and `wrap_ratio`: a prompt that is refused may be answered once the answer has begun, or in a frame. A
   share of the prompts, harmful and harmless, comes with an affirmative opening, ours or the base's own, from which the
   student goes on, another in a frame (a story, a role) or below a system prompt. There a harmful one is pulled to what
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, islice, pairwise
-from typing import Annotated, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,73 +40,38 @@ from ..system.finished import SavedStep, Step
 from ..system.machines import LostMachineError
 from ..system.memory import PagingError, with_smaller_batches
 from ..system.screen import UserError
-from ..system.store import TokenId, encoded
+from ..system.store import encoded
 from .direction import FoundDirections, mean_differences
-from .framing import LONGEST, Framer, begun, takes_system_turn
-from .judge import is_refusal, outcome
+from .framing import Framer
+from .judge import is_refusal
+from .learning import Learning, best_step, course
 from .losses import (
     Divergence,
     Scored,
     easing_shift,
-    far_enough,
     guidance_shift,
     kept_window,
     localized_loss,
     may_decide,
     safety_log_odds,
 )
-from .prompts import TEMPLATE_TOKENS, guarding_prompt, instructions_to_train_on, render, template_tokens
 from .residual import answer_states, block_inputs, head, hidden_states, pad_right, resume, resumes
-from .rollout import Completion, Sampling, generate, stream_key
+from .rollout import Completion, Ids, Sampling, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
-from .safety_tokens import LITTLE, SafetyTokens, farthest, find_tokens, openings, outcomes_kl
+from .safety_tokens import SafetyTokens, find_tokens
 from .student import bytes_trained, first_trained_block, row_dropouts, save_student
 from .teacher import ChosenTeacher, Teacher, ema_update, moving_average, steered_teacher
-
-Ids = Sequence[int]
+from .training_prompts import TrainingPrompt, make_framer
 
 FIRST_STEPS, NO_GRADIENT = 3, 1e-4  # after so many steps a norm below this teaches nothing
 LOSS_SCALE = 1024.0  # of what float16 holds nothing is smaller than 6e-8, and most of the anchor's gradient is
 LOST = 3e-5  # half of what lies between two bfloat16 weights near 0.01: a smaller step mostly leaves them as they are
 COLLAPSE_PROMPTS = 16  # harmless prompts that tell a collapse
-LEARNED = 0.95  # of the base's divergence from the target, gone
 MEASURED_EVERY = 3  # steps
-COST = 3.0  # of a refusal too many on harmless prompts, in refusals of harmful ones
-FLAT, MORE = 0.25, 0.01  # of the epochs' steps, in which no more than that is learned: there is no more to learn
-FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 
 
 class NotFiniteError(UserError):
     """A loss or gradient that is NaN or infinite; the step was not applied."""
-
-
-@dataclass(frozen=True)
-class TrainingPrompt:
-    """A prompt as the student reads it and as its target does; `harmful` says which target.
-
-    `text` is the instruction. `plain` is a harmful prompt as it is, which the base reads, where the student alone reads
-    it in a frame or with its answer begun; None for what base and student read alike.
-    """
-
-    ids: list[int]
-    target_ids: list[int]
-    harmful: bool
-    text: str = ""
-    plain: list[int] | None = None
-
-    @property
-    def framed(self) -> bool:
-        """Whether the student alone reads it in a frame or with its answer begun, not teacher and base."""
-        return self.plain is not None
-
-    def put(self, framer: Framer, rng: np.random.Generator) -> "TrainingPrompt":
-        """The prompt with its answer begun, or in a frame, or as it is."""
-        if (opening := framer.opening(self.text, rng)) is not None:
-            ids = begun(framer.tokenizer, self.ids, opening)
-        elif (ids := framer.frame(self.text, rng)) is None:
-            return self
-        plain = self.ids if self.harmful else None
-        return replace(self, ids=ids, target_ids=self.target_ids if self.harmful else ids, plain=plain)
 
 
 @dataclass(frozen=True)
@@ -148,91 +112,11 @@ def make_optimizer(train: TrainSettings) -> optim.Optimizer:
     return optim.AdamW(train.learning_rate, weight_decay=train.weight_decay, bias_correction=corrected)
 
 
-@dataclass(frozen=True)
-class Learning:
-    """What is to be learned: base's and target's probabilities of the safety tokens, and of all others together, where
-    answers to validation prompts begin (N, K + 1), the first `n_harmful` of them harmful ones; and how far the student
-    was after each step so far."""
-
-    prompts: Sequence[Ids]
-    tokens: np.ndarray
-    base: np.ndarray
-    teacher: np.ndarray
-    n_harmful: int
-    shares: Sequence[float | None] = ()
-
-    def share(self, student: np.ndarray) -> float:
-        """How much of the base's divergence from the target is gone: 1 − KL(πs ‖ πt) / KL(π0 ‖ πt), of (N, K + 1).
-
-        Where the student went past the target, on the way from the base, it counts as there. On harmless prompts there
-        is nothing to learn, and all that it moved counts against it, unless from the base towards the anchor's target.
-        """
-        n = self.n_harmful
-        whole = outcomes_kl(self.base[:n], self.teacher[:n]).sum() / len(self.base)
-        past = (student - self.teacher) * (self.teacher - self.base) > 0
-        left = outcomes_kl(np.where(past, self.teacher, student), self.teacher)
-        ends = self.base[n:], self.teacher[n:]
-        left[n:] = outcomes_kl(student[n:], np.clip(student[n:], np.minimum(*ends), np.maximum(*ends)))
-        return float(1 - left.mean() / whole) if whole > 1e-6 else 0.0
-
-    def worth(self, student: np.ndarray) -> float:
-        """What a student is worth to keep, of (N, K + 1): mean P(S) on harmful prompts − `COST` · its mean rise over
-        the base on harmless ones, where it rose."""
-        mass, before = (p[:, :-1].sum(-1) for p in (student, self.base))
-        n, rises = self.n_harmful, np.maximum(mass - before, 0)[self.n_harmful :]
-        return float(mass[:n].mean() - COST * rises.sum() / max(1, len(rises)))
-
-    def measure(self, student: nn.Module, batch_size: int) -> tuple[float, float]:
-        """`share` and `worth` of a student as it is."""
-        now = openings(student, self.prompts, self.tokens, batch_size)
-        return self.share(now), self.worth(now)
-
-
 def read_at_once(train: TrainSettings, prompts: Sequence[Ids]) -> int:
     """How many prompts are read at a time where completions are trained on."""
     if train.micro_batch_tokens is None:
         return train.micro_batch_size
     return max(1, min(train.micro_batch_size, train.micro_batch_tokens // max(map(len, prompts))))
-
-
-@dataclass(frozen=True)
-class Course:
-    """The steps of a run, and how its rate goes: a linear warm-up that never starts at 0, constant until step `falls`
-    (from 0), a cosine to 0 from `height`, the share of the peak that it had come to."""
-
-    steps: int
-    warm: int
-    falls: int
-    height: float = 1.0
-
-    def rate(self, step: int, peak: float) -> float:
-        """The rate of a step counted from 0."""
-        if step < self.falls:
-            return peak * min(1.0, (step + 1) / max(1, self.warm))
-        return (
-            peak * self.height * 0.5 * (1 + math.cos(math.pi * (step - self.falls) / max(1, self.steps - self.falls)))
-        )
-
-
-def course(steps: int, train: TrainSettings, learning: Learning | None = None) -> Course:
-    """The course of a run as far as it is known by now; `steps` are those that the epochs make.
-
-    A run that is to go on until it has learned ends `FALL` of them after the second measurement in a row that finds it
-    has, or after one that finds that it learns no more; else its rate falls from `steps` on, to twice the steps. Every
-    other is a cosine over `steps`, as published.
-    """
-    warm = math.ceil(train.warmup * steps) if steps > 1 else 0
-    if learning is None or not train.until_learned or train.iters is not None:
-        return Course(steps, warm, warm)
-    longest = Course(2 * steps, warm, steps)
-    fall, in_a_row, best, since = math.ceil(FALL * steps), 0, -math.inf, 0
-    for step, share in enumerate(learning.shares, start=1):
-        if share is not None:
-            in_a_row = in_a_row + 1 if share >= LEARNED else 0
-            best, since = (share, step) if share > best + MORE else (best, since)
-            if (in_a_row == 2 or step - since >= FLAT * steps) and step + fall < longest.steps:
-                return Course(step + fall, warm, step, longest.rate(step, 1.0))
-    return longest
 
 
 def _passes(n: int, seed: int, which: int) -> Iterator[int]:
@@ -519,124 +403,6 @@ def as_in_a_gradient(compute: Callable[..., mx.array], *args: Any) -> mx.array:
     return values[0]
 
 
-def training_prompts(run: Run) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
-    """Harmful and anchor prompts as student and target read them; those given twice and those over the length
-    are left out, and said.
-
-    Ours: the direction's prompts are among them. The more there are of either kind, the finer the line between them.
-
-    Raises:
-        UserError: no harmful prompt is short enough, or no harmless one where there is to be an anchor.
-    """
-    recipe, base, sets = run.recipe, run.base, run.prompts.sets
-    limit, guard = recipe.train.max_prompt_length, guarding_prompt(recipe)
-    most = limit + template_tokens(base.tokenizer) - TEMPLATE_TOKENS  # a system turn that a template adds is no prompt
-    prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]] = ([], [])
-    for harmful, into in ((True, prompts[0]), (False, prompts[1])):
-        items = instructions_to_train_on(recipe, sets, harmful)
-        texts = list(dict.fromkeys(item.text for item in items))
-        if len(texts) < len(items):
-            run.screen.line(f"{len(items) - len(texts)} prompts are there twice and are used once")
-        for text in texts:
-            ids = render(base.tokenizer, text)
-            target_ids = render(base.tokenizer, text, guard) if harmful and guard else ids
-            if len(ids) <= most:
-                into.append(TrainingPrompt(ids, target_ids, harmful, text))
-        if len(into) < len(texts):
-            run.screen.line(f"{len(texts) - len(into)} prompts are longer than {limit} tokens and are left out")
-        if harmful and all(len(render(base.tokenizer, item.text)) > most for item in sets.harmful_train):
-            raise UserError(
-                f"every training prompt is longer than max_prompt_length = {limit}; raise --max-prompt-length"
-            )
-        if not harmful and recipe.loss.anchor_ratio and texts and not into:
-            raise UserError(
-                f"every harmless training prompt is longer than max_prompt_length = {limit}, so that none is left for "
-                "the anchor; raise --max-prompt-length, or give --anchor-ratio 0"
-            )
-    return prompts
-
-
-def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run, Learning | None]:
-    """The run with the guidance that this model needs, and what base and target make of the safety tokens where
-    answers to validation prompts begin; the target of harmless ones is the anchor's.
-
-    Where all answers begin alike, as those of a model that thinks first, it is asked where, in what the teacher says to
-    a harmful prompt and the base to a harmless one, the two differ most. None for a teacher whose tokens change on the
-    way.
-    """
-    recipe, base, prompts = run.recipe, run.base, run.prompts
-    size, harmful, harmless = recipe.run.prompt_batch_size, prompts.harmful_validation, prompts.harmless_validation
-    guarded = harmful if teacher.system_prompt is None else prompts.harmful_validation_guarded
-    if base.turns_late:
-        thoughts = _undecided(run, teacher, tokens, harmful, guarded, by_teacher=True)
-        harmful, guarded = _begun(harmful, thoughts), _begun(guarded, thoughts)
-        read = harmless if teacher.system_prompt is None else prompts.harmless_validation_guarded
-        harmless = _begun(harmless, _undecided(run, teacher, tokens, harmless, read, by_teacher=False))
-    own = openings(base.model, harmful, tokens.ids, size)
-    target = openings(teacher.model, guarded, tokens.ids, size)
-    its, of_base = (np.log(p[:, :-1].sum(-1)) - np.log(p[:, -1]) for p in (target, own))
-    where = np.array(may_decide(mx.array(its), np.zeros(len(its)), base.turns_late))
-    if recipe.loss.guidance == "auto":
-        guidance = far_enough(its[where], of_base[where]) if where.any() else 1.0
-        run = run.with_settings(loss=replace(recipe.loss, guidance=guidance))
-    if recipe.teacher.teacher == "ema" and recipe.teacher.refresh_every:
-        return run, None
-    shift = guidance_shift(mx.array(its), mx.array(of_base), float(run.recipe.loss.guidance), mx.array(where))
-    target[:, :-1] *= np.exp(np.array(shift, np.float64))[:, None]
-    target /= target.sum(-1, keepdims=True)
-    if float(outcomes_kl(own, target).mean()) < LITTLE:
-        return run, None  # no share of so little tells anything
-    held = openings(base.model, harmless, tokens.ids, size)
-    both = (np.concatenate(parts) for parts in ((own, held), (target, _eased(run, held, tokens))))
-    return run, Learning([*harmful, *harmless], tokens.ids, *both, n_harmful=len(harmful))
-
-
-def _eased(run: Run, base: np.ndarray, tokens: SafetyTokens) -> np.ndarray:
-    """The anchor's target where answers begin, as it is given from the base's: probabilities of the tokens and of all
-    others, (N, K + 1)."""
-    refusing = np.append(np.isin(tokens.ids, tokens.refusing), False)
-    if not refusing.any():
-        return base
-    mass = base[:, refusing].sum(-1)
-    odds = mx.array(np.log(mass) - np.log1p(-mass))
-    where = may_decide(odds, np.zeros(len(base)), run.base.turns_late)
-    shift = np.array(easing_shift(odds, run.recipe.loss.anchor_margin, where), np.float64)
-    target = base.copy()
-    target[:, refusing] *= np.exp(shift)[:, None]
-    return target / target.sum(-1, keepdims=True)
-
-
-def _begun(rows: Sequence[Ids], answers: Sequence[Ids]) -> list[list[int]]:
-    return [[*row, *answer] for row, answer in zip(rows, answers, strict=True)]
-
-
-def _undecided(
-    run: Run, teacher: Teacher, tokens: SafetyTokens, rows: Sequence[Ids], guarded: Sequence[Ids], *, by_teacher: bool
-) -> list[list[int]]:
-    """What the teacher, or else the base, writes after each prompt before it comes to where the two are farthest apart
-    on the safety tokens; the teacher reads the prompts as `guarded`."""
-    settings, size, base = run.recipe.run, run.recipe.run.prompt_batch_size, run.base.model
-    sampling = Sampling(run.base.eos_ids, run.recipe.tokens.horizon, 1.0, batch_size=settings.generation_batch_size)
-    keys = [run.key(16, i) for i in range(len(rows))]
-    written = (teacher.model, guarded) if by_teacher else (base, rows)
-    answers = [c.ids for c in generate(*written, sampling, keys)]
-
-    def read(model: nn.Module, prompts: Sequence[Ids], size: int) -> np.ndarray:
-        """Probabilities of them, and of all others, at every position, (R, 2)."""
-        odds = []
-        for start in range(0, len(prompts), size):
-            states = answer_states(model, prompts[start : start + size], answers[start : start + size])
-            odds.append(np.array(safety_log_odds(states, head(model), mx.array(tokens.ids)), np.float64))
-        return 1 / (1 + np.exp(-np.concatenate(odds)[:, None] * [1, -1]))
-
-    own, its = (
-        with_smaller_batches(size, partial(read, model, prompts), "reading thoughts")[0]
-        for model, prompts in ((base, rows), (teacher.model, guarded))
-    )
-    places = farthest(its, own, [len(answer) for answer in answers])
-    return [answer[:place] for answer, place in zip(answers, places.tolist(), strict=True)]
-
-
 class MovingTeacher:
     """The moving-average teacher (method page, 2, variant a): follows the student after each step, and finds
     direction and tokens anew if the recipe says so. `state` is all that a run needs to go on."""
@@ -748,41 +514,6 @@ def _tell_what_is_lost(run: Run, student: nn.Module) -> None:
             f"learning_rate = {rate:g} is small for weights in half precision, where most of its updates are rounded "
             "away; a model in float32 keeps them, and so does --fine-tune-type lora"
         )
-
-
-@dataclass(frozen=True)
-class OwnOpenings:
-    """How the base begins to answer training prompts, by instruction."""
-
-    ids: dict[str, Annotated[list[TokenId], LONGEST]]
-
-
-def find_own_openings(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> OwnOpenings:
-    """The base's own answers at temperature 1 to the training prompts, as far as training lets an answer be begun:
-    those that comply, of shorter ones the first half."""
-    both = [*prompts[0], *prompts[1]]
-    answers = run.answers(run.base.model, [p.ids for p in both], run.sampling(LONGEST + 1, 1.0), (14,))
-    outcomes = [outcome(text, run.refusals) for _, text in answers]
-    compliant = [(p.text, c) for p, (c, _), what in zip(both, answers, outcomes, strict=True) if what == "comply"]
-    cut = {text: c.ids[: len(c.ids) // 2] if c.finished else c.ids[:LONGEST] for text, c in compliant}
-    return OwnOpenings({text: ids for text, ids in cut.items() if ids})
-
-
-def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingPrompt]]) -> Framer | None:
-    """What puts prompts otherwise, as the settings ask for; None for nothing.
-
-    The answers of a model that thinks first are not begun: what its teacher says to the prompt is a thought.
-    """
-    settings, tokenizer = run.recipe.train, run.base.tokenizer
-    prefill = 0.0 if run.base.thinks else settings.prefill_ratio
-    if prefill < settings.prefill_ratio:
-        run.screen.line("--prefill-ratio does nothing here: the answers of a model that thinks first are not begun")
-    if not prefill and not settings.wrap_ratio:
-        return None
-    find = run.once if run.recipe.run.transcripts else lambda stage, of: stage(run, of)
-    own = find(find_own_openings, prompts).ids if prefill else {}
-    systems = takes_system_turn(tokenizer)
-    return Framer(tokenizer, prefill, settings.wrap_ratio, settings.max_prompt_length, systems, own)
 
 
 @dataclass(frozen=True)
@@ -920,12 +651,6 @@ def train_student(
         student.update(tree_unflatten(best))
         screen.line(f"step {kept} of {step} did best on validation prompts and is kept")
     return log
-
-
-def best_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step, of those that were measured, whose student is worth most, the later of two alike; None without any."""
-    measured = [(row["worth"], row["step"]) for row in metrics if row.get("worth") is not None]
-    return max(measured)[1] if measured else None
 
 
 def check_gradient(norms: list[float]) -> None:
