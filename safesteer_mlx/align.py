@@ -105,7 +105,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     from .evals.verdict import give_verdict, not_aligned, refuse_to_go_on
     from .evals.verdict import show as show_verdict
     from .method.direction import as_it_answers, find_directions
-    from .method.learning import what_to_learn
+    from .method.learning import choose_strength, what_to_learn
     from .method.own_answers import as_it_begins, with_room_to_think
     from .method.pace import measure_rates, plan_seconds
     from .method.run import make_run
@@ -170,6 +170,7 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     log = train_student(run, training, moving, saved_steps and saved_steps.score, reports.step)
     if saved_steps is not None:
         keep_best(run, student, log.scored)
+    strength = choose_strength(run, student, learning)
     save_student(run, student)
     check_saved(run, student)
     run.store.lines("metrics.jsonl", log.metrics)
@@ -183,7 +184,8 @@ def _align(recipe: Recipe, base: "Loaded", screen: Screen, check: bool, force: b
     if run.store.ours:
         timing = {"seconds": round(time.time() - start, 1), "seconds_by_step": log.seconds}
         told = outcome(scores, why, run.recipe.run.transcripts, run.refusals)
-        _record(run, scores, told, why, timing | screen.pace.as_json(), tokens)
+        made = {"not_aligned": why, "adapter_strength": strength}
+        _record(run, scores, told, made, timing | screen.pace.as_json(), tokens)
         _tell(run, scores, told, why)
     return Aligned(folder, verdict, scores, why)
 
@@ -257,7 +259,7 @@ def _record(
     run: "Run",
     scores: "dict[str, Scores]",
     told: dict[str, Any],
-    not_aligned: str | None,
+    made: dict[str, Any],
     timing: dict[str, Any],
     tokens: "SafetyTokens",
 ) -> None:
@@ -289,7 +291,7 @@ def _record(
         "adapters_sha256": hashlib.sha256(adapters).hexdigest(),
         "thinks": run.base.thinks,  # and does, so that longer answers were scored
         "own_sets": sorted(given_files(run.recipe.run.data)),
-        "not_aligned": not_aligned,
+        **made,
         "tokens_explain": tokens.explained,
         "tokens_open": tokens.openings,
     }

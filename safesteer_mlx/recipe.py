@@ -244,6 +244,13 @@ class TrainSettings:
         "end with the weights of the step that refused most harmful validation prompts for the least rise on harmless "
         "ones, not of the last one",
     )
+    adapter_strength: str | float = _setting(
+        "auto",
+        "share of the trained change that the adapters keep; auto for the one, down to a half, that is worth most on "
+        "validation prompts; of LoRA",
+        above=0.0,
+        most=1.0,
+    )
     prefill_ratio: float = _share(0.0, "share of prompts whose answer is begun with an affirmative opening")
     wrap_ratio: float = _share(0.0, "share of prompts put in a frame, pulled to what the target says without it")
     batch_size: int = _count(32, "prompts in one batch, harmless ones included", MOST_BATCH)
@@ -317,6 +324,7 @@ NEEDS = {
     "refresh_every": ("teacher", "ema"),
     "top_k": ("loss_tokens", "top_k"),
     "jsd_alpha": ("loss", "jsd"),
+    "adapter_strength": ("fine_tune_type", "lora"),
 }
 
 # The published method as it is. Horizon, p_min and rate are published by model: models/*.yaml hold them.
@@ -346,6 +354,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_generations": 8,
         "epochs": 1.0,
         "until_learned": False,
+        "adapter_strength": 1.0,
         "temp": 1.0,
         "top_p": 1.0,
         "max_tokens": 512,
@@ -432,7 +441,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
         try:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         except ValueError:
-            may_be_auto = name in ("coeff", "first_tokens", "guidance")
+            may_be_auto = name in ("coeff", "first_tokens", "guidance", "adapter_strength")
             if not may_be_auto and "str" in kinds:
                 return value
             raise UserError(f"{subject} is not a number{' or auto' if may_be_auto else ''}; change it") from None

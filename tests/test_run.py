@@ -26,7 +26,7 @@ from safesteer_mlx.method.direction import (
     or_all,
     too_much_left,
 )
-from safesteer_mlx.method.learning import Learning, what_to_learn
+from safesteer_mlx.method.learning import Learning, choose_strength, what_to_learn
 from safesteer_mlx.method.losses import far_enough
 from safesteer_mlx.method.own_answers import OwnAnswers, Thoughts, as_it_begins, find_openers, with_room_to_think
 from safesteer_mlx.method.prompts import (
@@ -41,7 +41,7 @@ from safesteer_mlx.method.residual import _override, blocks, last_logits
 from safesteer_mlx.method.rollout import AfterThought, Completion, Sampling, generate, has_equal_batches
 from safesteer_mlx.method.run import batch_size, beside_a_prompt, make_run, most_read, sets_read
 from safesteer_mlx.method.safety_tokens import SafetyTokens, check_tokens, openings
-from safesteer_mlx.method.student import check_saved, make_student, save_student
+from safesteer_mlx.method.student import check_saved, lora_change, make_student, save_student, weaken
 from safesteer_mlx.method.teacher import (
     VALIDATION_PROMPTS,
     ChosenTeacher,
@@ -436,6 +436,64 @@ def test_a_rate_that_half_precision_rounds_away_is_said(run, tiny_model, capsys,
     student = make_student(model, run.recipe.train, 0)
     make_training(run, student, Teacher(model), SafetyTokens([{"id": 5}], 0.9, [0.9], 1.0), ([], []), None)
     assert (f"learning_rate = {rate:g} is small for weights in half precision" in capsys.readouterr().out) is told
+
+
+class Worth:
+    """What a student is worth by how much of its B is left, which was 1 everywhere."""
+
+    def __init__(self, student, worth):
+        self.student, self.worth = student, worth
+
+    def measure(self, student, batch_size):
+        assert student is self.student
+        [share] = {float(b.max().item()) for b in lora_change(student).values()}
+        return 0.5, self.worth(round(share, 6))
+
+
+STRENGTH = {
+    "worth more the weaker": (lambda s: 1 - s, {}, 0.5),
+    "worth most in between": (lambda s: -abs(s - 0.7), {}, 0.7),  # and nothing else within a hundredth
+    "of those within a hundredth the strongest": (lambda s: -0.09 * abs(s - 0.7), {}, 0.8),
+    "worth most as it is": (lambda s: s, {}, 1.0),
+    "given": (lambda s: s, {"adapter_strength": 0.25}, 0.25),
+    "given for steps that are chosen": (lambda s: s, {"adapter_strength": 0.25, "select_checkpoint": "drift<=1"}, 0.25),
+    "steps are chosen": (lambda s: 1 - s, {"select_checkpoint": "drift<=1"}, 1.0),
+    "nothing is known": (None, {}, 1.0),
+    "other weights": (lambda s: 1 - s, {"fine_tune_type": "dora"}, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", STRENGTH)
+def test_as_much_is_kept_as_is_worth_most(run, capsys, case):
+    worth, settings, expected = STRENGTH[case]
+    train = {name: value for name, value in settings.items() if name != "select_checkpoint"}
+    run = run.with_settings(
+        train=replace(run.recipe.train, **train),
+        run=replace(run.recipe.run, select_checkpoint=settings.get("select_checkpoint")),
+    )
+    student = make_student(run.base.model, run.recipe.train, 0)
+    ones = {name: mx.ones_like(weight) for name, weight in lora_change(student).items()}
+    weaken(student, ones, 1.0)
+    assert choose_strength(run, student, worth and Worth(student, worth)) == expected
+    assert all(mx.allclose(weight, mx.array(expected)) for weight in lora_change(student).values())
+    told = capsys.readouterr().out
+    assert (f"{expected:.0%} of what was trained is kept" in told) is (expected < 1)
+    assert ("worth most on validation prompts" in told) is (expected < 1 and "adapter_strength" not in settings)
+
+
+def test_half_a_change_is_half_of_what_a_layer_adds(run):
+    student = make_student(run.base.model, run.recipe.train, 0)
+    change = {
+        name: mx.random.normal(weight.shape, key=mx.random.key(1)) for name, weight in lora_change(student).items()
+    }
+    x = mx.random.normal((1, 3, run.base.config["hidden_size"]), key=mx.random.key(2))
+    layer = blocks(student)[0].self_attn.q_proj
+    outputs = {}
+    for strength in (0.0, 0.5, 1.0):
+        weaken(student, change, strength)
+        outputs[strength] = layer(x)
+    assert mx.allclose(outputs[0.5], (outputs[0.0] + outputs[1.0]) / 2, atol=1e-5)
+    assert not mx.allclose(outputs[1.0], outputs[0.0], atol=1e-2)
 
 
 @pytest.mark.parametrize(("keep_best", "measured"), [(True, False), (True, True), (False, False)])

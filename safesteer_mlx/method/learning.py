@@ -1,7 +1,9 @@
 """What a student has to learn, how much of it it has, and so how long it trains and how fast.
 
 Every few steps it is measured what the student makes of the safety tokens where answers to validation prompts begin
-(`Learning.share`, and `Learning.worth` for `--keep-best`); `course` says what follows.
+(`Learning.share`, and `Learning.worth` for `--keep-best`); `course` says what follows. At the end it is asked how much
+of the trained change is worth most (`choose_strength`): weights between the base's and the student's, as of WiSE-FT
+(arXiv 2109.01903), draw a finer line on prompts that neither was trained on.
 """
 
 import math
@@ -15,18 +17,21 @@ import mlx.nn as nn
 import numpy as np
 
 from ..recipe import TrainSettings
+from ..system import machines
 from ..system.memory import with_smaller_batches
 from .losses import easing_shift, far_enough, guidance_shift, may_decide, safety_log_odds
 from .residual import answer_states, head
 from .rollout import Ids, Sampling, generate
 from .run import Run
 from .safety_tokens import LITTLE, SafetyTokens, farthest, openings, outcomes_kl
+from .student import lora_change, weaken
 from .teacher import Teacher
 
 LEARNED = 0.95  # of the base's divergence from the target, gone
 COST = 3.0  # of a refusal too many on harmless prompts, in refusals of harmful ones
 FLAT, MORE = 0.25, 0.01  # of the epochs' steps, in which no more than that is learned: there is no more to learn
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
+STRENGTHS = [n / 20 for n in range(20, 9, -1)]  # of the trained change: 1, 0.95, … 0.5
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,35 @@ def best_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
     """The step, of those that were measured, whose student is worth most, the later of two alike; None without any."""
     measured = [(row["worth"], row["step"]) for row in metrics if row.get("worth") is not None]
     return max(measured)[1] if measured else None
+
+
+def choose_strength(run: Run, student: nn.Module, learning: Learning | None) -> float:
+    """The share of the trained change that the student is given to keep: `adapter_strength`, or the strongest of
+    `STRENGTHS` than which no other is worth `MORE` on validation prompts."""
+    recipe, wanted = run.recipe, run.recipe.train.adapter_strength
+    if recipe.train.fine_tune_type != "lora":
+        return 1.0  # of other weights half the change is not half of what it does
+    change = lora_change(student)
+    if wanted != "auto":
+        strength = float(wanted)
+    elif learning is None or recipe.run.select_checkpoint is not None:
+        return 1.0
+    else:
+        worths = {}
+        with run.screen.stage("seeing how much of it to keep") as advance:
+            for done, strength in enumerate(STRENGTHS, start=1):
+                weaken(student, change, strength)
+                worths[strength] = learning.measure(student, recipe.run.prompt_batch_size)[1]
+                advance(done, len(STRENGTHS))
+        best = max(worths.values())
+        strength = machines.here().share(next(s for s in STRENGTHS if worths[s] >= best - MORE))
+    weaken(student, change, strength)
+    if strength < 1:
+        run.screen.line(
+            f"{strength:.0%} of what was trained is kept"
+            + (", which is worth most on validation prompts" if wanted == "auto" else "")
+        )
+    return strength
 
 
 def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run, Learning | None]:

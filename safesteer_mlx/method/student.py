@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..recipe import TrainSettings, check_lora_parameters
 from ..system.files import user_path
@@ -161,6 +161,17 @@ def _scale_beside(path: Path) -> float | None:
 def bytes_trained(student: nn.Module) -> int:
     """Bytes of the weights that training changes."""
     return sum(weight.nbytes for _, weight in tree_flatten(student.trainable_parameters()))  # pyright: ignore
+
+
+def lora_change(student: nn.Module) -> dict[str, mx.array]:
+    """The B of each of the student's LoRA layers, which adds scale · B A to what the base's computes."""
+    trained = tree_flatten(student.trainable_parameters())
+    return {name: weight for name, weight in trained if name.endswith("lora_b")}  # pyright: ignore
+
+
+def weaken(student: nn.Module, change: dict[str, mx.array], strength: float) -> None:
+    """Give the student this share of a `lora_change`."""
+    student.update(tree_unflatten([(name, weight * strength) for name, weight in change.items()]))
 
 
 def first_trained_block(student: nn.Module) -> int:
