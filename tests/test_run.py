@@ -452,8 +452,8 @@ class Worth:
 
 STRENGTH = {
     "worth more the weaker": (lambda s: 1 - s, {}, 0.5),
-    "worth most in between": (lambda s: -abs(s - 0.7), {}, 0.7),  # and nothing else within a hundredth
-    "of those within a hundredth the strongest": (lambda s: -0.09 * abs(s - 0.7), {}, 0.8),
+    "worth most in between": (lambda s: -abs(s - 0.7), {}, 0.7),
+    "worth hardly more": (lambda s: -0.03 * abs(s - 0.7), {}, 1.0),  # by less than a hundredth
     "worth most as it is": (lambda s: s, {}, 1.0),
     "given": (lambda s: s, {"adapter_strength": 0.25}, 0.25),
     "given for steps that are chosen": (lambda s: s, {"adapter_strength": 0.25, "select_checkpoint": "drift<=1"}, 0.25),

@@ -121,8 +121,8 @@ def best_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def choose_strength(run: Run, student: nn.Module, learning: Learning | None) -> float:
-    """The share of the trained change that the student is given to keep: `adapter_strength`, or the strongest of
-    `STRENGTHS` than which no other is worth `MORE` on validation prompts."""
+    """The share of the trained change that the student is given to keep: `adapter_strength`, or all, unless another of
+    `STRENGTHS` is worth `MORE` on validation prompts; then the one that is worth most."""
     recipe, wanted = run.recipe, run.recipe.train.adapter_strength
     if recipe.train.fine_tune_type != "lora":
         return 1.0  # of other weights half the change is not half of what it does
@@ -138,8 +138,8 @@ def choose_strength(run: Run, student: nn.Module, learning: Learning | None) -> 
                 weaken(student, change, strength)
                 worths[strength] = learning.measure(student, recipe.run.prompt_batch_size)[1]
                 advance(done, len(STRENGTHS))
-        best = max(worths.values())
-        strength = machines.here().share(next(s for s in STRENGTHS if worths[s] >= best - MORE))
+        best = max(STRENGTHS, key=worths.__getitem__)
+        strength = machines.here().share(best if worths[best] > worths[1.0] + MORE else 1.0)
     weaken(student, change, strength)
     if strength < 1:
         run.screen.line(
