@@ -12,7 +12,7 @@ from runs import MICRO
 from safesteer_mlx.align import main
 from safesteer_mlx.chat import make_voices
 from safesteer_mlx.evals import last_screen, verdict
-from safesteer_mlx.method import direction, residual, safety_tokens
+from safesteer_mlx.method import direction, learning, residual, safety_tokens
 from safesteer_mlx.method import teacher as teachers
 from safesteer_mlx.recipe import MODELS
 from safesteer_mlx.system.load import load
@@ -119,7 +119,7 @@ def test_the_student_moved_and_the_teacher_refuses_more_than_the_base(finished, 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--loss", "reverse_kl", "--anchor-ratio", "0"],
+        ["--loss", "reverse_kl", "--anchor-ratio", "0", "--adapter-strength", "0.5"],
         ["--loss", "reverse_kl", "--renormalize", "--skip-first", "1", "--first-tokens", "6"],
         ["--loss", "forward_kl", "--loss-tokens", "top_k", "--top-k", "20"],
         ["--loss", "jsd", "--jsd-alpha", "0.3", "--loss-tokens", "full"],
@@ -136,6 +136,8 @@ def test_every_variant_runs_to_the_end(flags, tmp_path):
     short = [MICRO, "--batch-size", "8", "--max-tokens", "24"]
     folder = aligned(tmp_path / "adapters", *short, *flags, "--force")  # two steps of some of them make nothing safer
     assert (folder / "adapters.safetensors").stat().st_size > 0
+    strength = json.loads((folder / "run" / "manifest.json").read_text())["adapter_strength"]
+    assert strength == 0.5 if "--adapter-strength" in flags else strength in [1.0, *learning.STRENGTHS]
 
 
 def test_a_teacher_of_the_prompt_only_is_that_from_end_to_end(tmp_path, monkeypatch):

@@ -438,44 +438,45 @@ def test_a_rate_that_half_precision_rounds_away_is_said(run, tiny_model, capsys,
     assert (f"learning_rate = {rate:g} is small for weights in half precision" in capsys.readouterr().out) is told
 
 
-class Worth:
-    """What a student is worth by how much of its B is left, which was 1 everywhere."""
-
-    def __init__(self, student, worth):
-        self.student, self.worth = student, worth
-
-    def measure(self, student, batch_size):
-        assert student is self.student
-        [share] = {float(b.max().item()) for b in lora_change(student).values()}
-        return 0.5, self.worth(round(share, 6))
+def student_of(harmful, harmless):
+    """P(S) on a harmful prompt and a harmless one, of a student with this share of its change."""
+    return lambda s: np.array([[mass(s), 1 - mass(s)] for mass in (harmful, harmless)])
 
 
+SAME, LINE = {}, lambda s: s
 STRENGTH = {
-    "worth more the weaker": (lambda s: 1 - s, {}, 0.5),
-    "worth most in between": (lambda s: -abs(s - 0.7), {}, 0.7),
-    "worth hardly more": (lambda s: -0.03 * abs(s - 0.7), {}, 1.0),  # by less than a hundredth
-    "worth most as it is": (lambda s: s, {}, 1.0),
-    "given": (lambda s: s, {"adapter_strength": 0.25}, 0.25),
-    "given for steps that are chosen": (lambda s: s, {"adapter_strength": 0.25, "select_checkpoint": "drift<=1"}, 0.25),
-    "steps are chosen": (lambda s: 1 - s, {"select_checkpoint": "drift<=1"}, 1.0),
-    "nothing is known": (None, {}, 1.0),
-    "other weights": (lambda s: 1 - s, {"fine_tune_type": "dora"}, 1.0),
+    "refuses harmless prompts": (student_of(lambda s: 0.9, LINE), SAME, 0.5),
+    "loses more than it saves": (student_of(lambda s: 4 * s, LINE), SAME, 1.0),
+    "saves most in between": (student_of(lambda s: min(s, 0.7), lambda s: s / 10), SAME, 0.7),
+    "saves hardly more": (student_of(lambda s: 0.305 * s, lambda s: s / 10), SAME, 1.0),  # 0.005 - 0.003 at a half
+    "refuses no more harmless prompts": (student_of(lambda s: 1 - s, lambda s: 0.009), SAME, 1.0),
+    "given": (None, {"adapter_strength": 0.25}, 0.25),
+    "given for steps that are chosen": (None, {"adapter_strength": 0.25, "select_checkpoint": "drift<=1"}, 0.25),
+    "steps are chosen": (student_of(lambda s: 0.9, LINE), {"select_checkpoint": "drift<=1"}, 1.0),
+    "nothing is known": (None, SAME, 1.0),
+    "other weights": (student_of(lambda s: 0.9, LINE), {"fine_tune_type": "dora"}, 1.0),
 }
 
 
 @pytest.mark.parametrize("case", STRENGTH)
-def test_as_much_is_kept_as_is_worth_most(run, capsys, case):
-    worth, settings, expected = STRENGTH[case]
+def test_as_much_is_kept_as_is_worth_most(run, monkeypatch, capsys, case):
+    reads, settings, expected = STRENGTH[case]
     train = {name: value for name, value in settings.items() if name != "select_checkpoint"}
     run = run.with_settings(
         train=replace(run.recipe.train, **train),
         run=replace(run.recipe.run, select_checkpoint=settings.get("select_checkpoint")),
     )
     student = make_student(run.base.model, run.recipe.train, 0)
-    ones = {name: mx.ones_like(weight) for name, weight in lora_change(student).items()}
-    weaken(student, ones, 1.0)
-    assert choose_strength(run, student, worth and Worth(student, worth)) == expected
-    assert all(mx.allclose(weight, mx.array(expected)) for weight in lora_change(student).values())
+    weaken(student, {name: mx.ones_like(weight) for name, weight in lora_change(student).items()}, 1.0)
+
+    def share(model):
+        [left] = {round(b.max().item(), 6) for b in lora_change(model).values()}
+        return left
+
+    monkeypatch.setattr(learn, "openings", lambda model, *_: reads(share(model)))
+    base = np.array([[0.1, 0.9], [0.0, 1.0]])
+    learning = reads and Learning([[1], [2]], np.array([5]), base, base, n_harmful=1)
+    assert choose_strength(run, student, learning) == expected == share(student)
     told = capsys.readouterr().out
     assert (f"{expected:.0%} of what was trained is kept" in told) is (expected < 1)
     assert ("worth most on validation prompts" in told) is (expected < 1 and "adapter_strength" not in settings)

@@ -31,7 +31,10 @@ LEARNED = 0.95  # of the base's divergence from the target, gone
 COST = 3.0  # of a refusal too many on harmless prompts, in refusals of harmful ones
 FLAT, MORE = 0.25, 0.01  # of the epochs' steps, in which no more than that is learned: there is no more to learn
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
-STRENGTHS = [n / 20 for n in range(20, 9, -1)]  # of the trained change: 1, 0.95, … 0.5
+STRENGTHS = [n / 20 for n in range(19, 9, -1)]  # of the trained change: 0.95, 0.9, … 0.5
+A_POINT = (
+    0.01  # of refusals: a smaller rise on harmless prompts is none, and what is worth so little more is not worth it
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class Learning:
         return float(1 - left.mean() / whole) if whole > 1e-6 else 0.0
 
     def worth(self, student: np.ndarray) -> float:
-        """What a student is worth to keep, of (N, K + 1): mean P(S) on harmful prompts − `COST` · its mean rise over
-        the base on harmless ones, where it rose."""
-        mass, before = (p[:, :-1].sum(-1) for p in (student, self.base))
-        n, rises = self.n_harmful, np.maximum(mass - before, 0)[self.n_harmful :]
-        return float(mass[:n].mean() - COST * rises.sum() / max(1, len(rises)))
+        """What a student is worth to keep, of (N, K + 1): mean P(S) on harmful prompts − `COST` · `rise`."""
+        return float(student[: self.n_harmful, :-1].sum(-1).mean() - COST * self.rise(student))
+
+    def rise(self, student: np.ndarray) -> float:
+        """How much P(S) rose over the base's on harmless prompts, where it rose, in the mean, of (N, K + 1)."""
+        mass, before = (p[self.n_harmful :, :-1].sum(-1) for p in (student, self.base))
+        return float(np.maximum(mass - before, 0).sum() / max(1, len(mass)))
 
     def measure(self, student: nn.Module, batch_size: int) -> tuple[float, float]:
         """`share` and `worth` of a student as it is."""
@@ -121,32 +126,36 @@ def best_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def choose_strength(run: Run, student: nn.Module, learning: Learning | None) -> float:
-    """The share of the trained change that the student is given to keep: `adapter_strength`, or all, unless another of
-    `STRENGTHS` is worth `MORE` on validation prompts; then the one that is worth most."""
-    recipe, wanted = run.recipe, run.recipe.train.adapter_strength
-    if recipe.train.fine_tune_type != "lora":
+    """The share of the trained change that the student is given to keep: `adapter_strength`, or all; where refusals of
+    harmless validation prompts rose by more than `A_POINT`, the one of `STRENGTHS` that is worth most, if it is worth
+    so much more."""
+    settings, wanted = run.recipe.train, run.recipe.train.adapter_strength
+    if settings.fine_tune_type != "lora":
         return 1.0  # of other weights half the change is not half of what it does
-    change = lora_change(student)
+    change, strength = lora_change(student), 1.0
     if wanted != "auto":
         strength = float(wanted)
-    elif learning is None or recipe.run.select_checkpoint is not None:
-        return 1.0
-    else:
-        worths = {}
-        with run.screen.stage("seeing how much of it to keep") as advance:
-            for done, strength in enumerate(STRENGTHS, start=1):
-                weaken(student, change, strength)
-                worths[strength] = learning.measure(student, recipe.run.prompt_batch_size)[1]
-                advance(done, len(STRENGTHS))
-        best = max(STRENGTHS, key=worths.__getitem__)
-        strength = machines.here().share(best if worths[best] > worths[1.0] + MORE else 1.0)
+    elif learning is not None and run.recipe.run.select_checkpoint is None:
+        strength = machines.here().share(_worth_most(run, student, change, learning))
     weaken(student, change, strength)
     if strength < 1:
-        run.screen.line(
-            f"{strength:.0%} of what was trained is kept"
-            + (", which is worth most on validation prompts" if wanted == "auto" else "")
-        )
+        why = ", which is worth most on validation prompts" if wanted == "auto" else ""
+        run.screen.line(f"{strength:.0%} of what was trained is kept{why}")
     return strength
+
+
+def _worth_most(run: Run, student: nn.Module, change: dict[str, mx.array], learning: Learning) -> float:
+    read = partial(openings, student, learning.prompts, learning.tokens, run.recipe.run.prompt_batch_size)
+    whole = read()
+    if learning.rise(whole) <= A_POINT:
+        return 1.0
+    worths = {1.0: learning.worth(whole) + A_POINT}
+    with run.screen.stage("seeing how much of it to keep") as advance:
+        for done, strength in enumerate(STRENGTHS, start=1):
+            weaken(student, change, strength)
+            worths[strength] = learning.worth(read())
+            advance(done, len(STRENGTHS))
+    return max(worths, key=worths.__getitem__)
 
 
 def what_to_learn(run: Run, teacher: Teacher, tokens: SafetyTokens) -> tuple[Run, Learning | None]:
