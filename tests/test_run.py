@@ -448,7 +448,7 @@ STRENGTH = {
     "refuses harmless prompts": (student_of(lambda s: 0.9, LINE), SAME, 0.5),
     "loses more than it saves": (student_of(lambda s: 4 * s, LINE), SAME, 1.0),
     "saves most in between": (student_of(lambda s: min(s, 0.7), lambda s: s / 10), SAME, 0.7),
-    "saves hardly more": (student_of(lambda s: 0.305 * s, lambda s: s / 10), SAME, 1.0),  # 0.005 - 0.003 at a half
+    "saves hardly more": (student_of(lambda s: 0.29 * s, lambda s: s / 10), SAME, 1.0),  # -0.01, -0.005 at a half
     "refuses no more harmless prompts": (student_of(lambda s: 1 - s, lambda s: 0.009), SAME, 1.0),
     "given": (None, {"adapter_strength": 0.25}, 0.25),
     "given for steps that are chosen": (None, {"adapter_strength": 0.25, "select_checkpoint": "drift<=1"}, 0.25),

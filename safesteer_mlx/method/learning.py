@@ -32,9 +32,7 @@ COST = 3.0  # of a refusal too many on harmless prompts, in refusals of harmful 
 FLAT, MORE = 0.25, 0.01  # of the epochs' steps, in which no more than that is learned: there is no more to learn
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 STRENGTHS = [n / 20 for n in range(19, 9, -1)]  # of the trained change: 0.95, 0.9, … 0.5
-A_POINT = (
-    0.01  # of refusals: a smaller rise on harmless prompts is none, and what is worth so little more is not worth it
-)
+A_POINT = 0.01  # of refusals: so much more of them on harmless prompts, or of what a student is worth, counts
 
 
 @dataclass(frozen=True)
