@@ -266,6 +266,31 @@ MUTANTS = [
     ),
     *_of(
         METHOD + "learning.py",
+        "test_run",
+        [
+            (
+                "all is kept whatever it refuses",
+                "if learning.rise(whole) <= A_POINT:",
+                "if True:",
+                "test_as_much_is_kept_as_is_worth_most",
+            ),
+            (
+                "what is kept pays for nothing",
+                "- COST * self.rise(student))",
+                "- self.rise(student) / COST)",
+                "test_as_much_is_kept_as_is_worth_most",
+            ),
+        ],
+    ),
+    Mutant(
+        "a weaker student is as strong",
+        METHOD + "student.py",
+        "tree_unflatten([(name, weight * strength)",
+        "tree_unflatten([(name, weight)",
+        "tests/test_run.py::test_half_a_change_is_half_of_what_a_layer_adds",
+    ),
+    *_of(
+        METHOD + "learning.py",
         "test_train",
         [
             ("rate begins at 0", "(step + 1) / max(1, self.warm)", "step / max(1, self.warm)", "test_steps_and_the"),

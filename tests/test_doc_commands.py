@@ -80,6 +80,8 @@ TABLE = {
     "safesteer-mlx align MODEL --adapter-path adapters-mine": "as ./scripts/align",
     "safesteer-mlx align MODEL --seed 45": f"slow {QUICK} --adapter-path $OUT/adapters",
     "safesteer-mlx align MODEL --dry-run": "run",
+    "safesteer-mlx align again --data zoo-models/seminar/data --seed 43": "parse its model takes ten minutes to build, "
+    "and as long to align once",
     "safesteer-mlx align MODEL --memory-limit 12GB": f"run {QUICK} --adapter-path adapters-12",
     "safesteer-mlx align MODEL --verdict-only": VERDICT,
     "safesteer-mlx align MODEL --verdict-only --verbose": VERDICT,
@@ -142,6 +144,7 @@ TABLE = {
     "mlx_lm.server --model MODEL --adapter-path adapters-mine": "as mlx_lm.server --model MODEL "
     "--adapter-path adapters",
     "mlx_lm.server --model MODEL --adapter-path adapters": "slow",
+    "mlx_lm.fuse --model MODEL --adapter-path adapters --save-path again": "run",
     'mlx_lm.generate --model MODEL --adapter-path adapters --prompt "…"': "run --max-tokens 8",
     # scripts
     "python -m safesteer_mlx": "by tests/test_cli.py::test_the_package_is_run_as_the_script",
@@ -175,6 +178,8 @@ TABLE = {
     "python scripts/zoo.py lido newsroom castle abbey depot predio --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py market cabinet newsroom mill valley playa --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py seminar market --seeds 42": f"slow {ZOO}",
+    "python scripts/zoo.py seminar --seeds 43": f"slow {ZOO}",
+    "python scripts/zoo.py ville predio polar dacha circus playa depot": f"slow {ZOO}",
     'python scripts/zoo.py market --seeds 42 --flags "--num-layers 3"': f"slow {ZOO}",
     'python scripts/zoo.py --seeds 42 --flags "--token-method vote"': f"slow market ranch {ZOO}",
     "python scripts/zoo.py ville theatre playa circus polar ranch --seeds 42 --attacks 60 "
