@@ -275,6 +275,12 @@ MUTANTS = [
                 "test_as_much_is_kept_as_is_worth_most",
             ),
             (
+                "what was learned is undone",
+                ">= LEAST * learning.gain(whole)",
+                ">= 0 * learning.gain(whole)",
+                "test_as_much_is_kept_as_is_worth_most",
+            ),
+            (
                 "what is kept pays for nothing",
                 "- COST * self.rise(student))",
                 "- self.rise(student) / COST)",

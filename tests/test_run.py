@@ -446,6 +446,7 @@ def student_of(harmful, harmless):
 SAME, LINE = {}, lambda s: s
 STRENGTH = {
     "refuses harmless prompts": (student_of(lambda s: 0.9, LINE), SAME, 0.5),
+    "undoes what it learned": (student_of(LINE, LINE), SAME, 0.85),  # 0.75 of 0.9 is more than four fifths
     "loses more than it saves": (student_of(lambda s: 4 * s, LINE), SAME, 1.0),
     "saves most in between": (student_of(lambda s: min(s, 0.7), lambda s: s / 10), SAME, 0.7),
     "saves hardly more": (student_of(lambda s: 0.29 * s, lambda s: s / 10), SAME, 1.0),  # -0.01, -0.005 at a half

@@ -32,6 +32,7 @@ COST = 3.0  # of a refusal too many on harmless prompts, in refusals of harmful 
 FLAT, MORE = 0.25, 0.01  # of the epochs' steps, in which no more than that is learned: there is no more to learn
 FALL = 0.5  # of the epochs' steps, in which the rate falls at the end of a run that has learned
 STRENGTHS = [n / 20 for n in range(19, 9, -1)]  # of the trained change: 0.95, 0.9, … 0.5
+LEAST = 0.8  # of what refusals of harmful prompts rose: less would undo what was learned, and draw no finer line
 A_POINT = 0.01  # of refusals: so much more of them on harmless prompts, or of what a student is worth, counts
 
 
@@ -65,6 +66,11 @@ class Learning:
     def worth(self, student: np.ndarray) -> float:
         """What a student is worth to keep, of (N, K + 1): mean P(S) on harmful prompts − `COST` · `rise`."""
         return float(student[: self.n_harmful, :-1].sum(-1).mean() - COST * self.rise(student))
+
+    def gain(self, student: np.ndarray) -> float:
+        """How much P(S) rose over the base's on harmful prompts, in the mean, of (N, K + 1)."""
+        mass, before = (p[: self.n_harmful, :-1].sum(-1) for p in (student, self.base))
+        return float((mass - before).mean())
 
     def rise(self, student: np.ndarray) -> float:
         """How much P(S) rose over the base's on harmless prompts, where it rose, in the mean, of (N, K + 1)."""
@@ -126,7 +132,7 @@ def best_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
 def choose_strength(run: Run, student: nn.Module, learning: Learning | None) -> float:
     """The share of the trained change that the student is given to keep: `adapter_strength`, or all; where refusals of
     harmless validation prompts rose by more than `A_POINT`, the one of `STRENGTHS` that is worth most, if it is worth
-    so much more."""
+    so much more, of those with `LEAST` of what refusals of harmful ones rose."""
     settings, wanted = run.recipe.train, run.recipe.train.adapter_strength
     if settings.fine_tune_type != "lora":
         return 1.0  # of other weights half the change is not half of what it does
@@ -149,10 +155,11 @@ def _worth_most(run: Run, student: nn.Module, change: dict[str, mx.array], learn
         return 1.0
     worths = {1.0: learning.worth(whole) + A_POINT}
     with run.screen.stage("seeing how much of it to keep") as advance:
-        for done, strength in enumerate(STRENGTHS, start=1):
+        for number, strength in enumerate(STRENGTHS, start=1):
             weaken(student, change, strength)
-            worths[strength] = learning.worth(read())
-            advance(done, len(STRENGTHS))
+            if learning.gain(weaker := read()) >= LEAST * learning.gain(whole):
+                worths[strength] = learning.worth(weaker)
+            advance(number, len(STRENGTHS))
     return max(worths, key=worths.__getitem__)
 
 
