@@ -408,10 +408,10 @@ def result_settings(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in recipe.flat().items() if not FIELDS[name].metadata.get("free")}
 
 
-def nearest(name: str, known: Any) -> str:
-    """ "; did you mean X?" or an empty text."""
+def nearest(name: str, known: Any, before: str = "") -> str:
+    """ "; did you mean X?", with what stands `before` each name that is known, or an empty text."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {before}{close[0]}?" if close else ""
 
 
 def _shown(value: Any) -> str:
@@ -743,7 +743,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{word} is one word too many; see --help")
             # Without their dashes, by which alone -o is like -h, and any flag like every other.
             known = [flag[2:] for flag in self._option_string_actions if flag[:2] == "--" and flag[:5] != "--no-"]
-            meant = nearest(word.split("=")[0].lstrip("-"), known).replace("mean ", "mean --")
+            meant = nearest(word.split("=")[0].lstrip("-"), known, "--")
             raise UserError(f"unknown flag {word}{meant or '; see --help'}")
         return arguments
 

@@ -77,9 +77,13 @@ class Learning:
         mass, before = (p[self.n_harmful :, :-1].sum(-1) for p in (student, self.base))
         return float(np.maximum(mass - before, 0).sum() / max(1, len(mass)))
 
+    def read(self, student: nn.Module, batch_size: int) -> np.ndarray:
+        """What a student makes of the tokens as it is, (N, K + 1)."""
+        return openings(student, self.prompts, self.tokens, batch_size)
+
     def measure(self, student: nn.Module, batch_size: int) -> tuple[float, float]:
         """`share` and `worth` of a student as it is."""
-        now = openings(student, self.prompts, self.tokens, batch_size)
+        now = self.read(student, batch_size)
         return self.share(now), self.worth(now)
 
 
@@ -149,15 +153,16 @@ def choose_strength(run: Run, student: nn.Module, learning: Learning | None) -> 
 
 
 def _worth_most(run: Run, student: nn.Module, change: dict[str, mx.array], learning: Learning) -> float:
-    read = partial(openings, student, learning.prompts, learning.tokens, run.recipe.run.prompt_batch_size)
-    whole = read()
+    size = run.recipe.run.prompt_batch_size
+    whole = learning.read(student, size)
     if learning.rise(whole) <= A_POINT:
         return 1.0
     worths = {1.0: learning.worth(whole) + A_POINT}
     with run.screen.stage("seeing how much of it to keep") as advance:
         for number, strength in enumerate(STRENGTHS, start=1):
             weaken(student, change, strength)
-            if learning.gain(weaker := read()) >= LEAST * learning.gain(whole):
+            weaker = learning.read(student, size)
+            if learning.gain(weaker) >= LEAST * learning.gain(whole):
                 worths[strength] = learning.worth(weaker)
             advance(number, len(STRENGTHS))
     return max(worths, key=worths.__getitem__)
