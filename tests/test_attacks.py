@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from runs import MICRO
 
 from safesteer_mlx.evals import attacks, judging
+from safesteer_mlx.evals import tampering as own_attacks
 from safesteer_mlx.evals.attacks import BEGUN, LANGUAGES, Attack, Attacked, Attacker, judged_by, run_attacks
 from safesteer_mlx.evals.judge_model import Case
 from safesteer_mlx.evals.judge_replies import Verdict
@@ -453,6 +454,12 @@ def test_tuning_goes_on_above_adapters_and_changes_neither_them_nor_the_base(bas
     assert mx.array_equal(plain, base.model(row)) and mx.array_equal(own, student(row))
     after = {n: np.array(w) for n, w in tree_flatten(student.parameters()) if "lora" in n}
     assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
+
+
+def test_no_more_harmless_prompts_are_answered_than_are_tuned_on(tampering, monkeypatch):
+    monkeypatch.setattr(type(tampering), "rows", lambda self, name: [[1, 2]] * 300)
+    monkeypatch.setattr(own_attacks, "answers", lambda model, _, rows, *how: [(Completion([3], True), "")] * len(rows))
+    assert len(tampering.harmless_answers()) == 200  # 50 steps of 4
 
 
 def test_the_runs_own_direction_is_read(base, tmp_path):

@@ -80,6 +80,7 @@ TABLE = {
     "safesteer-mlx align MODEL --adapter-path adapters-mine": "as ./scripts/align",
     "safesteer-mlx align MODEL --seed 45": f"slow {QUICK} --adapter-path $OUT/adapters",
     "safesteer-mlx align MODEL --dry-run": "run",
+    "safesteer-mlx align zoo-models/NAME --data few --seed 42": "parse its model takes ten minutes to build",
     "safesteer-mlx align again --data zoo-models/seminar/data --seed 43": "parse its model takes ten minutes to build, "
     "and as long to align once",
     "safesteer-mlx align MODEL --memory-limit 12GB": f"run {QUICK} --adapter-path adapters-12",
@@ -172,6 +173,7 @@ TABLE = {
     "python scripts/zoo.py --half report": f"slow ranch {ZOO}",
     'python scripts/zoo.py --seeds 42 --flags="--anchor-margin 0"': f"slow market ranch {ZOO}",
     'python scripts/zoo.py theatre cabinet kueste --flags="--anchor-margin 0"': f"slow {ZOO}",
+    "python scripts/zoo.py ville polar playa depot colony hutong --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py --half family": f"slow qwen3_vl {ZOO}",
     "python scripts/zoo.py market theatre ville polar circus --flags=--keep-best --seeds 42 43": f"slow {ZOO}",
     "python scripts/zoo.py foundry mill cabinet glm4_moe gpt_oss --seeds 42": f"slow {ZOO}",

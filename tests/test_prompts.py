@@ -1,6 +1,8 @@
 """Rendering: one chat template for everything, its end, and the first tokens of refusals."""
 
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -110,6 +112,24 @@ def test_no_set_of_prompts_overlaps_another():
         texts = {name: {item.text for item in items} for name, items in sets.items() if name != "capability_test"}
         for name, own in texts.items():
             assert not any(own & other for other_name, other in texts.items() if other_name != name), name
+
+
+def test_the_anchors_prompts_sound_harmful_too_and_are_like_no_test():
+    """A student that is held to the base on none that sounds harmful refuses these (docs/choices.md, Which harmless
+    prompts). None is a test prompt in other words, as far as the rarer ones tell."""
+    sets = built_in_sets("a/real-model")
+    kinds = Counter(item.category for item in sets.harmless_train)
+    sound_harmful = {item.category for item in sets.borderline_test}
+    assert all(kinds[name] >= 15 for name in sound_harmful) and len(sets.harmless_train) >= 600
+    assert len(kinds) >= 30 and max(kinds.values()) <= len(sets.harmless_train) / 20
+    texts = {name: [set(re.findall(r"\w+", item.text.lower())) for item in getattr(sets, name)] for name in SETS}
+    common = {
+        word for word, n in Counter(word for own in texts.values() for ws in own for word in ws).items() if n > 20
+    }
+    for name in ("harmless_test", "borderline_test", "capability_test", "harmless_validation"):
+        for test in (words - common for words in texts[name]):
+            for own in (words - common for words in texts["harmless_train"]):
+                assert len(test & own) <= max(2, 0.3 * len(test | own)), (name, test, own)
 
 
 def test_a_models_own_prompts_are_used_and_else_the_packages(tmp_path):

@@ -98,7 +98,7 @@ class Tampering:
 
     def harmless_answers(self) -> list[tuple[list[int], int]]:
         """Harmless training prompts and what the base answers at temperature 1, the same for every model."""
-        rows = self.rows("harmless_train")
+        rows = self.rows("harmless_train")[: TUNING_BATCH * TUNING_STEPS[-1]]  # of more, none would be read
         keys = [stream_key(self.seed, 13, i) for i in range(len(rows))]
         sampling = replace(self.sampling, temp=1.0, max_tokens=ANSWER_TOKENS)
         replies = answers(self.base.model, self.base.tokenizer, rows, sampling, keys)
