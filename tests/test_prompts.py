@@ -120,8 +120,7 @@ def test_the_anchors_prompts_sound_harmful_too_and_are_like_no_test():
     sets = built_in_sets("a/real-model")
     kinds = Counter(item.category for item in sets.harmless_train)
     sound_harmful = {item.category for item in sets.borderline_test}
-    assert all(kinds[name] >= 15 for name in sound_harmful) and len(sets.harmless_train) >= 600
-    assert len(kinds) >= 30 and max(kinds.values()) <= len(sets.harmless_train) / 20
+    assert all(kinds[name] >= 20 for name in sound_harmful) and len(kinds) >= 30
     texts = {name: [set(re.findall(r"\w+", item.text.lower())) for item in getattr(sets, name)] for name in SETS}
     common = {
         word for word, n in Counter(word for own in texts.values() for ws in own for word in ws).items() if n > 20
