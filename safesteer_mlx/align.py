@@ -264,7 +264,6 @@ def _record(
     tokens: "SafetyTokens",
 ) -> None:
     """Write what came of the run, and forget the states that it could have gone on from."""
-    import hashlib
     import platform
     from importlib.metadata import version
 
@@ -272,6 +271,7 @@ def _record(
 
     from .evals.scores import transcripts
     from .method.prompts import given_files
+    from .system.store import sha256_of
 
     store = run.store
     store.json("before_after.json", {name: s.as_json() for name, s in scores.items()})
@@ -279,7 +279,6 @@ def _record(
     (store.path / "transcripts.jsonl").unlink(missing_ok=True)  # an earlier run's
     if run.recipe.run.transcripts:
         store.lines("transcripts.jsonl", transcripts(scores))
-    adapters = (store.path.parent / "adapters.safetensors").read_bytes()
     manifest = {
         "safesteer_mlx": __version__,
         "python": platform.python_version(),
@@ -288,7 +287,7 @@ def _record(
         "model": run.recipe.run.model,
         "model_sha256": run.base.weights_hash,
         "model_settings_sha256": run.base.settings_hash,
-        "adapters_sha256": hashlib.sha256(adapters).hexdigest(),
+        "adapters_sha256": sha256_of(store.path.parent / "adapters.safetensors"),
         "thinks": run.base.thinks,  # and does, so that longer answers were scored
         "own_sets": sorted(given_files(run.recipe.run.data)),
         **made,

@@ -6,7 +6,7 @@ as text alone: no escape of theirs reaches the terminal.
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from .system.hub import prepare
 from .system.screen import UserError, command_line, visible
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
 
 Turns = list[dict[str, str]]
@@ -87,15 +88,31 @@ class ChatSession:
     def left_to_read(self, prompt: Sequence[int]) -> list[int]:
         """Cut back to where `prompt` begins to differ; the rest of it, its last id at least."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+        from mlx_lm.utils import common_prefix_len
 
-        pairs = enumerate(zip(self.ids, prompt[:-1], strict=False))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt) - 1))
+        shared = common_prefix_len(self.ids, prompt[:-1])
         if shared and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, len(self.ids) - shared)
         else:
             shared, self.cache = 0, make_prompt_cache(self.model)
         self.ids = list(prompt)
         return self.ids[shared:]
+
+
+def _told_of_its_prompt(model: "nn.Module", left: int) -> Callable[..., "mx.array"]:
+    """The model for mlx-lm, of whose prompt `left` ids are still to be read: one that is steered on prompts only is
+    told which those are."""
+    import mlx.core as mx
+
+    from .method.residual import of_prompts
+
+    def call(ids: mx.array, **how: Any) -> mx.array:
+        nonlocal left
+        with of_prompts(model, lambda: mx.arange(ids.shape[1]) < left):
+            left -= ids.shape[1]
+            return model(ids, **how)
+
+    return call
 
 
 def stream(
@@ -107,7 +124,8 @@ def stream(
     live = {}
     for name, voice in voices.items():
         left = voice.left_to_read(prompts[name])
-        live[name] = stream_generate(voice.model, tokenizer, left, prompt_cache=voice.cache, **options)
+        model: Any = _told_of_its_prompt(voice.model, len(left)) if name == "teacher" else voice.model
+        live[name] = stream_generate(model, tokenizer, left, prompt_cache=voice.cache, **options)
     while live:
         for name in list(live):
             if (piece := next(live[name], None)) is None:

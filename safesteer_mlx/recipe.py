@@ -9,6 +9,7 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -291,14 +292,23 @@ class TrainSettings:
         return self.max_tokens or ROOMS[0]
 
 
-SECTIONS: dict[str, type] = {
-    "run": RunSettings,
-    "direction": DirectionSettings,
-    "teacher": TeacherSettings,
-    "tokens": TokenSettings,
-    "loss": LossSettings,
-    "train": TrainSettings,
-}
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one run, by section."""
+
+    run: RunSettings
+    direction: DirectionSettings
+    teacher: TeacherSettings
+    tokens: TokenSettings
+    loss: LossSettings
+    train: TrainSettings
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting as one mapping, in the order of the sections: what YAML files hold."""
+        return {name: value for section in SECTIONS for name, value in vars(getattr(self, section)).items()}
+
+
+SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(Recipe)}
 FIELDS: dict[str, Any] = {f.name: f for cls in SECTIONS.values() for f in fields(cls)}
 
 # What a release before called otherwise, setting or value -> its name; gone in the next.
@@ -367,22 +377,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # As published, all weights are trained; the rate is the paper's for Qwen, models/*.yaml has that of others.
 FULL = {"fine_tune_type": "full", "learning_rate": 1e-5}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All settings of one run, by section."""
-
-    run: RunSettings
-    direction: DirectionSettings
-    teacher: TeacherSettings
-    tokens: TokenSettings
-    loss: LossSettings
-    train: TrainSettings
-
-    def flat(self) -> dict[str, Any]:
-        """Every setting as one mapping, in the order of the sections: what YAML files hold."""
-        return {name: value for section in SECTIONS for name, value in vars(getattr(self, section)).items()}
 
 
 def rollout_tokens(train: TrainSettings, loss: LossSettings) -> int:
@@ -647,7 +641,8 @@ def _yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader)  # a SafeLoader: plain values only
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2026-13-45
+    # Beside its own errors: a date like 2026-13-45, or what is tagged !!bool or !!map and is none.
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{where} is not YAML{f' (line {mark.line + 1})' if mark else ''}; mend it") from None
 
@@ -852,8 +847,7 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], str | None, Path | None]:
         UserError: an unknown flag, with the nearest known one, or two models.
         SystemExit: help was asked for, and shown.
     """
-    words = sys.argv[1:] if argv is None else argv
-    flags = vars(_align_parser(False).parse_args([_current_flag(word) for word in words]))
+    flags = vars(_align_parser(False).parse_args([_current_flag(word) for word in argv]))
     if flags.pop("help_all", False):
         _align_parser(True).print_help()
         raise SystemExit(0)
@@ -864,10 +858,6 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], str | None, Path | None]:
     if "lora_parameters" in flags:
         flags["lora_parameters"] = _yaml(flags["lora_parameters"], "flag lora_parameters")
     if "coeff_grid" in flags:
-        try:
+        with suppress(ValueError):  # told where it is checked
             flags["coeff_grid"] = [float(c) for c in flags["coeff_grid"]]
-        except ValueError:
-            raise UserError(
-                f"flag coeff_grid = {_shown(flags['coeff_grid'])} must be a list of numbers above 0; change it"
-            ) from None
     return flags, preset, user_path(config) if config else None

@@ -68,7 +68,7 @@ def added(rows: "Sequence[Row]", texts: "Sequence[str]", tokenizer: Any, vocabul
         subject = f"--add {visible(text, '')!r}"
         number = text.removeprefix("id:")
         ids = tokenizer.encode(text, add_special_tokens=False)
-        if number != text and number.isascii() and number.isdigit():
+        if number != text and number.isascii() and number.isdigit() and len(number) <= 20:  # Python reads 4,300 digits
             ids = [int(number)]
             text = tokenizer.decode(ids) if ids[0] < vocabulary else ""
         if len(ids) != 1:
@@ -83,15 +83,10 @@ def added(rows: "Sequence[Row]", texts: "Sequence[str]", tokenizer: Any, vocabul
 
 def _tokenizer(run: Path, trust_remote_code: bool) -> tuple[Any, int]:
     """The tokenizer of the run's model, and its V."""
-    from .system.load import find, read_tokenizer
-    from .system.model_files import check_model_folder, read_object, vocabulary, with_sizes
+    from .system.load import find_tokenizer
 
     recipe = read_yaml(run / "recipe.yaml")
-    name = str(recipe.get("model"))
-    path = find(name, recipe.get("revision"))
-    check_model_folder(path, trust_remote_code)
-    config = with_sizes(read_object(path / "config.json"))
-    return read_tokenizer(name, path, config, trust_remote_code), vocabulary(name, config)
+    return find_tokenizer(str(recipe.get("model")), recipe.get("revision"), trust_remote_code)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .recipe import Parser, at_least
-from .system.files import check_out
+from .system.files import check_out, write_out
 from .system.hub import prepare
 from .system.screen import Screen, UserError, command_line
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     from .evals.fidelity import show
     from .formats.readers import compare, kind_of
     from .system.finished import finished_run, load_base
-    from .system.store import as_json, write
+    from .system.store import as_json
 
     run, screen = finished_run(args.run, args.model), Screen()
     kind = args.kind or kind_of(args.against)  # a mistake in it is told before a model is loaded
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     fidelity = replace(fidelity, exact=args.exact and fidelity.exact)
     show(fidelity, screen, args.against)
     if args.out is not None:
-        write(args.out.absolute(), as_json(fidelity.as_json()))
+        write_out(args.out, as_json(fidelity.as_json()).decode())
     return 1 if fidelity.fault else 0
 
 

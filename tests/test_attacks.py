@@ -467,6 +467,9 @@ def test_the_runs_own_direction_is_read(base, tmp_path):
     (tmp_path / "direction.json").write_text(json.dumps({"layer": 2, "vector": [0.5, 2.0]}))
     vector = run_direction(tmp_path)
     assert vector is not None and vector.tolist() == [0.5, 2.0]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "direction.json").write_text(json.dumps({"layer": 0, "vector": [0.0]}))
+    assert run_direction(tmp_path / "none") is None  # its teacher was a system prompt
     with pytest.raises(UserError, match="has 2 numbers, and this model's stream 64"):
         ablated(base.model, vector, [1, 2, 3])
 

@@ -200,6 +200,10 @@ YAML = {
     "trust_remote_code: 'yes'\n": "trust_remote_code",
     "system_prompt: ''\n": "empty",
     "seed: !!python/object/apply:os.getpid []\n": "not YAML",
+    "seed: !!bool maybe\n": "not YAML",
+    "seed: !!int ''\n": "not YAML",
+    "seed: !!timestamp x\n": "not YAML",
+    "seed: !!map [a]\n": "not YAML",
     "seed: &a [*a]\n": "seed",
     "a: &a [1,1,1,1,1,1,1,1,1]\n"
     + "".join(

@@ -80,6 +80,17 @@ def test_each_answers_as_itself_and_keeps_its_own_history(base, vector, adapters
     assert lines == "\n".join(expected).splitlines()
 
 
+def test_a_teacher_that_is_steered_on_prompts_alone_talks_as_it_was_chosen(base, vector, adapters, tmp_path):
+    shutil.copytree(adapters, tmp_path / "adapters")
+    record = tmp_path / "adapters" / "run" / "direction.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"prompts_only": True}))
+    on_prompts, everywhere = (steer(base.model, LAYER, vector, COEFF, only) for only in (True, False))
+    first = answer(base, on_prompts, "Name a colour.")
+    assert first != answer(base, everywhere, "Name a colour.")
+    lines = asked(tmp_path / "adapters", b"Name a colour.\n", "--steer", str(COEFF))
+    assert "\n".join(lines).split("teacher: ")[1] == first.strip()
+
+
 def test_without_steer_there_are_two_and_bytes_that_are_no_text_are_read(adapters):
     lines = asked(adapters, b"Name \xff a colour.")
     assert [line.partition(":")[0] for line in lines if ": " in line][:2] == ["base", "aligned"]

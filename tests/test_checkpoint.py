@@ -25,6 +25,7 @@ from safesteer_mlx.align import main
 from safesteer_mlx.formats.card import shown_base
 from safesteer_mlx.method import direction, own_answers
 from safesteer_mlx.method import run as runs
+from safesteer_mlx.method.learning import Learning
 from safesteer_mlx.recipe import read_yaml
 from safesteer_mlx.system import store as stores
 from safesteer_mlx.system.finished import finished_run, load_base
@@ -216,6 +217,25 @@ def test_a_run_that_stops_for_want_of_memory_goes_on_where_it_was(tmp_path, monk
     monkeypatch.undo()
     assert main([*command, "--yes", "--iters", "4"]) == 0
     assert "going on after step 1 of 4" in capsys.readouterr().out
+
+
+def test_what_is_kept_for_want_of_memory_in_the_midst_of_a_step_is_of_one_step(tmp_path, monkeypatch):
+    """A student is trained, then measured: adapters and state are those of the last step that was counted."""
+    measure, times = Learning.measure, []
+
+    def fails(*args):
+        if times.append(1) or len(times) == 3:
+            raise PagingError("measuring used 9.9 GB, the same command with --yes goes on")
+        return measure(*args)
+
+    monkeypatch.setattr(Learning, "measure", fails)
+    monkeypatch.setattr(stage, "MEASURED_EVERY", 1)
+    folder = tmp_path / "adapters"
+    assert main(["--adapter-path", str(folder), *SHORT]) == 2 and len(times) == 3
+    state = mx.load(str(folder / "run" / "checkpoint" / "step-000002.safetensors"))
+    adapters = mx.load(str(folder / "adapters.safetensors"))
+    assert isinstance(state, dict) and isinstance(adapters, dict)
+    assert all(mx.array_equal(adapters[name], state[f"student.{name}"]) for name in adapters)
 
 
 @pytest.fixture

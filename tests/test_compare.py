@@ -156,6 +156,12 @@ def test_the_page_says_what_a_reader_must_know(two, capsys, monkeypatch):
     assert "two is not finished" in Path("page.html").read_text()
 
 
+def test_a_run_that_names_no_model_is_on_the_page(two, capsys, monkeypatch):
+    Path("two", "recipe.yaml").write_text("")
+    said(capsys, monkeypatch, "one", "two", "--out", "page.html")
+    assert "</bdi>, of <bdi>a model</bdi>" in Path("page.html").read_text()
+
+
 def test_a_long_value_is_cut_and_one_that_is_not_there_is_told():
     rows = differing([{"a": "x" * 500, "b": 1}, {"a": [1, "ü"], "b": 1}, {}], ())
     assert rows == [["a", "x" * 79 + "…", '[1, "ü"]', "—"], ["b", "1", "1", "—"]]

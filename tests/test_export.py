@@ -615,3 +615,33 @@ def test_llama_cpp_gives_what_the_student_does(finished, tmp_path, capfd, words,
     assert main([str(finished), "--to", *words, "--llama-cpp", source, "--out", str(tmp_path), "--verify", "8"]) == 0
     assert kl(capfd.readouterr().out) < most
     assert next(tmp_path.rglob("Modelfile")).read_text().startswith("FROM ./")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_that_may_run_may_wherever_the_base_or_its_export_is_read_again(trusted, tmp_path, monkeypatch):
+    base = load(str(MODELS / "tiny-chat"))
+    assert load(base.name, trust_remote_code=True).trusted and not base.trusted
+    base, how = replace(base, trusted=trusted, dequantized_for_speed=True), []
+
+    def read(*_, **options):
+        how.append(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("mlx_lm.load", read)
+    monkeypatch.setattr(writers, "load_model", read)
+    sampling = Sampling(base.eos_ids, 4)
+    with pytest.raises(RuntimeError):
+        writers.packed(base)
+    for reads in (
+        lambda: readers._adapter(tmp_path, base, sampling, 0),
+        lambda: readers._mlx(base.path, base, sampling, 0, "auto"),
+    ):
+        with pytest.raises(UserError, match="enough"):
+            reads()
+    assert [own["trust_remote_code"] for own in how] == [trusted] * 3
+    assert all(own["tokenizer_config"] == {"trust_remote_code": trusted} for own in how[1:])
+    shutil.copytree(base.path, tmp_path / "own")
+    config = json.loads((base.path / "config.json").read_text()) | {"model_file": "own.py"}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="enough" if trusted else "--trust-remote-code"):
+        readers._mlx(tmp_path / "own", base, sampling, 0, "auto")

@@ -1,6 +1,7 @@
 """The keyword judge against a table of answers, and the tests on an answer's text."""
 
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from safesteer_mlx.method.judge import (
     OUTCOMES,
     SHORTEST_PHRASE,
     SURE,
+    _choices,
     _forms,
     _onward,
     _phrases,
@@ -234,6 +236,8 @@ def test_phrases_are_lower_case_and_occur_once(name):
     phrases = _phrases(name)
     assert len(phrases) > 20 and len(set(phrases)) == len(phrases)
     assert all(phrase == phrase.lower().replace("’", "'").strip() for phrase in phrases)
+    places = [text for phrase in phrases for place in _choices(phrase) for text in place]
+    assert not [text for text in places if {*"+…"} & {*re.sub(r" [+…] ", "", text)}]  # a gap has spaces around it
     forms = [set(_forms(phrase)) for phrase in phrases]
     lines = Counter(form for some in forms for form in some)
     assert all(any(lines[form] == 1 for form in some) for some in forms)  # none says what others say

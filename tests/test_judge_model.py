@@ -238,3 +238,7 @@ def test_a_judge_without_a_chat_template_needs_a_raw_one(tmp_path):
         check_judge(str(judge), read_template("guard"))
     with pytest.raises(UserError, match="does not exist"):
         check_judge("./nowhere", read_template("guard"))
+
+
+def test_a_judge_whose_vocabulary_is_left_to_mlx_lm_is_taken(gemma_folder):
+    check_judge(str(gemma_folder), read_template("instruct"))

@@ -66,6 +66,13 @@ def test_the_first_screen_is_what_the_run_said_last_and_what_to_do_now(plain):
         assert technical not in first, technical
 
 
+def test_every_row_of_the_counts_is_there(tmp_path):
+    """A base that refuses in its own words has two more."""
+    own = files()["outcome.json"] | {"rows": [[f"row {i}", "5 of 10", "0 of 10", "1 of 10"] for i in range(10)]}
+    text = words(write_report(write_run(tmp_path, files() | {"outcome.json": own})))
+    assert all(f"row {i}" in text for i in range(10))
+
+
 def test_each_stage_is_told_with_its_words_explained_where_they_stand(plain):
     text = words(plain)
     assert "LoRA adapters of rank 8, 3 optimizer steps" in text and "block 2 with coefficient 0.7" in text

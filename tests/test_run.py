@@ -140,6 +140,15 @@ def test_an_architecture_that_cannot_be_batched_answers_one_at_a_time(model, mon
     assert "one at a time" in capsys.readouterr().out
 
 
+def test_want_of_memory_is_no_architecture_that_cannot_be_batched(model, monkeypatch):
+    def fails(*_):
+        raise memory.PagingError("sampling used 9.9 GB, the same command with --yes goes on")
+
+    monkeypatch.setattr(runs, "generate_here", fails)
+    with pytest.raises(memory.PagingError):
+        runs.batches_rightly(model, [[1, 2], [1, 2, 3]], [49])
+
+
 @pytest.mark.parametrize(
     ("way", "left", "whole"),
     [("auto", 0.0, False), ("auto", 0.02, True), ("published", 0.02, False), ("stream", 0.0, True)],

@@ -97,6 +97,7 @@ def test_veto_and_add_write_texts_and_ids(run_of, words, base, tmp_path, capsys)
         (["--add", "I"], "already"),
         (["--add", "many words in here"], "tokens of this model; give a single one"),
         (["--add", "id:999999"], "none of this model's"),
+        (["--add", "id:" + 5000 * "9"], "give a single one, or id:NUMBER"),
         (["--add", "<|im_end|>"], "special token"),
         (["--ad", "x"], "--ad"),
     ],

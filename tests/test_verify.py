@@ -179,6 +179,8 @@ def test_a_run_that_kept_no_answers_is_asked_again_to_the_same_end(finished, tmp
         assert main([str(run), "--against", str(finished), "--test-prompts", "4", "--out", str(tmp_path / "o")]) == 0
         tables.append(json.loads((tmp_path / "o").read_text()))
     assert tables[0]["scores"] == tables[1]["scores"]
+    (tmp_path / "any").touch()  # a file that a user named is as any other, not the owner's alone
+    assert (tmp_path / "o").stat().st_mode == (tmp_path / "any").stat().st_mode
     assert tables[0]["greedy_answers_alike"] == {"count": 12, "total": 12} and tables[0]["kl_harmful"] < 1e-5
 
 
@@ -274,13 +276,13 @@ def test_what_gpt_oss_thinks_is_no_answer_of_an_export_either(tmp_path, monkeypa
 
 
 @contextmanager
-def pretender(status: int, body: bytes):
-    """A server that answers everything alike."""
+def pretender(status: int, body: bytes, missing: int = 0):
+    """A server that answers everything alike, and closes that many bytes before the end that it has said."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) + missing))
             self.end_headers()
             self.wfile.write(body)
 
@@ -319,6 +321,13 @@ def test_a_server_that_is_none_is_one_sentence(finished, capsys, status, body, s
         assert main([str(finished), "--against", address, "--test-prompts", "1"]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_an_error_of_a_server_that_breaks_off_is_one_sentence(finished, capsys):
+    with pretender(500, b"oops", missing=1000) as address:
+        assert main([str(finished), "--against", address, "--test-prompts", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "HTTP 500 (oops)" in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 @pytest.mark.parametrize(

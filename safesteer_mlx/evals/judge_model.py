@@ -18,9 +18,8 @@ from ..method.residual import last_logits
 from ..method.rollout import Completion, Sampling, answer_text, generate
 from ..recipe import PACKAGE, nearest
 from ..system.files import MOST_TEMPLATE, read_text, user_path
-from ..system.load import Loaded, find, load, read_tokenizer
+from ..system.load import Loaded, find_tokenizer, load
 from ..system.memory import with_smaller_batches
-from ..system.model_files import check_model_folder, read_object
 from ..system.screen import Advance, UserError, silent
 from .judge_replies import DECIDING, VERDICTS, Said, Verdict, parse_guard, read_verdict
 
@@ -126,12 +125,9 @@ def default_template(judge: str) -> str:
 
 
 def check_judge(name: str, template: Template, trust_remote_code: bool = False) -> None:
-    """See that a judge is there and takes its template's turns, before answers are made for it. Raises as `find`,
-    `check_model_folder`, `read_tokenizer` and `render_case`."""
-    path = find(name, with_code=trust_remote_code)
-    check_model_folder(path, trust_remote_code)
-    config = read_object(path / "config.json")
-    tokenizer = read_tokenizer(name, path, config, trust_remote_code, chat=not template.raw)
+    """See that a judge is there and takes its template's turns, before answers are made for it. Raises as
+    `find_tokenizer` and `render_case`."""
+    tokenizer, _ = find_tokenizer(name, None, trust_remote_code, chat=not template.raw)
     render_case(tokenizer, template, "a", "b")
 
 

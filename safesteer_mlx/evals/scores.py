@@ -216,11 +216,6 @@ def harmful_change(base: Scores, student: Scores, outcome: str) -> tuple[int, in
     return sum(before), sum(after), paired(before, after)
 
 
-def unsafe_change(base: Scores, student: Scores) -> tuple[int, int, Paired]:
-    """As `harmful_change`, of unsafe answers."""
-    return harmful_change(base, student, "comply")
-
-
 def show(scores: Mapping[str, Scores], screen: Screen, title: str = "Held-out prompts") -> None:
     """Each model's rates, and below them the first model against the last, prompt by prompt."""
     (first_name, first), (last_name, last) = (list(scores.items())[at] for at in (0, -1))

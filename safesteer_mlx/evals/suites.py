@@ -39,7 +39,6 @@ class Suite:
     where: dict[str, str] = field(default_factory=dict)  # rows kept, where the file has the column
     strip: list[str] = field(default_factory=list)  # what frames a prompt
     licence: str = ""
-    gated: bool = False
     task: str = ""
     runs_code: bool = False
     needs: str = ""

@@ -134,7 +134,8 @@ def ablated(model: nn.Module, vector: mx.array, row: Sequence[int]) -> nn.Module
 
 
 def run_direction(run: Path | None) -> mx.array | None:
-    """The direction that a run has kept, if there is a run."""
+    """The direction that a run has kept, if there is a run and its teacher is no system prompt."""
     if run is None or not (run / "direction.json").exists():
         return None
-    return mx.array(read_record(run, "direction.json", Vector)["vector"], mx.float32)
+    vector = mx.array(read_record(run, "direction.json", Vector)["vector"], mx.float32)
+    return vector if mx.any(vector).item() else None

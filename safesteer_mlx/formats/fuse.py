@@ -34,19 +34,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that holds a weight which can be quantized: by its path in the model; `touched` by training; and the grid
-    that it is on, None for none. `foreign` says that this grid is no affine one."""
+    """A layer that holds a weight which can be quantized: by its path in the model; `inner` without its adapter;
+    `touched` by training; and the grid that it is on, None for none. `foreign` says that this grid is no affine one."""
 
     path: str
     module: nn.Module
+    inner: nn.Module
     touched: bool
     grid: Grid | None
     foreign: bool = False
-
-    @property
-    def inner(self) -> nn.Module:
-        """The layer without its adapter."""
-        return self.module.get("linear", self.module.get("embedding", self.module)) if self.touched else self.module
 
     @property
     def width(self) -> int:
@@ -108,7 +104,7 @@ def layers(model: nn.Module) -> list[Layer]:
             grid, foreign = None, False
         else:
             continue
-        entries.append(Layer(path, module, touched, grid, foreign))
+        entries.append(Layer(path, module, inner, touched, grid, foreign))
     return entries
 
 

@@ -55,7 +55,6 @@ class Reader:
     """A shipped model: what it replies and, where they can be had, its logits. `samples` is False where it
     is only asked greedily."""
 
-    name: str
     replies: Replies
     logits: Logits | None = None
     samples: bool = True
@@ -114,10 +113,12 @@ def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, thinking: str)
 
     from ..system.model_files import check_model_folder
 
-    check_model_folder(path)
+    check_model_folder(path, base.trusted)
+    trust: dict[str, Any] = {"trust_remote_code": base.trusted}
     with _reading("mlx_lm.load", path):
-        model, _, config = load(str(path), tokenizer_config=_NO_CODE, return_config=True)  # type: ignore[misc]
-    tokenizer = asked_as(read_tokenizer(str(path), path, config), thinking)  # its own, read as the base's was
+        model, _, config = load(str(path), tokenizer_config=trust, return_config=True, **trust)  # type: ignore[misc]
+    tokenizer = read_tokenizer(str(path), path, config, base.trusted)  # its own, as the base's was read
+    tokenizer = asked_as(tokenizer, thinking)
     if (vocabulary := len(tokenizer.get_vocab())) != len(base.tokenizer.get_vocab()):
         raise UserError(f"{path} has a vocabulary of {vocabulary}, another than the run's model; give an export of it")
     return _mlx_reader(model, tokenizer, base, sampling, seed)
@@ -126,8 +127,9 @@ def _mlx(path: Path, base: Loaded, sampling: Sampling, seed: int, thinking: str)
 def _adapter(path: Path, base: Loaded, sampling: Sampling, seed: int) -> Reader:
     from mlx_lm import load
 
+    trust: dict[str, Any] = {"trust_remote_code": base.trusted}
     with _reading("mlx_lm.load", path):
-        model = load(str(base.path), adapter_path=str(path), tokenizer_config=_NO_CODE)[0]
+        model = load(str(base.path), adapter_path=str(path), tokenizer_config=trust, **trust)[0]
     return _mlx_reader(model, base.tokenizer, base, sampling, seed)
 
 
@@ -136,15 +138,11 @@ def _mlx_reader(model: nn.Module, tokenizer: Any, base: Loaded, sampling: Sampli
     if has_equal_batches(base.model):
         set_equal_batches(model)
     own = replace(sampling, eos_ids=sorted(tokenizer.eos_token_ids))
-    return Reader("mlx-lm", replies_of(model, tokenizer, own, seed), logits_of(model))
+    return Reader(replies_of(model, tokenizer, own, seed), logits_of(model))
 
 
 def _by_ids(
-    name: str,
-    base: Loaded,
-    sampling: Sampling,
-    greedy: Callable[[Ids, int], list[int]],
-    logits_of_one: Callable[[Ids, Ids], Any],
+    base: Loaded, sampling: Sampling, greedy: Callable[[Ids, int], list[int]], logits_of_one: Callable[[Ids, Ids], Any]
 ) -> Reader:
     """A reader that is given ids and gives ids or logits, one prompt at a time."""
 
@@ -159,7 +157,7 @@ def _by_ids(
     def logits(prompts: Sequence[Ids], answers: Sequence[Ids]) -> mx.array:
         return mx.concatenate([mx.array(logits_of_one(*pair)) for pair in zip(prompts, answers, strict=True)])
 
-    return Reader(name, _one_by_one(reply), logits, samples=False)
+    return Reader(_one_by_one(reply), logits, samples=False)
 
 
 def _one_by_one(reply: Callable[[Question, bool], tuple[str, bool]]) -> Replies:
@@ -183,7 +181,7 @@ def _reading(library: str, path: Path) -> Iterator[None]:
         raise UserError(f"{library} cannot read {path} ({type(error).__name__}: {error!s:.150})") from None
 
 
-def _torch_reader(name: str, model: Any, base: Loaded, sampling: Sampling) -> Reader:
+def _torch_reader(model: Any, base: Loaded, sampling: Sampling) -> Reader:
     import torch  # type: ignore[import-not-found]
 
     model.eval()
@@ -210,7 +208,7 @@ def _torch_reader(name: str, model: Any, base: Loaded, sampling: Sampling) -> Re
         with torch.no_grad():
             return model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float().numpy()
 
-    return _by_ids(name, base, sampling, greedy, logits)
+    return _by_ids(base, sampling, greedy, logits)
 
 
 def _transformers(path: Path, base: Loaded, sampling: Sampling) -> Reader:
@@ -226,7 +224,7 @@ def _transformers(path: Path, base: Loaded, sampling: Sampling) -> Reader:
         raise UserError(
             f"transformers knows this family's weights by other names ({missing[0]} first); export --to mlx"
         )
-    return _torch_reader("transformers", model, base, sampling)
+    return _torch_reader(model, base, sampling)
 
 
 def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
@@ -247,7 +245,7 @@ def _peft(path: Path, base: Loaded, sampling: Sampling) -> Reader:
             Path(scratch) / "base", dtype="auto", local_files_only=True, **_NO_CODE
         )
         model = peft.PeftModel.from_pretrained(model, str(path))
-    return _torch_reader("PEFT", model, base, sampling)
+    return _torch_reader(model, base, sampling)
 
 
 def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
@@ -277,7 +275,7 @@ def _llama_cpp(path: Path, base: Loaded, sampling: Sampling) -> Reader:
         model.eval([*prompt, *answer])
         return np.array(model.scores[len(prompt) - 1 : len(prompt) + len(answer) - 1], np.float32)
 
-    return _by_ids("llama.cpp", base, sampling, greedy, logits)
+    return _by_ids(base, sampling, greedy, logits)
 
 
 @dataclass
@@ -299,7 +297,7 @@ class _Server:
             with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as response:
                 return parse_json(response.read(MOST_REPLY))
         except urllib.error.HTTPError as error:
-            text = error.read()[:200].decode("utf-8", "replace")
+            text = error.read(200).decode("utf-8", "replace")
             which = f"; it serves {', '.join(self.names[:5])}: give one with --served-model" if self.names else ""
             raise UserError(f"the server {self.url} answers HTTP {error.code} ({text.strip()}){which}") from None
         except (OSError, ValueError, HTTPException) as error:
@@ -338,7 +336,7 @@ def _server(url: str, sampling: Sampling, seed: int, thinking: str, model: str |
         server.names = [str(entry["id"]) for entry in server.ask("/models")["data"]]
     except (UserError, KeyError, TypeError):
         pass  # only for what is said if it answers no chat: mlx_lm.server lists none where the Hub's cache is empty
-    return Reader("the server", _one_by_one(server.reply))
+    return Reader(_one_by_one(server.reply))
 
 
 def compare(
@@ -362,15 +360,13 @@ def compare(
             with screen.stage(f"asking the {name} again") as advance:
                 scores[name] = ask(replies_of(model, base.tokenizer, sampling, seed), prompts, HOW, advance)
 
-    texts = {name: [q.text for q in prompts if q.kind == name][:KL_PROMPTS] for name in ("harmful", "harmless")}
-    rows = {name: [render(base.tokenizer, text) for text in part] for name, part in texts.items()}
-    own = {name: [c.ids for c in generate(student, part, sampling)] for name, part in rows.items()}
-
     reader = reader_for(kind, against, base, sampling, seed, recipe.run.thinking, served_model)
     with screen.stage(f"asking {against}") as advance:
         scores["shipped"] = ask(reader.replies, prompts, HOW if reader.samples else HOW[:1], advance)
-    kl = dict.fromkeys(rows, math.nan)
-    if (shipped := reader.logits) is not None:
-        kl = {name: mean_kl(student, shipped, rows[name], own[name]) for name in rows}
+    kl = dict.fromkeys(("harmful", "harmless"), math.nan)
+    for name in kl if reader.logits is not None else ():
+        rows = [render(base.tokenizer, q.text) for q in prompts if q.kind == name][:KL_PROMPTS]
+        own = [c.ids for c in generate(student, rows, sampling)]
+        kl[name] = mean_kl(student, reader.logits, rows, own)
     in_full = hidden_states(student, mx.array([[0]])).dtype == mx.float32
     return Fidelity(scores, kl["harmful"], kl["harmless"], exact=in_full)

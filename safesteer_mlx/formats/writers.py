@@ -87,7 +87,7 @@ def packed(base: Loaded) -> nn.Module:
     """The base as it is on disk: where it is computed on dequantized weights, it is read once more."""
     if not base.dequantized_for_speed:
         return base.model
-    model, _ = load_model(base.path)
+    model, _ = load_model(base.path, trust_remote_code=base.trusted)
     model.freeze()
     return model
 
@@ -153,7 +153,8 @@ def _no_bits(job: Job) -> None:
 def _peft(job: Job) -> Exported:
     _no_bits(job)
     check_family(job.base.config, "peft")
-    name = _base_for_peft(job)
+    shown, on_hub = shown_base(job.run)
+    name = shown if on_hub and not job.base.quantized else None  # else nothing that PEFT can fetch by itself
     write_peft(with_adapters(job.base.model, job.run.folder), name, job.part)
     use = "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}')\""
     if name is None:
@@ -165,12 +166,6 @@ def _peft(job: Job) -> Exported:
         use += "  # put in its name: transformers reads no weights that MLX quantized" if job.base.quantized else ""
     what = "Adapters for PEFT, to put on the base's unquantized weights."
     return job.exported("peft", "adapter", what, use, "peft", exact=True)
-
-
-def _base_for_peft(job: Job) -> str | None:
-    """The base that PEFT can fetch from the Hub by itself; None if it is a folder here, or quantized by MLX."""
-    name, on_hub = shown_base(job.run)
-    return name if on_hub and not job.base.quantized else None
 
 
 def _gguf(job: Job) -> Exported:

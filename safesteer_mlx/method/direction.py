@@ -176,9 +176,7 @@ def opening_probabilities(
         for batch in by_length(own, size):
             rows = [own[i] for i in batch]
             inputs = block_inputs(model, pad_right(rows))[direction.layer] if can_resume else None
-            vectors = mx.concatenate(
-                [mx.broadcast_to(c * direction.vector, (len(rows), direction.vector.size)) for c in coeffs]
-            )
+            vectors = mx.repeat(mx.array(coeffs)[:, None] * direction.vector, len(rows), axis=0)  # (C·B, D)
             logits = steered_logits(model, direction.layer, vectors, rows * len(coeffs), inputs)
             refusal = mx.exp(mx.logsumexp(logits[:, ids], axis=-1) - mx.logsumexp(logits, axis=-1))
             kl = mx.zeros_like(refusal)
@@ -537,8 +535,7 @@ def find_directions(run: Run) -> FoundDirections:
     own = find_openers(run)
     find = _find_directions if own.openers else _untested_directions
     size = run.recipe.run.prompt_batch_size
-    together = machines.here().size > 1
-    directions = with_smaller_batches(size, partial(find, run, own), "the search for the direction", together)[0]
+    directions = with_smaller_batches(size, partial(find, run, own), "the search for the direction", together=True)[0]
     return replace(directions, cautions=[*directions.cautions, *own.cautions], refusals=own.refusals)
 
 

@@ -13,9 +13,11 @@ from ..recipe import HELD_OUT_TOKENS, Recipe, TrainSettings, rollout_tokens
 from ..system.memory import CACHE_STEP, READ_BACK, Machine
 from ..system.screen import Screen
 from ..system.shape import ModelShape
+from .losses import CHUNK_LOGITS
 from .passes import Passes
 
-HEAD_LOGITS, HEAD_ARRAYS = 2**22, 9  # logits of one chunk of the loss, and arrays of that size alive with the gradient
+HARMFUL_READ = 64  # harmful validation prompts that tokens are found on, at most: `teacher.VALIDATION_PROMPTS`
+HEAD_ARRAYS = 9  # of the size of one chunk's logits, alive with the loss's gradient
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
 
@@ -43,7 +45,7 @@ class Plan:
 
 def loss_bytes(shape: ModelShape, rows: int) -> int:
     """The chunked loss on `rows` positions: hidden states of student and target, and one chunk's logits."""
-    logits = min(rows * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary))
+    logits = min(rows * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary))
     return 4 * HEAD_ARRAYS * logits + 3 * 4 * rows * shape.hidden
 
 
@@ -93,7 +95,8 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
     vocabulary = 4 * shape.vocabulary
     rows = run.generation_batch_size
     scored = longest_prompt + recipe.tokens.horizon
-    read_for_tokens = recipe.direction.direction_validation * (2 if recipe.tokens.token_method == "part" else 1)
+    by_prompt = recipe.tokens.token_method == "part" and recipe.teacher.teacher != "system_prompt"
+    read_for_tokens = recipe.direction.direction_validation + (HARMFUL_READ if by_prompt else 0)
     positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
     read = passes.forward(run.prompt_batch_size, longest_prompt)
     # Continuations, rollouts, held-out answers: how many at a time, to what and how long; the largest counts.
@@ -107,7 +110,7 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
         "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": passes.forward(run.prompt_batch_size, scored)
         + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
-        + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(HEAD_LOGITS, shape.vocabulary)),
+        + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary)),
         "sampling": sampling_bytes(passes, answers, request, length),
         "training": activations + loss_bytes(shape, learned),
     }

@@ -409,14 +409,10 @@ def resume(model: nn.Module, layer: int, inputs: mx.array) -> nn.Module:
     view, _, owner = _own_body(model)
     *_, name = _find_blocks(model)
     own, stream = owner[name], plumbing(model)
-
-    def start(block, *args, **kwargs):
-        return stream.run(block, args, kwargs, inputs)
-
     first = [copy.copy(block) for block in own[: layer + 1]]
     for block in first[:-1]:
         _override(block, "Skipped", lambda block, *args, **kwargs: stream.given(args, kwargs))
-    _override(first[-1], "Resumed", start)
+    _override(first[-1], "Resumed", lambda block, *args, **kwargs: stream.run(block, args, kwargs, inputs))
     owner[name] = first + own[layer + 1 :]
     return view
 

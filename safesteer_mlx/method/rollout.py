@@ -245,13 +245,11 @@ def generate_here(
     """`generate`, on this machine alone."""
     if not prompts:
         return []
-    random = sampling.temp > 0
     model.eval()  # LoRA's dropout would act while sampling
     points = None
-    indices = [i for i, key in enumerate(keys or []) if key is not None and random]
-    if indices and keys is not None:
+    if own_keys := {i: key for i, key in enumerate(keys or []) if key is not None and sampling.temp > 0}:
         points = np.full((len(prompts), sampling.max_tokens + 1), -1, np.float32)
-        points[indices] = _points([key for key in keys if key is not None], sampling.max_tokens + 1)
+        points[[*own_keys]] = _points([*own_keys.values()], sampling.max_tokens + 1)
 
     lengths = [len(prompt) if has_equal_batches(model) else 0 for prompt in prompts]
     groups = [[i for i, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]

@@ -299,6 +299,8 @@ def batches_rightly(model: nn.Module, rows: Sequence[Sequence[int]], eos_ids: Se
     few = Sampling(eos_ids, TOLD_BY)
     try:
         together = generate_here(model, rows, few)
+    except UserError:  # of memory, not of how batches work
+        raise
     except (ValueError, RuntimeError, AttributeError, TypeError, IndexError):
         return False
     alone = [generate_here(model, [row], replace(few, batch_size=1))[0] for row in rows]

@@ -471,8 +471,8 @@ def find_tokens(run: Run, teacher: Teacher, directions: FoundDirections) -> Safe
             deciding=n_harmful or None,
             shared_blocks=teacher.shared_blocks if run.recipe.teacher.teacher == "steer" else 0,
         )
-        size, together = run.recipe.run.prompt_batch_size, machines.here().size > 1
-        contrast, _ = with_smaller_batches(size, lambda size: compare(batch_size=size), "the safety tokens", together)
+        size, what = run.recipe.run.prompt_batch_size, "the safety tokens"
+        contrast, _ = with_smaller_batches(size, lambda size: compare(batch_size=size), what, together=True)
         tokens = given_tokens(run.recipe, base)
         if tokens is None:
             tokens = _selected(run, teacher, contrast, directions, range(n_harmful))

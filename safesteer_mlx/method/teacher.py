@@ -27,7 +27,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..recipe import TeacherSettings
-from ..system import machines
 from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError, silent
@@ -327,8 +326,7 @@ def first_passes(
     def measure(size: int) -> tuple[np.ndarray, ...]:
         return opening_probabilities(base.model, direction, coeffs, harmful, harmless, refusal_ids, size)
 
-    together = machines.here().size > 1
-    curves, _ = with_smaller_batches(prompts.prompt_batch_size, measure, "the search for the teacher", together)
+    curves, _ = with_smaller_batches(prompts.prompt_batch_size, measure, "the search for the teacher", together=True)
     return [
         TeacherTrial(direction.position, direction.layer, coeff, *(float(value) for value in values))
         for coeff, *values in zip(coeffs, *curves, strict=True)

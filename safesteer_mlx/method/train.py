@@ -424,8 +424,7 @@ class MovingTeacher:
         if settings.refresh_every and step % settings.refresh_every == 0:
             rows = self._directions.harmful_train, self._directions.harmless_train
             work = partial(mean_differences, self._model, *rows, -self._direction.position)
-            together = machines.here().size > 1
-            new, _ = with_smaller_batches(size, work, "the search for the direction", together)
+            new, _ = with_smaller_batches(size, work, "the search for the direction", together=True)
             self._vector = mx.array(new[0, self._direction.layer].astype(np.float32))
             self.tokens = mx.array(find_tokens(self._run, self.teacher, self._directions).ids)
 
@@ -551,10 +550,8 @@ def train_student(
     best: dict[str, mx.array] = {}  # the weights of the best step so far
 
     def state() -> dict[str, mx.array]:
-        parts = {"student": student.trainable_parameters(), "optimizer": training.optimizer.state}
-        arrays = {f"{part}.{name}": w for part, tree in parts.items() for name, w in tree_flatten(tree)}
-        arrays |= {f"best.{name}": w for name, w in best.items()}
-        return arrays | ({} if moving is None else {f"teacher.{name}": w for name, w in moving.state().items()})
+        parts = {"student": student.trainable_parameters(), "optimizer": training.optimizer.state, "best": best}
+        return dict(tree_flatten(parts | ({} if moving is None else {"teacher": moving.state()})))  # pyright: ignore
 
     def follow_teacher() -> None:
         if moving is not None:
@@ -565,6 +562,7 @@ def train_student(
         # An interrupt may have come after a step's row, before its state was taken.
         rows = {"metrics": log.metrics[:step], "seconds": log.seconds[:step]}
         store.save(step, last, asdict(log) | rows)
+        student.update(tree_unflatten(_part(last, "student")))  # which may be a step ahead, where it was stopped
         save_student(run, student)
         if (fault := collapsed(run, student)) is not None:
             screen.line(f"step {step}: {fault}; lower --learning-rate or --epochs, or raise --anchor-ratio")
@@ -604,8 +602,7 @@ def train_student(
             score_once()  # where an interrupt left it out
             for event in train(training, step, rollouts):
                 if isinstance(event, Rollouts):
-                    if run.recipe.run.transcripts:  # else they are drawn again, the same
-                        store.keep("rollouts", encoded(event))
+                    store.keep("rollouts", encoded(event))  # where answers are not kept, the same are drawn again
                     continue
                 if moving is not None:
                     moving.move(event.step)
@@ -640,7 +637,6 @@ def train_student(
             if not store.ours:
                 raise
             if step:
-                student.update(tree_unflatten(_part(last, "student")))
                 keep()
             where = f"the adapters so far are in {run.recipe.run.adapter_path}; " if step else ""
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"

@@ -108,7 +108,6 @@ def make_framer(run: Run, prompts: tuple[list[TrainingPrompt], list[TrainingProm
         run.screen.line("--prefill-ratio does nothing here: the answers of a model that thinks first are not begun")
     if not prefill and not settings.wrap_ratio:
         return None
-    find = run.once if run.recipe.run.transcripts else lambda stage, of: stage(run, of)
-    own = find(find_own_openings, prompts).ids if prefill else {}
+    own = run.once(find_own_openings, prompts).ids if prefill else {}
     systems = takes_system_turn(tokenizer)
     return Framer(tokenizer, prefill, settings.wrap_ratio, settings.max_prompt_length, systems, own)

@@ -36,7 +36,6 @@ class Template:
     def __init__(self, name: str, template: str):
         self._name, self._template = name, template
         self._process: subprocess.Popen[bytes] | None = None
-        self._stop = weakref.finalize(self, int)
 
     def render(self, **given: Any) -> str:
         """The text of what is given by name.
@@ -207,12 +206,12 @@ def _environment(now: list[str]) -> Any:
     return environment
 
 
-def _answer(render: Any, request: str, now: list[str]) -> dict[str, str]:
+def _answer(compiled: Any, request: str, now: list[str]) -> dict[str, str]:
     """What a request comes to: a text, or what was raised."""
     content: Mapping[str, Any] = json.loads(request)
     now[:] = [content["now"]]
     try:
-        text = render(content["given"])
+        text = compiled().render(content["given"])
     except MemoryError:
         raise
     except Exception as error:
@@ -236,14 +235,10 @@ def _serve() -> None:
     start, now = json.loads(sys.stdin.readline()), [""]
     sys.path[:] = start["path"]
     environment = _environment(now)
-    compiled: Any = lru_cache(environment.from_string)  # that too is done within the limits
-
-    def render(given: dict[str, Any]) -> str:
-        return compiled(start["template"]).render(given)
-
+    compiled: Any = lru_cache(lambda: environment.from_string(start["template"]))  # that too within the limits
     for request in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # of the processor; then the process ends, whatever it is at
-        answer = json.dumps(_answer(render, request, now))
+        answer = json.dumps(_answer(compiled, request, now))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()

@@ -54,6 +54,7 @@ class Loaded:
     quantized: bool
     dequantized_for_speed: bool
     thinks: bool  # it may, before it answers, as its template is switched
+    trusted: bool = False  # code from its repository may run
     alike: bool = False  # without a thought: its answers begin alike, and tell further on what they do
 
     @property
@@ -87,8 +88,7 @@ def _hash_of(folder: Path, patterns: Iterable[str]) -> str:
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
         digest.update(file.name.encode())
         with file.open("rb") as handle:
-            while chunk := handle.read(1 << 22):
-                digest.update(chunk)
+            hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()
 
 
@@ -172,7 +172,7 @@ def load(
         model.freeze()
         mx.eval(model.parameters())
     thinks = tokenizer.has_thinking and thinking != "off"
-    return Loaded(name, path, model, tokenizer, config, quantized, dequantize, thinks)
+    return Loaded(name, path, model, tokenizer, config, quantized, dequantize, thinks, trust_remote_code)
 
 
 def _computed_dequantized(model: nn.Module) -> bool:
@@ -241,6 +241,17 @@ def read_tokenizer(
             template = tokenizer.get_chat_template()
         check_template(name, template)
     return _guarded(name, tokenizer, size)
+
+
+def find_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, chat: bool = True
+) -> tuple[Any, int]:
+    """The tokenizer of a model that is not loaded, and its V. Raises as `find`, `check_model_folder` and
+    `read_tokenizer`."""
+    path = find(name, revision, trust_remote_code)
+    check_model_folder(path, trust_remote_code)
+    config = with_sizes(read_object(path / "config.json"))
+    return read_tokenizer(name, path, config, trust_remote_code, chat), vocabulary(name, config)
 
 
 @contextmanager

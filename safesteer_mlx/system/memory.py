@@ -109,7 +109,7 @@ def _check_use(what: str, peak_before: int) -> None:
 def with_smaller_batches(size: int, work: Callable[[int], T], what: str, together: bool = False) -> tuple[T, int]:
     """work(size), with half the size as often as it is too much, said on stderr; and the size that was enough.
 
-    `together` says that other machines take part in the work, which cannot begin it again.
+    `together` says that other machines, if there are any, take part in the work, which cannot begin it again.
 
     Raises:
         UserError: even one at a time is too much, or any size of a work that is done together.
@@ -129,7 +129,7 @@ def with_smaller_batches(size: int, work: Callable[[int], T], what: str, togethe
             _check_use(what, before)
             return result, size
         watchdog = "" if "memory" in fault else DISPLAY
-        if together:
+        if together and machines.here().size > 1:
             raise UserError(f"{fault} in {what} with {size} at a time; give --prompt-batch-size {max(1, size // 2)}")
         if size == 1:
             advice = watchdog or "lower --max-tokens, or close other programs"

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .files import check_regular
+from .files import check_regular, read_bytes
 from .screen import UserError
 
 # What MLX can read, and its bytes a value.
@@ -86,11 +86,9 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
 
 def read_object(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:
     """The JSON object in a file; a UserError if it is missing, too large, no regular file, no JSON or no object."""
-    check_regular(path, str(path), remedy, _MOST_BYTES)
+    content = read_bytes(path, str(path), remedy, _MOST_BYTES)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+        content = json.loads(content.decode())
     except (ValueError, RecursionError):  # broken JSON, broken UTF-8, numbers or brackets without end
         raise UserError(f"{path} is not JSON; {remedy}") from None
     if not isinstance(content, dict):

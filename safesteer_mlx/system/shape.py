@@ -35,7 +35,7 @@ def shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
     """The shape from what was read; a UserError if the configuration lacks a size, or has what is none."""
     try:
         return _shape_of(config, tensors)
-    except (TypeError, AttributeError, ArithmeticError) as error:
+    except (TypeError, AttributeError, ArithmeticError, IndexError) as error:
         raise UserError(
             f"the sizes in the config.json make no model ({str(error).rstrip('.'):.200}); fetch the model again"
         ) from None
