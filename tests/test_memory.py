@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 from shapes import QWEN_7B, memory_shape, random_model
 
 from safesteer_mlx.align import main
-from safesteer_mlx.method import memory_plan, teacher
 from safesteer_mlx.method import passes as method_passes
 from safesteer_mlx.method.memory_plan import fitted, loss_bytes, plan, sampling_bytes, summary
 from safesteer_mlx.method.passes import Passes
@@ -199,10 +198,6 @@ def big():
     nn.quantize(model, 64, 4)
     config = vars(model.args) | {"quantization": {"group_size": 64, "bits": 4}}
     return Passes(model, memory_shape(model, config))
-
-
-def test_the_plan_counts_the_prompts_that_tokens_are_found_on():
-    assert teacher.VALIDATION_PROMPTS[0] == memory_plan.HARMFUL_READ
 
 
 @pytest.fixture(scope="module")
