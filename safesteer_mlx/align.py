@@ -346,7 +346,7 @@ def main(argv: list[str]) -> None:
     verdict_only, force = flags.pop("verdict_only", False), flags.pop("force", False)
     first = machines.join().first
     if resume is not None:
-        flags["adapter_path"] = resume
+        flags = {"trust_remote_code": False} | flags | {"adapter_path": resume}  # the run may be a stranger's
         yaml_file = _settings_of(user_path(resume), preset, yaml_file) if first else None
     given = machines.here().share(read_yaml(yaml_file) if first and yaml_file is not None else {})
     if not first:  # settings files are on the first machine

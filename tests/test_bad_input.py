@@ -32,7 +32,7 @@ from safesteer_mlx.method.rollout import Sampling
 from safesteer_mlx.method.token_file import read_token_file
 from safesteer_mlx.recipe import MODELS, TrainSettings, parse, read_yaml, resolve
 from safesteer_mlx.system.chat_template import check_template, template_of
-from safesteer_mlx.system.finished import RECORD, read_record
+from safesteer_mlx.system.finished import RECORD, load_base, read_record
 from safesteer_mlx.system.load import _guarded, load, read_tokenizer
 from safesteer_mlx.system.model_files import Tensor, check_config, check_model_folder, check_weights, read_header
 from safesteer_mlx.system.screen import Screen, UserError, exit_code, visible
@@ -1079,6 +1079,20 @@ def test_settings_of_adapters(name, adapters, tmp_path, capsys):
     assert said_to_chat(TINY, folder / file, "move the lamp\n") == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1 and "; " in said
+
+
+def test_a_run_that_says_that_code_may_run_is_not_believed(copied, tmp_path, capsys):
+    """It may be a stranger's: who goes on with it, exports or verifies it says so anew."""
+    python(copied, "m.py")
+    change(copied, model_file="m.py")
+    record = tmp_path / "adapters" / "run"
+    record.mkdir(parents=True)
+    (record / "recipe.yaml").write_text(f"model: {copied}\ntrust_remote_code: true\n")
+    assert main(["--resume", str(record.parent)]) == 2 and "--trust-remote-code" in capsys.readouterr().err
+    recipe, _ = resolve({}, {"model": str(copied), "trust_remote_code": True})
+    with pytest.raises(UserError, match="--trust-remote-code"):
+        load_base(SimpleNamespace(recipe=recipe))  # type: ignore[arg-type]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_code_of_a_model_would_run_if_it_were_trusted(copied, tmp_path):

@@ -95,8 +95,8 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
     vocabulary = 4 * shape.vocabulary
     rows = run.generation_batch_size
     scored = longest_prompt + recipe.tokens.horizon
-    by_prompt = recipe.tokens.token_method == "part" and recipe.teacher.teacher != "system_prompt"
-    read_for_tokens = recipe.direction.direction_validation + (HARMFUL_READ if by_prompt else 0)
+    by_part = recipe.tokens.token_method == "part" and recipe.teacher.teacher != "system_prompt"
+    read_for_tokens = recipe.direction.direction_validation + (HARMFUL_READ if by_part else 0)
     positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
     read = passes.forward(run.prompt_batch_size, longest_prompt)
     # Continuations, rollouts, held-out answers: how many at a time, to what and how long; the largest counts.

@@ -234,11 +234,13 @@ def finished_run(folder: Path, model: str | None = None) -> FinishedRun:
 
 
 def load_base(run: FinishedRun, trust_remote_code: bool = False) -> Loaded:
-    """The base that the run aligned; a UserError as `load`, or if its weights or what stands beside are others."""
+    """The base that the run aligned; a UserError as `load`, or if its weights or what stands beside are others.
+
+    That code may run is said anew: the run may be a stranger's, and says what it likes.
+    """
     settings = run.recipe.run
     use_refusal_phrases(settings.refusal_phrases)
-    trusted = settings.trust_remote_code or trust_remote_code
-    base = load(settings.model, trusted, settings.thinking, settings.revision)
+    base = load(settings.model, trust_remote_code, settings.thinking, settings.revision)
     if base.weights_hash != run.manifest.get("model_sha256"):
         raise UserError(
             f"{settings.model} holds other weights than the run in {run.folder} aligned; say with --model where "
