@@ -18,9 +18,15 @@ from typing import Any
 
 from safesteer_mlx.evals.heldout import held_out_prompts
 from safesteer_mlx.method.direction import pruned_from
-from safesteer_mlx.method.prompts import CHARACTERS_A_TOKEN, TEMPLATE_TOKENS, instructions_to_train_on, prompt_sets
+from safesteer_mlx.method.prompts import (
+    CHARACTERS_A_TOKEN,
+    TEMPLATE_TOKENS,
+    VALIDATION_PROMPTS,
+    instructions_to_train_on,
+    prompt_sets,
+)
 from safesteer_mlx.method.run import REFUSAL_TOKENS
-from safesteer_mlx.method.teacher import VALIDATION_PROMPTS, VALIDATION_TOKENS
+from safesteer_mlx.method.teacher import VALIDATION_TOKENS
 from safesteer_mlx.recipe import HELD_OUT_TOKENS, Recipe, harmful_per_batch, number_of_steps, rollout_tokens
 from safesteer_mlx.system.files import read_json
 from safesteer_mlx.system.screen import UserError

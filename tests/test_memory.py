@@ -209,6 +209,19 @@ def low(big):
     return Passes(model, big.shape)
 
 
+def test_the_plan_counts_the_prompts_that_tokens_are_found_on(low):
+    """64 harmful validation prompts beside the harmless ones, where they are ranked by their part and not of a system
+    prompt; of each continuation's positions the states are held, and kept, of base and teacher in float32."""
+
+    def read(**given) -> int:
+        return plan(resolve({}, {"model": "org/model", **given})[0], low, AMPLE, 10).stages["safety tokens"]
+
+    tokens = RECIPE.tokens
+    states = 2 * 2 * 4 * low.shape.hidden * tokens.token_samples * (tokens.horizon + 1)
+    assert read() - read(token_method="vote") == 64 * states
+    assert read(teacher="system_prompt") == read(token_method="vote")
+
+
 def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths(big):
     found = fitted(RECIPE, big, Machine(8 * 10**9, "--memory-limit", False), 512)
     assert RECIPE.train.longest == RECIPE.train.max_prompt_length == 512

@@ -10,7 +10,7 @@ from conftest import walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safesteer_mlx.method import losses, memory_plan, residual, safety_tokens
+from safesteer_mlx.method import losses, residual, safety_tokens
 from safesteer_mlx.method.residual import steer
 from safesteer_mlx.method.safety_tokens import (
     TokenContrast,
@@ -447,7 +447,3 @@ def test_where_thoughts_turn_is_where_the_teacher_is_farthest_from_the_base():
     assert safety_tokens.farthest(*both, [3, 1, 2]).tolist() == [2, 0, 0]
     assert safety_tokens.farthest(*both, [6]).tolist() == [3]
     assert not safety_tokens.farthest(*(p[:0] for p in both), []).size
-
-
-def test_the_memory_plan_counts_the_prompts_that_tokens_are_found_on():
-    assert safety_tokens.VALIDATION_PROMPTS[0] == memory_plan.HARMFUL_READ

@@ -15,8 +15,8 @@ from ..system.screen import Screen
 from ..system.shape import ModelShape
 from .losses import CHUNK_LOGITS
 from .passes import Passes
+from .prompts import VALIDATION_PROMPTS
 
-HARMFUL_READ = 64  # harmful validation prompts that tokens are found on, at most: `teacher.VALIDATION_PROMPTS`
 HEAD_ARRAYS = 9  # of the size of one chunk's logits, alive with the loss's gradient
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
 
@@ -96,7 +96,7 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
     rows = run.generation_batch_size
     scored = longest_prompt + recipe.tokens.horizon
     by_part = recipe.tokens.token_method == "part" and recipe.teacher.teacher != "system_prompt"
-    read_for_tokens = recipe.direction.direction_validation + (HARMFUL_READ if by_part else 0)
+    read_for_tokens = recipe.direction.direction_validation + (VALIDATION_PROMPTS[0] if by_part else 0)
     positions = read_for_tokens * recipe.tokens.token_samples * (recipe.tokens.horizon + 1)
     read = passes.forward(run.prompt_batch_size, longest_prompt)
     # Continuations, rollouts, held-out answers: how many at a time, to what and how long; the largest counts.

@@ -17,12 +17,12 @@ from ..system import machines
 from .direction import SHORTLIST, pruned_from
 from .judge import is_refusal
 from .own_answers import alike_for
-from .prompts import instructions_to_train_on
+from .prompts import VALIDATION_PROMPTS, instructions_to_train_on
 from .residual import blocks, last_logits
 from .rollout import Completion, generate_here
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import TOLD
-from .teacher import ASKED, FIRST_PASSES, OPENING, OPENINGS, ROUNDS, VALIDATION_PROMPTS, VALIDATION_TOKENS, settled
+from .teacher import ASKED, FIRST_PASSES, OPENING, OPENINGS, ROUNDS, VALIDATION_TOKENS, settled
 from .train import COLLAPSE_PROMPTS, MEASURED_EVERY
 
 SECONDS = 4.0  # of drawing, after which eight tokens more are enough to measure by

@@ -26,6 +26,7 @@ KINDS = (".jsonl", ".json", ".txt")
 ALIKE = 0.75  # names from which on one is taken for the other misspelt (harmful.jsonl, harmless_tests.jsonl)
 TODAY = datetime(2026, 1, 1)  # for every template that asks
 
+VALIDATION_PROMPTS = 64, 32  # harmful and harmless ones that teachers are asked, at most
 CHARACTERS_A_TOKEN, TEMPLATE_TOKENS, FRAME_TOKENS = 3, 40, 100  # upper estimates, before there is a tokenizer
 
 # Two instructions that share no last token; what follows them in a rendering is the template's own.

@@ -41,11 +41,11 @@ from ..system.store import TokenId
 from .direction import PROMPT_BATCH, FoundDirections
 from .judge import is_refusal
 from .losses import chunk_rows, inside_and_rest
-from .prompts import special_ids
+from .prompts import VALIDATION_PROMPTS, special_ids
 from .residual import answer_states, block_inputs, by_length, head, last_logits, pad_right, resume, resumes
 from .rollout import Sampling, generate
 from .run import REFUSAL_TOKENS, Run, given_tokens
-from .teacher import VALIDATION_PROMPTS, Teacher, opened_answers, validation
+from .teacher import Teacher, opened_answers, validation
 
 Ids = Sequence[int]
 

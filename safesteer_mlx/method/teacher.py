@@ -32,13 +32,13 @@ from ..system.memory import with_smaller_batches
 from ..system.screen import Advance, UserError, silent
 from .direction import PROMPT_BATCH, Direction, FoundDirections, opening_probabilities
 from .judge import is_broken, outcome
+from .prompts import VALIDATION_PROMPTS
 from .residual import last_logits, steer, view
 from .rollout import AfterThought, Completion, Sampling, answer_text, generate, stream_key
 from .run import Run, after_thought
 
 Rows = Sequence[list[int]]
 
-VALIDATION_PROMPTS = 64, 32  # harmful and harmless ones that teachers are asked
 VALIDATION_TOKENS = 48  # of a validation answer, enough to tell a refusal
 OPENING = 2  # tokens of them that are the teacher's: how an answer begins decides what it does
 OPENINGS = 1, 2, 4, 7, 16, 32, 64, 128  # tokens that it may take to decide what an answer does
