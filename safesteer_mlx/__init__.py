@@ -40,6 +40,7 @@ _stop_at_once()
 
 
 import ctypes  # noqa: E402
+from _ctypes import dlclose  # noqa: E402
 from importlib import import_module  # noqa: E402
 from importlib.metadata import PackageNotFoundError, version  # noqa: E402
 from types import ModuleType  # noqa: E402
@@ -61,17 +62,40 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "3")
 
 
+def _kernels(flags: set[str]) -> str | None:
+    """OpenBLAS's name for the newest kernels that a processor with these flags has, of those it always has."""
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        return "SKYLAKEX"
+    return "HASWELL" if {"avx2", "fma"} <= flags else None
+
+
 def _prefer_openblas() -> None:
     """On Linux let MLX's CPU backend use the system's OpenBLAS where there is one.
 
     MLX's Linux wheel carries the reference BLAS; a library loaded earlier with global symbols takes
-    precedence over it, and OpenBLAS multiplies float32 matrices 20 to 40 times faster.
+    precedence over it, and OpenBLAS multiplies float32 matrices 20 to 40 times faster. A processor newer
+    than itself it takes for one of 2004 (Prescott), five times slower; it is told what that one can do.
     """
-    if sys.platform == "linux" and "mlx.core" not in sys.modules:
-        try:
-            ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            pass
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return
+    try:
+        library = ctypes.CDLL("libopenblas.so.0")
+        library.openblas_get_corename.restype = ctypes.c_char_p
+        old = library.openblas_get_corename() == b"Prescott" and "OPENBLAS_CORETYPE" not in os.environ
+        if old and (kernels := _kernels(_processor_flags())):
+            dlclose(library._handle)  # it chooses once, when it is loaded
+            os.environ["OPENBLAS_CORETYPE"] = kernels
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        if old:
+            os.environ.pop("OPENBLAS_CORETYPE", None)
+    except (OSError, AttributeError):
+        pass
+
+
+def _processor_flags() -> set[str]:
+    """What the processor can do, in Linux's words; empty where that does not say."""
+    with open("/proc/cpuinfo") as file:
+        return next((set(line.split()) for line in file if line.startswith("flags")), set())
 
 
 _prefer_openblas()
