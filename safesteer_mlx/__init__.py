@@ -79,23 +79,34 @@ def _prefer_openblas() -> None:
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return
     try:
-        library = ctypes.CDLL("libopenblas.so.0")
-        library.openblas_get_corename.restype = ctypes.c_char_p
-        old = library.openblas_get_corename() == b"Prescott" and "OPENBLAS_CORETYPE" not in os.environ
-        if old and (kernels := _kernels(_processor_flags())):
-            dlclose(library._handle)  # it chooses once, when it is loaded
-            os.environ["OPENBLAS_CORETYPE"] = kernels
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
-        if old:
-            os.environ.pop("OPENBLAS_CORETYPE", None)
-    except (OSError, AttributeError):
-        pass
+        library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return
+    kernels = _kernels(_processor_flags())
+    if kernels and "OPENBLAS_CORETYPE" not in os.environ and _core(library) == b"Prescott":
+        dlclose(library._handle)  # it chooses once, when it is loaded
+        os.environ["OPENBLAS_CORETYPE"] = kernels
+        try:
+            ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        finally:
+            del os.environ["OPENBLAS_CORETYPE"]
+
+
+def _core(library: ctypes.CDLL) -> bytes | None:
+    """What OpenBLAS took the processor for; None where it cannot be asked."""
+    if not hasattr(library, "openblas_get_corename"):
+        return None
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    return library.openblas_get_corename()
 
 
 def _processor_flags() -> set[str]:
     """What the processor can do, in Linux's words; empty where that does not say."""
-    with open("/proc/cpuinfo") as file:
-        return next((set(line.split()) for line in file if line.startswith("flags")), set())
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((set(line.split()) for line in file if line.startswith("flags")), set())
+    except OSError:
+        return set()
 
 
 _prefer_openblas()
