@@ -12,6 +12,7 @@ import inspect
 import json
 import resource
 import shutil
+import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -52,7 +53,8 @@ def build(name: str, seed: int = 0):
     return model
 
 
-# What bad input may take, of the processor and of memory: a case of these files that takes more fails.
+# What bad input may take, of the processor and of memory: a case of these files that takes more fails. Where a machine
+# takes more than a second to start Python with mlx-lm and end it, as many cases do, twice that is allowed.
 TABLES = ("test_bad_input.py", "test_files.py", "test_interrupted_and_odd.py")
 MOST_SECONDS, MOST_BYTES = 2.0, 512 * 2**20
 LONGER = ("test_models[tokenizer without words]",)  # is told by what the base answers
@@ -93,6 +95,13 @@ def _processor() -> float:
 
 
 @cache
+def _most_seconds() -> float:
+    began = sum(os.times()[2:4])
+    subprocess.run([sys.executable, "-c", "import safesteer_mlx, mlx_lm"], check=True)
+    return max(MOST_SECONDS, 2 * (sum(os.times()[2:4]) - began))
+
+
+@cache
 def _all_imported() -> None:
     from safesteer_mlx.system.load import load
 
@@ -105,6 +114,7 @@ def pytest_runtest_call(item):
         return (yield)
     global _had
     _all_imported()
+    most = _most_seconds()
     _had = max(_had, _memory("VmHWM"))
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -114,7 +124,7 @@ def pytest_runtest_call(item):
     grew = max(grew, peak) if (peak := _children()) > before else grew
     item.user_properties.append(("took", (took, grew)))
     if hasattr(item, "callspec") and item.name not in LONGER:
-        assert took <= MOST_SECONDS, f"{took:.1f} s of the processor, more than {MOST_SECONDS}"
+        assert took <= most, f"{took:.1f} s of the processor, more than {most:.1f}"
         assert grew <= MOST_BYTES, f"{grew >> 20} MB, more than {MOST_BYTES >> 20}"
     return result
 
