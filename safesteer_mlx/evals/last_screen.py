@@ -78,7 +78,7 @@ def in_words(
     base: Scores, student: Scores, not_aligned: str | None, quote: bool = False, refusals: Collection[str] = ()
 ) -> list[str]:
     """The outcome of a run, a line each: unsafe answers, harmless requests refused, abilities; both again where
-    sentences with which the base was found to refuse (`refusals`) count; whether others may have been overlooked
+    words with which the base was found to refuse (`refusals`) count; whether others may have been overlooked
     (`quote`: with some); the verdict."""
     own = base.with_refusals(refusals), student.with_refusals(refusals)
     every = [_right(base), _right(student)]
@@ -94,7 +94,7 @@ def in_words(
             safer += ", counting refusals in its own words"
         verdict = f"{safer}, but it {' and '.join(worse)}" if worse else f"{safer}, not dumber"
     texts = [[a.text for a in student.of(kind, "sampled")] for kind in ASKED]
-    unknown = {text: n for text, n in unknown_refusals(texts[0], texts[1]).items() if text not in refusals}
+    unknown = unknown_refusals(texts[0], texts[1], refusals)
     overlooked = f"{sum(unknown.values())} answers to harmful requests {in_other_words(unknown, quote)}"
     also = f"counting also what {in_own_words(refusals, quote)}: {'; '.join(_changes(*own))}"
     return [

@@ -163,13 +163,13 @@ class Scores:
         """The kinds of prompts, in order."""
         return list(dict.fromkeys(a.kind for a in self.answers))
 
-    def with_refusals(self, sentences: Collection[str]) -> "Scores":
-        """The same, where an answer that begins with one of these sentences refuses."""
+    def with_refusals(self, beginnings: Collection[str]) -> "Scores":
+        """The same, where an answer whose first sentence begins so refuses."""
 
         def judged(a: Answer) -> Answer:
-            return replace(a, outcome="refuse") if a.outcome == "comply" and is_refusal(a.text, sentences) else a
+            return replace(a, outcome="refuse") if a.outcome == "comply" and is_refusal(a.text, beginnings) else a
 
-        return replace(self, answers=[judged(a) for a in self.answers]) if sentences else self
+        return replace(self, answers=[judged(a) for a in self.answers]) if beginnings else self
 
     def by_prompt(self, kind: str, how: str, outcome: str) -> list[int]:
         """How many of each prompt's answers have this outcome (N,)."""

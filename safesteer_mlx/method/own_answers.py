@@ -52,8 +52,8 @@ NONE = Thoughts()
 @dataclass(frozen=True)
 class OwnAnswers:
     """How the model answers the direction's prompts today: which harmful and harmless ones it refuses, the first tokens
-    of refusals, its thoughts, what speaks against all that, in sentences, and with what sentences it refuses that the
-    judge does not know."""
+    of refusals, its thoughts, what speaks against all that, in sentences, and with what words it begins refusals that
+    the judge does not know."""
 
     openers: dict[str, int]
     harmful_refused: list[bool]
@@ -102,8 +102,8 @@ def find_openers(run: Run) -> OwnAnswers:
 
 
 def _in_other_words(run: Run, rows: Rows, texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """With what sentences the model refuses that the judge does not know; and what is told of them, or if nobody can
-    tell, of those that may refuse."""
+    """With what words the model begins refusals that the judge does not know; and what is told of them, or if nobody
+    can tell, of those that may refuse."""
     n = len(run.prompts.harmful_direction_train)
     unknown = unknown_refusals(texts[:n], texts[n:])
     if not unknown:
@@ -114,7 +114,7 @@ def _in_other_words(run: Run, rows: Rows, texts: Sequence[str]) -> tuple[list[st
     perhaps = [*unknown] if refusing is None else refusing
     if not perhaps:
         return [], []
-    some = f"{sum(unknown[sentence] for sentence in perhaps)} of {n} answers to harmful requests "
+    some = f"{sum(unknown[words] for words in perhaps)} of {n} answers to harmful requests "
     return refusing or [], [some + in_other_words(perhaps, run.recipe.run.transcripts, bool(refusing))]
 
 

@@ -52,8 +52,8 @@ TOLD_BY = 4  # tokens of an answer, enough to tell whether batches change it
 class Run:
     """Settings, the frozen base, its prompts, what is shown, and what is kept; `force` goes on past every alarm.
 
-    `refusals` are sentences with which the base refuses and that the judge does not know: they count where something is
-    chosen by what answers do, and in no score."""
+    `refusals` are words with which the base begins refusals and that the judge does not know: they count where
+    something is chosen by what answers do, and in no score."""
 
     recipe: Recipe
     base: Loaded
