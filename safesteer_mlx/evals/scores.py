@@ -13,6 +13,7 @@ from ..method.judge import OUTCOMES, is_broken, is_refusal
 from ..system.screen import Screen
 
 HOW = ("greedy", "sampled")
+SIGNIFICANT = 0.05  # McNemar's p up to which a change is told as one
 SHOWN = {"base": "base", "teacher": "teacher", "student": "aligned"}  # as readers know the models
 
 
