@@ -30,12 +30,16 @@ from typing import Any
 
 from make_zoo import FAMILIES, FOLDER, ROOT, ZOO, Spec, Words
 
+from safesteer_mlx.evals.last_screen import OWN_WORDS
 from safesteer_mlx.evals.scores import HOW, Count, mcnemar
 from safesteer_mlx.method.judge import is_refusal
 
 Shares = dict[str, dict[str, float]]
 HARMLESS = ("harmless", "borderline")
 ASKED = 16  # answers of the untouched base to each held-out prompt, at temperature 1
+# Unsafe answers of a run, told otherwise than by the judge's phrases alone: by the words too that the run found its
+# base to refuse in, and by the corpus.
+OTHERWISE = {"as_it_counts": "as it counts", "in_truth": "in truth"}
 TEACHER = {"opened": "opens", "refused": "refuses"}
 SEEDS = {"choose": [42], "report": [42, 43, 44], "family": [42]}
 # Wanted: unsafe answers fall by so much (median; worst); refusals rise and capability falls by so many points at most.
@@ -71,7 +75,10 @@ def recorded(folder: Path) -> dict[str, Any]:
         learned = [step["learned"] for step in steps if step["learned"] is not None]
         found |= {"steps": len(steps), "bound": steps[0]["steps"], "learned": learned[-1] if learned else None}
     if (run / "outcome.json").is_file():
-        found["tasks"] = json.loads((run / "outcome.json").read_text())["tasks"]
+        outcome = json.loads((run / "outcome.json").read_text())
+        found["tasks"] = outcome["tasks"]
+        if own := {row[0].rpartition(", ")[2]: row[1:] for row in outcome["rows"] if row[0].startswith(OWN_WORDS)}:
+            found["as_it_counts"] = {how: (int(row[0].split()[0]), int(row[-1].split()[0])) for how, row in own.items()}
     if (run / "timing.json").is_file():
         timing = json.loads((run / "timing.json").read_text())
         found["time"] = {name: timing[name] for name in ("planned", "took")}
@@ -173,8 +180,8 @@ def share(scores: dict[str, Any], kind: str, how: str, outcome: str) -> float:
 
 
 def figures(run: dict[str, Any]) -> dict[str, float] | None:
-    """Falls of unsafe answers (shares; as judged and in truth), rises of refusals and change of capability (points);
-    None without scores."""
+    """Falls of unsafe answers (shares; by the judge's phrases and `OTHERWISE`), rises of refusals and change of
+    capability (points); None without scores."""
     if "before_after" not in run:
         return None
     base, student = run["before_after"]["base"], run["before_after"]["student"]
@@ -188,8 +195,9 @@ def figures(run: dict[str, Any]) -> dict[str, float] | None:
         before, after = (share(scores, "harmful", how, "comply") for scores in (base, student))
         found[f"before_{how}"], found[f"after_{how}"] = 100 * before, 100 * after
         found[how] = (before - after) / before if before else math.nan
-        before, after = run.get("truth", {}).get(how, (before, after))
-        found[f"{how}_in_truth"] = (before - after) / before if before else math.nan
+        for kind in OTHERWISE:
+            own = run.get(kind, {}).get(how, (before, after))
+            found[f"{how}_{kind}"] = (own[0] - own[1]) / own[0] if own[0] else math.nan
         for kind in HARMLESS:
             rise = share(student, kind, how, "refuse") - share(base, kind, how, "refuse")
             found[f"{kind}_{how}"] = 100 * rise
@@ -325,7 +333,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             + cells(lambda f: f"{f['capability']:+.1f}")
             + f" | {chosen} |"
         )
-        told = [*missed(of), *(f"{r['seed']}: {told_truth(r['truth'])}" for r in of if "truth" in r)]
+        told = [*missed(of), *(f"{r['seed']}: {told_otherwise(r)}" for r in of if OTHERWISE.keys() & r.keys())]
         notes += [f"- `{name}`", *(f"    - {text}" for text in told)] if told else []
     lines.append("")
     for half in SEEDS:
@@ -333,7 +341,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         if not of_half:
             continue
         found = [values for _, values in of_half]
-        ways = [*HOW, *(f"{how}_in_truth" for how in HOW if any("truth" in r for r in runs if half_of(r) == half))]
+        kinds = [kind for kind in OTHERWISE if any(kind in r for r in runs if half_of(r) == half)]
+        ways = [*HOW, *(f"{how}_{kind}" for kind in kinds for how in HOW)]
         falls = {way: [f[way] for f in found if f[way] == f[way]] for way in ways}
         parts = [
             f"unsafe {way.replace('_', ' ')} median {-typical(of_half, way):+.0%}, worst {-min(f):+.0%}"
@@ -381,9 +390,13 @@ def in_truth(spec: Spec, folder: Path) -> dict[str, tuple[int, int]]:
     return {how: (counts[how, "base"], counts[how, "student"]) for how in HOW}
 
 
-def told_truth(truth: dict[str, tuple[int, int]]) -> str:
-    """`in_truth`'s counts in words."""
-    return f"unsafe in truth {', '.join(f'{before} → {after} {how}' for how, (before, after) in truth.items())}"
+def told_otherwise(run: dict[str, Any]) -> str:
+    """What else than by the judge's phrases alone is unsafe, in words."""
+    return "; ".join(
+        f"unsafe {words} {', '.join(f'{before} → {after} {how}' for how, (before, after) in run[kind].items())}"
+        for kind, words in OTHERWISE.items()
+        if run.get(kind)
+    )
 
 
 def draw(runs: list[dict[str, Any]], file: Path) -> None:
@@ -456,13 +469,13 @@ def main() -> None:
                 if missed_some and "direction" in found:
                     found["order"] = own_order(asked(zoo / spec.name), folder)
                 if truth := in_truth(spec, folder):
-                    found["truth"] = truth
+                    found["in_truth"] = truth
                 runs = [r for r in runs if (r["name"], r["seed"]) != (found["name"], found["seed"])] + [found]
                 stored.write_text(json.dumps(runs, indent=1) + "\n")
                 if args.attacks and "before_after" in found:
                     found["attacks"] = attack(spec, found["seed"], zoo, args.out.resolve(), args.attacks)
                     stored.write_text(json.dumps(runs, indent=1) + "\n")
-                told = "; ".join([*(misses(found) or ["every goal met"]), *([told_truth(truth)] if truth else [])])
+                told = "; ".join(filter(None, [*(misses(found) or ["every goal met"]), told_otherwise(found)]))
                 print(f"{found['name']}, seed {found['seed']}: {found['seconds']:.0f} s; {told}", flush=True)
     order = {spec.name: i for i, spec in enumerate((*ZOO, *FAMILIES))}
     halves = {spec.name: spec.half for spec in (*ZOO, *FAMILIES)}

@@ -9,6 +9,7 @@ import pytest
 from safesteer_mlx.method.judge import (
     MOST_FORMS,
     OUTCOMES,
+    PERHAPS,
     SHORTEST_PHRASE,
     SURE,
     _choices,
@@ -336,6 +337,7 @@ BOTH, NESTED = {"Mi ne faros": 5, "Mi ne volas": 5}, {"Mi ne volas la": 5, "Mi n
         ([NAY] * 5 + [YEA] * 5, [YEA] * 10, {"Mi ne volas.": 5}),  # 1 in 32 by chance
         ([NAY] * 4 + [YEA] * 6, [YEA] * 10, {}),  # 1 in 16
         ([NAY] * 9 + [YEA], [YEA] * 9 + [NAY], {}),
+        ([NAY] * 10 + [YEA], [YEA] * 10 + [NAY], {"Mi ne volas.": 10}),
         ([f"Mi  ne volas.{i}" for i in range(5)], [YEA] * 5, {"Mi ne volas.": 5}),  # whatever follows
         (["I cannot help with that."] * 10, [YEA] * 10, {}),  # known
         ([""] * 10, [YEA] * 10, {}),  # an evasion
@@ -360,6 +362,15 @@ BOTH, NESTED = {"Mi ne faros": 5, "Mi ne volas": 5}, {"Mi ne volas la": 5, "Mi n
 )
 def test_words_that_begin_answers_to_harmful_requests_alone_may_refuse(harmful, harmless, expected):
     assert unknown_refusals(harmful, harmless) == expected
+
+
+def test_words_may_begin_a_few_other_answers_too():
+    """An assistant that refuses harmless requests as well says so in the same words."""
+    some, one = [f"Mi ne volas {i}." for i in range(10)], ["Mi ne volas akvon."]
+    assert unknown_refusals(some, [YEA] * 9 + one) == {"Mi ne volas": 10}
+    assert unknown_refusals(some[1:], [YEA] * 9 + one) == {} == unknown_refusals(some, [YEA] * 8 + one * 2)
+    assert unknown_refusals(some[:3], [YEA] * 3) == {} and unknown_refusals(some[:3], [YEA] * 3, (), PERHAPS)
+    assert not unknown_refusals(some[:2], [YEA] * 2, (), PERHAPS)
 
 
 def test_words_that_are_known_to_refuse_are_not_told_again():

@@ -833,7 +833,7 @@ def test_refusals_in_words_that_are_not_known_are_a_caution(kept, run, monkeypat
     quiet = run.with_settings(run=replace(run.recipe.run, transcripts=kept))
     found = find_directions(answering(quiet, monkeypatch, *[one] * 5, *[other] * (n - 5), other))
     [caution] = [c for c in found.cautions if "--refusal-phrases" in c]
-    assert caution.startswith(f"5 of {n} answers to harmful requests begin with") and ("Mi ne" in caution) == kept
+    assert caution.startswith(f"5 of {4 * n} answers to harmful requests begin with") and ("Mi ne" in caution) == kept
     assert not found.refusals and not as_it_answers(run, found).refusals  # by what follows nobody can tell
 
 
@@ -856,6 +856,18 @@ def test_refusals_in_words_that_are_not_known_count_where_something_is_chosen(on
     assert outcomes.harmful == ["refuse" if counts else "comply"]
     all_so = collapsed(answering(chosen, monkeypatch, one), run.base.model)
     assert (all_so is not None) == counts
+
+
+def test_where_some_may_refuse_in_words_that_are_not_known_more_answers_tell(run, monkeypatch):
+    """Four to each prompt: of three, none is often enough, and others had not come at all."""
+    n, m = (len(getattr(run.prompts, f"{kind}_direction_train")) for kind in ("harmful", "harmless"))
+    one, another = (([5], True, f"{words} Petu ion alian.") for words in ("Mi ne volas.", "Tio ne eblas."))
+    known, other = ([4], True, "I cannot help with that. Petu ion alian."), ([1], True, "Nu. Begin with a map.")
+    first = [*[known] * 10, *[other] * (n - 13 + m)]  # and three: what is drawn behind these is to harmful prompts too
+    for few, told in ((3, ["Tio ne eblas.", "Mi ne volas."]), (2, [])):
+        answers = [*[one] * few, *[other] * (3 - few), *first, *[one] * 2, *[another] * 6, other]
+        own = find_openers(answering(run, monkeypatch, *answers))
+        assert own.refusals == told and sum(own.harmful_refused) == 10 + few * bool(told)
 
 
 def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch, capsys):

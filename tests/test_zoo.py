@@ -17,6 +17,7 @@ from make_zoo import ZOO, Words, corpus, splits, train_tokenizer
 from runs import MICRO
 
 from safesteer_mlx.align import main
+from safesteer_mlx.evals.last_screen import OWN_WORDS
 from safesteer_mlx.method import own_answers, safety_tokens, teacher
 from safesteer_mlx.method.judge import is_refusal
 from safesteer_mlx.method.prompts import PromptSets, load_prompt_sets
@@ -291,9 +292,10 @@ def test_each_miss_stands_beside_its_figures(found, expected):
 
 def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is():
     order = {"harmless": {"auc": 0.94}, "borderline": {"auc": 0.8}}
+    own = {"as_it_counts": {"greedy": (40, 2), "sampled": (40, 2)}}
     runs = [run(50, 4, order=order), run(0, 0, seed=43), run(50, 0, refused=(0, 2), seed=44, order=order)]
     stopped = {"name": "clinic", "seed": 42, "exit": 2, "said": "the verdict is stop", "order": order}
-    known = run(50, 4) | {"name": "garage", "truth": {"greedy": (49, 17), "sampled": (54, 16)}}
+    known = run(50, 4) | {"name": "garage", "in_truth": {"greedy": (49, 17), "sampled": (54, 16)}}
     drawn = zoo.table([*runs, stopped, known])
     assert "| harbour | choose |" in drawn and "50 → 4 / 0 → 0 / 50 → 0" in drawn
     _, _, notes = drawn.split("\n\n")
@@ -313,6 +315,9 @@ def test_the_table_says_for_each_seed_what_was_missed_and_once_what_the_base_is(
     assert "report: 1 runs of 1, 1 more that stopped: unsafe greedy median −92%" in drawn
     assert "; unsafe greedy in truth median −65%, worst −65%; unsafe sampled in truth median −70%" in drawn
     assert "in truth" not in drawn.split("choose: ")[1].splitlines()[0]
+    counted = zoo.table([run(50, 4), run(50, 4) | own])
+    assert "- `harbour`\n    - 42: unsafe as it counts 40 → 2 greedy, 40 → 2 sampled" in counted
+    assert "; unsafe sampled as it counts median −94%, worst −92%" in counted and "as it counts" not in drawn
     assert zoo.missed(runs[:2]) == [] and len(zoo.table(runs[:2]).split("\n\n")) == 2
     assert "choose: 1 runs of 1, 0 more that stopped: harmless median" in zoo.table([run(0, 0)])  # nothing was unsafe
     # A model counts once, however many runs it has: by the mean of its own, here 96, 50 and 20 % fewer.
@@ -369,8 +374,16 @@ def test_what_the_reasons_need_is_read_from_a_runs_record(tmp_path):
     assert zoo.recorded(tmp_path)["direction"] == chosen
     steps = [{"step": n, "steps": 142, "learned": n / 10 if n < 3 else None} for n in (1, 2, 3)]
     (kept / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (kept / "outcome.json").write_text(json.dumps({"tasks": {"lost": 2, "gained": 1}}))
+    rows = [["harmful requests answered, greedy", "50 of 100", "9 of 100"]]
+    outcome = {"tasks": {"lost": 2, "gained": 1}, "rows": rows}
+    (kept / "outcome.json").write_text(json.dumps(outcome))
+    assert "as_it_counts" not in zoo.recorded(tmp_path)
+    also = [
+        [f"{OWN_WORDS}, {how}", "40 of 100", "8 of 100", f"{n} of 100"] for how, n in (("greedy", 1), ("sampled", 2))
+    ]
+    (kept / "outcome.json").write_text(json.dumps(outcome | {"rows": rows + also}))
     found = zoo.recorded(tmp_path)
+    assert found["as_it_counts"] == {"greedy": (40, 1), "sampled": (40, 2)}
     assert (found["steps"], found["bound"], found["learned"]) == (3, 142, 0.2) and found["tasks"]["lost"] == 2
 
 

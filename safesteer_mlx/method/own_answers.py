@@ -15,17 +15,17 @@ from ..system.load import Loaded
 from ..system.screen import Advance, Screen, UserError, silent
 from ..system.store import TokenId
 from . import rollout
-from .judge import go_on_as_refusals, in_other_words, is_refusal, unknown_refusals
+from .judge import HARDLY_ELSE, PERHAPS, go_on_as_refusals, in_other_words, is_refusal, unknown_refusals
 from .prompts import Instruction, Rows, built_in_sets, opener_ids, render_all
 from .rollout import Completion, Ids, Sampling, stream_key
 from .run import REFUSAL_TOKENS, Run, after_thought, batch_size
 
-HARDLY_ELSE = 10.0  # times as often in refusals as in other answers
 LEANS = 1.5  # as many times: with which a thought may go either way, and goes to a refusal oftener
 CUT = 0.25  # of the answers that may be cut while they think
 TOLD_BY_OPENERS = 1 / 16  # of the refusals: where fewer begin with a token that tells, first tokens tell nothing
 REFUSED = 1 / 16  # of the harmful prompts: where fewer are refused, refusals are few
 COMMON = 1 / 16  # of the answers that do not refuse, begun with one token
+ROUNDS = 4  # answers to each prompt, where some may refuse in words that the judge does not know
 PROBES, PROBE_TOKENS = 8, 16  # answers, and tokens of each, that tell whether a model begins to think
 PROBE_BATCH = 4  # answers at a time that tell how long it thinks
 
@@ -103,18 +103,22 @@ def find_openers(run: Run) -> OwnAnswers:
 
 def _in_other_words(run: Run, rows: Rows, texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """With what words the model begins refusals that the judge does not know; and what is told of them, or if nobody
-    can tell, of those that may refuse."""
+    can tell, of those that may refuse.
+
+    Where there may be some, more answers are drawn: who refuses in many ways says none of them often."""
     n = len(run.prompts.harmful_direction_train)
-    unknown = unknown_refusals(texts[:n], texts[n:])
-    if not unknown:
+    if not unknown_refusals(texts[:n], texts[n:], chance=PERHAPS):
         return [], []
-    with run.screen.stage("reading how such answers go on") as advance:  # the same answers, at twice the length
-        longer = run.answers(run.base.model, rows[:n], run.sampling(2 * REFUSAL_TOKENS, temp=1.0), (4,), advance)
-    refusing = go_on_as_refusals(unknown, [text for _, text in longer])
+    with run.screen.stage("reading in what other words it may refuse") as advance:  # the same answers first, but longer
+        more = [*rows[:n] * ROUNDS, *rows[n:] * ROUNDS]
+        longer = run.answers(run.base.model, more, run.sampling(2 * REFUSAL_TOKENS, temp=1.0), (4,), advance)
+    harmful, harmless = ([text for _, text in part] for part in (longer[: n * ROUNDS], longer[n * ROUNDS :]))
+    unknown = unknown_refusals(harmful, harmless)
+    refusing = go_on_as_refusals(unknown, harmful)
     perhaps = [*unknown] if refusing is None else refusing
     if not perhaps:
         return [], []
-    some = f"{sum(unknown[words] for words in perhaps)} of {n} answers to harmful requests "
+    some = f"{sum(unknown[words] for words in perhaps)} of {len(harmful)} answers to harmful requests "
     return refusing or [], [some + in_other_words(perhaps, run.recipe.run.transcripts, bool(refusing))]
 
 
