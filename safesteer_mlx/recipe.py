@@ -165,7 +165,12 @@ class TeacherSettings:
 class TokenSettings:
     """Stage 3, the safety tokens."""
 
-    safety_tokens: int | str = _count(50, "at most so many safety tokens, |S|, or a file that holds them", MOST_TOKENS)
+    safety_tokens: int | str = _count(
+        50,
+        "at most so many safety tokens, |S| (of the default, up to four times as many where they explain less than "
+        "half), or a file that holds them",
+        MOST_TOKENS,
+    )
     token_method: str = _setting(
         "part",
         "how they are ranked: by their part in what steering does, or as published",

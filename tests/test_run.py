@@ -617,6 +617,35 @@ def test_where_tokens_that_refuse_explain_too_little_all_that_steering_raises_co
         assert safety_tokens._selected(few, Teacher(run.base.model), contrast, directions, range(4)).tolist() == [3, 2]
 
 
+@pytest.mark.parametrize(
+    ("shares", "given", "count"),
+    [
+        ((0.5, 0.6, 0.7), {}, 50),
+        ((0.49, 0.5, 0.7), {}, 100),
+        ((0.3, 0.4, 0.5), {}, 200),
+        ((0.1, 0.2, 0.3), {}, 200),  # for which a run ends
+        ((0.3, 0.4, 0.5), {"safety_tokens": 100}, 100),  # as it was said
+        ((0.3, 0.4, 0.5), {"token_method": "vote"}, 50),  # as published
+    ],
+)
+def test_where_so_many_tokens_explain_too_little_more_of_them_count(shares, given, count, run, monkeypatch, capsys):
+    run = replace(run, screen=Screen(verbose=True))
+    most = given.get("safety_tokens", 50)
+    run = run.with_settings(tokens=replace(run.recipe.tokens, **given | {"safety_tokens": most}))
+    monkeypatch.setattr(safety_tokens, "_refusing", lambda *_: (None, []))
+    monkeypatch.setattr(safety_tokens, "select_tokens", lambda contrast, most, *_: np.arange(most))
+    contrast = explaining([share for share, n in zip(shares, (50, 50, 100), strict=True) for _ in range(n)])
+    directions = SimpleNamespace(thoughts=Thoughts())
+    selected = safety_tokens._selected(run, Teacher(run.base.model), contrast, directions, range(4))
+    assert len(selected) == count
+    said = capsys.readouterr().out
+    steps = [(50, shares[0], 100), (100, shares[1], 200)][: [50, 100, 200].index(count) if most == 50 else 0]
+    assert said.count("may count") == len(steps)
+    assert all(
+        f"{n} tokens explain {share:.0%} of what steering does, so {more} may" in said for n, share, more in steps
+    )
+
+
 def test_a_teacher_of_a_model_that_thinks_writes_the_thought(run):
     undecided = [[[1, 2]], [[3]]]
     alike = Thoughts(30, [], [], undecided, 5, alike=True)  # only so far, and as much more as of other answers

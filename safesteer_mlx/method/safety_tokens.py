@@ -32,7 +32,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..recipe import MOST_TOKENS
+from ..recipe import MOST_TOKENS, TokenSettings
 from ..system import machines
 from ..system.load import Loaded
 from ..system.memory import with_smaller_batches
@@ -53,6 +53,7 @@ REFUSES = 2 / 3  # of the answers that a safety token opens
 SEEN = 3  # answers that tell that a token opens others as often
 EXPLAINS_LITTLE = 0.5  # of the teacher's divergence from the base
 THOUGHTS_EXPLAIN_LITTLE = 0.25  # the same of thoughts, of whose words most go with answers of all kinds
+MORE = (2, 4)  # times as many safety tokens as by default, where those explain little
 LITTLE = 0.01  # nats that the teacher is from the base
 HARDLY_OPENS = 0.1  # the teacher's probability of safety tokens where it is largest, at the beginning of answers
 TOLD = 4  # answers to each harmful validation prompt that tell which tokens refuse
@@ -531,31 +532,44 @@ def _selected(
     """The tokens by the recipe's method, (K,); of a model that thinks first, those with which it thinks of refusing.
 
     Those that refuse may be none of those that steering raises, or so few that a run would end for it: then all that
-    it raises count, without those that open other answers as often if the rest explains enough.
+    it raises count, without those that open other answers as often if the rest explains enough. Where a run would end
+    even so, as of a model whose refusals begin in very many ways, twice or four times as many tokens as by default may.
     """
     settings, among, others = run.recipe.tokens, None, []
     if settings.token_method == "part" and run.base.thinks:
         among = directions.thoughts.telling or None
     if settings.token_method == "part" and among is None:
         among, others = _refusing(run, teacher, directions)
-    select = partial(select_tokens, contrast, settings.safety_tokens, settings.token_method, settings.token_share)
 
     def explain(tokens: np.ndarray) -> float:
         shares = contrast.explained(tokens, _where(run.base, contrast, tokens, harmful)) if len(tokens) else [0.0]
         return float(shares[-1])
 
-    tokens = select(among)
-    if among is None or (share := explain(tokens)) >= explains_little(run.base):
-        return tokens
-    for but in (others, []):
-        raised = select(np.setdiff1d(np.flatnonzero(contrast.raised), but))
-        if explain(raised) >= max(share, explains_little(run.base)):
-            of_what = f"all that it raises count, but {len(but)}" if but else "all that it raises count"
-            run.screen.detail(f"tokens that refuse explain {share:.0%} of what steering does, so {of_what}")
-            # What refuses and is not raised would be free to rise on harmless prompts.
-            more = np.setdiff1d(np.intersect1d(among, np.flatnonzero(contrast.eligible)), raised) if but else raised[:0]
-            return np.concatenate([raised[: max(0, settings.safety_tokens - len(more))], more])
-    return tokens if len(tokens) else raised
+    def chosen(most: int) -> np.ndarray:
+        select = partial(select_tokens, contrast, most, settings.token_method, settings.token_share)
+        tokens = select(among)
+        if among is None or (share := explain(tokens)) >= explains_little(run.base):
+            return tokens
+        for but in (others, []):
+            raised = select(np.setdiff1d(np.flatnonzero(contrast.raised), but))
+            if explain(raised) >= max(share, explains_little(run.base)):
+                of_what = f"all that it raises count, but {len(but)}" if but else "all that it raises count"
+                run.screen.detail(f"tokens that refuse explain {share:.0%} of what steering does, so {of_what}")
+                # What refuses and is not raised would be free to rise on harmless prompts.
+                more = np.intersect1d(among, np.flatnonzero(contrast.eligible)) if but else raised[:0]
+                more = np.setdiff1d(more, raised)
+                return np.concatenate([raised[: max(0, most - len(more))], more])
+        return tokens if len(tokens) else raised
+
+    most = int(settings.safety_tokens)
+    tokens = chosen(most)
+    for times in MORE if settings.token_method == "part" and most == TokenSettings().safety_tokens else ():
+        if len(tokens) < most or (share := explain(tokens)) >= explains_little(run.base):
+            break
+        most = times * TokenSettings().safety_tokens
+        run.screen.detail(f"{len(tokens)} tokens explain {share:.0%} of what steering does, so {most} may count")
+        tokens = chosen(most)
+    return tokens
 
 
 def _refusing(run: Run, teacher: Teacher, directions: FoundDirections) -> tuple[list[int] | None, list[int]]:
@@ -611,7 +625,7 @@ def check_tokens(run: Run, tokens: SafetyTokens) -> None:
         remedy = ""
         if settings.token_method != "part":
             remedy = "--token-method part or "
-        elif len(tokens.rows) == settings.safety_tokens:
+        elif isinstance(settings.safety_tokens, int) and len(tokens.rows) >= settings.safety_tokens:
             remedy = "more --safety-tokens or "
     elif first < HARDLY_OPENS:
         fault = f"the teacher opens answers to harmful prompts with safety tokens at a probability of only {first:.2f}"
