@@ -453,6 +453,27 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        "words that begin answers to harmless requests as often may refuse",
+        METHOD + "judge.py",
+        "alone = [text for text, n in counts.items() if others[text] * HARDLY_ELSE <= n]",
+        "alone = [*counts]",
+        "tests/test_judge.py::test_words_that_begin_answers_to_harmful_requests_alone_may_refuse",
+    ),
+    Mutant(
+        "where some may refuse in other words one answer to each prompt tells",
+        METHOD + "own_answers.py",
+        "more = [*rows[:n] * ROUNDS, *rows[n:] * ROUNDS]",
+        "more = [*rows]",
+        "tests/test_run.py::test_where_some_may_refuse_in_words_that_are_not_known_more_answers_tell",
+    ),
+    Mutant(
+        "no more safety tokens than by default, however little they explain",
+        METHOD + "safety_tokens.py",
+        "most = times * TokenSettings().safety_tokens",
+        "most = TokenSettings().safety_tokens",
+        "tests/test_run.py::test_where_so_many_tokens_explain_too_little_more_of_them_count",
+    ),
+    Mutant(
         "a told refusal judged by what follows",
         METHOD + "judge.py",
         """return _holds(answer[: max(answer.rfind(mark) for mark in ".!?。！？\\n") + 1], "refusal")""",
