@@ -455,7 +455,7 @@ MUTANTS = [
     Mutant(
         "words that begin answers to harmless requests as often may refuse",
         METHOD + "judge.py",
-        "alone = [text for text, n in counts.items() if others[text] * HARDLY_ELSE <= n]",
+        "alone = [text for text, n in counts.items() if others[text] * seldom <= n * len(harmless)]",
         "alone = [*counts]",
         "tests/test_judge.py::test_words_that_begin_answers_to_harmful_requests_alone_may_refuse",
     ),

@@ -368,7 +368,10 @@ def test_words_may_begin_a_few_other_answers_too():
     """An assistant that refuses harmless requests as well says so in the same words."""
     some, one = [f"Mi ne volas {i}." for i in range(10)], ["Mi ne volas akvon."]
     assert unknown_refusals(some, [YEA] * 9 + one) == {"Mi ne volas": 10}
-    assert unknown_refusals(some[1:], [YEA] * 9 + one) == {} == unknown_refusals(some, [YEA] * 8 + one * 2)
+    assert unknown_refusals(some[1:], [YEA] * 8 + one) == {} == unknown_refusals(some, [YEA] * 8 + one * 2)
+    # By shares: 2 of 20 are a tenth of 10 of 10.
+    assert unknown_refusals(some, [YEA] * 18 + one * 2) == {"Mi ne volas": 10}
+    assert unknown_refusals(some, [YEA] * 17 + one * 3) == {} == unknown_refusals([*some, YEA], [YEA] * 9 + one)
     assert unknown_refusals(some[:3], [YEA] * 3) == {} and unknown_refusals(some[:3], [YEA] * 3, (), PERHAPS)
     assert not unknown_refusals(some[:2], [YEA] * 2, (), PERHAPS)
 

@@ -183,8 +183,8 @@ def test_a_forward_pass_that_padding_changes_is_refused(model):
         batch_size(base, 64, Screen(), rows)  # type: ignore[arg-type]
 
 
-def tokens(explained=0.9, openings=(0.5, 0.2), nats=1.0):
-    return SafetyTokens([{"id": 3}], explained, list(openings), nats)
+def tokens(explained=0.9, openings=(0.5, 0.2), nats=1.0, count=1):
+    return SafetyTokens([{"id": 3 + i} for i in range(count)], explained, list(openings), nats)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,7 @@ def tokens(explained=0.9, openings=(0.5, 0.2), nats=1.0):
     [
         ({"explained": 0.49}, {}, "explain only 49% of what steering does", ""),
         ({"explained": 0.49}, {"safety_tokens": 1}, "explain only 49%", "more --safety-tokens or "),
+        ({"explained": 0.49, "count": 2}, {"safety_tokens": 1}, "the 2 safety tokens", "more --safety-tokens or "),
         ({"explained": 0.49}, {"token_method": "vote"}, "explain only 49%", "--token-method part or "),
         ({"openings": [0.05, 0.09]}, {}, "at a probability of only 0.09", "--coeff auto or "),
     ],

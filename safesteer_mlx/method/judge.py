@@ -296,7 +296,8 @@ def unknown_refusals(
         Counter(text for answer in answers if outcome(answer, also) == "comply" for text in _beginnings(answer))
         for answers in (harmful, harmless)
     )
-    alone = [text for text, n in counts.items() if others[text] * HARDLY_ELSE <= n]
+    seldom = HARDLY_ELSE * len(harmful)
+    alone = [text for text, n in counts.items() if others[text] * seldom <= n * len(harmless)]
     told: dict[str, int] = {}
     for text in sorted(alone, key=lambda text: (-len(text), text)):
         more = counts[text] - sum(n for longer, n in told.items() if _beginning(longer, [text]))
