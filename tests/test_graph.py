@@ -1,6 +1,7 @@
 """What evaluating a graph takes, by hand and against what MLX measured: order, views, writing over, the queue."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from safesteer_mlx.system import graph
@@ -95,9 +96,20 @@ def test_nothing_is_computed_and_what_must_be_is_told():
         traced(lambda x: x * x.sum().item(), square())
 
 
-@pytest.mark.parametrize(("between", "most"), [(lambda x: x, 1.02), (lambda x: mx.tanh(x) + 0.1, 1.25)])
-@pytest.mark.parametrize("deep", [40, 300])
-def test_what_mlx_measures_is_what_was_counted(deep, between, most):
+@pytest.mark.parametrize(
+    ("between", "most", "deep"),
+    [
+        (lambda x: x, 1.02, 40),
+        (lambda x: x, 1.02, 300),
+        (lambda x: mx.sign(x) + 0.1, 1.25, 40),
+        (lambda x: mx.sign(x) + 0.1, 1.25, 300),
+        # One operation each, as `mx.compile` has it: the queue reaches farther back. What they hold inside is counted.
+        (nn.softplus, 1.02, 40),
+        (nn.gelu_approx, 1.7, 40),
+        (nn.silu, 2.1, 40),
+    ],
+)
+def test_what_mlx_measures_is_what_was_counted(between, most, deep):
     """With operations that are slow enough for the queue to be full."""
     weights = [mx.random.normal((700, 700)) for _ in range(3)]
     mx.eval(weights)

@@ -233,6 +233,17 @@ def test_a_plan_made_later_is_of_the_steps_that_have_not_begun(clock):
     assert run.as_json()["planned"] == [10.0, 20.0, 30.0]
 
 
+def test_what_nobody_could_plan_makes_the_steps_to_come_no_longer(clock):
+    run = Pace([10.0, 20.0, 30.0])
+    run.next()
+    clock[0] += 40
+    run.more(30.0)
+    run.next()
+    assert run.left() == 50.0
+    assert run.as_json() == {"planned": [10.0, 20.0, 30.0], "took": [40.0, 0.0]}
+    Pace([]).more(1.0)  # of a run that nobody watches
+
+
 def test_once_it_is_known_how_much_is_taught_the_steps_with_it_are_planned_by_that(run_with):
     """A row is drawn in 2 + 8 tokens by what is planned at first, in 13 + 8 once 13 tokens are to be taught."""
     run, rates = run_with(), replace(DRAWING, batch=96, feeding=(1.0, 1.0))

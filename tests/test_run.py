@@ -894,10 +894,13 @@ def test_where_some_may_refuse_in_words_that_are_not_known_more_answers_tell(run
     one, another = (([5], True, f"{words} Petu ion alian.") for words in ("Mi ne volas.", "Tio ne eblas."))
     known, other = ([4], True, "I cannot help with that. Petu ion alian."), ([1], True, "Nu. Begin with a map.")
     first = [*[known] * 10, *[other] * (n - 13 + m)]  # and three: what is drawn behind these is to harmful prompts too
+    seconds = []  # of which the plan of the run's time knows nothing
+    monkeypatch.setattr(type(run.screen.pace), "more", lambda _, more: seconds.append(more))
     for few, told in ((3, ["Tio ne eblas.", "Mi ne volas."]), (2, [])):
         answers = [*[one] * few, *[other] * (3 - few), *first, *[one] * 2, *[another] * 6, other]
         own = find_openers(answering(run, monkeypatch, *answers))
         assert own.refusals == told and sum(own.harmful_refused) == 10 + few * bool(told)
+    assert len(seconds) == 1 and seconds[0] > 0
 
 
 def test_a_direction_is_never_the_mean_of_a_few_refused_prompts(run, found, monkeypatch, capsys):

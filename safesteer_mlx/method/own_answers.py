@@ -2,6 +2,7 @@
 begin, or how it thinks before them, and in what words it refuses that the judge does not know (method page, 1).
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -106,12 +107,13 @@ def _in_other_words(run: Run, rows: Rows, texts: Sequence[str]) -> tuple[list[st
     can tell, of those that may refuse.
 
     Where there may be some, more answers are drawn: who refuses in many ways says none of them often."""
-    n = len(run.prompts.harmful_direction_train)
+    n, began = len(run.prompts.harmful_direction_train), time.monotonic()
     if not unknown_refusals(texts[:n], texts[n:], chance=PERHAPS):
         return [], []
     with run.screen.stage("reading in what other words it may refuse") as advance:  # the same answers first, but longer
         more = [*rows[:n] * ROUNDS, *rows[n:] * ROUNDS]
         longer = run.answers(run.base.model, more, run.sampling(2 * REFUSAL_TOKENS, temp=1.0), (4,), advance)
+    run.screen.pace.more(time.monotonic() - began)
     harmful, harmless = ([text for _, text in part] for part in (longer[: n * ROUNDS], longer[n * ROUNDS :]))
     unknown = unknown_refusals(harmful, harmless)
     refusing = go_on_as_refusals(unknown, harmful)

@@ -29,6 +29,7 @@ _ELEMENTWISE |= {"LessEqual", "Log", "Log10", "Log1p", "Log2", "LogAddExp", "Log
 _ELEMENTWISE |= {"Maximum", "Minimum", "Multiply", "NaNEqual", "Negative", "NotEqual", "Power", "Real", "Remainder"}
 _ELEMENTWISE |= {"Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Square", "Subtract", "Tan"}
 _ELEMENTWISE |= {"Tanh"}
+_ACTIVATIONS = {"Erf", "LogAddExp", "Sigmoid", "Tanh"}
 _OVER_FIRST = {"SliceUpdate", "DynamicSliceUpdate", "Scatter", "ScatterAxis"}  # a copy of it, changed in places
 _BY_ROW = {"Softmax", "LogSumExp", "RMSNorm", "LayerNorm", "RoPE"}  # read row after row
 _PRODUCTS = {"Matmul", "AddMM", "GatherMM", "BlockMaskedMM"}  # read either way round
@@ -242,6 +243,7 @@ class _Memory:
         self._uses = Counter(array.name for operation in operations for array in operation.inputs)
         self._uses.update(array.name for array in results)
         self._lies: dict[str, _Layout] = {}
+        self._fused = _fused(operations, self._uses)
         self._queued: deque[tuple[int, list[_Buffer]]] = deque()  # held until so many are dispatched
 
     def run(self, operation: Operation) -> None:
@@ -257,7 +259,7 @@ class _Memory:
         self._hold([*held.values(), *copies])
         # What a view looks at is held by a dispatch too; inputs are copied into one one by one, as is what is padded.
         made = {"Concatenate": len(inputs), "Pad": 2}.get(operation.name, 1) if None in views else 0
-        self._dispatched += 1 + len(copies) + made
+        self._dispatched += (1 + len(copies) + made) * (operation.outputs[0].name not in self._fused)
         self._queued.append((self._dispatched, [*held.values(), *copies]))
         for array, out in zip(operation.outputs, outputs, strict=True):
             self._lies[array.name] = out
@@ -272,7 +274,7 @@ class _Memory:
         name, (_, shape, width) = operation.name, operation.outputs[which]
         size, strides = math.prod(shape) * width, _strides(shape)
         over: list[int] = []
-        if name in _ELEMENTWISE or name.startswith("Compiled"):
+        if _elementwise(operation):
             many = [i for i, a in enumerate(inputs) if a.values > 1 and a.shape == shape]
             if not many and name in _ELEMENTWISE:
                 return _Layout(self._allocated(width), shape, (0,) * len(shape), width)
@@ -307,6 +309,37 @@ class _Memory:
                 buffer.holders -= 1
                 if not buffer.holders:
                     self._now -= buffer.size
+
+
+def _fused(operations: Sequence[Operation], uses: Counter[str]) -> set[str]:
+    """What operations make that are dispatched with the next one: an activation, and what is done elementwise just
+    before and after it. Activations are functions that `mx.compile` makes one operation of, which a trace does not
+    show."""
+    needed_by = {array.name: operation for operation in operations for array in operation.inputs}
+
+    def leads_on(operation: Operation) -> bool:
+        out = operation.outputs[0]
+        if not _elementwise(operation) or uses[out.name] != 1 or out.name not in needed_by:
+            return False
+        then = needed_by[out.name]
+        return _elementwise(then) and then.outputs[0].shape == out.shape
+
+    chains = [operation for operation in operations if leads_on(operation)]
+    after: set[str] = set()
+    for operation in chains:
+        if operation.name in _ACTIVATIONS or any(array.name in after for array in operation.inputs):
+            after.add(operation.outputs[0].name)
+    before: set[str] = set()
+    for operation in reversed(chains):
+        out = operation.outputs[0].name
+        then = needed_by[out]
+        if then.name in _ACTIVATIONS or then.outputs[0].name in before:
+            before.add(out)
+    return after | before
+
+
+def _elementwise(operation: Operation) -> bool:
+    return operation.name in _ELEMENTWISE or operation.name.startswith("Compiled")
 
 
 def _copies(operation: Operation, inputs: Sequence[_Layout]) -> list[int]:

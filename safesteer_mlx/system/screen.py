@@ -219,6 +219,11 @@ class Pace:
         """A plan made later, of which the steps that have not begun are taken."""
         self.expected[self.step :] = planned[self.step :]
 
+    def more(self, seconds: float) -> None:
+        """The step under way had so much to do that nobody could plan: those to come are no slower for it."""
+        if self.planned and self.step:
+            self.expected[self.step - 1] += seconds
+
     def as_json(self) -> dict[str, list[float]]:
         """Seconds that were planned at first for each step, and that each took, the one under way until now."""
         took = [*self.took, time.monotonic() - self._began]
@@ -232,7 +237,7 @@ class Pace:
         if not self.planned:
             return 0.0
         steps = len(self.took)
-        slower = (sum(self.took) + self.expected[0]) / (sum(self.expected[:steps]) + self.expected[0])
+        slower = (sum(self.took) + self.planned[0]) / (sum(self.expected[:steps]) + self.planned[0])
         here, *later = [slower * seconds for seconds in self.expected[steps:]] or [0.0]
         planned = 0.0 if is_step else here - (time.monotonic() - self._began)
         return max(planned, of_stage) + sum(later)
