@@ -64,7 +64,8 @@ code cannot do it for anyone. *Whole stream*: the published ablation leaves more
 the direction (its largest share behind any block is told), so all that reaches the stream is projected (`--ablation`);
 what trained models have of it stands in [verdict.md](verdict.md#what-the-published-ablation-leaves). *In groups of one
 length*, *one at a time*: mlx-lm does not batch prompts of unequal length rightly, or none, which is noticed.
-*Experts in half precision*: MLX's CPU backend multiplies experts' weights in float32 alone; that was not run on Metal.
+*Experts in half precision*: MLX's CPU backend multiplies experts' weights in float32 alone, in which runs compute
+small models there; that was not run on Metal.
 
 *Memory* is planned over measured: the peak of a training pass through all blocks ({rows} rows of {length} tokens, no
 checkpoints), above weights and gradients, the median of three, which differ by some 5 %. What is planned is counted on

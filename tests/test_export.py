@@ -287,7 +287,7 @@ def test_too_little_memory_is_told_before_anything_is_written(finished, tmp_path
     from safesteer_mlx.system import memory
 
     def of(size: float):
-        monkeypatch.setattr(writers, "this_machine", lambda: memory.Machine(int(size), "physical memory", True))
+        monkeypatch.setattr(writers, "this_machine", lambda: memory.Machine(int(size), "physical memory"))
 
     base, out = load(TINY), tmp_path / "out"
     student = with_adapters(base.model, finished)
@@ -396,8 +396,8 @@ def test_peft_is_asked_on_a_base_whose_weights_are_spelled_out(tmp_path, monkeyp
     import transformers
 
     base = load(TINY)
-    kept = replace(base, model=writers.packed(base), dequantized_for_speed=False)
-    assert base.dequantized_for_speed and any(hasattr(m, "bits") for _, m in kept.model.named_modules())
+    kept = replace(base, model=writers.packed(base), widened=False)
+    assert base.widened and any(hasattr(m, "bits") for _, m in kept.model.named_modules())
     before = {name: mx.array(w) for name, w in tree_flatten(kept.model.parameters())}
     weights = {}
 
@@ -621,7 +621,7 @@ def test_llama_cpp_gives_what_the_student_does(finished, tmp_path, capfd, words,
 def test_code_that_may_run_may_wherever_the_base_or_its_export_is_read_again(trusted, tmp_path, monkeypatch):
     base = load(str(MODELS / "tiny-chat"))
     assert load(base.name, trust_remote_code=True).trusted and not base.trusted
-    base, how = replace(base, trusted=trusted, dequantized_for_speed=True), []
+    base, how = replace(base, trusted=trusted, widened=True), []
 
     def read(*_, **options):
         how.append(options)

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 from runs import MICRO
 
@@ -17,6 +18,7 @@ from safesteer_mlx.method import run as runs
 from safesteer_mlx.method.prompts import load_instructions, render_all
 from safesteer_mlx.method.residual import last_logits
 from safesteer_mlx.recipe import MODELS, resolve
+from safesteer_mlx.system import shape
 from safesteer_mlx.system.load import load
 from safesteer_mlx.system.screen import UserError
 
@@ -65,6 +67,22 @@ def test_every_format_loads_and_computes_nearly_the_same(formats, name):
     assert distance < {"mxfp4": 0.25, "bfloat16": 0.02}.get(name, 0.01)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_on_the_cpu_a_small_model_is_computed_in_float32(formats, name, monkeypatch):
+    """Its kernels for anything else are many times slower. The weights are those that are kept, to the bit."""
+    widened = load(str(formats[name]))
+    monkeypatch.setattr(shape, "_SMALL", 0)
+    kept = load(str(formats[name]))
+    weights, own = (dict(tree_flatten(model.model.parameters())) for model in (widened, kept))
+    assert widened.widened == (name != "float32") and not kept.widened
+    assert {w.dtype for w in weights.values()} == {mx.float32}
+    if widened.quantized:
+        own = dict(tree_flatten(dequantize_model(kept.model).parameters()))
+    else:
+        assert {w.dtype for w in own.values()} == {FORMATS[name]["dtype"]}
+    assert weights.keys() == own.keys() and all(mx.array_equal(w, weights[key]) for key, w in own.items())
+
+
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
@@ -75,6 +93,8 @@ def test_every_format_loads_and_computes_nearly_the_same(formats, name):
     ],
 )
 def test_every_format_is_aligned_and_mlx_lm_reads_the_result(formats, name, flags, few_prompts, tmp_path, monkeypatch):
+    if name == "bfloat16":  # as it is computed on Metal
+        monkeypatch.setattr(shape, "_SMALL", 0)
     # A copy has no prompts of its own, and the package's are beyond this little model.
     monkeypatch.setattr(runs, "prompt_sets", lambda recipe: prompts.built_in_sets(str(TINY)))
     short = ["--iters", "2", "--test-prompts", "2", "--direction-train", "32", "--direction-validation", "8"]
@@ -91,6 +111,21 @@ def test_every_format_is_aligned_and_mlx_lm_reads_the_result(formats, name, flag
     rows = render_all(tokenizer, load_instructions(TINY / "data" / "harmful_test.jsonl")[:8])
     distance = mx.abs(mx.softmax(last_logits(student, rows)) - mx.softmax(last_logits(base, rows))).sum(-1)
     assert 1e-4 < distance.max().item() < 2
+
+
+def test_experts_in_half_precision_compute_on_the_cpu(tmp_path):
+    """MLX's CPU backend multiplies experts' weights in float32 alone."""
+    packed = load(str(Path(__file__).parent / "zoo_models" / "station"))
+    kept = dequantize_model(packed.model)
+    kept.set_dtype(mx.bfloat16)
+    save_model(tmp_path, kept)
+    save_config({k: v for k, v in packed.config.items() if not k.startswith("quant")}, tmp_path / "config.json")
+    for file in packed.path.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    rows = render_all(packed.tokenizer, load_instructions(packed.path / "data" / "harmful_test.jsonl")[:2])
+    with pytest.raises(RuntimeError, match="float32"):
+        mx.eval(last_logits(kept, rows))
+    assert mx.isfinite(last_logits(load(str(tmp_path)).model, rows)).all()
 
 
 def test_full_fine_tuning_of_quantized_weights_is_refused(tmp_path, capsys):

@@ -26,6 +26,7 @@ from safesteer_mlx.method.student import bytes_trained, make_student
 from safesteer_mlx.method.teacher import steered_teacher
 from safesteer_mlx.recipe import MODELS, parse_bytes, resolve
 from safesteer_mlx.system import memory
+from safesteer_mlx.system import shape as shapes
 from safesteer_mlx.system.memory import Machine, with_smaller_batches
 from safesteer_mlx.system.model_files import Tensor, read_header, with_sizes, write_header
 from safesteer_mlx.system.screen import UserError
@@ -54,16 +55,21 @@ HEADERS = {
 }
 QUANTIZED = {"quantization": {"group_size": 8, "bits": 4}}
 RECIPE = resolve({}, {"model": "org/model", "first_tokens": 0})[0]  # whole answers are trained on
-AMPLE = Machine(10**12, "--memory-limit", False)
+AMPLE = Machine(10**12, "--memory-limit")
 
 
-def test_the_shape_is_what_the_headers_say():
-    shape = shape_of(CONFIG | QUANTIZED, HEADERS)
+@pytest.mark.parametrize("most", [0, 4 * (80 + 2 * (64 + 128 + 8)) - 1, 4 * (80 + 2 * (64 + 128 + 8))])
+def test_the_shape_is_what_the_headers_say(most, monkeypatch):
+    """A small model's weights and activations are float32 on the CPU."""
+    monkeypatch.setattr(shapes, "_SMALL", most)
+    shape, own = shape_of(CONFIG | QUANTIZED, HEADERS), shape_of(CONFIG, HEADERS)
+    widened = 4 * (80 + 2 * (64 + 128 + 8))  # packed words are eight inputs each
     # embedding 160; a block: 32 packed + 2 · 16 scales and biases, 256 up, 16 norm
-    assert shape.weight_bytes == 160 + 2 * (32 + 32 + 256 + 16)
-    assert shape.dequantized_bytes == 4 * (80 + 2 * (64 + 128 + 8))  # packed words are eight inputs each
+    assert shape.weight_bytes == (widened if most == widened else 160 + 2 * (32 + 32 + 256 + 16))
     assert (shape.n_layers, shape.hidden, shape.kv, shape.vocabulary) == (2, 8, 4, 10)
-    assert shape.activation_bytes == 2 and shape.quantized
+    assert shape.activation_bytes == (4 if most == widened else 2) and shape.quantized and not own.quantized
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert shape_of(CONFIG | QUANTIZED, HEADERS).activation_bytes == 2
 
 
 def test_a_pass_is_counted_once_and_each_row_takes_as_much(monkeypatch):
@@ -223,7 +229,7 @@ def test_the_plan_counts_the_prompts_that_tokens_are_found_on(low):
 
 
 def test_a_4_bit_7b_model_fits_in_8_gb_at_the_published_lengths(big):
-    found = fitted(RECIPE, big, Machine(8 * 10**9, "--memory-limit", False), 512)
+    found = fitted(RECIPE, big, Machine(8 * 10**9, "--memory-limit"), 512)
     assert RECIPE.train.longest == RECIPE.train.max_prompt_length == 512
     assert found.fits and 4.2e9 < found.weights < 4.4e9
     assert found.recipe.train.grad_checkpoint == "on" and found.recipe.train.micro_batch_size >= 1
@@ -238,7 +244,7 @@ def test_no_piece_of_a_batch_takes_more_than_was_planned(low, memory_limit, keep
     from safesteer_mlx.method.train import micro_batches
 
     recipe = resolve({}, {"model": "org/model", "max_tokens": 64, **keep})[0]
-    found = fitted(recipe, low, Machine(int(memory_limit), "--memory-limit", False), 512)
+    found = fitted(recipe, low, Machine(int(memory_limit), "--memory-limit"), 512)
     train, answer = found.recipe.train, 15 if not keep else 64
     assert train.micro_batch_size == 16  # so many short ones go together, if they are short enough
     cut, planned = train.micro_batch_tokens, found.stages["training"]
@@ -253,7 +259,7 @@ def test_no_piece_of_a_batch_takes_more_than_was_planned(low, memory_limit, keep
 
 
 def test_where_memory_is_tight_short_completions_go_together(big):
-    tight = fitted(RECIPE, big, Machine(8 * 10**9, "--memory-limit", False), 512)
+    tight = fitted(RECIPE, big, Machine(8 * 10**9, "--memory-limit"), 512)
     tokens = tight.recipe.train.micro_batch_tokens
     assert tokens is not None and tokens < 16 * 1024 and f"micro batch tokens {tokens}" in summary(RECIPE, tight)
     assert f"activations of {tokens:,} tokens" in tight.parts["training"]
@@ -272,9 +278,9 @@ def test_what_is_not_trained_on_is_not_planned_for(big):
 def test_what_was_asked_for_is_kept_where_it_fits_and_the_knob_is_named_where_nothing_does(big):
     assert fitted(RECIPE, big, AMPLE, 512).recipe.train == replace(RECIPE.train, grad_checkpoint="off")
     assert fitted(RECIPE, big, AMPLE, 512).recipe.train.grad_checkpoint == "off"
-    small = fitted(RECIPE, big, Machine(4 * 10**9, "--memory-limit", False), 512)
+    small = fitted(RECIPE, big, Machine(4 * 10**9, "--memory-limit"), 512)
     assert not small.fits and "weights alone are too large" in summary(RECIPE, small)
-    tight = fitted(RECIPE, big, Machine(int(5.2e9), "--memory-limit", False), 512)
+    tight = fitted(RECIPE, big, Machine(int(5.2e9), "--memory-limit"), 512)
     assert not tight.fits and "lower --" in summary(RECIPE, tight)
 
 
@@ -342,7 +348,7 @@ def test_what_a_configuration_says_itself_is_never_filled_in():
 
 
 def test_answers_that_are_thought_about_are_planned_as_long_as_they_may_be(big):
-    machine = Machine(8 * 10**9, "--memory-limit", False)
+    machine = Machine(8 * 10**9, "--memory-limit")
     plain, told = (fitted(RECIPE, big, machine, 128, *judged) for judged in ((), (96,)))
     assert plain == told and "scoring" not in plain.stages
     for judged in (512, 2048):
@@ -366,7 +372,7 @@ def test_prompts_are_planned_as_long_as_they_are_where_they_are_read_uncut(big):
     assert long.stages["safety tokens"] - short.stages["safety tokens"] > 7 * read[0]
     rows = RECIPE.run.generation_batch_size
     assert long.stages["sampling"] == sampling_bytes(big, rows, 4096, 96)
-    long = fitted(RECIPE, big, Machine(12 * 10**9, "--memory-limit", False), 4096)
+    long = fitted(RECIPE, big, Machine(12 * 10**9, "--memory-limit"), 4096)
     assert long.fits and long.recipe.run.prompt_batch_size < RECIPE.run.prompt_batch_size
 
 
@@ -504,8 +510,8 @@ def test_a_card_has_its_own_memory(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 8 * 10**9, "device_name": "NVIDIA H200"})
-    assert memory.this_machine() == Machine(8 * 10**9, "the card's memory", False)
-    assert memory.this_machine("2GB") == Machine(2 * 10**9, "--memory-limit", False)
+    assert memory.this_machine() == Machine(8 * 10**9, "the card's memory")
+    assert memory.this_machine("2GB") == Machine(2 * 10**9, "--memory-limit")
 
 
 @pytest.mark.parametrize("leave", [False, True])

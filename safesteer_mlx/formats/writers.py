@@ -84,8 +84,8 @@ class Job:
 
 
 def packed(base: Loaded) -> nn.Module:
-    """The base as it is on disk: where it is computed on dequantized weights, it is read once more."""
-    if not base.dequantized_for_speed:
+    """The base as it is on disk: where it is computed in float32 instead, it is read once more."""
+    if not base.widened:
         return base.model
     model, _ = load_model(base.path, trust_remote_code=base.trusted)
     model.freeze()

@@ -83,8 +83,6 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
     """The bytes of each stage, for prompts of up to `longest_prompt` tokens, and up to `judged` tokens of an answer
     that is judged."""
     train, run, shape = recipe.train, recipe.run, passes.shape
-    dequantizes = machine.dequantizes and shape.quantized and shape.dequantized_bytes <= 4 * 2**30
-    weights = shape.dequantized_bytes if dequantizes else shape.weight_bytes
     prompt, answer = _longest(recipe, longest_prompt)
     rollouts, micro = _rollouts(train), _of_the_longest(train, prompt + answer)
     # As many tokens in shorter rows take no more: what one takes grows with its row. But more of them are answers'.
@@ -124,7 +122,7 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
         "training": {f"activations of {together}": activations, "loss": loss_bytes(shape, learned)},
     }
     share = 1.0 if machine.source == "--memory-limit" else ROOM
-    return Plan(recipe, weights, trained, stages, parts, int(share * machine.memory))
+    return Plan(recipe, shape.weight_bytes, trained, stages, parts, int(share * machine.memory))
 
 
 def fitted(

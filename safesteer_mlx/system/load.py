@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..recipe import RunSettings
 from .chat_template import check_template, rendered_elsewhere
@@ -33,18 +34,17 @@ from .model_files import (
     write_header,
 )
 from .screen import UserError
+from .shape import in_float32
 
 # What stands beside the weights and decides what a model reads, computes and ends with.
 BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 BESIDE += ("tokenizer*", "vocab*", "chat_template*", "*.jinja", "*.model", "*.tiktoken")
 
-# Of the memory that a dequantized copy may take on the CPU backend.
-_DEQUANTIZED_BYTES = 4 * 2**30
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """A frozen base model: `path` the folder it came from, `quantized` whether its weights are."""
+    """A frozen base model: `path` the folder it came from, `quantized` whether its weights are there, `widened` whether
+    it is computed in float32 though they are kept in less."""
 
     name: str
     path: Path
@@ -52,7 +52,7 @@ class Loaded:
     tokenizer: Any
     config: dict[str, Any]
     quantized: bool
-    dequantized_for_speed: bool
+    widened: bool
     thinks: bool  # it may, before it answers, as its template is switched
     trusted: bool = False  # code from its repository may run
     alike: bool = False  # without a thought: its answers begin alike, and tell further on what they do
@@ -135,14 +135,13 @@ def load(
     `thinking` sets the switch of the chat template, wherever the tokenizer renders it; auto leaves it as mlx-lm does.
     `chat` is False for a judge that is handed plain text: it needs no chat template.
 
-    On the CPU backend, whose quantized kernels are ten times slower, a small quantized model is computed
-    on its dequantized weights: the same values. On Metal never.
+    On the CPU backend a small model is computed in float32 (`in_float32`), on Metal as it is kept.
 
     Raises:
         UserError: as `find`, `check_model_folder` and `read_tokenizer`, or the model is of an unknown architecture,
             has weights that do not fit it, computes nothing, or has no end-of-turn token or no switch for thinking.
     """
-    from mlx_lm.utils import dequantize_model, load_model
+    from mlx_lm.utils import load_model
 
     path = find(name, revision, trust_remote_code)
     check_model_folder(path, trust_remote_code)
@@ -156,6 +155,8 @@ def load(
         _check_switch(tokenizer)
     tokenizer = asked_as(tokenizer, thinking)
     check_loaded(name, model, tokenizer, vocabulary(name, config))
+    quantized = any(hasattr(module, "bits") for _, module in model.named_modules())
+    model, widened = _as_computed(model)
     mx.eval(model.parameters())
     model.eval()
     try:
@@ -166,19 +167,28 @@ def load(
         ) from None
     with _explained(name, "configuration"):
         _compute(model)
-    quantized = any(hasattr(module, "bits") for _, module in model.named_modules())
-    if dequantize := _computed_dequantized(model):
-        model = dequantize_model(model)
-        model.freeze()
-        mx.eval(model.parameters())
     thinks = tokenizer.has_thinking and thinking != "off"
-    return Loaded(name, path, model, tokenizer, config, quantized, dequantize, thinks, trust_remote_code)
+    return Loaded(name, path, model, tokenizer, config, quantized, widened, thinks, trust_remote_code)
 
 
-def _computed_dequantized(model: nn.Module) -> bool:
-    """Whether it is quantized, small, and computed on the CPU."""
-    sizes = [m.weight.size * 32 // m.bits for _, m in model.named_modules() if hasattr(m, "bits")]
-    return bool(sizes) and mx.default_device() == mx.Device(mx.cpu) and 4 * sum(sizes) <= _DEQUANTIZED_BYTES
+def _as_computed(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The model as it is computed with on this machine, and whether that is in float32 though it was kept in less."""
+    from mlx_lm.utils import dequantize_model
+
+    bits = {name: module.bits for name, module in model.named_modules() if hasattr(module, "bits")}
+    n_weights, less = 0, bool(bits)
+    weights: Any = tree_flatten(model.parameters())  # of its two types this one
+    for path, weight in weights:
+        module, _, name = path.rpartition(".")
+        if module not in bits:
+            n_weights, less = n_weights + weight.size, less or weight.dtype in (mx.float16, mx.bfloat16)
+        elif name == "weight":
+            n_weights += weight.size * 32 // bits[module]
+    if not less or not in_float32(n_weights):
+        return model, False
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    return model, True
 
 
 def load_unread(
@@ -190,7 +200,7 @@ def load_unread(
     Raises:
         UserError: as `load`, of its architecture.
     """
-    from mlx_lm.utils import dequantize_model, load_model
+    from mlx_lm.utils import load_model
 
     with tempfile.TemporaryDirectory() as scratch, _explained(name, "weights"):
         path = user_path(name)
@@ -199,7 +209,7 @@ def load_unread(
             (path / "config.json").write_text(json.dumps(config))
             write_header(path / "model.safetensors", tensors)
         model, _ = load_model(path, lazy=True, strict=False, trust_remote_code=trust_remote_code)
-    return dequantize_model(model) if _computed_dequantized(model) else model
+    return _as_computed(model)[0]
 
 
 def may_think(settings: RunSettings, config: dict[str, Any]) -> bool:

@@ -24,11 +24,10 @@ READ_BACK = 16  # answers that base and student read at a time, for drift
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes that MLX may use, and how they were told; whether small quantized models are computed dequantized."""
+    """Bytes that MLX may use, and how they were told."""
 
     memory: int
     source: str
-    dequantizes: bool
 
 
 def smallest_machine(limit: str | None = None) -> Machine:
@@ -41,14 +40,13 @@ def this_machine(limit: str | None = None) -> Machine:
     """What MLX may use here: `limit`, or what Metal recommends, a CUDA card's memory, or the physical memory."""
     import mlx.core as mx
 
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if limit is not None:
-        return Machine(parse_bytes(limit), "--memory-limit", on_cpu)
+        return Machine(parse_bytes(limit), "--memory-limit")
     if mx.metal.is_available():
-        return Machine(_recommended(), "Metal's recommended working set", on_cpu)
-    if not on_cpu:
-        return Machine(int(mx.device_info()["total_memory"]), "the card's memory", on_cpu)
-    return Machine(_physical(), "physical memory", on_cpu)
+        return Machine(_recommended(), "Metal's recommended working set")
+    if mx.default_device() != mx.Device(mx.cpu):
+        return Machine(int(mx.device_info()["total_memory"]), "the card's memory")
+    return Machine(_physical(), "physical memory")
 
 
 def _physical() -> int:

@@ -5,25 +5,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from .model_files import HEADS, Tensor, bytes_of, check_weights, read_object, with_sizes
 from .screen import UserError
 
 # Of learned positions, beyond whose end mlx reads other memory, in silence.
 _WITH_POSITION_TABLE = {"gpt2", "gpt_bigcode"}
 
+_SMALL = 4 * 2**30  # bytes of the weights in float32
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the headers and the configuration say of the weights, of a cache and of logits."""
+    """What headers and configuration say of the weights, as they are computed with, of a cache and of logits."""
 
     weight_bytes: int
-    dequantized_bytes: int  # the same as float32
     hidden: int
     n_layers: int
     kv: int  # width of keys, and of values
     vocabulary: int
     activation_bytes: int  # of one value
     quantized: bool
+
+
+def in_float32(n_weights: int) -> bool:
+    """Whether a model of so many weights is computed in float32, however they are kept: on the CPU backend, whose
+    kernels for anything else are many times slower, if that is small. The numbers are the same, and nothing is rounded
+    to less on the way."""
+    return mx.default_device() == mx.Device(mx.cpu) and 4 * n_weights <= _SMALL
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -62,14 +72,14 @@ def _shape_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelShape:
         if not name.endswith((".scales", ".biases")) or not bits:
             values += math.prod(shape)
     floating = [t.dtype for t in tensors.values() if t.dtype in ("F32", "F16", "BF16")]
+    widened = in_float32(values)
     return ModelShape(
-        weight_bytes=sum(map(bytes_of, tensors.values())),
-        dequantized_bytes=4 * values,
+        weight_bytes=4 * values if widened else sum(map(bytes_of, tensors.values())),
         hidden=hidden,
         n_layers=n_layers,
         kv=(text.get("head_dim") or hidden // heads) * (text.get("num_key_value_heads") or heads),
         vocabulary=size("vocab_size"),
-        activation_bytes=4 if floating and all(kind == "F32" for kind in floating) else 2,
+        activation_bytes=4 if widened or (floating and all(kind == "F32" for kind in floating)) else 2,
         quantized=bool(bits),
     )
 
