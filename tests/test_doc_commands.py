@@ -146,6 +146,8 @@ TABLE = {
     "--adapter-path adapters",
     "mlx_lm.server --model MODEL --adapter-path adapters": "slow",
     "mlx_lm.fuse --model MODEL --adapter-path adapters --save-path again": "run",
+    "mlx_lm.convert --hf-path models/tiny-chat --dequantize --dtype bfloat16 --mlx-path half": "run",
+    "safesteer-mlx align half --data models/tiny-chat/data --dry-run": "run",
     'mlx_lm.generate --model MODEL --adapter-path adapters --prompt "…"': "run --max-tokens 8",
     # scripts
     "python -m safesteer_mlx": "by tests/test_cli.py::test_the_package_is_run_as_the_script",
