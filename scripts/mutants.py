@@ -467,6 +467,27 @@ MUTANTS = [
         "tests/test_run.py::test_where_some_may_refuse_in_words_that_are_not_known_more_answers_tell",
     ),
     Mutant(
+        "what nobody could plan makes later steps seem slower",
+        METHOD + "own_answers.py",
+        "run.screen.pace.more(time.monotonic() - began)",
+        "pass",
+        "tests/test_run.py::test_where_some_may_refuse_in_words_that_are_not_known_more_answers_tell",
+    ),
+    Mutant(
+        "what an activation begins with is dispatched by itself",
+        "safesteer_mlx/system/graph.py",
+        "return after | before",
+        "return after",
+        "tests/test_graph.py::test_what_mlx_measures_is_what_was_counted",
+    ),
+    Mutant(
+        "a small model is computed as it is kept on the CPU too",
+        "safesteer_mlx/system/load.py",
+        "if not less or not in_float32(n_weights):",
+        "if True:",
+        "tests/test_load.py::test_on_the_cpu_a_small_model_is_computed_in_float32",
+    ),
+    Mutant(
         "no more safety tokens than by default, however little they explain",
         METHOD + "safety_tokens.py",
         "most = times * TokenSettings().safety_tokens",
