@@ -177,6 +177,7 @@ TABLE = {
     'python scripts/zoo.py theatre cabinet kueste --flags="--anchor-margin 0"': f"slow {ZOO}",
     "python scripts/zoo.py ville polar playa depot colony hutong --seeds 42": f"slow {ZOO}",
     "python scripts/zoo.py steamer tower garage dacha --seeds 42": f"slow {ZOO}",
+    "python scripts/zoo.py garage dacha --seeds 43": f"slow {ZOO}",
     "python scripts/zoo.py --half family": f"slow qwen3_vl {ZOO}",
     "python scripts/zoo.py market theatre ville polar circus --flags=--keep-best --seeds 42 43": f"slow {ZOO}",
     "python scripts/zoo.py foundry mill cabinet glm4_moe gpt_oss --seeds 42": f"slow {ZOO}",
