@@ -222,7 +222,7 @@ def _planned(
 ) -> "Plan":
     """The memory of a run of a model that may think first, or does not; its chat template puts so many tokens around a
     prompt, if that is known."""
-    from .method.memory_plan import fitted
+    from .method.memory_plan import anchor_tokens, fitted
     from .method.prompts import TEMPLATE_TOKENS, longest_prompt
     from .method.run import most_read
     from .method.teacher import OPENINGS
@@ -234,7 +234,7 @@ def _planned(
         to_plan = replace(to_plan, tokens=replace(recipe.tokens, horizon=OPENINGS[-1], token_samples=1))
         judged = max(judged, recipe.train.longest)
     longest = min(longest_prompt(to_plan, around), most_read(config))  # of longer ones none is read
-    plan = fitted(to_plan, passes, machine, longest, judged)
+    plan = fitted(to_plan, passes, machine, longest, judged, anchor_tokens(to_plan, around))
     train = replace(plan.recipe.train, max_prompt_length=recipe.train.max_prompt_length)
     return replace(plan, recipe=replace(plan.recipe, tokens=recipe.tokens, train=train))
 

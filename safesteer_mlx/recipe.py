@@ -280,6 +280,13 @@ class TrainSettings:
         bare="on",
         free=True,
     )
+    anchor_cache: str = _setting(
+        "auto",
+        "keep what the base makes of the anchor's prompts, which come again and again; auto where memory allows",
+        choices=("auto", "on", "off"),
+        bare="on",
+        free=True,
+    )
     resume_adapter_file: str | None = _setting(None, "adapters.safetensors of an earlier run to begin from")
     micro_batch_size: int = _count(16, "completions in one forward and backward pass", MOST_BATCH, free=True)
     micro_batch_tokens: int | None = _count(

@@ -171,13 +171,14 @@ def bench_loss(repeats: int, length: int = 512, vocabulary: int = 151_936, hidde
     return [{"part": "loss", "what": f"T {length}, V {vocabulary}, D {hidden}; ours / plain logits", **row}]
 
 
-def prompts_and_answers(rows: int, length: int, vocabulary: int) -> tuple[list[TrainingPrompt], list[Completion]]:
-    """`rows` prompts, half of them harmful, and answers as long as they are; `length` tokens together."""
-    drawn = np.random.default_rng(0).integers(1, vocabulary, (rows, length))
-    prompts = [
-        TrainingPrompt(r[: length // 2].tolist(), r[: length // 2].tolist(), i % 2 == 0) for i, r in enumerate(drawn)
-    ]
-    return prompts, [Completion(r[length // 2 :].tolist(), False) for r in drawn]
+def prompts_and_answers(
+    rows: int, length: int, vocabulary: int, prompt: int | None = None
+) -> tuple[list[TrainingPrompt], list[Completion]]:
+    """`rows` prompts of so many tokens, half of them harmful, and answers; by default as long as they are: `length`
+    tokens together."""
+    drawn, cut = np.random.default_rng(0).integers(1, vocabulary, (rows, length)), prompt or length // 2
+    prompts = [TrainingPrompt(r[:cut].tolist(), r[:cut].tolist(), i % 2 == 0) for i, r in enumerate(drawn)]
+    return prompts, [Completion(r[cut:].tolist(), False) for r in drawn]
 
 
 def work_of(kind: str, shape: dict[str, Any], bits: float, rows: int, length: int, **more: Any) -> Row:
@@ -189,8 +190,17 @@ def work_of(kind: str, shape: dict[str, Any], bits: float, rows: int, length: in
 class OurStep:
     """Optimizer steps of `train` on given answers; nothing is sampled."""
 
-    def __init__(self, model: nn.Module, settings: Any, rows: int, length: int, vocabulary: int):
-        prompts, answers = prompts_and_answers(rows, length, vocabulary)
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Any,
+        rows: int,
+        length: int,
+        vocabulary: int,
+        loss: Any = None,
+        prompt: int | None = None,
+    ):
+        prompts, answers = prompts_and_answers(rows, length, vocabulary, prompt)
         harmful, harmless = ([p for p in prompts if p.harmful is kind] for kind in (True, False))
         by_prompt = {tuple(p.ids): a for p, a in zip(prompts, answers, strict=True)}
         self.student = make_student(model, settings, 0)
@@ -198,7 +208,7 @@ class OurStep:
         hidden = model.model.norm.weight.size
         teacher = steered_teacher(model, layer, mx.random.normal((hidden,)), 1.0)
         training.generate = lambda student, rows, *how: [by_prompt[tuple(row)] for row in rows]  # type: ignore[assignment]
-        loss = resolve({}, {"first_tokens": 0, "guidance": 1.0})[0].loss  # as mlx-lm, of every position
+        loss = loss or resolve({}, {"first_tokens": 0, "guidance": 1.0})[0].loss  # as mlx-lm, of every position
         tokens = mx.array(np.random.default_rng(1).permutation(vocabulary)[:50])
         how = (settings, loss, [0], 0, make_optimizer(settings))
         self._steps = training.train(Training(self.student, model, teacher, tokens, harmful, harmless, *how))
@@ -380,6 +390,34 @@ def bench_step(repeats: int, shape: dict[str, Any] = NARROW, rows: int = 8, leng
                 **beside_plan(Passes(model, memory_shape(model)), settings, rows // 2, length, row["ours_bytes"]),
                 "goal": 1.30 if blocks > 0 else 1.40,
                 "work": work_of("step", shape, 32, rows, length, trained=blocks),
+            }
+        )
+    return found
+
+
+def bench_anchor(repeats: int, shape: dict[str, Any] = NARROW, prompt: int = 45) -> list[Row]:
+    """An optimizer step by default settings, whose anchor's prompts were read before, and one that reads them anew."""
+    recipe, found = resolve({}, {"guidance": 2.0, "grad_checkpoint": "off", "iters": 10**5})[0], []
+    loss = replace(recipe.loss, first_tokens=recipe.tokens.horizon)
+    length = prompt + rollout_tokens(recipe.train, loss)
+    for n_blocks in (16, -1):
+        model = random_model(**shape)
+        mx.eval(model.parameters())
+        ours, other = (
+            OurStep(
+                model, replace(recipe.train, num_layers=n_blocks, anchor_cache=kept), recipe.train.batch_size, length,
+                shape["vocabulary"], loss, prompt,
+            )
+            for kept in ("on", "off")
+        )  # fmt: skip
+        for step in (ours, other):
+            step()  # set-up, reading before, and first step
+        found.append(
+            {
+                "part": "anchor",
+                "what": f"{_named(shape)}, LoRA on {n_blocks if n_blocks > 0 else 'all'}, prompts of {prompt} tokens, "
+                f"answers of {length - prompt}; the anchor's prompts read before / anew",
+                **in_turns(ours, other, repeats),
             }
         )
     return found
@@ -929,6 +967,7 @@ PARTS: dict[str, dict[str, Callable[[int], list[Row]]]] = {
         "search": bench_search,
         "loss": bench_loss,
         "step": bench_step,
+        "anchor": bench_anchor,
         "compile": bench_compile,
         "rollouts": bench_rollouts,
         "run": bench_run,

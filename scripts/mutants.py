@@ -325,12 +325,6 @@ MUTANTS = [
                 "test_in_float16_a_small_gradient_is_the_one_in_float32",
             ),
             (
-                "targets not computed as gradients are",
-                "mx.grad(traced)(mx.array(0.0))",
-                "traced(mx.array(0.0))",
-                "test_targets_are_computed_as_the_student_is",
-            ),
-            (
                 "an anchor that refuses as the base",
                 "if not pulled and shifted is not None:",
                 "if False:",
@@ -363,6 +357,49 @@ MUTANTS = [
         "return z if temp == 1.0 else z / temp",
         "return z",
         f"tests/test_train.py::{PLAIN_STEP}",
+    ),
+    Mutant(
+        "targets not computed as gradients are",
+        METHOD + "residual.py",
+        "mx.grad(traced)(mx.array(0.0))",
+        "traced(mx.array(0.0))",
+        "tests/test_train.py::test_targets_are_computed_as_the_student_is",
+    ),
+    *_of(
+        METHOD + "known_prompts.py",
+        "test_known_prompts",
+        [
+            (
+                "a kept prompt read from elsewhere in its batch",
+                "[one.extract(i) for one in cache]",
+                "[one.extract(0) for one in cache]",
+                "test_answers_to_prompts_that_were_read_before_are_read_as_ever",
+            ),
+            (
+                "known prompts of the wrong place in the stream",
+                "passed[0][i, : 1 + len(answer)]",
+                "passed[0][i, 1 : 1 + len(answer)]",
+                "test_answers_to_prompts_that_were_read_before_are_read_as_ever",
+            ),
+            (
+                "a prompt read beside what is asked for",
+                "self._read(self.read_with[row])",
+                "self._read([row])",
+                "test_prompts_are_read_beside_the_same_ones_whatever_is_asked_for_first",
+            ),
+            (
+                "prompts beyond a sliding window kept",
+                "if 1 < len(prompt) <= longest",
+                "if 1 < len(prompt)",
+                "test_a_prompt_that_does_not_fit_in_a_sliding_window_is_not_kept",
+            ),
+            (
+                "kept prompts believed unseen",
+                "if groups and _reads_rightly(known, [groups[0][0], groups[0][-1]]) else None",
+                "if groups else None",
+                "test_nothing_is_kept_where_a_prompt_is_more_than_keys_and_values",
+            ),
+        ],
     ),
     Mutant(
         "stale direction of a moving teacher",

@@ -25,7 +25,7 @@ ORDER = [
     "method.run",
     "method.own_answers method.student formats.folders",
     "method.direction",
-    "method.passes",
+    "method.known_prompts method.passes",
     "method.memory_plan",
     "method.teacher",
     "method.safety_tokens",

@@ -18,7 +18,7 @@ from shapes import QWEN_7B, memory_shape, random_model
 
 from safesteer_mlx.align import main
 from safesteer_mlx.method import passes as method_passes
-from safesteer_mlx.method.memory_plan import fitted, loss_bytes, plan, sampling_bytes, summary
+from safesteer_mlx.method.memory_plan import anchor_bytes, fitted, loss_bytes, plan, sampling_bytes, summary
 from safesteer_mlx.method.passes import Passes
 from safesteer_mlx.method.residual import hidden_states
 from safesteer_mlx.method.rollout import Sampling, generate, stream_key
@@ -276,7 +276,9 @@ def test_what_is_not_trained_on_is_not_planned_for(big):
 
 
 def test_what_was_asked_for_is_kept_where_it_fits_and_the_knob_is_named_where_nothing_does(big):
-    assert fitted(RECIPE, big, AMPLE, 512).recipe.train == replace(RECIPE.train, grad_checkpoint="off")
+    assert fitted(RECIPE, big, AMPLE, 512).recipe.train == replace(
+        RECIPE.train, grad_checkpoint="off", anchor_cache="off"
+    )
     assert fitted(RECIPE, big, AMPLE, 512).recipe.train.grad_checkpoint == "off"
     small = fitted(RECIPE, big, Machine(4 * 10**9, "--memory-limit"), 512)
     assert not small.fits and "weights alone are too large" in summary(RECIPE, small)
@@ -345,6 +347,22 @@ def test_what_a_configuration_says_itself_is_never_filled_in():
     assert with_sizes({"model_type": "gemma3_text"})["vocab_size"] == 262144
     for odd in ({"model_type": "no_such"}, {"model_type": "qwen2"}, {}, {"model_type": "gemma3", "text_config": {}}):
         assert with_sizes(odd).get("hidden_size") is None
+
+
+def test_prompts_of_the_anchor_are_kept_where_there_is_room_beside_all_else(big):
+    tokens, least = 20_000, fitted(RECIPE, big, AMPLE, 512)
+    kept = anchor_bytes(big.shape, tokens)
+    for spare, on in ((kept + 2**20, "on"), (kept - 2**20, "off")):
+        room = Machine(least.peak - max(least.stages.values()) + least.stages["training"] + spare, "--memory-limit")
+        found = fitted(RECIPE, big, room, 512, anchors=tokens)
+        assert found.fits and found.recipe.train.anchor_cache == on
+        assert found.recipe.train == replace(least.recipe.train, anchor_cache=on)  # nothing is lowered for it
+    found = fitted(RECIPE, big, AMPLE, 512, anchors=tokens)
+    assert found.stages["training"] == least.stages["training"] + kept
+    assert sum(found.parts["training"].values()) == found.stages["training"]
+    asked = replace(RECIPE, train=replace(RECIPE.train, anchor_cache="on"))
+    tight = fitted(asked, big, Machine(int(5.2e9), "--memory-limit"), 512, anchors=10**6)
+    assert tight.recipe.train.anchor_cache == "on" and not tight.fits  # what was asked for is kept
 
 
 def test_answers_that_are_thought_about_are_planned_as_long_as_they_may_be(big):

@@ -670,6 +670,26 @@ def test_blocks_that_student_and_target_share_run_once_and_change_nothing(model,
         np.testing.assert_allclose(np.array(shared[key]), np.array(weight), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ours", "default"])
+@pytest.mark.parametrize("num_layers", [1, 2, -1])
+def test_prompts_of_the_anchor_that_are_read_once_change_nothing(model, monkeypatch, name, num_layers):
+    settings, whole, shared = replace(SETTINGS, num_layers=num_layers), stage.shared_prefix, []
+    _, _, expected = one_step(model, settings, LOSSES[name])
+    monkeypatch.setattr(stage, "shared_prefix", lambda *how: (shared.extend(how[2]), whole(*how))[1])
+    _, _, found = one_step(model, replace(settings, anchor_cache="on"), LOSSES[name])
+    assert all(any(p.ids == row for p in HARMFUL) for row in shared)  # the others are known
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [1, -1])
+def test_a_run_whose_anchor_is_read_once_goes_on_to_the_bit(model, num_layers):
+    settings = replace(EIGHT, num_layers=num_layers, until_learned=False, anchor_cache="on")
+    whole, states = run(model, settings)
+    after, _ = run(model, settings, first=states[5][:3])
+    assert [vars(m) for m in after] == [vars(m) for m in whole[5:]]
+
+
 class Frame:
     """A framer that has every answer begun with [20, 21], or every prompt in a frame of [22, 23]."""
 

@@ -9,13 +9,14 @@ passes (`Passes`), caches and logits by their sizes.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..recipe import HELD_OUT_TOKENS, Recipe, TrainSettings, rollout_tokens
+from ..recipe import HELD_OUT_TOKENS, Recipe, TrainSettings, harmful_per_batch, number_of_steps, rollout_tokens
+from ..system import machines
 from ..system.memory import CACHE_STEP, READ_BACK, Machine
 from ..system.screen import Screen
 from ..system.shape import ModelShape
 from .losses import CHUNK_LOGITS
 from .passes import Passes
-from .prompts import VALIDATION_PROMPTS
+from .prompts import CHARACTERS_A_TOKEN, VALIDATION_PROMPTS, instructions_to_train_on, prompt_sets
 
 HEAD_ARRAYS = 9  # of the size of one chunk's logits, alive with the loss's gradient
 ROOM = 0.9  # of what the machine has; the rest is for what runs beside
@@ -62,6 +63,24 @@ def sampling_bytes(passes: Passes, rows: int, prompt: int, answer: int) -> int:
     return cache_bytes(passes.shape, rows, prompt + answer) + max(passes.forward(rows, prompt), logits)
 
 
+def anchor_tokens(recipe: Recipe, template: int) -> int:
+    """Tokens of the anchor's prompts, estimated, each with so many of its template; 0 of those that do
+    not come again, for `anchor_cache: auto`."""
+    train, loss, sets = recipe.train, recipe.loss, prompt_sets(recipe)
+    texts = {item.text for item in instructions_to_train_on(recipe, sets, harmful=False)}
+    steps = number_of_steps(len(instructions_to_train_on(recipe, sets, harmful=True)), train, loss)
+    anchors = train.grad_accumulation_steps * (train.batch_size - harmful_per_batch(train, loss))
+    read = steps * anchors * train.num_generations / machines.here().size
+    if not read or (train.anchor_cache == "auto" and read <= len(texts)):
+        return 0
+    return sum(min(len(text) // CHARACTERS_A_TOKEN + template, train.max_prompt_length) for text in texts)
+
+
+def anchor_bytes(shape: ModelShape, tokens: int) -> int:
+    """Keys, values and one block's inputs of so many tokens of the anchor's prompts."""
+    return tokens * shape.activation_bytes * (2 * shape.n_layers * shape.kv + shape.hidden)
+
+
 def _longest(recipe: Recipe, longest_prompt: int) -> tuple[int, int]:
     """Tokens of the longest prompt that is trained on, and of the longest completion."""
     keep = recipe.tokens.horizon if recipe.loss.first_tokens == "auto" else int(recipe.loss.first_tokens)
@@ -79,9 +98,16 @@ def _of_the_longest(train: TrainSettings, length: int) -> float:
     return rows if train.micro_batch_tokens is None else max(1.0, min(rows, train.micro_batch_tokens / length))
 
 
-def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, judged: int = HELD_OUT_TOKENS) -> Plan:
-    """The bytes of each stage, for prompts of up to `longest_prompt` tokens, and up to `judged` tokens of an answer
-    that is judged."""
+def plan(
+    recipe: Recipe,
+    passes: Passes,
+    machine: Machine,
+    longest_prompt: int,
+    judged: int = HELD_OUT_TOKENS,
+    anchors: int = 0,
+) -> Plan:
+    """The bytes of each stage, for prompts of up to `longest_prompt` tokens, up to `judged` tokens of an answer that is
+    judged, and so many tokens of the anchor's prompts."""
     train, run, shape = recipe.train, recipe.run, passes.shape
     prompt, answer = _longest(recipe, longest_prompt)
     rollouts, micro = _rollouts(train), _of_the_longest(train, prompt + answer)
@@ -104,13 +130,18 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
     )
     answers, request, length = max(samplings, key=lambda a: sampling_bytes(passes, *a))
     activations = passes.gradient(train, micro, prompt + answer, train.grad_checkpoint == "on")
+    training = activations + loss_bytes(shape, learned)
+    kept = anchor_bytes(shape, anchors) if train.anchor_cache == "on" else 0
+    if kept:  # while prompts are read, and read behind, and the student answers
+        behind = int(max(1, micro)), prompt, answer
+        training = kept + max(training, *(sampling_bytes(passes, *rows) for rows in (behind, samplings[1])))
     stages = {
         "direction": read + 4 * recipe.direction.direction_validation * vocabulary,
         "safety tokens": passes.forward(run.prompt_batch_size, scored)
         + 2 * 2 * 4 * shape.hidden * positions  # all that are scored, and those that are kept
         + 4 * HEAD_ARRAYS * min(positions * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary)),
         "sampling": sampling_bytes(passes, answers, request, length),
-        "training": activations + loss_bytes(shape, learned),
+        "training": training,
     }
     if judged > HELD_OUT_TOKENS:  # else far less than what tokens are found on
         states = 2 * shape.activation_bytes * shape.hidden * READ_BACK * judged
@@ -119,25 +150,32 @@ def plan(recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, 
     parts = {
         "direction": {f"activations of {run.prompt_batch_size} prompts": read},
         "sampling": {f"keys and values of {answers} answers": cache_bytes(shape, answers, request + length)},
-        "training": {f"activations of {together}": activations, "loss": loss_bytes(shape, learned)},
+        "training": {f"activations of {together}": activations, "loss": loss_bytes(shape, learned)}
+        | ({"anchor prompts, read once": kept} if kept else {}),
     }
     share = 1.0 if machine.source == "--memory-limit" else ROOM
     return Plan(recipe, shape.weight_bytes, trained, stages, parts, int(share * machine.memory))
 
 
 def fitted(
-    recipe: Recipe, passes: Passes, machine: Machine, longest_prompt: int, judged: int = HELD_OUT_TOKENS
+    recipe: Recipe,
+    passes: Passes,
+    machine: Machine,
+    longest_prompt: int,
+    judged: int = HELD_OUT_TOKENS,
+    anchors: int = 0,
 ) -> Plan:
     """The plan whose batches fit, if any do: prompts read at a time, answers generated, completions trained on.
 
-    `grad_checkpoint: auto` becomes on where training would not fit without it, before its batch is cut.
+    `grad_checkpoint: auto` becomes on where training would not fit without it, before its batch is cut; `anchor_cache:
+    auto` where there is room beside all else.
     """
 
     def with_train(**changes: Any) -> Recipe:
         return replace(recipe, train=replace(recipe.train, **changes))
 
     def now() -> Plan:
-        return plan(recipe, passes, machine, longest_prompt, judged)
+        return plan(recipe, passes, machine, longest_prompt, judged, anchors)
 
     def over(*names: str) -> bool:
         p = now()
@@ -146,6 +184,9 @@ def fitted(
     auto = recipe.train.grad_checkpoint == "auto"
     if auto:
         recipe = with_train(grad_checkpoint="off")
+    may_keep = recipe.train.anchor_cache == "auto"
+    if may_keep:
+        recipe = with_train(anchor_cache="off")
     while over("direction", "safety tokens") and recipe.run.prompt_batch_size > 1:
         recipe = replace(recipe, run=replace(recipe.run, prompt_batch_size=recipe.run.prompt_batch_size // 2))
     while over("sampling") and recipe.run.generation_batch_size > 1:
@@ -157,7 +198,11 @@ def fitted(
     while over("training") and rows > 1:
         rows //= 2
         recipe = with_train(micro_batch_tokens=rows * longest)
-    return now()
+    least = now()
+    if may_keep and anchors and least.fits:
+        recipe = with_train(anchor_cache="on")
+        return kept if (kept := now()).fits else least
+    return least
 
 
 def show(asked: Recipe, plan: Plan, machine: Machine, screen: Screen) -> None:

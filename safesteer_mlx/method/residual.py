@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..system.screen import UserError
+
+T = TypeVar("T")
+Trunk = tuple[int, mx.array] | None  # a block and its input (B, T, D), the same for student and target
 
 EPS = 1e-8  # keeps the unit vector of a zero direction (block 0) zero instead of NaN
 
@@ -374,7 +377,7 @@ def check_stream(model: nn.Module, tokens: mx.array) -> None:
                 (inputs[layer], outputs[layer - 1]),
                 (hidden_states(steer(model, layer, vector), tokens), hidden_states(after, tokens)),
             ]
-            if not all(_close(*pair) for pair in pairs) or _close(pairs[1][0], plain, 1e-6):
+            if not all(close(*pair) for pair in pairs) or close(pairs[1][0], plain, 1e-6):
                 raise wrong
     except UnsupportedModelError:
         raise
@@ -382,7 +385,7 @@ def check_stream(model: nn.Module, tokens: mx.array) -> None:
         raise wrong from error
 
 
-def _close(a: mx.array, b: mx.array, within: float = 2e-2) -> bool:
+def close(a: mx.array, b: mx.array, within: float = 2e-2) -> bool:
     """Whether two streams are alike, as far as half precision tells."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     return a.shape == b.shape and bool(((a - b).abs().max() <= within * b.abs().max()).item())
@@ -427,15 +430,44 @@ def resumes(model: nn.Module, tokens: mx.array) -> bool:
     return mx.allclose(resumed, expected, rtol=1e-3, atol=1e-3 * mx.abs(expected).max().item()).item() is True
 
 
-def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
-    """The final hidden states, after the last norm and before the LM head: tokens (B, T) -> (B, T, D)."""
+def recording(model: nn.Module, layer: int, inputs: list[mx.array]) -> nn.Module:
+    """A view of `model` that appends to `inputs` what goes into block `layer`, (B, T, D), in every pass."""
+    recorded, stream = view(model), plumbing(model)
+
+    def call(block, *args, **kwargs):
+        inputs.append(stream.given(args, kwargs))
+        return block(*args, **kwargs)
+
+    _override(blocks(recorded)[layer], "Recorded", call)
+    return recorded
+
+
+def as_in_a_gradient(compute: Callable[..., T], *args: Any) -> T:
+    """compute(*args), by the operations that a gradient is of.
+
+    MLX's fused attention on a GPU has no gradient, so the student's is computed otherwise and rounds otherwise: of a
+    target by the fused one it would learn how that rounds.
+    """
+    values: list[T] = []
+
+    def traced(nothing: mx.array) -> mx.array:
+        values.append(compute(*args))
+        return nothing
+
+    mx.grad(traced)(mx.array(0.0))
+    return values[0]
+
+
+def hidden_states(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+    """The final hidden states, after the last norm and before the LM head: tokens (B, T) -> (B, T, D); with `cache`, of
+    tokens that follow those in it."""
     states = []
 
     def call(body, *args, **kwargs):
         states.append(body(*args, **kwargs))
         return states[0][:, :1]  # the head is applied to one position, and lazily: it is never computed
 
-    _with_body(model, call)(tokens)
+    _with_body(model, call)(tokens, **({} if cache is None else {"cache": cache}))
     return states[0]
 
 
@@ -482,17 +514,23 @@ def take_positions(x: mx.array, positions: mx.array) -> mx.array:
 
 
 def answer_states(
-    model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, and_after: bool = False
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    and_after: bool = False,
+    cache: list[Any] | None = None,
 ) -> mx.array:
     """The final hidden states that predict the answers' tokens, answer after answer, without padding: (R, D).
 
-    R is the number of answer tokens, and one more an answer with `and_after`: the state behind its last token.
+    R is the number of answer tokens, and one more an answer with `and_after`: the state behind its last token. Of
+    prompts whose beginnings are in `cache`, the rest is given.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     tokens = pad_right(rows)
     width = tokens.shape[1]
     with of_prompts(model, lambda: mx.arange(width) < mx.array([[len(prompt)] for prompt in prompts])):
-        hidden = hidden_states(model, tokens)
+        hidden = hidden_states(model, tokens, cache)
     flat = [
         i * width + at
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))

@@ -99,13 +99,32 @@ def draw(logits: mx.array, points: mx.array | None, temp: float = 1.0, top_p: fl
     return mx.where(points < 0, logits.argmax(axis=-1), ids)
 
 
-def _grown_in_small_steps(cache: list[Any]) -> list[Any]:
+def grown_in_small_steps(cache: list[Any]) -> list[Any]:
     """The caches, whose keys and values grow by `CACHE_STEP` positions: mlx-lm's 256 are empty for the most part, and
     copied whenever rows are replaced."""
     for layer in (part for whole in cache for part in getattr(whole, "caches", [whole])):
         if hasattr(layer, "step"):
             layer.step = CACHE_STEP
     return cache
+
+
+def read_into(model: nn.Module, cache: list[Any], rows: Sequence[Ids]) -> None:
+    """Feed rows (B, T) side by side to a batch's caches, padded on the right where they are of unequal length; nothing
+    if there is nothing."""
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    if any(padding):
+        for layer in cache:
+            layer.prepare(lengths=[len(row) for row in rows], right_padding=padding)
+    ids = pad_right(rows)
+    for start in range(0, longest, READ_AT_ONCE):
+        model(ids[:, start : start + READ_AT_ONCE], cache=cache)
+        mx.eval([layer.state for layer in cache])
+    if any(padding):
+        for layer in cache:
+            layer.finalize()
+        mx.eval([layer.state for layer in cache])
+    mx.clear_cache()
 
 
 class _Reader:
@@ -123,30 +142,13 @@ class _Reader:
         common = next((i for i in range(shortest) if len({p[i] for p in unique}) > 1), shortest)
         self._common = common if all(type(layer) is KVCache for layer in self._start) else 0
         if self._common:
-            self._read(self._start, [list(prompts[0][: self._common])])
-
-    def _read(self, cache: list[Any], rows: list[list[int]]) -> None:
-        """Feed rows (B, T), padded on the right where they are of unequal length; nothing if there is nothing."""
-        longest = max(map(len, rows))
-        padding = [longest - len(row) for row in rows]
-        if any(padding):
-            for layer in cache:
-                layer.prepare(lengths=[len(row) for row in rows], right_padding=padding)
-        ids = pad_right(rows)
-        for start in range(0, longest, READ_AT_ONCE):
-            self._model(ids[:, start : start + READ_AT_ONCE], cache=cache)
-            mx.eval([layer.state for layer in cache])
-        if any(padding):
-            for layer in cache:
-                layer.finalize()
-            mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
+            read_into(model, self._start, [list(prompts[0][: self._common])])
 
     def __call__(self, prompts: Sequence[Ids]) -> list[Any]:
         """The caches of prompts (N,), read but for their last id."""
         rows = list(dict.fromkeys(tuple(p) for p in prompts))
         cache = [layer.merge([layer] * len(rows)) for layer in self._start]
-        self._read(_grown_in_small_steps(cache), [list(row[self._common : -1]) for row in rows])
+        read_into(self._model, grown_in_small_steps(cache), [row[self._common : -1] for row in rows])
         if len(rows) < len(prompts):
             for layer in cache:
                 layer.filter([rows.index(tuple(p)) for p in prompts])
@@ -162,7 +164,7 @@ class _AlikeReader:
     def __call__(self, prompts: Sequence[Ids]) -> list[Any]:
         from mlx_lm.models.cache import make_prompt_cache
 
-        cache, ids = _grown_in_small_steps(make_prompt_cache(self._model)), mx.array([list(p[:-1]) for p in prompts])
+        cache, ids = grown_in_small_steps(make_prompt_cache(self._model)), mx.array([list(p[:-1]) for p in prompts])
         if ids.shape[1]:
             self._model(ids, cache=cache)
             mx.eval([layer.state for layer in cache])  # and no logits, which nobody reads

@@ -44,6 +44,7 @@ from ..system.store import encoded
 from .direction import FoundDirections, mean_differences
 from .framing import Framer
 from .judge import is_refusal
+from .known_prompts import known_prompts
 from .learning import Learning, best_step, course
 from .losses import (
     Divergence,
@@ -55,7 +56,17 @@ from .losses import (
     may_decide,
     safety_log_odds,
 )
-from .residual import answer_states, block_inputs, head, hidden_states, pad_right, resume, resumes
+from .residual import (
+    Trunk,
+    answer_states,
+    as_in_a_gradient,
+    block_inputs,
+    head,
+    hidden_states,
+    pad_right,
+    resume,
+    resumes,
+)
 from .rollout import Completion, Ids, Sampling, generate, stream_key
 from .run import REFUSAL_TOKENS, Run
 from .safety_tokens import SafetyTokens, find_tokens
@@ -157,9 +168,6 @@ class Target:
     divergence: Divergence
 
 
-Trunk = tuple[int, mx.array] | None  # a block and its input (B, T, D), the same for student and target
-
-
 def shared_prefix(base: nn.Module, layer: int, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Trunk:
     """What goes into block `layer`; None if the student differs from its target from the first block on."""
     if layer == 0:
@@ -226,6 +234,10 @@ def train(
     first_trained = first_trained_block(student)
     dropouts = row_dropouts(student)
     can_resume = first_trained > 0 and resumes(base, pad_right([harmful[0].ids]))
+    known = None
+    if anchors and settings.anchor_cache == "on":
+        again = [harmless[i].ids for i in islice(_passes(len(harmless), seed, 1), len(harmless))]
+        known = known_prompts(base, again, first_trained if can_resume else 0, read_at_once(settings, again))
     scale = LOSS_SCALE if hidden_states(base, pad_right([[0]])).dtype == mx.float16 else 1.0
 
     def objective(model, batch, answers, trunk, targets: list[Target]):
@@ -244,11 +256,13 @@ def train(
         ]
         return sum(value for value, *_ in parts), [each for _, each, _ in parts], parts[0][2]
 
-    def targets_of(part: list[TrainingPrompt], answers: list[list[int]], trunk: Trunk, of: nn.Module, n: int):
-        """The opening's target, `of`, and the tail's, the base; `n` rollouts are in the batch."""
+    def targets_of(
+        part: list[TrainingPrompt], answers: list[list[int]], trunk: Trunk, of: nn.Module, hidden: mx.array, n: int
+    ):
+        """The opening's target, `of`, which has states `hidden` (R, D), and the tail's, the base; `n` rollouts are in
+        the batch."""
         lengths = [len(ids) for ids in answers]
         place = np.concatenate([np.arange(length) for length in lengths])
-        hidden = as_in_a_gradient(answer_states, _after(trunk, of), [p.target_ids for p in part], answers)
         weights = _position_weights(lengths, n, loss.skip_first, loss.first_tokens)
         pulled = part[0].harmful  # away from the base: told by the prompts, since a system-prompt teacher's model is it
         guided = pulled and guidance > 1
@@ -285,24 +299,30 @@ def train(
     ) -> tuple[Any, np.ndarray, np.ndarray]:
         """Of this machine's part of the batch, `size` completions at a time: the gradient, and each completion's loss
         (B,) and mass on the safety tokens at its beginning, under student and target (2, B); 0 for the others'."""
-        # Rows of one target, which reads what they read or does not, and of like length share a pass; the order changes
-        # no mathematics.
+        # Rows of one target, which reads what they read, or does not, or has read it before, and of like length share a
+        # pass; the order changes no mathematics.
         length = [len(p.ids) + len(r.ids) for p, r in zip(batch, rollouts, strict=True)]
-        order = sorted(range(len(batch)), key=lambda i: (not batch[i].harmful, not batch[i].framed, length[i]))
+        kinds = [(not p.harmful, p.framed, not p.harmful and known is not None and p.ids in known) for p in batch]
+        order = sorted(range(len(batch)), key=lambda i: (kinds[i], length[i]))
         order = order[of.rank :: of.size]
         tokens = settings.micro_batch_tokens and settings.micro_batch_tokens * size // settings.micro_batch_size
         grads, losses, masses = None, np.zeros(len(batch)), np.zeros((2, len(batch)))
-        for (harmful_ones, in_frame), group in groupby(order, lambda i: (batch[i].harmful, batch[i].framed)):
+        for (harmless_ones, in_frame, read_before), group in groupby(order, kinds.__getitem__):
             of_kind = list(group)
             for piece in micro_batches([length[i] for i in of_kind], size, tokens):
                 index = of_kind[piece]
                 part = [batch[i] for i in index]
                 answers = [rollouts[i].ids for i in index]
                 lengths = [len(ids) for ids in answers]
-                teacher = training.teacher if harmful_ones else Teacher(base, shared_blocks=first_trained)
-                layer = min(teacher.shared_blocks, first_trained) if can_resume and not in_frame else 0
-                trunk = shared_prefix(base, layer, [p.ids for p in part], answers)
-                targets = targets_of(part, answers, trunk, teacher.model, len(batch))
+                teacher = Teacher(base, shared_blocks=first_trained) if harmless_ones else training.teacher
+                prompts = [p.ids for p in part]
+                if read_before and known is not None:
+                    trunk, hidden = as_in_a_gradient(known.read, prompts, answers)
+                else:
+                    layer = min(teacher.shared_blocks, first_trained) if can_resume and not in_frame else 0
+                    trunk, targeted = shared_prefix(base, layer, prompts, answers), [p.target_ids for p in part]
+                    hidden = as_in_a_gradient(answer_states, _after(trunk, teacher.model), targeted, answers)
+                targets = targets_of(part, answers, trunk, teacher.model, hidden, len(batch))
                 for dropout in dropouts:
                     dropout.draw_from(mx.stack([stream_key(seed, 17, step, i) for i in index]))
                 try:
@@ -385,22 +405,6 @@ def train(
             worth,
         )
         step += 1
-
-
-def as_in_a_gradient(compute: Callable[..., mx.array], *args: Any) -> mx.array:
-    """compute(*args), by the operations that a gradient is of.
-
-    MLX's fused attention on a GPU has no gradient, so the student's is computed otherwise and rounds otherwise: of a
-    target by the fused one it would learn how that rounds.
-    """
-    values: list[mx.array] = []
-
-    def traced(nothing: mx.array) -> mx.array:
-        values.append(compute(*args))
-        return nothing
-
-    mx.grad(traced)(mx.array(0.0))
-    return values[0]
 
 
 class MovingTeacher:
