@@ -338,7 +338,7 @@ MUTANTS = [
             ),
             (
                 "wrong teacher for anchor rows",
-                "teacher = training.teacher if harmful_ones else Teacher(base, shared_blocks=first_trained)",
+                "teacher = Teacher(base, shared_blocks=first_trained) if harmless_ones else training.teacher",
                 "teacher = training.teacher",
                 PLAIN_STEP,
             ),

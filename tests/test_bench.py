@@ -44,6 +44,7 @@ def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
     parts = {
         "bundled": {
             "loss": lambda repeats: bench.bench_loss(repeats, 8, 500, 16),
+            "anchor": lambda repeats: bench.bench_anchor(repeats, small, 12),
             "compile": lambda repeats: bench.bench_compile(repeats, small, 4, 16),
         },
         "qwen2.5-0.5b": {
@@ -63,11 +64,20 @@ def test_the_parts_measure_what_the_docs_name(tmp_path, monkeypatch):
             rows += found["rows"]
     finally:
         bench.training.generate = generate
-    assert [row["part"] for row in rows] == ["loss", "compile", "compile", "rollouts", "run", "step", "step"]
+    assert [row["part"] for row in rows] == [
+        "loss",
+        *["anchor"] * 2,
+        *["compile"] * 2,
+        "rollouts",
+        "run",
+        "step",
+        "step",
+    ]
     for row in rows:
         assert row["seconds_ratio"] > 0 and row["ours_bytes"] > 0 and row["other_bytes"] > 0
-    assert [row["goal"] for row in rows[5:]] == [1.3, 1.4]
-    assert all(row["planned_ratio"] == row["planned_bytes"] / row["ours_bytes"] for row in rows[5:])
+    steps = [row for row in rows if row["part"] == "step"]
+    assert [row["goal"] for row in steps] == [1.3, 1.4]
+    assert all(row["planned_ratio"] == row["planned_bytes"] / row["ours_bytes"] for row in steps)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safesteer_mlx.method import known_prompts as module
 from safesteer_mlx.method.known_prompts import known_prompts
 from safesteer_mlx.method.memory_plan import anchor_bytes, anchor_tokens
 from safesteer_mlx.method.prompts import instructions_to_train_on, prompt_sets
-from safesteer_mlx.method.residual import answer_states, blocks, view
+from safesteer_mlx.method.residual import answer_states, as_in_a_gradient, blocks, resume, view
 from safesteer_mlx.method.rollout import set_equal_batches
 from safesteer_mlx.method.train import shared_prefix
 from safesteer_mlx.recipe import resolve
@@ -60,6 +60,16 @@ def test_so_they_are_in_other_families(family):
     known = known_prompts(model, PROMPTS, 1, 3)
     assert known is not None
     agrees(model, known, 1)
+
+
+@pytest.mark.parametrize("kind", [mx.bfloat16, mx.float16])
+def test_in_half_precision_they_round_alike(model, kind):
+    """Else the student, at first the base itself, would learn how its prompts were read."""
+    model.set_dtype(kind)
+    known = known_prompts(model, PROMPTS, 1, 2)
+    trunk, states = as_in_a_gradient(known.read, PROMPTS, ANSWERS)
+    assert mx.array_equal(states, as_in_a_gradient(answer_states, model, PROMPTS, ANSWERS))
+    assert mx.array_equal(states, as_in_a_gradient(answer_states, resume(model, *trunk), PROMPTS, ANSWERS))
 
 
 def test_a_prompt_that_does_not_fit_in_a_sliding_window_is_not_kept():

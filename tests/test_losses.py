@@ -469,6 +469,8 @@ def test_guidance_is_as_far_as_it_takes_on_most_prompts():
     assert losses.far_enough(teacher[:3].repeat(4), base[:3].repeat(4)) == pytest.approx(sure / 0.5, abs=1e-3)
     for found, expected in ((teacher + 9, 1.0), (base - 1, losses.FARTHEST), (np.full(4, 1e-3), losses.FARTHEST)):
         assert losses.far_enough(found, base) == expected
+    weak = np.full(4, sure / 18)  # a teacher that hardly steers is followed as far as it takes
+    assert losses.far_enough(weak, base) == pytest.approx(18, abs=1e-2)
     guidance = losses.far_enough(np.array([2.0, 1.5, 1.0, 1.0]), np.array([0.0, 0.5, 0.0, -1.0]))
     odds = np.array([2.0, 1.5, 1.0, 1.0])
     odds += np.array(losses.guidance_shift(mx.array(odds), mx.array([0.0, 0.5, 0.0, -1.0]), guidance))

@@ -75,7 +75,7 @@ def inside_and_rest(logits: mx.array, ids: mx.array) -> tuple[mx.array, mx.array
 MOST_SURE = 6.0  # log-odds of the safety tokens beyond which guidance does not push, P = 0.9975
 SURE, MOST_OF = 0.97, 0.75  # the mass of the safety tokens that guidance is to reach, and on how many prompts
 FEW = 4  # prompts that tell how far guidance is to go
-FARTHEST = 10.0
+FARTHEST = 25.0
 LIKELY = 0.05
 
 
