@@ -43,7 +43,7 @@ OPTIONS = {"eot_ids": [], "banned_ids": [], "inner_top_k": 2, "min_steered_prob"
 def toy(monkeypatch):
     """toy(**options): the contrast of BASE and STEERED, positions of one prompt or of as many as there are; a toy's
     hidden states are its logits."""
-    monkeypatch.setattr(residual, "hidden_states", lambda model, tokens: model.logits)
+    monkeypatch.setattr(residual, "hidden_states", lambda model, tokens, cache=None: model.logits)
     monkeypatch.setattr(safety_tokens, "head", lambda model: lambda hidden: hidden)
 
     def contrast(base=BASE, steered=STEERED, prompts=1, **options):

@@ -538,13 +538,13 @@ HALF_STEPS = ["--batch-size", "8", "--iters"]
 @pytest.mark.parametrize(
     ("name", "falls", "asked", "flags"),
     [
-        ("foundry", 0.7, (24, 12), ["--iters", "40", "--test-prompts", "100"]),
+        ("foundry", 0.7, (24, 12), ["--iters", "40", "--batch-size", "16", "--test-prompts", "100"]),
         pytest.param("market", 0.7, teacher.VALIDATION_PROMPTS, [], marks=pytest.mark.slow),
     ],
 )
 def test_the_defaults_align_a_model_that_nobody_tuned_them_for(name, falls, asked, flags, tmp_path, monkeypatch):
     """No flag but the model, and how many prompts are scored; of a model that thinks, whose answers are long, fewer
-    steps too. Less than is wanted: see docs/zoo.md."""
+    steps of half the prompts too. Less than is wanted: see docs/zoo.md."""
     monkeypatch.chdir(tmp_path)
     assert align_quickly(HERE / name, asked, *flags) == 0
     scores = json.loads((tmp_path / "adapters" / "run" / "before_after.json").read_text())
