@@ -64,11 +64,12 @@ class KnownPrompts:
         model = recording(self.base, self.layer, passed) if self.layer else self.base
         cache = [one.merge([one] * len(rows)) for one in make_prompt_cache(self.base)]
         read_into(model, cache, [row[:-1] for row in rows])
+        whole = mx.concatenate(passed, axis=1) if self.layer else None
         for i, row in enumerate(rows):
             self.caches[row] = [one.extract(i) for one in cache]
-            if self.layer:
-                self.inputs[row] = mx.contiguous(mx.concatenate(passed, axis=1)[i, : len(row) - 1])
-        mx.eval([one.state for row in rows for one in self.caches[row]], [self.inputs.get(row) for row in rows])
+            if whole is not None:
+                self.inputs[row] = mx.contiguous(whole[i, : len(row) - 1])
+            mx.eval([one.state for one in self.caches[row]], self.inputs.get(row))
 
 
 def known_prompts(base: nn.Module, prompts: Sequence[Ids], layer: int, size: int) -> KnownPrompts | None:

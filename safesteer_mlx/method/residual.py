@@ -432,14 +432,18 @@ def resumes(model: nn.Module, tokens: mx.array) -> bool:
 
 def recording(model: nn.Module, layer: int, inputs: list[mx.array]) -> nn.Module:
     """A view of `model` that appends to `inputs` what goes into block `layer`, (B, T, D), in every pass."""
-    recorded, stream = view(model), plumbing(model)
+    view, _, owner = _own_body(model)
+    *_, name = _find_blocks(model)
+    own, stream = owner[name], plumbing(model)
+    recorded = copy.copy(own[layer])
 
     def call(block, *args, **kwargs):
         inputs.append(stream.given(args, kwargs))
         return block(*args, **kwargs)
 
-    _override(blocks(recorded)[layer], "Recorded", call)
-    return recorded
+    _override(recorded, "Recorded", call)
+    owner[name] = [*own[:layer], recorded, *own[layer + 1 :]]
+    return view
 
 
 def as_in_a_gradient(compute: Callable[..., T], *args: Any) -> T:
