@@ -23,7 +23,7 @@ import safesteer_mlx  # noqa: F401  before mlx
 MICRO = str(Path(__file__).resolve().parent.parent / "tests" / "micro")  # of which a run takes seconds
 SHORT = [MICRO, "--force", "--iters", "4", "--save-every", "1", "--test-prompts", "1", "--direction-train", "32"]
 SHORT += ["--direction-validation", "16", "--token-samples", "1", "--batch-size", "4", "--max-tokens", "16"]
-SHORT += ["--horizon", "2", "--num-generations", "2", "--coeff", "1", "--no-report"]
+SHORT += ["--horizon", "2", "--num-generations", "2", "--coeff", "1", "--no-report", "--anchor-cache"]
 ASKED = 8, 4  # validation prompts, so that the kills fall on training rather than on the search
 COMPARED = ["adapters.safetensors", "adapter_config.json"]
 COMPARED += [f"run/{name}" for name in ("direction.json", "tokens.json", "metrics.jsonl", "before_after.json")]

@@ -25,7 +25,7 @@ from safesteer_mlx.system.screen import UserError
 
 SHORT = [MICRO, "--force", "--iters", "4", "--save-every", "2", "--test-prompts", "4", "--coeff", "0.85"]
 SHORT += ["--data", "few", "--adapter-path", "adapters", "--batch-size", "12", "--token-samples", "2"]
-SHORT += ["--no-report", "--offline"]
+SHORT += ["--no-report", "--offline", "--anchor-cache"]
 ALIGN = [sys.executable, "-m", "safesteer_mlx.align"]
 ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
