@@ -983,6 +983,13 @@ def test_prompts_that_are_longer_than_the_model_reads_are_left_out_of_every_set(
     assert planned == [4096]
 
 
+@pytest.mark.parametrize(("settings", "kept"), [({}, "on"), ({"iters": 2}, "off"), ({"anchor_cache": "off"}, "off")])
+def test_by_default_a_run_keeps_what_its_base_makes_of_the_anchors_prompts(run, monkeypatch, settings, kept):
+    monkeypatch.setattr(memory, "set_limits", lambda machine: None)
+    recipe = resolve(run.base.config, {"model": run.base.name, **settings})[0]
+    assert _fitted(recipe, run.base, Screen(quiet=True)).train.anchor_cache == kept
+
+
 def test_an_anchor_without_a_prompt_short_enough_is_an_error(run):
     long = [Instruction(f"Why is it so? {'It is. ' * 200}{i}") for i in range(2)]
     sets = replace(run.prompts.sets, harmless_train=long)
